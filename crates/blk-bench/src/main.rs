@@ -1,0 +1,2 @@
+//! `blk-bench`.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Storage under the formats: files, memory, a simulated disk, io_uring.

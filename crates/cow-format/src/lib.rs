@@ -1,0 +1,2 @@
+//! The formats of copy-on-write files and the layering. No I/O.
+#![forbid(unsafe_code)]

@@ -1,0 +1,1 @@
+//! Real guests, interop, crash and hostile-peer tests.

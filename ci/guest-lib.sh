@@ -1,0 +1,23 @@
+# shellcheck shell=sh
+# /lib/guest.sh inside the guests: what their scripts are written with.
+
+# result KEY VALUE: a line for the harness.
+result() { printf '\n@@%s=%s\n' "$1" "$2"; }
+
+# check KEY COMMAND...: runs the command; the result is "ok" or "failed: STATUS". Its output goes to
+# the console, and the script goes on.
+check() {
+    check_key=$1
+    shift
+    check_status=0
+    "$@" || check_status=$?
+    if [ "$check_status" = 0 ]; then
+        result "$check_key" ok
+    else
+        result "$check_key" "failed: $check_status"
+    fi
+}
+
+# digest FILE-OR-DEVICE: its sha256, read in single pages past the page cache. (A multi-page read
+# of UML's own ubd driver returns wrong data where a page mixes COW and base sectors.)
+digest() { dd if="$1" bs=4k iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1; }

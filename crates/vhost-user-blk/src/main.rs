@@ -1,2 +1,2 @@
-//! `vhost-user-blk`.
+//! x
 fn main() {}

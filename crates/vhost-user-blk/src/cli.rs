@@ -1,0 +1,463 @@
+//! The command line.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::RawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+use clap::builder::{RangedU64ValueParser, TypedValueParser};
+use clap::error::ErrorKind;
+use clap::{ArgGroup, CommandFactory, Parser, ValueEnum};
+use log::LevelFilter;
+
+use crate::socket::Endpoint;
+
+/// Most queues: a message that passes a queue's descriptor names the queue in eight bits.
+pub const QUEUES_MAX: u16 = 256;
+/// Fewest queues offered unless `--num-queues` says otherwise. QEMU refuses a backend that has fewer
+/// than the guest has CPUs, and a queue that no guest sets up costs nothing.
+const QUEUES_DEFAULT_MIN: u16 = 4;
+/// Most queues offered unless `--num-queues` says otherwise: crosvm sets up all there are.
+const QUEUES_DEFAULT_MAX: u16 = 64;
+/// Smallest limit for a ring: header, data and status, to the next power of two.
+const QUEUE_SIZE_MIN: u16 = 4;
+/// Largest ring (virtio 1.3, section 2.7).
+const QUEUE_SIZE_MAX: u16 = 32768;
+/// Bytes of a GET_ID answer (virtio 1.3, section 5.2.6).
+pub const SERIAL_LEN: usize = 20;
+
+/// What `--print-capabilities` prints (QEMU, docs/interop/vhost-user.json).
+const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
+
+const ABOUT: &str = "\
+Serves one disk to one virtual machine over the vhost-user protocol.
+
+The disk is a copy-on-write file over a shared base image: what the guest writes goes into the COW \
+file, everything else is read from the base, which is never written. Many daemons can share a base.
+
+The daemon stays in the foreground and logs to standard error. When the frontend disconnects it keeps \
+the disk and waits for the next one. SIGTERM or SIGINT ends it: what is in flight is completed, the \
+disk is flushed, the socket removed. Exit status: 0 after a clean end, 1 after a failure, 2 for a \
+wrong command line.";
+
+const EXAMPLES: &str = "\
+Examples:
+  A new disk for a guest, from a base image (vm1.cow is created if it does not exist):
+    vhost-user-blk --socket-path=/run/vm1.sock vm1.cow,debian.img
+
+  The same disk again; the COW file names its base:
+    vhost-user-blk --socket-path=/run/vm1.sock vm1.cow
+
+  A raw image without copy-on-write, read-only:
+    vhost-user-blk --socket-path=/run/cd.sock --blk-file=cd.iso --format=raw --read-only
+
+  A guest for it:
+    qemu-system-x86_64 -m 512 -object memory-backend-memfd,id=mem,size=512M,share=on \\
+      -machine q35,memory-backend=mem \\
+      -chardev socket,id=c0,path=/run/vm1.sock,reconnect-ms=1000 \\
+      -device vhost-user-blk-pci,chardev=c0";
+
+/// Arguments as clap reads them.
+#[derive(Parser, Debug)]
+#[command(
+    name = "vhost-user-blk",
+    version,
+    about = "Serves a copy-on-write disk to a virtual machine over vhost-user",
+    long_about = ABOUT,
+    after_help = EXAMPLES,
+    group(ArgGroup::new("endpoint").required(true).args(["socket_path", "fd"])),
+    group(ArgGroup::new("disk").required(true).args(["image", "blk_file"])),
+)]
+struct Args {
+    /// COW file, and the base image it stands over
+    ///
+    /// The text is split at its first comma, as in UML's ubd0=. A COW file that does not exist is
+    /// created from BASE. For one that exists BASE may be left out; if it is given it must be the
+    /// image that the COW file was made from (same size and modification time). Where the name of
+    /// the COW file itself has a comma, use --blk-file.
+    #[arg(value_name = "COW[,BASE]")]
+    image: Option<OsString>,
+
+    /// Make this socket and listen on it
+    ///
+    /// A socket file that nobody listens on is replaced. The socket can be used by the daemon's user
+    /// and group.
+    #[arg(long, value_name = "PATH")]
+    socket_path: Option<PathBuf>,
+
+    /// Use this open descriptor, a listening or connected unix stream socket
+    ///
+    /// With a connected socket the daemon ends when the frontend disconnects.
+    #[arg(long, value_name = "FDNUM")]
+    fd: Option<RawFd>,
+
+    /// Serve this file: a COW file, or with --format=raw a raw image (the name is taken as it is,
+    /// commas included)
+    #[arg(long, value_name = "PATH")]
+    blk_file: Option<PathBuf>,
+
+    /// What the file is; for a new COW file, what it becomes
+    ///
+    /// A COW file is recognised by its first bytes, so that this need be said only for a raw image,
+    /// which is never guessed: a guest could write a COW header into one. A new COW file becomes
+    /// native unless uml is asked for.
+    #[arg(long, value_enum)]
+    format: Option<Format>,
+
+    /// Let the guest read only; no file is changed
+    #[arg(long)]
+    read_only: bool,
+
+    /// Queues to offer, 1 to 256 [default: the number of host CPUs, at least 4 and at most 64]
+    ///
+    /// QEMU and cloud-hypervisor refuse a backend that offers fewer than they are configured for
+    /// (QEMU: one for each CPU of the guest); crosvm sets up all that are offered. Each queue that
+    /// the guest sets up has a thread.
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<u16>::new().range(1..=QUEUES_MAX.into()))]
+    num_queues: Option<u16>,
+
+    /// Largest ring to accept, in descriptors: a power of two, 4 to 32768
+    #[arg(long, value_name = "N", default_value = "1024", value_parser = queue_size_parser())]
+    queue_size: u16,
+
+    /// Serial number that the guest sees, up to 20 characters
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true, value_parser = parse_serial)]
+    serial: Serial,
+
+    /// How the base is read: through the host's page cache, which all guests share, or past it
+    #[arg(long, value_enum, default_value_t = Cache::Buffered, value_name = "MODE")]
+    base_cache: Cache,
+
+    /// How the COW file (or the raw image) is read and written
+    #[arg(long, value_enum, default_value_t = Cache::Buffered, value_name = "MODE")]
+    cow_cache: Cache,
+
+    /// Longest time in microseconds that a queue looks for new requests before it sleeps; 0 sleeps
+    /// at once
+    #[arg(long, value_name = "US", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=POLL_US_MAX.into()))]
+    poll_us: u32,
+
+    /// What to log
+    #[arg(long, value_enum, default_value_t = Level::Info, value_name = "LEVEL")]
+    log_level: Level,
+
+    /// Print what this program can do as JSON, ignore everything else, and exit
+    // Acted upon before clap sees the command line; here for --help.
+    #[arg(long)]
+    print_capabilities: bool,
+}
+
+/// Longest busy wait: past this a sleeping thread would cost less than what is saved.
+const POLL_US_MAX: u32 = 10_000;
+
+/// Format of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Sectors and nothing else
+    Raw,
+    /// COW file of User Mode Linux, version 3 (1 and 2 are read)
+    Uml,
+    /// COW file of this project
+    Native,
+}
+
+/// Whether the host's page cache stands between the daemon and a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Cache {
+    /// Through the page cache
+    Buffered,
+    /// Past it (`O_DIRECT`)
+    Direct,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Level {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+impl From<Level> for LevelFilter {
+    fn from(level: Level) -> Self {
+        match level {
+            Level::Error => LevelFilter::Error,
+            Level::Warn => LevelFilter::Warn,
+            Level::Info => LevelFilter::Info,
+            Level::Debug => LevelFilter::Debug,
+            Level::Trace => LevelFilter::Trace,
+        }
+    }
+}
+
+/// Serial number, padded with NUL.
+pub type Serial = [u8; SERIAL_LEN];
+
+/// What the command line asks for, checked as far as it can be without looking at files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Where the frontend comes from.
+    pub endpoint: Endpoint,
+    /// What is served.
+    pub image: Image,
+    /// The guest cannot write.
+    pub read_only: bool,
+    /// Queues offered.
+    pub num_queues: u16,
+    /// Largest ring accepted, in descriptors.
+    pub queue_size_max: u16,
+    /// For GET_ID.
+    pub serial: Serial,
+    /// Cache policy of everything below the top file.
+    pub base_cache: Cache,
+    /// Cache policy of the top file.
+    pub cow_cache: Cache,
+    /// Longest busy wait in microseconds.
+    pub poll_us: u32,
+    /// Log filter.
+    pub log_level: LevelFilter,
+}
+
+/// What is served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Image {
+    /// `COW[,BASE]`.
+    Cow {
+        /// The COW file, to be created from `base` if it does not exist.
+        cow: PathBuf,
+        /// The base image, if named.
+        base: Option<PathBuf>,
+        /// Its format, if named: one of the COW formats.
+        format: Option<Format>,
+    },
+    /// `--blk-file`: an existing file.
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// Its format, if named. Without it the file must be recognisable.
+        format: Option<Format>,
+    },
+}
+
+/// What to do.
+#[derive(Debug)]
+pub enum Command {
+    /// Print this to standard output and end with status 0.
+    Print(String),
+    /// Serve.
+    Serve(Box<Options>),
+}
+
+/// Reads the command line, the program's name first.
+///
+/// # Errors
+/// clap's error, which knows its exit status (2, or 0 for `--help` and `--version`) and where to
+/// print itself.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::Error> {
+    let args: Vec<OsString> = args.into_iter().collect();
+    if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
+        return Ok(Command::Print(format!("{CAPABILITIES}\n")));
+    }
+    let args = Args::try_parse_from(args)?;
+    let image = image(&args)?;
+    let endpoint = match (args.socket_path, args.fd) {
+        (Some(path), _) if path.as_os_str().is_empty() => {
+            return Err(usage(ErrorKind::InvalidValue, "--socket-path: the path is empty"));
+        }
+        (Some(path), None) => Endpoint::Path(path),
+        (None, Some(fd)) => Endpoint::Fd(fd),
+        _ => return Err(usage(ErrorKind::MissingRequiredArgument, "give --socket-path or --fd")),
+    };
+    Ok(Command::Serve(Box::new(Options {
+        endpoint,
+        image,
+        read_only: args.read_only,
+        num_queues: args.num_queues.unwrap_or_else(default_queues),
+        queue_size_max: args.queue_size,
+        serial: args.serial,
+        base_cache: args.base_cache,
+        cow_cache: args.cow_cache,
+        poll_us: args.poll_us,
+        log_level: args.log_level.into(),
+    })))
+}
+
+fn usage(kind: ErrorKind, message: &str) -> clap::Error {
+    Args::command().error(kind, message)
+}
+
+fn image(args: &Args) -> Result<Image, clap::Error> {
+    match (&args.image, &args.blk_file) {
+        (Some(text), None) => {
+            if args.format == Some(Format::Raw) {
+                return Err(usage(
+                    ErrorKind::ArgumentConflict,
+                    "--format=raw: COW[,BASE] names a COW file; serve a raw image with \
+                     --blk-file=PATH --format=raw",
+                ));
+            }
+            let (cow, base) = split_at_comma(text);
+            if cow.is_empty() {
+                return Err(usage(ErrorKind::InvalidValue, "COW[,BASE]: the COW file has no name"));
+            }
+            if base.is_some_and(OsStr::is_empty) {
+                return Err(usage(
+                    ErrorKind::InvalidValue,
+                    "COW[,BASE]: nothing stands after the comma; leave it out, or use --blk-file for \
+                     a file whose name has a comma",
+                ));
+            }
+            Ok(Image::Cow { cow: cow.into(), base: base.map(PathBuf::from), format: args.format })
+        }
+        (None, Some(path)) => Ok(Image::File { path: path.clone(), format: args.format }),
+        _ => Err(usage(ErrorKind::MissingRequiredArgument, "give COW[,BASE] or --blk-file")),
+    }
+}
+
+fn split_at_comma(text: &OsStr) -> (&OsStr, Option<&OsStr>) {
+    let bytes = text.as_bytes();
+    match bytes.iter().position(|&byte| byte == b',') {
+        Some(at) => (OsStr::from_bytes(&bytes[..at]), Some(OsStr::from_bytes(&bytes[at + 1..]))),
+        None => (text, None),
+    }
+}
+
+fn default_queues() -> u16 {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    u16::try_from(cpus).unwrap_or(u16::MAX).clamp(QUEUES_DEFAULT_MIN, QUEUES_DEFAULT_MAX)
+}
+
+fn queue_size_parser() -> impl TypedValueParser<Value = u16> {
+    let range = u64::from(QUEUE_SIZE_MIN)..=u64::from(QUEUE_SIZE_MAX);
+    RangedU64ValueParser::<u16>::new().range(range).try_map(|size| {
+        if size.is_power_of_two() { Ok(size) } else { Err("the size of a ring is a power of two") }
+    })
+}
+
+fn parse_serial(text: &str) -> Result<Serial, String> {
+    // Control characters would end up in the guest's udev rules and device names.
+    if let Some(bad) = text.chars().find(|c| !c.is_ascii_graphic() && *c != ' ') {
+        return Err(format!("{bad:?} is not allowed; use printable ASCII characters"));
+    }
+    let mut serial = [0; SERIAL_LEN];
+    let Some(place) = serial.get_mut(..text.len()) else {
+        return Err(format!("{} characters; at most {SERIAL_LEN} are allowed", text.len()));
+    };
+    place.copy_from_slice(text.as_bytes());
+    Ok(serial)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(args: &[&str]) -> Result<Command, clap::Error> {
+        parse(std::iter::once("vhost-user-blk").chain(args.iter().copied()).map(OsString::from))
+    }
+
+    fn serve(args: &[&str]) -> Options {
+        match run(args).unwrap() {
+            Command::Serve(options) => *options,
+            Command::Print(text) => panic!("printed {text}"),
+        }
+    }
+
+    #[test]
+    fn clap_accepts_its_own_definition() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn the_first_comma_separates_cow_from_base() {
+        let cow = |text: &str| serve(&["--fd=3", text]).image;
+        assert_eq!(cow("a"), Image::Cow { cow: "a".into(), base: None, format: None });
+        let both = Image::Cow { cow: "a".into(), base: Some("b,c".into()), format: None };
+        assert_eq!(cow("a,b,c"), both);
+        let options = serve(&["--fd=3", "--blk-file=a,b"]);
+        assert_eq!(options.image, Image::File { path: "a,b".into(), format: None });
+    }
+
+    #[test]
+    fn options_reach_the_daemon() {
+        let options = serve(&[
+            "--socket-path=s",
+            "a,b",
+            "--format=uml",
+            "--read-only",
+            "--num-queues=2",
+            "--queue-size=256",
+            "--serial=disk 1",
+            "--base-cache=direct",
+            "--cow-cache=buffered",
+            "--poll-us=0",
+            "--log-level=debug",
+        ]);
+        let mut serial = [0; SERIAL_LEN];
+        serial[..6].copy_from_slice(b"disk 1");
+        assert_eq!(
+            options,
+            Options {
+                endpoint: Endpoint::Path("s".into()),
+                image: Image::Cow {
+                    cow: "a".into(),
+                    base: Some("b".into()),
+                    format: Some(Format::Uml)
+                },
+                read_only: true,
+                num_queues: 2,
+                queue_size_max: 256,
+                serial,
+                base_cache: Cache::Direct,
+                cow_cache: Cache::Buffered,
+                poll_us: 0,
+                log_level: LevelFilter::Debug,
+            }
+        );
+    }
+
+    #[test]
+    fn wrong_usage_has_status_2_and_names_the_option() {
+        let cases: &[(&[&str], &str)] = &[
+            (&[], "--socket-path"),
+            (&["a"], "--socket-path"),
+            (&["--socket-path=s"], "--blk-file"),
+            (&["--socket-path=s", "--fd=3", "a"], "--fd"),
+            (&["--socket-path=s", "a", "--blk-file=b"], "--blk-file"),
+            (&["--socket-path=", "a"], "--socket-path"),
+            (&["--fd=x", "a"], "--fd"),
+            (&["--fd=3", ",b"], "COW"),
+            (&["--fd=3", "a,"], "comma"),
+            (&["--fd=3", "a", "--format=raw"], "--blk-file=PATH"),
+            (&["--fd=3", "a", "--format=qcow2"], "--format"),
+            (&["--fd=3", "a", "--num-queues=0"], "--num-queues"),
+            (&["--fd=3", "a", "--num-queues=257"], "--num-queues"),
+            (&["--fd=3", "a", "--queue-size=3"], "--queue-size"),
+            (&["--fd=3", "a", "--queue-size=48"], "power of two"),
+            (&["--fd=3", "a", "--queue-size=65536"], "--queue-size"),
+            (&["--fd=3", "a", "--serial=123456789012345678901"], "at most 20"),
+            (&["--fd=3", "a", "--serial=\u{1b}[2J"], "--serial"),
+            (&["--fd=3", "a", "--base-cache=maybe"], "--base-cache"),
+            (&["--fd=3", "a", "--poll-us=1000001"], "--poll-us"),
+            (&["--fd=3", "a", "--log-level=loud"], "--log-level"),
+            (&["--fd=3", "a", "--no-such-option"], "--no-such-option"),
+        ];
+        for (args, expected) in cases {
+            let error = run(args).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{args:?}: {error}");
+            let message = error.to_string();
+            assert!(message.contains(expected), "{args:?}: {message}");
+        }
+    }
+
+    #[test]
+    fn print_capabilities_ignores_everything_else() {
+        for args in [&["--print-capabilities"][..], &["--nonsense", "--print-capabilities", "x,y"]]
+        {
+            match run(args).unwrap() {
+                Command::Print(text) => assert_eq!(text.trim_end(), CAPABILITIES),
+                Command::Serve(options) => panic!("{options:?}"),
+            }
+        }
+    }
+}

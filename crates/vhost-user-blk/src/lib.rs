@@ -1,0 +1,10 @@
+//! `vhost-user-blk`: one disk for one virtual machine, over the vhost-user protocol.
+//!
+//! A request's way: [`session`] sets up the rings, a worker takes requests from its ring, asks the
+//! disk where the data stands, has the kernel move it, and puts the answer into the used ring.
+
+pub mod cli;
+pub mod config;
+pub mod logger;
+pub mod signals;
+pub mod socket;

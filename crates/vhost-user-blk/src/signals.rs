@@ -1,0 +1,89 @@
+//! SIGTERM, SIGINT and SIGHUP ask for a clean end.
+//!
+//! The `vhost` crate receives and sends with blocking calls that it repeats after EINTR, and a
+//! frontend may stop in the middle of a message. So the handler, besides waking the main loop, shuts
+//! the connection down: whatever call the main thread is in then returns. `shutdown` and `write` are
+//! async-signal-safe. The kernel gives a signal for the process to the main thread as long as that
+//! does not block it, so the handler never runs while the main thread is between closing a connection
+//! and [`Connection`]'s drop.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+
+use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+const NO_FD: RawFd = -1;
+
+static STOPPING: AtomicBool = AtomicBool::new(false);
+static WAKE: OnceLock<EventFd> = OnceLock::new();
+static WAKE_FD: AtomicI32 = AtomicI32::new(NO_FD);
+static CONNECTION_FD: AtomicI32 = AtomicI32::new(NO_FD);
+
+extern "C" fn on_signal(_signal: libc::c_int) {
+    let errno = Errno::last_raw();
+    STOPPING.store(true, Ordering::SeqCst);
+    let one = 1u64;
+    // SAFETY: `one` outlives the call and has the eight bytes that an eventfd takes; both calls are
+    // async-signal-safe and take any fd number, -1 included.
+    unsafe {
+        libc::write(WAKE_FD.load(Ordering::SeqCst), (&raw const one).cast(), size_of::<u64>());
+        libc::shutdown(CONNECTION_FD.load(Ordering::SeqCst), libc::SHUT_RDWR);
+    }
+    Errno::set_raw(errno);
+}
+
+/// Takes over the signals that end the process, and ignores SIGXFSZ, so that a write past the file
+/// size limit fails with EFBIG instead of killing the daemon. To be called from the main thread.
+///
+/// # Errors
+/// What the kernel says to eventfd or sigaction.
+pub fn install() -> nix::Result<()> {
+    let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+    let wake = WAKE.get_or_init(|| wake);
+    WAKE_FD.store(wake.as_raw_fd(), Ordering::SeqCst);
+    // No SA_RESTART: poll and the like are to return. Mask: one handler at a time.
+    let end = SigAction::new(SigHandler::Handler(on_signal), SaFlags::empty(), SigSet::all());
+    let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        // SAFETY: the handler does nothing that is not async-signal-safe.
+        unsafe { sigaction(signal, &end)? };
+    }
+    // SAFETY: ignoring a signal runs no code.
+    unsafe { sigaction(Signal::SIGXFSZ, &ignore)? };
+    Ok(())
+}
+
+/// Whether a signal has asked for the end.
+#[must_use]
+pub fn stopping() -> bool {
+    STOPPING.load(Ordering::SeqCst)
+}
+
+/// Readable once a signal has asked for the end; `None` before [`install`].
+#[must_use]
+pub fn wake_fd() -> Option<BorrowedFd<'static>> {
+    WAKE.get().map(AsFd::as_fd)
+}
+
+/// While this lives, a signal shuts the connection down.
+#[derive(Debug)]
+pub struct Connection(());
+
+impl Connection {
+    /// Names the connection. The value must be dropped before `socket` is closed. A signal that came
+    /// earlier did not shut it down: look at [`stopping`] afterwards.
+    #[must_use]
+    pub fn new(socket: BorrowedFd<'_>) -> Self {
+        CONNECTION_FD.store(socket.as_raw_fd(), Ordering::SeqCst);
+        Connection(())
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        CONNECTION_FD.store(NO_FD, Ordering::SeqCst);
+    }
+}

@@ -18,6 +18,7 @@ check() {
     fi
 }
 
-# digest FILE-OR-DEVICE: its sha256, read in single pages past the page cache. (A multi-page read
-# of UML's own ubd driver returns wrong data where a page mixes COW and base sectors.)
-digest() { dd if="$1" bs=4k iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1; }
+# digest FILE-OR-DEVICE [BLOCK-SIZE]: its sha256, read past the page cache.
+# A disk of UML's own ubd driver needs blocks of 4k: its multi-page reads return wrong data where a
+# page mixes COW and base sectors.
+digest() { dd if="$1" bs="${2:-1M}" iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1; }

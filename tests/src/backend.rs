@@ -1,0 +1,91 @@
+//! vhost-user backends under test: this project's daemon, or another to compare with.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use crate::process::Process;
+use crate::programs::vhost_user_blk;
+
+/// How long a backend may take to listen, and to end.
+const BACKEND_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A backend that listens on its socket.
+pub struct Backend {
+    process: Process,
+    socket: PathBuf,
+}
+
+impl Backend {
+    /// Starts `command`, which must come to listen on `socket`.
+    pub fn start(name: &str, command: Command, socket: &Path) -> Self {
+        let mut process = Process::spawn(name, command);
+        let deadline = Instant::now() + BACKEND_TIMEOUT;
+        while !is_listening(socket) {
+            if let Some(status) = process.ended() {
+                panic!("{name} ended before it listened: {status}");
+            }
+            assert!(Instant::now() < deadline, "{name} does not listen on {}", socket.display());
+            thread::sleep(Duration::from_millis(5));
+        }
+        Self { process, socket: socket.to_owned() }
+    }
+
+    /// Starts this project's daemon on `socket` with further arguments.
+    pub fn daemon<S: AsRef<std::ffi::OsStr>>(socket: &Path, args: &[S]) -> Self {
+        let mut command = vhost_user_blk();
+        command.arg("--socket-path").arg(socket).args(args);
+        Self::start("vhost-user-blk", command, socket)
+    }
+
+    /// Starts qemu-storage-daemon with a raw image on `socket`: the second implementation.
+    pub fn storage_daemon(socket: &Path, image: &Path, queues: u16) -> Self {
+        let (image, path) = (image.display(), socket.display());
+        let mut command = Command::new("qemu-storage-daemon");
+        command.arg("--blockdev");
+        command.arg(format!("driver=file,node-name=disk,filename={image},discard=unmap"));
+        command.arg("--export").arg(format!(
+            "type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues={queues},\
+             addr.type=unix,addr.path={path}"
+        ));
+        Self::start("qemu-storage-daemon", command, socket)
+    }
+
+    /// Where a frontend connects.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// What it has written so far.
+    pub fn output(&self) -> String {
+        self.process.output()
+    }
+
+    /// Waits until it has written `text`.
+    pub fn wait_for(&self, text: &str) {
+        self.process.wait_for(text, BACKEND_TIMEOUT);
+    }
+
+    /// Ends it with SIGTERM, after which it must exit with status 0; returns its output.
+    pub fn stop(self) -> String {
+        self.process.signal(Signal::SIGTERM);
+        let (status, output) = self.process.wait(BACKEND_TIMEOUT);
+        assert!(status.success(), "backend: {status} after SIGTERM; output:\n{output}");
+        output
+    }
+}
+
+/// Looked up in the kernel's list, because a trial connection would be the backend's first.
+fn is_listening(socket: &Path) -> bool {
+    /// `__SO_ACCEPTCON` in the column "Flags".
+    const LISTENS: &str = "00010000";
+    let list = fs::read_to_string("/proc/net/unix").expect("the kernel lists its sockets");
+    list.lines().any(|line| {
+        let mut columns = line.split_ascii_whitespace();
+        columns.nth(3) == Some(LISTENS) && columns.nth(3).map(Path::new) == Some(socket)
+    })
+}

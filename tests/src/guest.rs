@@ -1,0 +1,268 @@
+//! Guests: a kernel, disks, a script; and what the script said on the console.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::backend::Backend;
+use crate::files::TestDir;
+use crate::process::Process;
+use crate::programs::available;
+
+/// Long enough for the slowest script under TCG on a busy machine; only a hang gets there.
+const GUEST_TIMEOUT: Duration = Duration::from_secs(240);
+
+/// Which kernel runs, and so which vhost-user frontend is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// Debian's cloud kernel in QEMU.
+    Qemu,
+    /// User Mode Linux: `virtio_uml`, and its own `ubd` driver.
+    Uml,
+}
+
+impl Kernel {
+    /// Ok if guests of this kernel can be booted here, else why not.
+    pub fn available(self) -> Result<(), String> {
+        available(&[match self {
+            Self::Qemu => "qemu-system-x86_64",
+            Self::Uml => "linux.uml",
+        }])?;
+        let needed = match self {
+            Self::Qemu => vec![cache().join("kernel/vmlinuz"), cache().join("guest/initrd")],
+            Self::Uml => vec![cache().join("guest/initrd")],
+        };
+        match needed.iter().find(|path| !path.exists()) {
+            None => Ok(()),
+            Some(path) => Err(format!("{} is missing (ci/setup makes it)", path.display())),
+        }
+    }
+}
+
+/// A guest to be booted.
+pub struct Guest {
+    kernel: Kernel,
+    sockets: Vec<PathBuf>,
+    ubd: Vec<String>,
+    script: String,
+    queues: u16,
+    fio: bool,
+}
+
+impl Guest {
+    /// A guest that runs `script`, a shell script with the helpers of `ci/guest-lib.sh`.
+    pub fn new(kernel: Kernel, script: &str) -> Self {
+        let script = script.to_owned();
+        Self { kernel, sockets: vec![], ubd: vec![], script, queues: 1, fio: false }
+    }
+
+    /// Attaches a vhost-user disk: `/dev/vda`, the next `/dev/vdb`, ...
+    pub fn disk(mut self, backend: &Backend) -> Self {
+        self.sockets.push(backend.socket().to_owned());
+        self
+    }
+
+    /// Attaches a disk of UML's own driver, `COW[,BASE]`: `/dev/ubda`, the next `/dev/ubdb`, ...
+    pub fn ubd(mut self, spec: &str) -> Self {
+        assert_eq!(self.kernel, Kernel::Uml, "ubd is UML's driver");
+        self.ubd.push(spec.to_owned());
+        self
+    }
+
+    /// Gives each disk this many queues, and the guest as many CPUs (QEMU only).
+    pub fn queues(mut self, queues: u16) -> Self {
+        assert_eq!(self.kernel, Kernel::Qemu, "virtio_uml has one queue");
+        self.queues = queues;
+        self
+    }
+
+    /// Puts fio into the guest.
+    pub fn with_fio(mut self) -> Self {
+        self.fio = true;
+        self
+    }
+
+    /// Boots it. Its files are in `dir` under names that begin with `name`.
+    pub fn boot(&self, dir: &TestDir, name: &str) -> Running {
+        let initrd = dir.path(&format!("{name}.initrd"));
+        fs::write(&initrd, self.initrd()).expect("writing the initrd");
+        let command = match self.kernel {
+            Kernel::Qemu => self.qemu(&initrd),
+            Kernel::Uml => self.uml(&initrd, &dir.path(&format!("{name}.uml"))),
+        };
+        Running { process: Process::spawn(&format!("{:?} guest {name}", self.kernel), command) }
+    }
+
+    /// Boots it and waits until its script has ended, with status 0, and it has powered off.
+    pub fn run(&self, dir: &TestDir, name: &str) -> Console {
+        self.boot(dir, name).finish()
+    }
+
+    fn initrd(&self) -> Vec<u8> {
+        let read = |name: &str| {
+            let path = cache().join("guest").join(name);
+            fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+        };
+        let mut initrd = read("initrd");
+        if self.fio {
+            initrd.extend(read("fio.cpio"));
+        }
+        initrd.extend(cpio(&[("script", self.script.as_bytes())]));
+        initrd
+    }
+
+    fn qemu(&self, initrd: &Path) -> Command {
+        let memory = if self.fio { "768M" } else { "256M" };
+        let accel = if accel() == "kvm" { "kvm" } else { "tcg,thread=multi" };
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(["-accel", accel, "-cpu", "max", "-m", memory]);
+        command.args(["-smp", &self.queues.to_string()]);
+        // vhost-user needs guest memory that can be shared.
+        command.arg("-object").arg(format!("memory-backend-memfd,id=mem,size={memory},share=on"));
+        command.args(["-machine", "q35,memory-backend=mem", "-nodefaults", "-display", "none"]);
+        command.args(["-serial", "stdio"]);
+        for (index, socket) in self.sockets.iter().enumerate() {
+            command.arg("-chardev");
+            command.arg(format!("socket,id=c{index},path={}", socket.display()));
+            command.arg("-device");
+            command.arg(format!("vhost-user-blk-pci,chardev=c{index},num-queues={}", self.queues));
+        }
+        command.arg("-kernel").arg(cache().join("kernel/vmlinuz")).arg("-initrd").arg(initrd);
+        command.args(["-append", "console=ttyS0 quiet panic=-1"]);
+        command
+    }
+
+    fn uml(&self, initrd: &Path, state: &Path) -> Command {
+        let memory = if self.fio { "mem=512M" } else { "mem=192M" };
+        let mut command = Command::new("linux.uml");
+        command.arg(memory).arg(format!("initrd={}", initrd.display()));
+        // Else it would leave a directory in the home directory.
+        command.arg(format!("uml_dir={}/", state.display()));
+        command.args(["con0=fd:0,fd:1", "con=none", "quiet", "panic=-1"]);
+        for socket in &self.sockets {
+            /// VIRTIO_ID_BLOCK
+            const BLOCK: u32 = 2;
+            command.arg(format!("virtio_uml.device={}:{BLOCK}", socket.display()));
+        }
+        for (index, spec) in self.ubd.iter().enumerate() {
+            command.arg(format!("ubd{index}={spec}"));
+        }
+        command
+    }
+}
+
+/// A guest that was booted.
+pub struct Running {
+    process: Process,
+}
+
+impl Running {
+    /// Waits until the console shows `text`.
+    pub fn wait_for(&self, text: &str) {
+        self.process.wait_for(text, GUEST_TIMEOUT);
+    }
+
+    /// Waits until its script has ended, with status 0, and it has powered off.
+    pub fn finish(self) -> Console {
+        let (status, text) = self.process.wait(GUEST_TIMEOUT);
+        let console = Console::parse(text);
+        console.expect("END", "0");
+        assert!(status.success(), "the guest's process: {status}\n{}", console.text);
+        console
+    }
+}
+
+/// What a guest wrote to its console.
+pub struct Console {
+    text: String,
+    results: BTreeMap<String, String>,
+}
+
+impl Console {
+    /// Results are the lines `@@KEY=VALUE`; of several with one key the last counts.
+    fn parse(text: String) -> Self {
+        let result = |line: &str| {
+            let (key, value) = line.trim_end().strip_prefix("@@")?.split_once('=')?;
+            Some((key.to_owned(), value.to_owned()))
+        };
+        let results = text.lines().filter_map(result).collect();
+        Self { text, results }
+    }
+
+    /// The result `key`; panics with the whole console if there is none.
+    pub fn get(&self, key: &str) -> &str {
+        match self.results.get(key) {
+            Some(value) => value,
+            None => panic!("no result {key} on the console:\n{}", self.text),
+        }
+    }
+
+    /// Panics with the whole console unless the result `key` is `value`.
+    pub fn expect(&self, key: &str, value: &str) {
+        let found = self.get(key);
+        assert_eq!(found, value, "result {key} on the console:\n{}", self.text);
+    }
+
+    /// Panics with the whole console unless each of the results is "ok".
+    pub fn expect_ok(&self, keys: &[&str]) {
+        for key in keys {
+            self.expect(key, "ok");
+        }
+    }
+}
+
+/// What `ci/setup` made: CACHE_DIR, else `.cache` in the checkout.
+fn cache() -> PathBuf {
+    match env::var_os("CACHE_DIR") {
+        Some(dir) => PathBuf::from(dir),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cache"),
+    }
+}
+
+/// The accelerator under which `ci/setup` saw a guest boot since the host did: "kvm" or "tcg".
+fn accel() -> &'static str {
+    let verdict = fs::read_to_string(cache().join("guest/accel")).unwrap_or_default();
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    match verdict.trim().split_once(' ') {
+        Some(("kvm", seen_in)) if seen_in == boot.trim() => "kvm",
+        _ => "tcg",
+    }
+}
+
+/// A cpio archive in the format "newc" (Linux: Documentation/driver-api/early-userspace/
+/// buffer-format.rst), which the kernel unpacks over those before it.
+fn cpio(files: &[(&str, &[u8])]) -> Vec<u8> {
+    const REGULAR_FILE: usize = 0o100_755;
+    let mut archive = Vec::new();
+    for (name, content) in files.iter().chain(&[("TRAILER!!!", [].as_slice())]) {
+        let [inode, owner, group, links, mtime] = [0, 0, 0, 1, 0];
+        let [device_major, device_minor, rdev_major, rdev_minor, checksum] = [0; 5];
+        let fields = [
+            inode,
+            REGULAR_FILE,
+            owner,
+            group,
+            links,
+            mtime,
+            content.len(),
+            device_major,
+            device_minor,
+            rdev_major,
+            rdev_minor,
+            name.len() + 1,
+            checksum,
+        ];
+        archive.extend(b"070701");
+        for field in fields {
+            archive.extend(format!("{field:08x}").bytes());
+        }
+        archive.extend(name.bytes().chain([0]));
+        archive.resize(archive.len().next_multiple_of(4), 0);
+        archive.extend(*content);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+    }
+    archive
+}

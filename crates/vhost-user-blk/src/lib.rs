@@ -5,6 +5,11 @@
 
 pub mod cli;
 pub mod config;
+#[cfg(test)]
+mod guest;
 pub mod logger;
+pub mod memory;
+pub mod sigbus;
 pub mod signals;
 pub mod socket;
+pub mod virtqueue;

@@ -1,0 +1,132 @@
+//! The driver's end of a ring, for tests: writes any descriptors and indices, sound or not, into
+//! anonymous guest memory.
+
+use std::sync::Arc;
+
+use crate::memory::{GuestAddress, Memory};
+use crate::virtqueue::{RingLayout, SplitQueue};
+
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
+
+/// A descriptor as the guest writes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Desc {
+    pub address: u64,
+    pub len: u32,
+    pub flags: u16,
+    pub next: u16,
+}
+
+impl Desc {
+    pub(crate) fn bytes(&self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&self.address.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.len.to_le_bytes());
+        bytes[12..14].copy_from_slice(&self.flags.to_le_bytes());
+        bytes[14..].copy_from_slice(&self.next.to_le_bytes());
+        bytes
+    }
+}
+
+/// A guest with one ring at [`RING`] and room for data above.
+pub(crate) struct Guest {
+    pub memory: Arc<Memory>,
+    pub layout: RingLayout,
+    /// What the driver would write to `avail.idx` next.
+    pub avail_idx: u16,
+}
+
+/// Where the ring begins. Not 0, so that address 0 is nothing.
+pub(crate) const RING: u64 = 0x1_0000;
+/// Where buffers begin.
+pub(crate) const DATA: u64 = 0x2_0000;
+/// First address behind the memory.
+pub(crate) const END: u64 = 0x6_0000;
+/// A border between two regions that are one piece for the guest and two for the host.
+pub(crate) const BORDER: u64 = 0x4_0000;
+
+impl Guest {
+    /// A ring of `size` entries, at most 256, all of whose indices stand at `start`.
+    pub(crate) fn new(size: u16, start: u16) -> Self {
+        let low = usize::try_from(BORDER - RING).unwrap();
+        let high = usize::try_from(END - BORDER).unwrap();
+        let memory = Arc::new(Memory::anonymous(&[(RING, low), (BORDER, high)]));
+        let layout = RingLayout {
+            size,
+            desc: GuestAddress(RING),
+            avail: GuestAddress(RING + 0x2000),
+            used: GuestAddress(RING + 0x4000),
+        };
+        let mut guest = Self { memory, layout, avail_idx: start };
+        guest.set_avail_idx(start);
+        guest.write(layout.used.0 + 2, &start.to_le_bytes());
+        guest
+    }
+
+    pub(crate) fn queue(&self, event_idx: bool) -> SplitQueue {
+        SplitQueue::new(self.memory.clone(), self.layout, event_idx, self.avail_idx).unwrap()
+    }
+
+    pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
+        self.memory.write(GuestAddress(address), bytes).unwrap();
+    }
+
+    pub(crate) fn read<const N: usize>(&self, address: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        self.memory.read(GuestAddress(address), &mut bytes).unwrap();
+        bytes
+    }
+
+    pub(crate) fn set_desc(&self, index: u16, desc: Desc) {
+        self.write(self.layout.desc.0 + 16 * u64::from(index), &desc.bytes());
+    }
+
+    /// Puts an indirect table anywhere.
+    pub(crate) fn set_table(&self, address: u64, table: &[Desc]) {
+        for (at, desc) in (address..).step_by(16).zip(table) {
+            self.write(at, &desc.bytes());
+        }
+    }
+
+    /// Makes a head available.
+    pub(crate) fn offer(&mut self, head: u16) {
+        let entry = u64::from(self.avail_idx % self.layout.size);
+        self.write(self.layout.avail.0 + 4 + 2 * entry, &head.to_le_bytes());
+        self.set_avail_idx(self.avail_idx.wrapping_add(1));
+    }
+
+    pub(crate) fn set_avail_idx(&mut self, index: u16) {
+        self.avail_idx = index;
+        self.write(self.layout.avail.0 + 2, &index.to_le_bytes());
+    }
+
+    pub(crate) fn set_avail_flags(&self, flags: u16) {
+        self.write(self.layout.avail.0, &flags.to_le_bytes());
+    }
+
+    pub(crate) fn set_used_event(&self, event: u16) {
+        let size = u64::from(self.layout.size);
+        self.write(self.layout.avail.0 + 4 + 2 * size, &event.to_le_bytes());
+    }
+
+    pub(crate) fn used_flags(&self) -> u16 {
+        u16::from_le_bytes(self.read(self.layout.used.0))
+    }
+
+    pub(crate) fn used_idx(&self) -> u16 {
+        u16::from_le_bytes(self.read(self.layout.used.0 + 2))
+    }
+
+    /// The used element that was written when `used.idx` was `index`: id and length.
+    pub(crate) fn used(&self, index: u16) -> (u32, u32) {
+        let at = self.layout.used.0 + 4 + 8 * u64::from(index % self.layout.size);
+        (u32::from_le_bytes(self.read(at)), u32::from_le_bytes(self.read(at + 4)))
+    }
+
+    pub(crate) fn avail_event(&self) -> u16 {
+        let size = u64::from(self.layout.size);
+        u16::from_le_bytes(self.read(self.layout.used.0 + 4 + 8 * size))
+    }
+}

@@ -1,0 +1,477 @@
+//! Guest memory: an immutable snapshot of the memory table, from guest addresses to host pointers.
+//!
+//! A snapshot never changes: adding or removing a region gives a new one. Whatever is in flight
+//! holds the `Arc` of the snapshot its pointers came from, and with it the mappings.
+//!
+//! The guest, the frontend and the kernel write this memory while it is looked at. So it is only
+//! touched through raw pointers, by volatile or atomic accesses or by system calls; no reference to
+//! it ever exists, and what is read once is checked in the copy.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::sync::Arc;
+
+use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{FileOffset, MmapRegion};
+
+pub use vm_memory::GuestAddress;
+
+use crate::sigbus::{Registration, SigbusError};
+
+/// Regions that one snapshot may hold. What QEMU calls memory slots: 509 is what the Linux kernel's
+/// KVM gives an x86 guest for its own use (512 less 3), and what vhost-user backends commonly
+/// answer to GET_MAX_MEM_SLOTS.
+pub const REGIONS_MAX: usize = 509;
+
+/// Pages of every file that is not on hugetlbfs.
+const PAGE_SIZE: u64 = 4096;
+
+/// A range of guest memory as the frontend describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionInfo {
+    /// Guest-physical address of its first byte.
+    pub guest_address: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// Address of its first byte in the frontend's own address space; ring addresses come in these
+    /// terms.
+    pub vmm_address: u64,
+    /// Where it begins in its file, in bytes.
+    pub file_offset: u64,
+}
+
+impl fmt::Display for RegionInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "guest address {:#x}, size {:#x}", self.guest_address, self.size)
+    }
+}
+
+/// Why a new snapshot could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// More than [`REGIONS_MAX`] regions.
+    #[error("memory table is full: {REGIONS_MAX} regions are the limit")]
+    TooManyRegions,
+    /// A size of 0.
+    #[error("memory region ({0}): size is 0")]
+    Empty(RegionInfo),
+    /// `field` plus the size does not fit.
+    #[error("memory region ({region}): {field} plus size overflows")]
+    Overflow {
+        /// The region that was to be added.
+        region: RegionInfo,
+        /// Which of its addresses.
+        field: &'static str,
+    },
+    /// Two regions share guest addresses or frontend addresses.
+    #[error("memory region ({new}) overlaps the region at ({old}) in its {field}")]
+    Overlap {
+        /// The region that was to be added.
+        new: RegionInfo,
+        /// The one that is there.
+        old: RegionInfo,
+        /// Which of the addresses overlap.
+        field: &'static str,
+    },
+    /// The file ends before the region does. Touching the rest would be SIGBUS.
+    #[error("memory region ({region}): its file has {found} bytes, the region needs {needed}")]
+    FileTooShort {
+        /// The region that was to be added.
+        region: RegionInfo,
+        /// Length of the file in bytes.
+        found: u64,
+        /// Offset plus size in bytes.
+        needed: u64,
+    },
+    /// The fd is nothing that memory can be mapped from.
+    #[error("memory region ({0}): its file descriptor is neither a file nor a character device")]
+    NotMappable(RegionInfo),
+    /// `fstat` failed.
+    #[error("memory region ({region}): cannot inspect its file: {source}")]
+    Inspect {
+        /// The region that was to be added.
+        region: RegionInfo,
+        /// What `fstat` said.
+        source: io::Error,
+    },
+    /// `mmap` failed.
+    #[error("memory region ({region}): cannot map its file at offset {:#x}: {source}", region.file_offset)]
+    Map {
+        /// The region that was to be added.
+        region: RegionInfo,
+        /// What `mmap` said.
+        source: MmapRegionError,
+    },
+    /// The mapping could not be guarded against SIGBUS.
+    #[error(transparent)]
+    Sigbus(#[from] SigbusError),
+    /// The region to be removed is not there.
+    #[error("no memory region ({0}) to remove")]
+    NoSuchRegion(RegionInfo),
+}
+
+/// A range of guest addresses that is not wholly inside the memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("guest address {address:#x}, {len} bytes: outside guest memory")]
+pub struct OutsideMemory {
+    /// First byte of the range.
+    pub address: u64,
+    /// Its length in bytes.
+    pub len: u64,
+}
+
+/// One mapped region. The fields drop in this order: the handler forgets the mapping before it
+/// goes.
+struct Region {
+    info: RegionInfo,
+    /// Host address of the region's first byte, inside `_mapping`.
+    host: *mut u8,
+    /// None for memory that is no file (tests).
+    registration: Option<Registration>,
+    _mapping: MmapRegion,
+}
+
+// SAFETY: `host` points into a mapping that the region owns; it is only handed out as a raw
+// pointer, and the accesses made through it are the ones the module comment allows from any thread.
+unsafe impl Send for Region {}
+// SAFETY: as above; nothing in a region changes after it was made.
+unsafe impl Sync for Region {}
+
+/// What a lookup needs of a region, side by side for all of them.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    start: u64,
+    len: u64,
+    host: *mut u8,
+}
+
+/// A snapshot of guest memory.
+pub struct Memory {
+    /// Ordered by guest address, like `spans`; kept for their mappings.
+    regions: Vec<Arc<Region>>,
+    spans: Box<[Span]>,
+}
+
+// SAFETY: the pointers in `spans` point into the mappings of `regions`, which are Send and Sync for
+// the same reason.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.regions.iter().map(|region| region.info)).finish()
+    }
+}
+
+impl Memory {
+    /// A snapshot without any memory.
+    pub fn empty() -> Self {
+        Self::from_sorted(Vec::new())
+    }
+
+    /// A snapshot of exactly these regions, each mapped from its file (SET_MEM_TABLE).
+    pub fn from_regions(
+        regions: impl IntoIterator<Item = (RegionInfo, File)>,
+    ) -> Result<Self, MemoryError> {
+        regions
+            .into_iter()
+            .try_fold(Self::empty(), |memory, (info, file)| memory.with_region(info, file))
+    }
+
+    /// This snapshot and one more region (ADD_MEM_REG). What is mapped already stays where it is.
+    pub fn with_region(&self, info: RegionInfo, file: File) -> Result<Self, MemoryError> {
+        self.check(info)?;
+        self.insert(Region::map(info, file)?)
+    }
+
+    /// This snapshot without the region of this guest address, size and frontend address
+    /// (REM_MEM_REG; the offset is not compared, since frontends leave it out).
+    pub fn without_region(&self, info: RegionInfo) -> Result<Self, MemoryError> {
+        let same = |region: &Arc<Region>| {
+            let known = region.info;
+            (known.guest_address, known.size, known.vmm_address)
+                == (info.guest_address, info.size, info.vmm_address)
+        };
+        let at = self.regions.iter().position(same).ok_or(MemoryError::NoSuchRegion(info))?;
+        let mut regions = self.regions.clone();
+        regions.remove(at);
+        Ok(Self::from_sorted(regions))
+    }
+
+    /// The regions, ordered by guest address.
+    pub fn regions(&self) -> impl Iterator<Item = RegionInfo> + '_ {
+        self.regions.iter().map(|region| region.info)
+    }
+
+    /// Whether a page of this memory was lost because its file was shortened: nothing read from it
+    /// since then may be trusted, and the session must end.
+    #[inline]
+    pub fn poisoned(&self) -> bool {
+        self.regions
+            .iter()
+            .any(|region| region.registration.as_ref().is_some_and(Registration::poisoned))
+    }
+
+    /// Where an address of the frontend's own address space is in the guest's (SET_VRING_ADDR).
+    pub fn vmm_va_to_gpa(&self, vmm_address: u64) -> Option<GuestAddress> {
+        self.regions.iter().find_map(|region| {
+            let offset = vmm_address.checked_sub(region.info.vmm_address)?;
+            (offset < region.info.size).then(|| GuestAddress(region.info.guest_address + offset))
+        })
+    }
+
+    /// Gives `each` the host memory behind `len` bytes at `address`, piece by piece in order: one
+    /// piece for each region that the range touches, none if it is empty. On an error some pieces
+    /// may have been given already.
+    ///
+    /// The pointers are good for as long as this snapshot lives.
+    #[inline]
+    pub fn host_ranges(
+        &self,
+        address: GuestAddress,
+        len: u64,
+        each: &mut impl FnMut(*mut u8, usize),
+    ) -> Result<(), OutsideMemory> {
+        let outside = OutsideMemory { address: address.0, len };
+        let (mut at, mut left) = (address.0, len);
+        while left > 0 {
+            let (host, available) = self.lookup(at).ok_or(outside)?;
+            let piece = left.min(available);
+            // A piece lies inside a mapping, so it fits.
+            each(host, usize::try_from(piece).map_err(|_| outside)?);
+            left -= piece;
+            // No overflow: regions end below 2^63.
+            at += piece;
+        }
+        Ok(())
+    }
+
+    /// The host memory behind `len` bytes at `address`, if one region holds them all.
+    #[inline]
+    pub fn contiguous(&self, address: GuestAddress, len: u64) -> Option<*mut u8> {
+        let (host, available) = self.lookup(address.0)?;
+        (len <= available).then_some(host)
+    }
+
+    /// Copies guest memory at `address` into `to`, reading each byte once.
+    #[inline]
+    pub fn read(&self, address: GuestAddress, to: &mut [u8]) -> Result<(), OutsideMemory> {
+        let mut rest = &mut *to;
+        let len = rest.len() as u64;
+        self.host_ranges(address, len, &mut |host, len| {
+            let (now, later) = std::mem::take(&mut rest).split_at_mut(len);
+            // SAFETY: host_ranges gives memory inside a mapping that `self` keeps.
+            unsafe { volatile_read(host, now) };
+            rest = later;
+        })
+    }
+
+    /// Copies `from` into guest memory at `address`. All or nothing: a range that is not wholly
+    /// inside stays untouched.
+    ///
+    /// With [`Memory::write_host`] this is the way of all that the processor, not the kernel,
+    /// writes into buffers.
+    #[inline]
+    pub fn write(&self, address: GuestAddress, from: &[u8]) -> Result<(), OutsideMemory> {
+        let len = from.len() as u64;
+        if self.contiguous(address, len).is_none() {
+            self.host_ranges(address, len, &mut |_, _| ())?;
+        }
+        let mut rest = from;
+        self.host_ranges(address, len, &mut |host, len| {
+            let (now, later) = rest.split_at(len);
+            // SAFETY: as in `read`.
+            unsafe { volatile_write(host, now) };
+            rest = later;
+        })
+    }
+
+    /// Copies `from` to host memory that came from [`Memory::host_ranges`] of this snapshot. False,
+    /// and nothing is written, if it is not inside it.
+    pub fn write_host(&self, host: *mut u8, from: &[u8]) -> bool {
+        let place = self.spans.iter().find_map(|span| {
+            let offset = host.addr().checked_sub(span.host.addr())?;
+            let left = span.len.checked_sub(offset as u64)?;
+            // SAFETY: the offset is inside the region's mapping.
+            (from.len() as u64 <= left).then(|| unsafe { span.host.add(offset) })
+        });
+        if let Some(place) = place {
+            // SAFETY: as many bytes are left of the region, whose mapping `self` keeps.
+            unsafe { volatile_write(place, from) };
+        }
+        place.is_some()
+    }
+
+    /// Host address of a guest address, and how many bytes of its region follow there.
+    #[inline]
+    fn lookup(&self, address: u64) -> Option<(*mut u8, u64)> {
+        let after = self.spans.partition_point(|span| span.start <= address);
+        let span = self.spans.get(after.checked_sub(1)?)?;
+        let offset = address - span.start;
+        if offset >= span.len {
+            return None;
+        }
+        // SAFETY: the offset is inside the region, whose mapping is `len` bytes long from `host`
+        // on.
+        let host = unsafe { span.host.add(usize::try_from(offset).ok()?) };
+        Some((host, span.len - offset))
+    }
+
+    /// Whether a region can join this snapshot.
+    fn check(&self, new: RegionInfo) -> Result<(), MemoryError> {
+        if new.size == 0 {
+            return Err(MemoryError::Empty(new));
+        }
+        if self.regions.len() >= REGIONS_MAX {
+            return Err(MemoryError::TooManyRegions);
+        }
+        let fields = [
+            ("guest address", new.guest_address),
+            ("frontend address", new.vmm_address),
+            ("file offset", new.file_offset),
+        ];
+        for (field, start) in fields {
+            // Half of the address space is room enough, and leaves every later sum without
+            // overflow.
+            if start.checked_add(new.size).is_none_or(|end| i64::try_from(end).is_err()) {
+                return Err(MemoryError::Overflow { region: new, field });
+            }
+        }
+        for old in self.regions() {
+            let overlap = |a: u64, b: u64| a < b + old.size && b < a + new.size;
+            if overlap(new.guest_address, old.guest_address) {
+                return Err(MemoryError::Overlap { new, old, field: "guest addresses" });
+            }
+            if overlap(new.vmm_address, old.vmm_address) {
+                return Err(MemoryError::Overlap { new, old, field: "frontend addresses" });
+            }
+        }
+        Ok(())
+    }
+
+    fn insert(&self, region: Region) -> Result<Self, MemoryError> {
+        let mut regions = self.regions.clone();
+        let at =
+            regions.partition_point(|other| other.info.guest_address < region.info.guest_address);
+        regions.insert(at, Arc::new(region));
+        Ok(Self::from_sorted(regions))
+    }
+
+    fn from_sorted(regions: Vec<Arc<Region>>) -> Self {
+        let span = |region: &Arc<Region>| Span {
+            start: region.info.guest_address,
+            len: region.info.size,
+            host: region.host,
+        };
+        let spans = regions.iter().map(span).collect();
+        Self { regions, spans }
+    }
+
+    /// Zeroed memory of this process only, for tests: no file, and so it runs under miri.
+    #[cfg(test)]
+    pub(crate) fn anonymous(ranges: &[(u64, usize)]) -> Self {
+        ranges.iter().fold(Self::empty(), |memory, &(guest_address, len)| {
+            let size = len as u64;
+            let info = RegionInfo {
+                guest_address,
+                size,
+                vmm_address: 1 << 40 | guest_address,
+                file_offset: 0,
+            };
+            memory.check(info).unwrap();
+            let mapping = MmapRegion::new(len).unwrap();
+            let host = mapping.as_ptr();
+            memory.insert(Region { info, host, registration: None, _mapping: mapping }).unwrap()
+        })
+    }
+}
+
+impl Region {
+    /// Maps a checked region from its file.
+    fn map(info: RegionInfo, file: File) -> Result<Self, MemoryError> {
+        let page = Self::page_size(info, &file)?;
+        // mmap wants the offset, and munmap of huge pages the length as well, in whole pages.
+        let skipped = info.file_offset % page;
+        let start = info.file_offset - skipped;
+        let len = (skipped + info.size).next_multiple_of(page);
+        let too_large = |_| MemoryError::Overflow { region: info, field: "file offset" };
+        let len = usize::try_from(len).map_err(too_large)?;
+        let mapping = MmapRegionBuilder::new(len)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::new(file, start))
+            .build()
+            .map_err(|source| MemoryError::Map { region: info, source })?;
+        let page = usize::try_from(page).map_err(too_large)?;
+        // SAFETY: the mapping is a file's, whole pages long, made here, and outlives the
+        // registration by the order of the fields; what guest memory holds is never relied on.
+        let registration = unsafe { Registration::new(mapping.as_ptr(), len, page)? };
+        let skipped = usize::try_from(skipped).map_err(too_large)?;
+        // SAFETY: less than the mapping's length.
+        let host = unsafe { mapping.as_ptr().add(skipped) };
+        Ok(Self { info, host, registration: Some(registration), _mapping: mapping })
+    }
+
+    /// The size of the file's pages, after the check that it is long enough for the region.
+    fn page_size(info: RegionInfo, file: &File) -> Result<u64, MemoryError> {
+        let metadata =
+            file.metadata().map_err(|source| MemoryError::Inspect { region: info, source })?;
+        let kind = metadata.file_type();
+        // A character device (DAX) has no length to compare with.
+        if !kind.is_file() && !kind.is_char_device() {
+            return Err(MemoryError::NotMappable(info));
+        }
+        let needed = info.file_offset + info.size;
+        if kind.is_file() && metadata.len() < needed {
+            return Err(MemoryError::FileTooShort { region: info, found: metadata.len(), needed });
+        }
+        let system = fstatfs(file)
+            .map_err(|errno| MemoryError::Inspect { region: info, source: errno.into() })?;
+        if system.filesystem_type() == HUGETLBFS_MAGIC {
+            return Ok(u64::try_from(system.block_size()).unwrap_or(PAGE_SIZE));
+        }
+        Ok(PAGE_SIZE)
+    }
+}
+
+/// Eight bytes at any alignment.
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Unaligned(u64);
+
+/// Reads 16 bytes at any alignment, each once.
+///
+/// # Safety
+/// `from` must be valid for 16 bytes of volatile reads.
+#[inline]
+pub(crate) unsafe fn volatile_read_16(from: *const u8) -> [u64; 2] {
+    let words = from.cast::<Unaligned>();
+    // SAFETY: the caller's promise; the type has alignment 1.
+    unsafe { [words.read_volatile().0, words.add(1).read_volatile().0].map(u64::from_le) }
+}
+
+/// Fills `to` from memory that others may write, reading each byte once.
+///
+/// # Safety
+/// `from` must be valid for `to.len()` bytes of volatile reads.
+pub(crate) unsafe fn volatile_read(from: *const u8, to: &mut [u8]) {
+    for (offset, byte) in to.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *byte = unsafe { from.add(offset).read_volatile() };
+    }
+}
+
+/// Writes `from` into memory that others may read.
+///
+/// # Safety
+/// `to` must be valid for `from.len()` bytes of volatile writes.
+unsafe fn volatile_write(to: *mut u8, from: &[u8]) {
+    for (offset, &byte) in from.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { to.add(offset).write_volatile(byte) };
+    }
+}

@@ -1,0 +1,561 @@
+//! The device's end of a split virtqueue (virtio 1.2, 2.7), little-endian (VERSION_1).
+//!
+//! The three parts of the ring are resolved to host pointers once, when the ring starts. The guest
+//! may be hostile: each value it can write is read once, by an atomic or volatile access, and
+//! checked in the copy. What cannot be answered by failing one request, because it says nothing
+//! about any request, is a [`RingError`], after which the ring is to be left alone.
+//!
+//! The way of a request: [`SplitQueue::pop`] gives a [`Head`], [`SplitQueue::chain`] walks its
+//! descriptors, [`SplitQueue::push`] consumes the head; [`SplitQueue::publish`] shows the guest all
+//! that was pushed since the last time.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering, fence};
+
+use virtio_bindings::virtio_ring::{
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
+
+use crate::memory::{GuestAddress, Memory, OutsideMemory, volatile_read_16};
+
+/// Largest queue (virtio 1.2, 2.7): what 16-bit indices can tell full from empty.
+pub const QUEUE_SIZE_MAX: u16 = 32768;
+
+/// Descriptors of one request, direct and indirect together. As many as one system call takes
+/// iovecs (IOV_MAX); the specification lets a device have "a reasonable limit" (2.7.4.1), and
+/// drivers keep to `seg_max` + 2.
+pub const CHAIN_DESCRIPTORS_MAX: u16 = 1024;
+
+/// VIRTQ_USED_F_NO_NOTIFY
+const NO_NOTIFY: u16 = 1;
+
+/// `size_of::<struct virtq_desc>()`.
+const DESCRIPTOR_SIZE: u32 = 16;
+
+/// Where the parts of a ring are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingLayout {
+    /// Number of entries, a power of two.
+    pub size: u16,
+    /// Descriptor table, 16 bytes an entry.
+    pub desc: GuestAddress,
+    /// Available ring: flags, idx, 2 bytes an entry, used_event.
+    pub avail: GuestAddress,
+    /// Used ring: flags, idx, 8 bytes an entry, avail_event.
+    pub used: GuestAddress,
+}
+
+/// The ring cannot be started, or can no longer be trusted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RingError {
+    /// The size is 0, no power of two, or more than [`QUEUE_SIZE_MAX`].
+    #[error("queue size {found}: not a power of two from 1 to {QUEUE_SIZE_MAX}")]
+    Size {
+        /// What the frontend set.
+        found: u16,
+    },
+    /// A part of the ring is not wholly inside one region of guest memory.
+    #[error(
+        "{part} at guest address {address:#x}, {len} bytes: not inside one region of guest memory"
+    )]
+    Place {
+        /// Which part.
+        part: &'static str,
+        /// Its guest address.
+        address: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// A part of the ring is not aligned as section 2.7 asks.
+    #[error("{part} at guest address {address:#x}: not aligned to {align} bytes")]
+    Alignment {
+        /// Which part.
+        part: &'static str,
+        /// Its guest address.
+        address: u64,
+        /// What it must be a multiple of.
+        align: usize,
+    },
+    /// `avail.idx` is further ahead than the ring has entries.
+    #[error("avail.idx {found} is more than the queue size {size} ahead of {next}")]
+    AvailIndex {
+        /// What the guest wrote.
+        found: u16,
+        /// The next entry this device would have taken.
+        next: u16,
+        /// Entries of the ring.
+        size: u16,
+    },
+    /// An entry of the available ring names no descriptor.
+    #[error("available ring names descriptor {found}, the table has {size}")]
+    Head {
+        /// What the guest wrote.
+        found: u16,
+        /// Entries of the descriptor table.
+        size: u16,
+    },
+    /// More requests are in flight than the ring has descriptors, so at least one descriptor is in
+    /// two of them.
+    #[error(
+        "{size} requests are in flight, as many as there are descriptors, and the guest offers another"
+    )]
+    InFlight {
+        /// Entries of the descriptor table.
+        size: u16,
+    },
+}
+
+/// The first descriptor of a request that the guest made available and that is not answered yet.
+/// Only [`SplitQueue::push`] consumes it.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a head that is not pushed is a request that the guest waits for in vain"]
+pub struct Head(u16);
+
+impl Head {
+    /// Its place in the descriptor table.
+    pub fn index(&self) -> u16 {
+        self.0
+    }
+}
+
+/// A started ring.
+#[derive(Debug)]
+pub struct SplitQueue {
+    memory: Arc<Memory>,
+    size: u16,
+    event_idx: bool,
+    desc: *const u8,
+    avail: *const u8,
+    used: *mut u8,
+    /// The next entry of the available ring to take.
+    next_avail: u16,
+    /// `avail.idx` as last seen; entries before it may be taken without looking again.
+    seen_avail: u16,
+    /// Where the next used entry goes.
+    next_used: u16,
+    /// `used.idx` as the guest sees it.
+    published: u16,
+    /// Heads popped and not pushed.
+    in_flight: u16,
+    /// `used.flags` asks the guest not to kick (only without EVENT_IDX).
+    quiet: bool,
+}
+
+// SAFETY: the pointers point into mappings that `memory` keeps, which do not belong to a thread.
+unsafe impl Send for SplitQueue {}
+
+impl SplitQueue {
+    /// Starts on a ring that may be in the middle of its life: the first entry to take is
+    /// `next_avail`, the first used entry to write is where the ring's own `used.idx` stands.
+    pub fn new(
+        memory: Arc<Memory>,
+        layout: RingLayout,
+        event_idx: bool,
+        next_avail: u16,
+    ) -> Result<Self, RingError> {
+        let size = layout.size;
+        if !size.is_power_of_two() || size > QUEUE_SIZE_MAX {
+            return Err(RingError::Size { found: size });
+        }
+        let entries = u64::from(size);
+        let desc = place(
+            &memory,
+            "descriptor table",
+            layout.desc,
+            u64::from(DESCRIPTOR_SIZE) * entries,
+            16,
+        )?;
+        // The event fields are counted in even when EVENT_IDX is off, as section 2.7 does.
+        let avail = place(&memory, "available ring", layout.avail, 6 + 2 * entries, 2)?;
+        let used = place(&memory, "used ring", layout.used, 6 + 8 * entries, 4)?;
+        let mut queue = Self {
+            memory,
+            size,
+            event_idx,
+            desc,
+            avail,
+            used,
+            next_avail,
+            seen_avail: next_avail,
+            next_used: 0,
+            published: 0,
+            in_flight: 0,
+            quiet: false,
+        };
+        queue.next_used = load(queue.used_idx_ptr(), Ordering::Acquire);
+        queue.published = queue.next_used;
+        // A predecessor may have left it at 1; with EVENT_IDX it must be 0 (2.7.10.1).
+        store(queue.used_flags_ptr(), 0, Ordering::Relaxed);
+        Ok(queue)
+    }
+
+    /// Takes the next request that the guest made available.
+    #[inline]
+    pub fn pop(&mut self) -> Result<Option<Head>, RingError> {
+        if self.next_avail == self.seen_avail && !self.look()? {
+            return Ok(None);
+        }
+        if self.in_flight >= self.size {
+            return Err(RingError::InFlight { size: self.size });
+        }
+        let entry = self.next_avail & (self.size - 1);
+        // Relaxed: ordered behind the load of avail.idx in `look`.
+        let head = load(self.avail_ptr(2 + usize::from(entry)), Ordering::Relaxed);
+        if head >= self.size {
+            return Err(RingError::Head { found: head, size: self.size });
+        }
+        self.next_avail = self.next_avail.wrapping_add(1);
+        self.in_flight += 1;
+        Ok(Some(Head(head)))
+    }
+
+    /// Reads `avail.idx` again. True: there is something to take.
+    #[inline]
+    fn look(&mut self) -> Result<bool, RingError> {
+        // Acquire: the entries and descriptors before the index are read after it.
+        let found = load(self.avail_ptr(1), Ordering::Acquire);
+        let ahead = found.wrapping_sub(self.next_avail);
+        if ahead > self.size {
+            return Err(RingError::AvailIndex { found, next: self.next_avail, size: self.size });
+        }
+        self.seen_avail = found;
+        Ok(ahead != 0)
+    }
+
+    /// Whether [`SplitQueue::pop`] would not answer `Ok(None)`. For a worker that spins.
+    #[inline]
+    pub fn has_work(&self) -> bool {
+        self.next_avail != self.seen_avail
+            || load(self.avail_ptr(1), Ordering::Relaxed) != self.next_avail
+    }
+
+    /// The descriptors of a request. Walk it once: the guest may change it between two walks.
+    #[inline]
+    pub fn chain(&self, head: &Head) -> Chain<'_> {
+        Chain {
+            memory: &self.memory,
+            table: Table::Host(self.desc),
+            len: u32::from(self.size),
+            next: Some(head.0),
+            left: CHAIN_DESCRIPTORS_MAX,
+            indirect: false,
+        }
+    }
+
+    /// Answers a request: `written` is what the device wrote into its device-writable buffers, in
+    /// bytes from their start. The guest sees it after the next [`SplitQueue::publish`].
+    #[inline]
+    pub fn push(&mut self, head: Head, written: u32) {
+        let entry = usize::from(self.next_used & (self.size - 1));
+        // SAFETY: `used` holds 4 bytes and `size` elements of 8, 4-byte aligned, inside the
+        // mapping.
+        unsafe {
+            let element = self.used.add(4 + 8 * entry).cast::<u32>();
+            element.write_volatile(u32::from(head.0).to_le());
+            element.add(1).write_volatile(written.to_le());
+        }
+        self.next_used = self.next_used.wrapping_add(1);
+        // Saturating: a head of another queue is a bug, but none that may corrupt this one's count.
+        self.in_flight = self.in_flight.saturating_sub(1);
+    }
+
+    /// Shows the guest what was pushed since the last time, and says whether it wants to be
+    /// notified of that.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        let (old, new) = (self.published, self.next_used);
+        if old == new {
+            return false;
+        }
+        // Release: the elements, and the data and status bytes before them, are visible before the
+        // index.
+        store(self.used_idx_ptr(), new, Ordering::Release);
+        self.published = new;
+        // The guest arms its notification, then looks at used.idx; the index goes first here
+        // (2.7.7.2, 2.7.14).
+        fence(Ordering::SeqCst);
+        if self.event_idx {
+            let event = load(self.avail_ptr(2 + usize::from(self.size)), Ordering::Relaxed);
+            // One of the entries old..new went to place `event`.
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            u32::from(load(self.avail_ptr(0), Ordering::Relaxed)) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        }
+    }
+
+    /// Asks the guest not to kick. A hint; with EVENT_IDX there is nothing to say, since
+    /// `avail_event` stays behind.
+    #[inline]
+    pub fn disable_notifications(&mut self) {
+        if !self.event_idx && !self.quiet {
+            self.quiet = true;
+            store(self.used_flags_ptr(), NO_NOTIFY, Ordering::Relaxed);
+        }
+    }
+
+    /// Asks the guest to kick for the next request it makes available. True: there is one already,
+    /// for which no kick may come; look before you sleep.
+    #[inline]
+    pub fn enable_notifications(&mut self) -> bool {
+        if self.event_idx {
+            // Not `avail.idx`: what was made available since is to be noticed below.
+            store(self.avail_event_ptr(), self.next_avail, Ordering::Relaxed);
+        } else if self.quiet {
+            self.quiet = false;
+            store(self.used_flags_ptr(), 0, Ordering::Relaxed);
+        }
+        // The guest writes avail.idx, then looks whether to kick; the wish goes first here
+        // (2.7.13.4.1).
+        fence(Ordering::SeqCst);
+        self.has_work()
+    }
+
+    /// The next entry of the available ring that would be taken: where a successor goes on.
+    pub fn next_avail(&self) -> u16 {
+        self.next_avail
+    }
+
+    /// `used.idx` as the guest sees it.
+    pub fn used_idx(&self) -> u16 {
+        self.published
+    }
+
+    /// Requests that were popped and are not pushed.
+    pub fn in_flight(&self) -> u16 {
+        self.in_flight
+    }
+
+    /// The snapshot that this ring is in.
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// 16-bit field `index` of the available ring: flags, idx, `size` entries, used_event.
+    #[inline]
+    fn avail_ptr(&self, index: usize) -> *mut u16 {
+        debug_assert!(index <= 2 + usize::from(self.size));
+        // SAFETY: the part has 3 + size fields, all inside the mapping.
+        unsafe { self.avail.cast::<u16>().add(index).cast_mut() }
+    }
+
+    #[inline]
+    fn used_flags_ptr(&self) -> *mut u16 {
+        self.used.cast()
+    }
+
+    #[inline]
+    fn used_idx_ptr(&self) -> *mut u16 {
+        // SAFETY: the part has at least 6 bytes.
+        unsafe { self.used.add(2).cast() }
+    }
+
+    #[inline]
+    fn avail_event_ptr(&self) -> *mut u16 {
+        // SAFETY: the part has 6 bytes and 8 for each entry; this field is the last 2 of them.
+        unsafe { self.used.add(4 + 8 * usize::from(self.size)).cast() }
+    }
+}
+
+/// Resolves a part of the ring.
+fn place(
+    memory: &Memory,
+    part: &'static str,
+    at: GuestAddress,
+    len: u64,
+    align: usize,
+) -> Result<*mut u8, RingError> {
+    let host = memory.contiguous(at, len).ok_or(RingError::Place { part, address: at.0, len })?;
+    // The host's address counts: a region may begin anywhere in the guest's.
+    if !host.addr().is_multiple_of(align) || !at.0.is_multiple_of(align as u64) {
+        return Err(RingError::Alignment { part, address: at.0, align });
+    }
+    Ok(host)
+}
+
+/// Loads a 16-bit field of the ring. All of them are resolved by [`place`].
+#[inline]
+fn load(field: *mut u16, order: Ordering) -> u16 {
+    // SAFETY: `place` checked that the part it is in lies in a mapping that the queue keeps and
+    // that it is aligned; the other side uses atomic accesses of this size or is a guest that
+    // deserves what it reads.
+    u16::from_le(unsafe { AtomicU16::from_ptr(field) }.load(order))
+}
+
+/// Stores a 16-bit field of the used ring.
+#[inline]
+fn store(field: *mut u16, value: u16, order: Ordering) {
+    // SAFETY: as in `load`.
+    unsafe { AtomicU16::from_ptr(field) }.store(value.to_le(), order);
+}
+
+/// One buffer of a request. Nothing about it is checked but the shape of the chain it is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Descriptor {
+    /// Guest address of its first byte.
+    pub address: GuestAddress,
+    /// Its length in bytes. The guest may say 0.
+    pub len: u32,
+    /// The device writes it; else it reads it.
+    pub writable: bool,
+}
+
+/// A chain whose buffers cannot be known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChainError {
+    /// A NEXT that leads out of its table.
+    #[error("next descriptor {next}, the table has {len}")]
+    Next {
+        /// What the guest wrote.
+        next: u16,
+        /// Entries of the table.
+        len: u32,
+    },
+    /// More than [`CHAIN_DESCRIPTORS_MAX`] descriptors, as a loop has.
+    #[error("more than {CHAIN_DESCRIPTORS_MAX} descriptors: a loop, or a chain too long")]
+    TooLong,
+    /// INDIRECT in an indirect table.
+    #[error("indirect descriptor in an indirect table")]
+    NestedIndirect,
+    /// INDIRECT together with NEXT.
+    #[error("descriptor is indirect and has a next one")]
+    IndirectNext,
+    /// The length of an indirect table is 0 or no multiple of 16.
+    #[error("indirect table of {len} bytes")]
+    IndirectLength {
+        /// What the guest wrote.
+        len: u32,
+    },
+    /// The descriptor to read is not in guest memory.
+    #[error("indirect table: {0}")]
+    IndirectOutside(OutsideMemory),
+}
+
+/// A table of descriptors.
+#[derive(Clone, Copy, Debug)]
+enum Table {
+    /// All of it inside one mapping.
+    Host(*const u8),
+    /// An indirect table that goes over the border of two regions.
+    Guest(GuestAddress),
+}
+
+/// Walks the descriptors of a request, copying each once. Ends after the last one or after an
+/// error.
+#[derive(Debug)]
+pub struct Chain<'a> {
+    memory: &'a Memory,
+    table: Table,
+    /// Entries of `table`.
+    len: u32,
+    next: Option<u16>,
+    /// Descriptors that may still come, direct and indirect ones together. What ends a loop.
+    left: u16,
+    indirect: bool,
+}
+
+impl Iterator for Chain<'_> {
+    type Item = Result<Descriptor, ChainError>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Self::Item> {
+        let index = self.next.take()?;
+        Some(self.step(index))
+    }
+}
+
+impl Chain<'_> {
+    /// Descriptor `index`, or the first one of the indirect table it refers to.
+    #[inline]
+    fn step(&mut self, index: u16) -> Result<Descriptor, ChainError> {
+        let mut raw = self.read(index)?;
+        if raw.has(VRING_DESC_F_INDIRECT) {
+            self.enter(&raw)?;
+            raw = self.read(0)?;
+            if raw.has(VRING_DESC_F_INDIRECT) {
+                return Err(ChainError::NestedIndirect);
+            }
+        }
+        self.next = raw.has(VRING_DESC_F_NEXT).then_some(raw.next);
+        let writable = raw.has(VRING_DESC_F_WRITE);
+        Ok(Descriptor { address: GuestAddress(raw.address), len: raw.len, writable })
+    }
+
+    /// Goes over to the indirect table that `raw` refers to. Its WRITE flag says nothing
+    /// (2.7.5.3.2).
+    fn enter(&mut self, raw: &RawDescriptor) -> Result<(), ChainError> {
+        if self.indirect {
+            return Err(ChainError::NestedIndirect);
+        }
+        if raw.has(VRING_DESC_F_NEXT) {
+            return Err(ChainError::IndirectNext);
+        }
+        if raw.len == 0 || !raw.len.is_multiple_of(DESCRIPTOR_SIZE) {
+            return Err(ChainError::IndirectLength { len: raw.len });
+        }
+        let start = GuestAddress(raw.address);
+        let host = self.memory.contiguous(start, u64::from(raw.len));
+        self.table = host.map_or(Table::Guest(start), |host| Table::Host(host));
+        self.len = raw.len / DESCRIPTOR_SIZE;
+        self.indirect = true;
+        Ok(())
+    }
+
+    /// Copies descriptor `index` of the table.
+    #[inline]
+    fn read(&mut self, index: u16) -> Result<RawDescriptor, ChainError> {
+        if u32::from(index) >= self.len {
+            return Err(ChainError::Next { next: index, len: self.len });
+        }
+        self.left = self.left.checked_sub(1).ok_or(ChainError::TooLong)?;
+        let offset = u32::from(index) * DESCRIPTOR_SIZE;
+        match self.table {
+            Table::Host(host) => {
+                // SAFETY: the table has `len` entries of 16 bytes inside a mapping of `memory`.
+                let words = unsafe { volatile_read_16(host.add(offset as usize)) };
+                Ok(RawDescriptor::from_words(words))
+            }
+            Table::Guest(start) => {
+                let outside =
+                    OutsideMemory { address: start.0, len: u64::from(self.len * DESCRIPTOR_SIZE) };
+                let address = start.0.checked_add(u64::from(offset)).ok_or(outside);
+                let mut words = [[0; 8]; 2];
+                address
+                    .and_then(|address| {
+                        self.memory.read(GuestAddress(address), words.as_flattened_mut())
+                    })
+                    .map_err(ChainError::IndirectOutside)?;
+                Ok(RawDescriptor::from_words(words.map(u64::from_le_bytes)))
+            }
+        }
+    }
+}
+
+/// `struct virtq_desc`, a copy.
+#[derive(Clone, Copy, Debug)]
+struct RawDescriptor {
+    address: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl RawDescriptor {
+    #[inline]
+    fn from_words([address, rest]: [u64; 2]) -> Self {
+        let [l0, l1, l2, l3, f0, f1, n0, n1] = rest.to_le_bytes();
+        Self {
+            address,
+            len: u32::from_le_bytes([l0, l1, l2, l3]),
+            flags: u16::from_le_bytes([f0, f1]),
+            next: u16::from_le_bytes([n0, n1]),
+        }
+    }
+
+    #[inline]
+    fn has(&self, flag: u32) -> bool {
+        u32::from(self.flags) & flag != 0
+    }
+}
+
+#[cfg(test)]
+mod tests;

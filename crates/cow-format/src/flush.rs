@@ -1,0 +1,126 @@
+//! The order of a flush, by types: data is synced before the bits that speak of it are written, and these are
+//! synced before the flush is complete (DESIGN section 3, rule 2).
+//!
+//! ```text
+//! FlushPass::begin        snapshot of the dirty pages
+//!   AwaitSync::synced     → Next::Complete            nothing was dirty: one sync was enough
+//!                         → Next::Write(WritePages)   the data is durable, the bits may follow
+//!   WritePages::written   snapshot of the next batch; → AwaitSync: the bits are not durable yet
+//! ```
+//!
+//! The machine does no I/O. The caller syncs and writes, and says so; it never runs two passes at once. Writers
+//! go on meanwhile: what they set after the snapshot stays dirty and belongs to the next pass.
+
+use crate::bitmap::{BITMAP_PAGE, Bitmap};
+use crate::geometry::Geometry;
+use crate::units::ByteOffset;
+
+/// Bitmap pages in one snapshot: 1 MiB of memory, 4 GiB of disk. With more dirty pages the pass goes in
+/// batches, each sharing its data sync with the sync that completes the one before.
+pub const FLUSH_BATCH_PAGES: usize = 256;
+
+/// What all states hold. Dropped before it is complete, it marks its pages dirty again.
+#[derive(Debug)]
+struct Pass<'a> {
+    bitmap: &'a Bitmap,
+    geometry: &'a Geometry,
+    /// Where to look for the next batch. It only goes up, so that a pass ends however much is written meanwhile.
+    next_page: u64,
+    /// Pages that were written but not synced.
+    unsynced: Vec<u64>,
+    /// Pages whose bytes are in `bytes`, not yet written.
+    pages: Vec<u64>,
+    bytes: Vec<u8>,
+}
+
+/// One flush of a COW file's durable bitmap.
+#[derive(Debug)]
+pub struct FlushPass;
+
+/// The caller must sync the file now, data and length (fdatasync).
+#[derive(Debug)]
+#[must_use = "a flush is complete only at Next::Complete"]
+pub struct AwaitSync<'a>(Pass<'a>);
+
+/// The data is durable; the caller must write these pages now.
+#[derive(Debug)]
+#[must_use = "a flush is complete only at Next::Complete"]
+pub struct WritePages<'a>(Pass<'a>);
+
+/// What to do after a sync.
+#[derive(Debug)]
+pub enum Next<'a> {
+    /// Write these pages of the bitmap.
+    Write(WritePages<'a>),
+    /// Everything that was written and inserted before the pass began is durable.
+    Complete,
+}
+
+/// Some neighbouring pages of the durable bitmap, as one write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BitmapWrite<'a> {
+    /// Where in the file.
+    pub at: ByteOffset,
+    /// What to write there; not empty.
+    pub bytes: &'a [u8],
+}
+
+impl FlushPass {
+    /// Takes a snapshot of the dirty pages of `bitmap`. The caller then syncs.
+    pub fn begin<'a>(bitmap: &'a Bitmap, geometry: &'a Geometry) -> AwaitSync<'a> {
+        let (pages, bytes) = (Vec::new(), Vec::new());
+        let mut pass = Pass { bitmap, geometry, next_page: 0, unsynced: Vec::new(), pages, bytes };
+        pass.snapshot();
+        AwaitSync(pass)
+    }
+}
+
+impl<'a> AwaitSync<'a> {
+    /// To be called when a sync that began after this state was reached has succeeded. After a failed one drop
+    /// the pass, and let no later sync of this file count: the kernel may have thrown the data away.
+    pub fn synced(mut self) -> Next<'a> {
+        self.0.unsynced.clear();
+        if self.0.pages.is_empty() { Next::Complete } else { Next::Write(WritePages(self.0)) }
+    }
+}
+
+impl<'a> WritePages<'a> {
+    /// The writes to make, in ascending order. Any order is good.
+    pub fn writes(&self) -> impl Iterator<Item = BitmapWrite<'_>> {
+        let pass = &self.0;
+        let mut from = 0;
+        pass.pages.chunk_by(|a, b| a + 1 == *b).map(move |run| {
+            let (first, last) = (run[0], run[run.len() - 1]);
+            let len = (run.len() - 1) * BITMAP_PAGE + pass.geometry.bitmap_page_len(last);
+            let bytes = &pass.bytes[from..from + len];
+            from += run.len() * BITMAP_PAGE;
+            BitmapWrite { at: pass.geometry.page_at(first), bytes }
+        })
+    }
+
+    /// To be called when all writes have succeeded. If one failed, drop the pass: its pages are dirty again and
+    /// a later pass may try them.
+    pub fn written(mut self) -> AwaitSync<'a> {
+        std::mem::swap(&mut self.0.unsynced, &mut self.0.pages);
+        self.0.snapshot();
+        AwaitSync(self.0)
+    }
+}
+
+impl Pass<'_> {
+    fn snapshot(&mut self) {
+        self.pages.clear();
+        self.next_page = self.bitmap.take_dirty(self.next_page, FLUSH_BATCH_PAGES, &mut self.pages);
+        self.bytes.resize(self.pages.len() * BITMAP_PAGE, 0);
+        for (&page, bytes) in self.pages.iter().zip(self.bytes.as_chunks_mut().0) {
+            self.bitmap.render_page(page, bytes);
+        }
+    }
+}
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        self.bitmap.put_back_dirty(&self.unsynced);
+        self.bitmap.put_back_dirty(&self.pages);
+    }
+}

@@ -1,0 +1,46 @@
+//! What a COW file says about itself.
+
+mod error;
+pub mod uml;
+mod uml_raw;
+
+pub use error::{Field, HeaderError, Part};
+pub use uml::UmlHeader;
+
+use crate::geometry::Geometry;
+
+/// Bytes at the start of a file that hold any header; give [`Header::check`] these, or the whole of a shorter file.
+pub const HEADER_PREFIX_LEN: usize = 8192;
+
+/// A checked header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Header {
+    /// User Mode Linux's.
+    Uml(UmlHeader),
+}
+
+impl Header {
+    /// Checks the header of a file of `file_len` bytes that begins with `prefix`
+    /// (the first [`HEADER_PREFIX_LEN`] bytes, or all of a shorter file). The format is told by the magic alone.
+    pub fn check(prefix: &[u8], file_len: u64) -> Result<Self, HeaderError> {
+        if prefix.len() < 8 {
+            return Err(HeaderError::Truncated {
+                part: Part::Header,
+                found: prefix.len() as u64,
+                expected: 8,
+            });
+        }
+        if uml::has_magic(prefix) {
+            return UmlHeader::check(prefix, file_len).map(Self::Uml);
+        }
+        Err(HeaderError::NotCow { found: prefix[..8].to_vec() })
+    }
+
+    /// Where bitmap and data stand.
+    pub fn geometry(&self) -> &Geometry {
+        match self {
+            Self::Uml(header) => header.geometry(),
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! What a bitmap costs, in bytes asked of the allocator. Alone in its file: the count is of the whole process.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use cow_format::{Bitmap, Sector, SectorCount, SectorRange};
+
+struct Counting;
+
+static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call goes on to the system allocator with its own arguments; only a counter is kept beside it.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATED.fetch_add(layout.size(), Ordering::Relaxed);
+        // SAFETY: the caller keeps `alloc`'s contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        ALLOCATED.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: the caller keeps `dealloc`'s contract.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The bytes that are held when `make` is done, beyond what was held before.
+fn held<T>(make: impl FnOnce() -> T) -> usize {
+    let before = ALLOCATED.load(Ordering::Relaxed);
+    let value = make();
+    let after = ALLOCATED.load(Ordering::Relaxed);
+    drop(value);
+    after - before
+}
+
+fn insert_4k(bitmap: &Bitmap, block: u64) {
+    bitmap.insert(SectorRange::new(Sector::new(block * 8), SectorCount::new(8)).unwrap());
+}
+
+// One test, so that no other thread of the harness allocates meanwhile.
+#[test]
+fn memory_follows_what_is_written() {
+    let empty = held(|| Bitmap::new(SectorCount::covering(1 << 40)));
+    assert!(empty < 200 << 10, "1 TiB, empty: {empty} bytes");
+
+    let scattered = held(|| {
+        let bitmap = Bitmap::new(SectorCount::covering(100 << 30));
+        // 1 GiB in pieces of 4 KiB, evenly scattered: each of the 6400 chunks is touched.
+        let blocks = (100u64 << 30) / 4096;
+        let step = blocks / (1 << 18);
+        (0..1 << 18).for_each(|n| insert_4k(&bitmap, n * step));
+        assert_eq!(bitmap.present().get(), 8 << 18);
+        bitmap
+    });
+    assert!(scattered < 6 << 20, "100 GiB with 1 GiB in scattered 4 KiB writes: {scattered} bytes");
+
+    let whole = held(|| {
+        let bitmap = Bitmap::new(SectorCount::covering(1 << 40));
+        bitmap.insert(SectorRange::new(Sector::new(0), bitmap.sectors()).unwrap());
+        bitmap
+    });
+    assert!(whole < 4 << 20, "1 TiB, all present: {whole} bytes");
+    println!(
+        "bitmap bytes: 1 TiB empty {empty}, 100 GiB scattered {scattered}, 1 TiB full {whole}"
+    );
+}

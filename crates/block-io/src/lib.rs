@@ -1,1 +1,8 @@
-//! Storage under the formats: files, memory, a simulated disk, io_uring.
+//! Storage under the formats: real files, a simulated disk that loses power, locks, and the disk that daemon and
+//! tool share.
+
+pub mod file;
+mod lock;
+mod mem;
+pub mod sim;
+pub mod storage;

@@ -1,0 +1,424 @@
+//! Real files: [`File`] and the real system, [`Host`].
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use cow_format::ByteOffset;
+use cow_format::identity::Timestamp;
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, RenameFlags, fallocate, renameat2};
+use nix::unistd::{Whence, fdatasync, linkat, lseek64};
+
+use crate::lock::{LockRange, try_lock};
+use crate::storage::{
+    Access, BootId, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage,
+};
+
+/// What direct I/O must be aligned to where the kernel does not say (statx has said since Linux 6.1): no disk wants more.
+const DIRECT_ALIGN_DEFAULT: u32 = 4096;
+/// Zeros that are written in place of a hole on a file system that cannot punch one.
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// A real file: a description that goes through the page cache, and maybe a second one that bypasses it.
+///
+/// Every method here uses the buffered one; the direct one is for the worker's data, see [`File::direct`].
+#[derive(Debug)]
+pub struct File {
+    buffered: fs::File,
+    direct: Option<Direct>,
+    kind: FileKind,
+}
+
+/// The second description.
+#[derive(Debug)]
+struct Direct {
+    file: fs::File,
+    align: DirectAlign,
+}
+
+/// What a direct transfer must be aligned to, in bytes; both are powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirectAlign {
+    /// The memory address of each piece.
+    pub memory: u32,
+    /// The offset in the file and the length of each piece.
+    pub offset: u32,
+}
+
+impl File {
+    fn new(buffered: fs::File) -> io::Result<Self> {
+        let kind = kind_of(&buffered.metadata()?);
+        Ok(File { buffered, direct: None, kind })
+    }
+
+    /// The description that goes through the page cache. It carries the lock: register it in every ring.
+    pub fn buffered(&self) -> BorrowedFd<'_> {
+        self.buffered.as_fd()
+    }
+
+    /// The description that bypasses the page cache (`O_DIRECT`) and what it asks of each transfer. It carries a lock
+    /// of its own: register it in every ring that uses it. Pieces that do not fit its alignment go through
+    /// [`File::buffered`]; the kernel keeps the two coherent.
+    pub fn direct(&self) -> Option<(BorrowedFd<'_>, DirectAlign)> {
+        self.direct.as_ref().map(|direct| (direct.file.as_fd(), direct.align))
+    }
+
+    /// Zeros by writing them, for a file system without holes.
+    fn write_zeros(&self, at: ByteOffset, len: u64) -> io::Result<()> {
+        let (mut at, mut left) = (at.get(), len);
+        while left > 0 {
+            let n = usize::try_from(left).map_or(ZEROS.len(), |left| left.min(ZEROS.len()));
+            self.buffered.write_all_at(&ZEROS[..n], at)?;
+            at += n as u64;
+            left -= n as u64;
+        }
+        Ok(())
+    }
+
+    fn fallocate_or_zeros(&self, mode: FallocateFlags, at: ByteOffset, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let (start, length) = (off_t(at.get())?, off_t(len)?);
+        loop {
+            return match fallocate(&self.buffered, mode, start, length) {
+                Ok(()) => Ok(()),
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => self.write_zeros(at, len),
+                Err(errno) => Err(errno.into()),
+            };
+        }
+    }
+}
+
+impl AsFd for File {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.buffered()
+    }
+}
+
+impl Storage for File {
+    fn read_at(&self, buf: &mut [u8], at: ByteOffset) -> io::Result<usize> {
+        let mut done = 0;
+        while done < buf.len() {
+            match self.buffered.read_at(&mut buf[done..], at.get() + done as u64) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
+                Err(err) => return Err(err),
+            }
+        }
+        Ok(done)
+    }
+
+    fn write_all_at(&self, buf: &[u8], at: ByteOffset) -> io::Result<()> {
+        self.buffered.write_all_at(buf, at.get())
+    }
+
+    fn punch(&self, at: ByteOffset, len: u64) -> io::Result<()> {
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        self.fallocate_or_zeros(mode, at, len)
+    }
+
+    fn zero_keep_allocated(&self, at: ByteOffset, len: u64) -> io::Result<()> {
+        let mode = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        self.fallocate_or_zeros(mode, at, len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        fdatasync(&self.buffered).map_err(Into::into)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.buffered.set_len(len)
+    }
+
+    fn next_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>> {
+        let from = off_t(from.get())?;
+        let start = match lseek64(&self.buffered, from, Whence::SeekData) {
+            Ok(start) => start,
+            Err(Errno::ENXIO) => return Ok(None),
+            // No holes here (a block device, an old file system): everything is data.
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => {
+                let end = self.len()?;
+                let from = from.unsigned_abs();
+                return Ok((from < end).then_some(from..end));
+            }
+            Err(errno) => return Err(errno.into()),
+        };
+        let end = lseek64(&self.buffered, start, Whence::SeekHole)?;
+        Ok(Some(start.unsigned_abs()..end.unsigned_abs()))
+    }
+
+    fn stat(&self) -> io::Result<FileStat> {
+        let meta = self.buffered.metadata()?;
+        let size = match self.kind {
+            FileKind::BlockDevice => lseek64(&self.buffered, 0, Whence::SeekEnd)?.unsigned_abs(),
+            _ => meta.size(),
+        };
+        let nanos = u32::try_from(meta.mtime_nsec()).ok();
+        let mtime = nanos.and_then(|nanos| Timestamp::new(meta.mtime(), nanos));
+        let born = meta.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        Ok(FileStat {
+            id: FileId { dev: meta.dev(), ino: meta.ino() },
+            kind: self.kind,
+            size,
+            mtime: mtime
+                .ok_or_else(|| io::Error::other("mtime with a second or more of nanoseconds"))?,
+            born: born.and_then(|d| Timestamp::new(d.as_secs().cast_signed(), d.subsec_nanos())),
+            allocated: meta.blocks() * 512,
+        })
+    }
+
+    fn try_lock(&self, kind: LockKind) -> Result<(), LockError> {
+        let Some(direct) = &self.direct else {
+            return try_lock(&self.buffered, kind, LockRange::Whole);
+        };
+        try_lock(&self.buffered, kind, LockRange::Buffered)?;
+        try_lock(&direct.file, kind, LockRange::Direct)
+    }
+}
+
+/// The real system.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Host;
+
+impl Env for Host {
+    type File = File;
+
+    fn open(&self, path: &Path, access: Access) -> io::Result<File> {
+        // O_NONBLOCK: opening a pipe by mistake must not wait for its other end. It means nothing to files and disks.
+        File::new(open_options(access).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?)
+    }
+
+    fn with_direct(&self, mut file: File, access: Access) -> io::Result<File> {
+        // By descriptor, not by name: exactly the same inode.
+        let direct = open_options(access)
+            .custom_flags(libc::O_DIRECT)
+            .open(descriptor_path(&file.buffered))?;
+        let align = direct_align(&direct);
+        file.direct = Some(Direct { file: direct, align });
+        Ok(file)
+    }
+
+    fn create_new(&self, path: &Path) -> io::Result<File> {
+        File::new(open_options(Access::ReadWrite).create_new(true).open(path)?)
+    }
+
+    fn create_unpublished(&self, near: &Path) -> io::Result<(File, Option<PathBuf>)> {
+        let mut options = open_options(Access::ReadWrite);
+        match options.custom_flags(libc::O_TMPFILE).open(parent(near)) {
+            Ok(file) => Ok((File::new(file)?, None)),
+            Err(err)
+                if matches!(
+                    err.raw_os_error(),
+                    Some(libc::EOPNOTSUPP | libc::EISDIR | libc::ENOENT)
+                ) =>
+            {
+                let name = temporary_name(near);
+                Ok((self.create_new(&name)?, Some(name)))
+            }
+            Err(err) => Err(err),
+        }
+    }
+
+    fn publish(&self, file: &File, temporary: Option<&Path>, to: &Path) -> io::Result<()> {
+        let Some(from) = temporary else {
+            let source = descriptor_path(&file.buffered);
+            return linkat(AT_FDCWD, source.as_path(), AT_FDCWD, to, AtFlags::AT_SYMLINK_FOLLOW)
+                .map_err(Into::into);
+        };
+        match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
+            Ok(()) => Ok(()),
+            // A file system without RENAME_NOREPLACE (NFS): a hard link refuses an existing name as well.
+            Err(Errno::EINVAL | Errno::ENOSYS) => {
+                fs::hard_link(from, to)?;
+                fs::remove_file(from)
+            }
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn sync_parent(&self, path: &Path) -> io::Result<()> {
+        fs::File::open(parent(path))?.sync_all()
+    }
+
+    fn canonical(&self, path: &Path) -> io::Result<PathBuf> {
+        fs::canonicalize(path)
+    }
+
+    fn absolute(&self, path: &Path) -> io::Result<PathBuf> {
+        std::path::absolute(path)
+    }
+
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        match fs::symlink_metadata(path) {
+            Ok(_) => Ok(true),
+            Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(err) => Err(err),
+        }
+    }
+
+    fn boot_id(&self) -> io::Result<BootId> {
+        const PATH: &str = "/proc/sys/kernel/random/boot_id";
+        let text = fs::read_to_string(PATH)?;
+        parse_boot_id(&text).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidData, format!("{PATH}: {text:?} is no UUID"))
+        })
+    }
+}
+
+/// The directory that holds `path`.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    }
+}
+
+/// Opening this opens the same inode once more, whatever its name is by now.
+fn descriptor_path(file: &fs::File) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
+/// A name beside `path` that no other process uses.
+fn temporary_name(path: &Path) -> PathBuf {
+    let mut name = std::ffi::OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(format!(".{}.new", std::process::id()));
+    path.with_file_name(name)
+}
+
+fn parse_boot_id(text: &str) -> Option<BootId> {
+    let mut id = [0; 16];
+    let mut digits = text.trim_end().chars().filter(|c| *c != '-').map(|c| c.to_digit(16));
+    for byte in &mut id {
+        let (high, low) = (digits.next()??, digits.next()??);
+        *byte = u8::try_from(high << 4 | low).ok()?;
+    }
+    digits.next().is_none().then_some(BootId(id))
+}
+
+fn open_options(access: Access) -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.read(true).write(access == Access::ReadWrite);
+    options
+}
+
+fn kind_of(meta: &fs::Metadata) -> FileKind {
+    let kind = meta.file_type();
+    match () {
+        () if kind.is_file() => FileKind::Regular,
+        () if kind.is_block_device() => FileKind::BlockDevice,
+        () if kind.is_dir() => FileKind::Directory,
+        () => FileKind::Other,
+    }
+}
+
+fn off_t(value: u64) -> io::Result<i64> {
+    i64::try_from(value).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+/// What the kernel asks of direct I/O on this file, or the safe default where it does not say.
+fn direct_align(file: &fs::File) -> DirectAlign {
+    let unknown = DirectAlign { memory: DIRECT_ALIGN_DEFAULT, offset: DIRECT_ALIGN_DEFAULT };
+    let mut answer = std::mem::MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor, which `file` keeps open; `answer` is a whole
+    // statx that the kernel writes to.
+    let result = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            answer.as_mut_ptr(),
+        )
+    };
+    // SAFETY: all-zero bytes are a valid statx, and so is what the kernel made of them.
+    let answer = unsafe { answer.assume_init() };
+    let said = result == 0 && answer.stx_mask & libc::STATX_DIOALIGN != 0;
+    let (memory, offset) = (answer.stx_dio_mem_align, answer.stx_dio_offset_align);
+    if said && memory.is_power_of_two() && offset.is_power_of_two() {
+        DirectAlign { memory, offset }
+    } else {
+        unknown
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_lengths_and_zeros() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let file = Host.create_new(&path).unwrap();
+        file.set_len(1 << 30).unwrap();
+        let at = |at| ByteOffset::new(at);
+        assert_eq!(file.next_data(at(0)).unwrap(), None);
+        file.write_all_at(&[1; 8192], at(1 << 20)).unwrap();
+        file.sync().unwrap();
+        let data = file.next_data(at(0)).unwrap().unwrap();
+        assert!(data.contains(&(1 << 20)) && data.end < 2 << 20);
+        assert!(file.stat().unwrap().allocated < 1 << 20);
+        file.punch(at(1 << 20), 4096).unwrap();
+        file.zero_keep_allocated(at((1 << 20) + 4096), 100).unwrap();
+        let mut buf = [9; 8192];
+        file.read_exact_at(&mut buf, at(1 << 20)).unwrap();
+        assert!(buf[..4196].iter().all(|b| *b == 0) && buf[4196..].iter().all(|b| *b == 1));
+        assert_eq!(file.len().unwrap(), 1 << 30);
+        assert_eq!(file.read_at(&mut buf, at((1 << 30) - 10)).unwrap(), 10);
+        let err = file.read_exact_at(&mut buf, at((1 << 30) - 10)).unwrap_err();
+        assert_eq!(err.kind(), io::ErrorKind::UnexpectedEof);
+        file.punch(at(0), 0).unwrap();
+    }
+
+    #[test]
+    fn an_unpublished_file_has_no_name_until_it_is_complete() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let (file, temporary) = Host.create_unpublished(&path).unwrap();
+        assert!(!path.exists());
+        file.write_all_at(b"x", ByteOffset::new(0)).unwrap();
+        Host.publish(&file, temporary.as_deref(), &path).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"x");
+        let (file, temporary) = Host.create_unpublished(&path).unwrap();
+        let err = Host.publish(&file, temporary.as_deref(), &path).unwrap_err();
+        assert_eq!(err.kind(), io::ErrorKind::AlreadyExists);
+        let name = temporary_name(&path);
+        let file = Host.create_new(&name).unwrap();
+        let err = Host.publish(&file, Some(&name), &path).unwrap_err();
+        assert_eq!(err.kind(), io::ErrorKind::AlreadyExists);
+    }
+
+    #[test]
+    fn the_boot_id_is_a_uuid() {
+        let BootId(id) = parse_boot_id("53b98363-bcfd-4521-9d8f-9419f9880b9a\n").unwrap();
+        assert_eq!((id[0], id[15]), (0x53, 0x9a));
+        assert_eq!(parse_boot_id("53b98363"), None);
+        assert_eq!(parse_boot_id("53b98363-bcfd-4521-9d8f-9419f9880b9ag"), None);
+        Host.boot_id().unwrap();
+    }
+
+    #[test]
+    fn direct_descriptions_say_their_alignment() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        fs::write(&path, [0; 8192]).unwrap();
+        let file = Host.with_direct(Host.open(&path, Access::Read).unwrap(), Access::Read).unwrap();
+        let (_, align) = file.direct().unwrap();
+        assert!(
+            align.offset.is_power_of_two() && align.offset >= 512 && align.memory.is_power_of_two()
+        );
+    }
+}

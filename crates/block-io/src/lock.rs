@@ -1,0 +1,124 @@
+//! Locks on open file descriptions (OFD locks).
+//!
+//! An OFD lock falls only when the last reference to its description goes, and a request in flight in an io_uring is
+//! such a reference. A successor that gets the lock therefore knows that its predecessor's I/O has ended. This holds
+//! for each description that does I/O: the buffered one locks `[0, 2^62)` and the direct one `[2^62, 2^63)`; where
+//! there is no direct one the buffered one locks both. They conflict with the POSIX whole-file lock of UML's ubd driver.
+
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+
+use crate::storage::{LockError, LockKind};
+
+/// Where the range of the direct description begins: far past any data, and half of what `off_t` can say.
+const DIRECT_START: i64 = 1 << 62;
+
+/// The part of a file's lock space that one description locks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LockRange {
+    /// `[0, 2^63)`: the only description of this opening.
+    Whole,
+    /// `[0, 2^62)`: the buffered description beside a direct one.
+    Buffered,
+    /// `[2^62, 2^63)`: the direct description.
+    Direct,
+}
+
+impl LockRange {
+    /// `l_start` and `l_len`; a length of 0 means to the end of the lock space.
+    fn start_len(self) -> (i64, i64) {
+        match self {
+            LockRange::Whole => (0, 0),
+            LockRange::Buffered => (0, DIRECT_START),
+            LockRange::Direct => (DIRECT_START, 0),
+        }
+    }
+}
+
+/// Takes the lock or fails at once.
+pub(crate) fn try_lock(file: impl AsFd, kind: LockKind, range: LockRange) -> Result<(), LockError> {
+    let request = flock(kind, range);
+    match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&request)) {
+        Ok(_) => Ok(()),
+        Err(Errno::EAGAIN | Errno::EACCES) => {
+            Err(LockError::Held { pid: holder(file, kind, range) })
+        }
+        Err(errno) => Err(LockError::Io(errno.into())),
+    }
+}
+
+/// The process that holds a conflicting POSIX lock, as UML's driver does. OFD locks belong to no process.
+fn holder(file: impl AsFd, kind: LockKind, range: LockRange) -> Option<i32> {
+    let mut answer = flock(kind, range);
+    fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut answer)).ok()?;
+    (i32::from(answer.l_type) != libc::F_UNLCK && answer.l_pid > 0).then_some(answer.l_pid)
+}
+
+fn flock(kind: LockKind, range: LockRange) -> libc::flock {
+    let l_type = match kind {
+        LockKind::Shared => libc::F_RDLCK,
+        LockKind::Exclusive => libc::F_WRLCK,
+    };
+    let (l_start, l_len) = range.start_len();
+    // Constants 0..=2 and 0: no truncation.
+    #[allow(clippy::cast_possible_truncation)]
+    libc::flock { l_type: l_type as i16, l_whence: libc::SEEK_SET as i16, l_start, l_len, l_pid: 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::{File, Host};
+    use crate::storage::{Access, Env, Storage};
+    use std::path::Path;
+
+    fn open(path: &Path, direct: bool) -> File {
+        let file = Host.open(path, Access::ReadWrite).unwrap();
+        if direct { Host.with_direct(file, Access::ReadWrite).unwrap() } else { file }
+    }
+
+    fn held(result: Result<(), LockError>) -> bool {
+        match result {
+            Ok(()) => false,
+            Err(LockError::Held { .. }) => true,
+            Err(err) => panic!("{err}"),
+        }
+    }
+
+    #[test]
+    fn one_writer_or_many_readers() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, [0; 4096]).unwrap();
+        for (first, second) in [(false, false), (false, true), (true, false), (true, true)] {
+            let (a, b) = (open(&path, first), open(&path, second));
+            a.try_lock(LockKind::Shared).unwrap();
+            b.try_lock(LockKind::Shared).unwrap();
+            assert!(held(a.try_lock(LockKind::Exclusive)));
+            drop(b);
+            a.try_lock(LockKind::Exclusive).unwrap();
+            let c = open(&path, second);
+            assert!(held(c.try_lock(LockKind::Shared)));
+            drop(a);
+            c.try_lock(LockKind::Exclusive).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_direct_description_alone_keeps_every_successor_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, [0; 4096]).unwrap();
+        let file = open(&path, true);
+        file.try_lock(LockKind::Exclusive).unwrap();
+        // What a ring keeps alive when the process is gone.
+        let in_flight = file.direct().unwrap().0.try_clone_to_owned().unwrap();
+        drop(file);
+        assert!(held(open(&path, false).try_lock(LockKind::Exclusive)));
+        assert!(held(open(&path, true).try_lock(LockKind::Shared)));
+        drop(in_flight);
+        open(&path, false).try_lock(LockKind::Exclusive).unwrap();
+    }
+}

@@ -1,0 +1,211 @@
+//! What a format needs of the place where it is stored, and of the names around it.
+//!
+//! [`Storage`] is one file, [`Env`] the directory tree, the clock of boots and the locks. Both exist for the real
+//! system ([`crate::file`]) and for the simulated disk ([`crate::sim`]), so that exactly the same code runs on both.
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use cow_format::ByteOffset;
+use cow_format::identity::Timestamp;
+
+/// What a file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileKind {
+    /// A regular file.
+    Regular,
+    /// A block device.
+    BlockDevice,
+    /// A directory.
+    Directory,
+    /// A pipe, a socket, a character device.
+    Other,
+}
+
+impl fmt::Display for FileKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            FileKind::Regular => "regular file",
+            FileKind::BlockDevice => "block device",
+            FileKind::Directory => "directory",
+            FileKind::Other => "special file",
+        })
+    }
+}
+
+/// Which file it is and what can be known of it without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileStat {
+    /// Device and inode number: two descriptions of one file agree in both.
+    pub id: FileId,
+    /// What the file is.
+    pub kind: FileKind,
+    /// Length in bytes; of a block device, its size.
+    pub size: u64,
+    /// When the content last changed.
+    pub mtime: Timestamp,
+    /// When the inode was created, where the file system knows it: tells apart two files that had the same number.
+    pub born: Option<Timestamp>,
+    /// Bytes that are really allocated (`st_blocks` · 512, as `ls -s` counts them).
+    pub allocated: u64,
+}
+
+/// Device and inode number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId {
+    /// `st_dev`.
+    pub dev: u64,
+    /// `st_ino`.
+    pub ino: u64,
+}
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reading only.
+    Read,
+    /// Reading and writing.
+    ReadWrite,
+}
+
+/// What a lock allows others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockKind {
+    /// Others may hold shared locks.
+    Shared,
+    /// Nobody else may hold any lock.
+    Exclusive,
+}
+
+/// The boot id of the host, the 16 bytes of its UUID: what is in the page cache lives exactly as long as it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct BootId(pub [u8; 16]);
+
+impl fmt::Debug for BootId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// One open file.
+///
+/// A write that returned is in the page cache (it outlives the process); only [`Storage::sync`] makes it outlive a
+/// power cut. No method moves a shared file position that another depends on.
+pub trait Storage: Send + Sync {
+    /// Reads into `buf` from `at`; fewer bytes than asked for only at the end of the file.
+    fn read_at(&self, buf: &mut [u8], at: ByteOffset) -> io::Result<usize>;
+
+    /// Writes all of `buf` at `at`, lengthening the file if it must.
+    fn write_all_at(&self, buf: &[u8], at: ByteOffset) -> io::Result<()>;
+
+    /// Makes `len` bytes at `at` read as zeros and frees their space where it can; the length stays.
+    fn punch(&self, at: ByteOffset, len: u64) -> io::Result<()>;
+
+    /// Makes `len` bytes at `at` read as zeros and keeps (or takes) their space; the length stays.
+    fn zero_keep_allocated(&self, at: ByteOffset, len: u64) -> io::Result<()>;
+
+    /// Makes every completed write and the file's length outlive a power cut (fdatasync). After an error nothing is
+    /// known of the writes since the last success, and calling again does not repair that.
+    fn sync(&self) -> io::Result<()>;
+
+    /// Sets the file's length in bytes.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+
+    /// The next range of bytes at or after `from` that may be other than zeros; `None` when only a hole follows.
+    fn next_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>>;
+
+    /// Which file this is; asks the system anew each time.
+    fn stat(&self) -> io::Result<FileStat>;
+
+    /// Takes a lock on the whole file that conflicts with every other opening of it, or fails at once.
+    fn try_lock(&self, kind: LockKind) -> Result<(), LockError>;
+
+    /// Length in bytes.
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.stat()?.size)
+    }
+
+    /// Whether the length is 0.
+    fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Fills `buf` from `at`; the end of the file before that is `UnexpectedEof`.
+    fn read_exact_at(&self, buf: &mut [u8], at: ByteOffset) -> io::Result<()> {
+        match self.read_at(buf, at)? {
+            n if n == buf.len() => Ok(()),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+
+    /// Fills `buf` from `at`, with zeros past the end of the file.
+    fn read_zero_filled(&self, buf: &mut [u8], at: ByteOffset) -> io::Result<()> {
+        let n = self.read_at(buf, at)?;
+        buf[n..].fill(0);
+        Ok(())
+    }
+}
+
+/// Why a lock was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Another opening of the file holds a lock that conflicts.
+    #[error("{}", held_by(.pid))]
+    Held {
+        /// The process, where the system knows one (it does not for an OFD lock, which belongs to no process).
+        pid: Option<i32>,
+    },
+    /// The system could not lock.
+    #[error("cannot lock: {0}")]
+    Io(#[from] io::Error),
+}
+
+fn held_by(pid: &Option<i32>) -> String {
+    match pid {
+        Some(pid) => format!("in use by process {pid}"),
+        None => "in use by another program".to_owned(),
+    }
+}
+
+/// Names, boots and the opening of files: everything outside the files themselves.
+pub trait Env: Clone + Send + Sync + 'static {
+    /// An open file.
+    type File: Storage;
+
+    /// Opens an existing file. A directory or other odd thing may open too: the caller looks at [`Storage::stat`].
+    fn open(&self, path: &Path, access: Access) -> io::Result<Self::File>;
+
+    /// Adds a second description that bypasses the page cache for data, with the lock that belongs to it (a range of
+    /// its own: call it before [`Storage::try_lock`]).
+    fn with_direct(&self, file: Self::File, access: Access) -> io::Result<Self::File>;
+
+    /// Creates a file, open for reading and writing, in the directory of `near`, that nobody finds until it is
+    /// published: without a name where the file system can, else with the temporary name that is returned.
+    fn create_unpublished(&self, near: &Path) -> io::Result<(Self::File, Option<PathBuf>)>;
+
+    /// Gives an unpublished file the name `to`, which must not exist (`AlreadyExists` otherwise).
+    fn publish(&self, file: &Self::File, temporary: Option<&Path>, to: &Path) -> io::Result<()>;
+
+    /// Creates a file at once under its name, which must not exist.
+    fn create_new(&self, path: &Path) -> io::Result<Self::File>;
+
+    /// Removes a name.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+
+    /// Makes changes of names in the directory that holds `path` outlive a power cut.
+    fn sync_parent(&self, path: &Path) -> io::Result<()>;
+
+    /// The absolute path of an existing file, with every symbolic link resolved.
+    fn canonical(&self, path: &Path) -> io::Result<PathBuf>;
+
+    /// `path` from the root on, symbolic links as they are.
+    fn absolute(&self, path: &Path) -> io::Result<PathBuf>;
+
+    /// Whether something has this name (a dangling symbolic link has).
+    fn exists(&self, path: &Path) -> io::Result<bool>;
+
+    /// The boot id of the running system.
+    fn boot_id(&self) -> io::Result<BootId>;
+}

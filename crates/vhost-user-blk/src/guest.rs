@@ -50,8 +50,13 @@ pub(crate) const BORDER: u64 = 0x4_0000;
 impl Guest {
     /// A ring of `size` entries, at most 256, all of whose indices stand at `start`.
     pub(crate) fn new(size: u16, start: u16) -> Self {
+        Self::with_end(size, start, END)
+    }
+
+    /// The same with memory up to `end`.
+    pub(crate) fn with_end(size: u16, start: u16, end: u64) -> Self {
         let low = usize::try_from(BORDER - RING).unwrap();
-        let high = usize::try_from(END - BORDER).unwrap();
+        let high = usize::try_from(end - BORDER).unwrap();
         let memory = Arc::new(Memory::anonymous(&[(RING, low), (BORDER, high)]));
         let layout = RingLayout {
             size,

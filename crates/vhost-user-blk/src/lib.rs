@@ -9,6 +9,7 @@ pub mod config;
 mod guest;
 pub mod logger;
 pub mod memory;
+pub mod request;
 pub mod sigbus;
 pub mod signals;
 pub mod socket;

@@ -195,7 +195,7 @@ impl Bitmap {
     }
 
     /// The end of the run of sectors like `present` that begins at `pos`, at most `end`; `pos` if it is empty.
-    fn run_end(&self, mut pos: u64, end: u64, present: bool) -> u64 {
+    pub(crate) fn run_end(&self, mut pos: u64, end: u64, present: bool) -> u64 {
         while pos < end {
             let (lo, stride) = (offset_in(pos, PAGE_SECTORS), PAGE_SECTORS - pos % PAGE_SECTORS);
             let Some(region) = self.region(pos) else {

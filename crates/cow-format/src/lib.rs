@@ -6,7 +6,7 @@
 //! - [`LayerMap`]: which layer of a chain a range comes from
 //! - [`FlushPass`]: in what order things become durable
 //! - [`identity`]: whether a backing file is the one that the header means
-//! - [`check`]: whether a file is sound
+
 #![forbid(unsafe_code)]
 
 mod bitmap;
@@ -14,10 +14,12 @@ mod flush;
 mod geometry;
 pub mod header;
 pub mod identity;
+mod map;
 mod units;
 
 pub use bitmap::{BITMAP_PAGE, Bitmap, PAGE_SECTORS, Run, Runs};
 pub use flush::{AwaitSync, BitmapWrite, FLUSH_BATCH_PAGES, FlushPass, Next, WritePages};
 pub use geometry::{DataTruncated, Geometry};
 pub use header::{HEADER_PREFIX_LEN, Header, HeaderError};
+pub use map::{CHAIN_LAYERS_MAX, ChainTooDeep, Extent, Extents, LayerIndex, LayerMap, LowerLayer};
 pub use units::{ByteOffset, SECTOR_SIZE, Sector, SectorCount, SectorRange, VIRTUAL_SIZE_MAX};

@@ -1,9 +1,11 @@
-//! What a bitmap costs, in bytes asked of the allocator. Alone in its file: the count is of the whole process.
+//! What bitmaps and maps cost, in bytes asked of the allocator. Alone in its file: the count is of the whole process.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use cow_format::{Bitmap, Sector, SectorCount, SectorRange};
+use cow_format::header::UmlHeader;
+use cow_format::identity::Timestamp;
+use cow_format::{Bitmap, LayerMap, LowerLayer, Sector, SectorCount, SectorRange};
 
 struct Counting;
 
@@ -57,13 +59,28 @@ fn memory_follows_what_is_written() {
     });
     assert!(scattered < 6 << 20, "100 GiB with 1 GiB in scattered 4 KiB writes: {scattered} bytes");
 
+    let frozen = Bitmap::new(SectorCount::covering(100 << 30));
+    (0..1 << 18).for_each(|n| insert_4k(&frozen, n * 100));
+    let header = UmlHeader::create(b"/base", 100 << 30, Timestamp::new(0, 0).unwrap()).unwrap();
+    let layer = LowerLayer { geometry: header.geometry(), bitmap: &frozen };
+    let map = |below: &[LowerLayer<'_>]| {
+        let top = Bitmap::new(header.geometry().sectors());
+        held(|| LayerMap::new(header.geometry(), top, below, Some(100 << 30)))
+    };
+    let (shallow, folded, deep) = (map(&[]), map(&[layer]), map(&[layer; 8]));
+    assert!(shallow < 1 << 10, "map of an overlay of 100 GiB: {shallow} bytes");
+    assert!(
+        folded < 4 << 20,
+        "map over a layer with 1 GiB in scattered 4 KiB writes: {folded} bytes"
+    );
+    assert!(deep < folded + (4 << 10), "the same layer 8 times: {deep} bytes");
+
     let whole = held(|| {
         let bitmap = Bitmap::new(SectorCount::covering(1 << 40));
         bitmap.insert(SectorRange::new(Sector::new(0), bitmap.sectors()).unwrap());
         bitmap
     });
     assert!(whole < 4 << 20, "1 TiB, all present: {whole} bytes");
-    println!(
-        "bitmap bytes: 1 TiB empty {empty}, 100 GiB scattered {scattered}, 1 TiB full {whole}"
-    );
+    println!("bitmap bytes: 1 TiB empty {empty}, full {whole}; 100 GiB scattered {scattered}");
+    println!("map bytes, 100 GiB: {shallow}, over a scattered layer {folded}, over 8 such {deep}");
 }

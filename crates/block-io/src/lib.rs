@@ -4,5 +4,6 @@
 pub mod file;
 mod lock;
 mod mem;
+pub mod ring;
 pub mod sim;
 pub mod storage;

@@ -1,0 +1,183 @@
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+use super::*;
+
+fn iovec(buffer: &mut [u8]) -> libc::iovec {
+    libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }
+}
+
+fn file_of(content: &[u8]) -> File {
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(content, 0).unwrap();
+    file
+}
+
+fn ring_over<R>(depth: usize, file: &File) -> Ring<R> {
+    Ring::new(depth, &[None, Some(file.as_fd())]).unwrap()
+}
+
+const SLOT: FileSlot = FileSlot(1);
+
+/// Enters until a request comes back.
+fn wait<R>(ring: &mut Ring<R>) -> (R, io::Result<()>) {
+    loop {
+        if let Some(Event::Done(request, result)) = ring.next_event() {
+            return (request, result);
+        }
+        ring.enter(true).unwrap();
+    }
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|i| u8::try_from(i * 7 % 251).unwrap()).collect()
+}
+
+#[test]
+fn a_request_comes_back_once_with_all_its_parts() {
+    let content = pattern(64 << 10);
+    let file = file_of(&content);
+    let mut ring = ring_over(4, &file);
+    let (mut a, mut b, mut c) = (vec![0; 1000], vec![0; 3000], vec![0; 512]);
+    let mut plan = Plan::default();
+    plan.read(SLOT, ByteOffset::new(100), &[iovec(&mut a), iovec(&mut b)]);
+    plan.read(SLOT, ByteOffset::new(50_000), &[iovec(&mut c)]);
+    // SAFETY: the buffers live to the end of the test, past `wait`.
+    unsafe { ring.submit("request", &mut plan) }.unwrap();
+    assert!(!ring.is_idle());
+    let (request, result) = wait(&mut ring);
+    assert_eq!(request, "request");
+    result.unwrap();
+    assert_eq!(a, content[100..1100]);
+    assert_eq!(b, content[1100..4100]);
+    assert_eq!(c, content[50_000..50_512]);
+    assert!(ring.is_idle());
+    ring.enter(false).unwrap();
+    assert!(ring.next_event().is_none());
+}
+
+#[test]
+fn more_parts_than_entries_and_more_iovecs_than_one_call_takes() {
+    let content = pattern(3 << 20);
+    let file = file_of(&content);
+    let mut ring = ring_over(1, &file);
+    let mut buffer = vec![0u8; content.len()];
+    let mut plan = Plan::default();
+    let (head, tail) = buffer.split_at_mut(2 << 20);
+    for (i, chunk) in head.chunks_mut(512).enumerate() {
+        plan.read(SLOT, ByteOffset::new(i as u64 * 512), &[iovec(chunk)]);
+    }
+    let many: Vec<_> = tail.chunks_mut(512).map(iovec).collect();
+    assert!(many.len() > IOVECS_PER_OP_MAX);
+    plan.read(SLOT, ByteOffset::new(2 << 20), &many);
+    // SAFETY: the buffer lives to the end of the test, past `wait`.
+    unsafe { ring.submit((), &mut plan) }.unwrap();
+    // SAFETY: an empty plan, and no room: nothing is submitted.
+    assert!(unsafe { ring.submit((), &mut plan) }.is_err());
+    wait(&mut ring).1.unwrap();
+    assert!(buffer == content);
+}
+
+#[test]
+fn a_read_past_the_end_is_an_error_and_not_zeros() {
+    let file = file_of(&pattern(1000));
+    let mut ring = ring_over(1, &file);
+    let mut buffer = vec![0; 1024];
+    let mut plan = Plan::default();
+    plan.read(SLOT, ByteOffset::new(0), &[iovec(&mut buffer)]);
+    // SAFETY: the buffer lives to the end of the test, past `wait`.
+    unsafe { ring.submit((), &mut plan) }.unwrap();
+    let error = wait(&mut ring).1.unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    assert_eq!(buffer[..1000], pattern(1000));
+}
+
+#[test]
+fn short_transfers_go_on_where_they_ended() {
+    // A pipe gives what is in it: two short reads, split inside an iovec.
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let mut ring = Ring::new(1, &[None, Some(reader.as_fd())]).unwrap();
+    let (mut a, mut b) = (vec![0; 10], vec![0; 10]);
+    let mut plan = Plan::default();
+    plan.read(SLOT, ByteOffset::new(0), &[iovec(&mut a), iovec(&mut b)]);
+    writer.write_all(b"0123456789ab").unwrap();
+    // SAFETY: the buffers live to the end of the test, past `wait`.
+    unsafe { ring.submit((), &mut plan) }.unwrap();
+    ring.enter(false).unwrap();
+    writer.write_all(b"cdefghij").unwrap();
+    wait(&mut ring).1.unwrap();
+    assert_eq!((&a[..], &b[..]), (&b"0123456789"[..], &b"abcdefghij"[..]));
+}
+
+#[test]
+fn the_first_error_is_kept_until_all_parts_are_done() {
+    let mut file = File::open("/proc/self/exe").unwrap();
+    let mut ring = ring_over(1, &file);
+    let (mut good, mut refused) = (vec![0; 64], vec![1; 64]);
+    let mut plan = Plan::default();
+    plan.write(SLOT, ByteOffset::new(0), &[iovec(&mut refused)]);
+    plan.read(SLOT, ByteOffset::new(0), &[iovec(&mut good)]);
+    // SAFETY: the buffers live to the end of the test, past `wait`.
+    unsafe { ring.submit((), &mut plan) }.unwrap();
+    assert_eq!(wait(&mut ring).1.unwrap_err().raw_os_error(), Some(libc::EBADF));
+    let mut expected = [0; 64];
+    file.read_exact(&mut expected).unwrap();
+    assert_eq!(good, expected);
+}
+
+#[test]
+fn punch_and_zero_keep_the_length() {
+    let content = pattern(64 << 10);
+    let file = file_of(&content);
+    let mut ring = ring_over(2, &file);
+    let mut plan = Plan::default();
+    plan.punch(SLOT, ByteOffset::new(4096), 8192);
+    plan.zero(SLOT, ByteOffset::new(32 << 10), 512);
+    // SAFETY: there are no buffers.
+    unsafe { ring.submit((), &mut plan) }.unwrap();
+    wait(&mut ring).1.unwrap();
+    let mut expected = content;
+    expected[4096..12288].fill(0);
+    expected[32 << 10..(32 << 10) + 512].fill(0);
+    let mut found = vec![0; expected.len()];
+    file.read_exact_at(&mut found, 0).unwrap();
+    assert!(found == expected);
+    assert_eq!(file.metadata().unwrap().len(), expected.len() as u64);
+}
+
+#[test]
+fn a_watched_descriptor_is_reported_each_time() {
+    let file = file_of(b"");
+    let mut ring: Ring<()> = ring_over(1, &file);
+    let (mut reader, mut writer) = std::io::pipe().unwrap();
+    ring.watch(reader.as_fd(), Watch(7));
+    ring.enter(false).unwrap();
+    assert!(ring.next_event().is_none());
+    for _ in 0..3 {
+        writer.write_all(b"x").unwrap();
+        ring.enter(true).unwrap();
+        assert!(matches!(ring.next_event(), Some(Event::Ready(Watch(7)))));
+        reader.read_exact(&mut [0]).unwrap();
+    }
+}
+
+#[test]
+fn dropping_a_ring_waits_for_what_is_in_flight() {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let mut ring = Ring::new(1, &[None, Some(reader.as_fd())]).unwrap();
+    let mut buffer = vec![0; 4];
+    let mut plan = Plan::default();
+    plan.read(SLOT, ByteOffset::new(0), &[iovec(&mut buffer)]);
+    // SAFETY: the buffer outlives the ring, which is dropped below.
+    unsafe { ring.submit((), &mut plan) }.unwrap();
+    ring.enter(false).unwrap();
+    let late = std::thread::spawn(move || {
+        writer.write_all(b"late").unwrap();
+        writer
+    });
+    drop(ring);
+    assert_eq!(buffer, b"late");
+    drop(late.join().unwrap());
+}

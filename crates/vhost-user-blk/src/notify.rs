@@ -1,0 +1,116 @@
+//! The two bells of a ring: the guest's kick and our call. Each is an eventfd
+//! or, with UML, a pipe.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::{SFlag, fstat};
+use nix::unistd::{read, write};
+
+/// What one look into a pipe takes out of it, in bytes: many kicks at once.
+const PIPE_READ_LEN: usize = 512;
+
+/// The guest's bell.
+#[derive(Debug)]
+pub struct Kick<'a> {
+    fd: BorrowedFd<'a>,
+    is_pipe: bool,
+}
+
+impl<'a> Kick<'a> {
+    /// # Errors
+    /// What fstat(2) says.
+    pub fn new(fd: BorrowedFd<'a>) -> io::Result<Self> {
+        let kind = SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT;
+        Ok(Self { fd, is_pipe: kind == SFlag::S_IFIFO || kind == SFlag::S_IFSOCK })
+    }
+
+    /// To be called once the bell is known to have rung. An eventfd only counts
+    /// on, which costs nothing; a pipe would fill up.
+    pub fn consume(&self) {
+        if self.is_pipe && is_ready(self.fd, PollFlags::POLLIN) {
+            _ = read(self.fd, &mut [0; PIPE_READ_LEN]);
+        }
+    }
+}
+
+/// Our bell.
+#[derive(Debug)]
+pub struct Doorbell<'a> {
+    fd: BorrowedFd<'a>,
+    /// A write never waits: the description is non-blocking.
+    never_waits: bool,
+}
+
+impl<'a> Doorbell<'a> {
+    /// The bell behind `fd`.
+    pub fn new(fd: BorrowedFd<'a>) -> Self {
+        let flags = fcntl(fd, FcntlArg::F_GETFL).map_or(OFlag::empty(), OFlag::from_bits_truncate);
+        Self { fd, never_waits: flags.contains(OFlag::O_NONBLOCK) }
+    }
+
+    /// Rings. One that is full rings already; a frontend that leaves it full
+    /// must not hold up the queue.
+    pub fn ring(&self) {
+        if !self.never_waits && !is_ready(self.fd, PollFlags::POLLOUT) {
+            return;
+        }
+        match write(self.fd, &1u64.to_ne_bytes()) {
+            Ok(_) | Err(Errno::EAGAIN) => {}
+            Err(e) => log::debug!("cannot notify the frontend: {e}"),
+        }
+    }
+}
+
+fn is_ready(fd: BorrowedFd<'_>, flags: PollFlags) -> bool {
+    poll(&mut [PollFd::new(fd, flags)], PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use nix::sys::eventfd::{EfdFlags, EventFd};
+
+    use super::*;
+
+    #[test]
+    fn a_full_bell_holds_nobody_up() {
+        for flags in [EfdFlags::empty(), EfdFlags::EFD_NONBLOCK] {
+            let event = EventFd::from_flags(flags).unwrap();
+            event.write(u64::MAX - 1).unwrap();
+            Doorbell::new(event.as_fd()).ring();
+            assert_eq!(event.read().unwrap(), u64::MAX - 1);
+            Doorbell::new(event.as_fd()).ring();
+            assert_eq!(event.read().unwrap(), 1);
+        }
+    }
+
+    #[test]
+    fn a_pipe_is_emptied_and_an_eventfd_is_left_alone() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let bell = Doorbell::new(writer.as_fd());
+        bell.ring();
+        bell.ring();
+        let kick = Kick::new(reader.as_fd()).unwrap();
+        kick.consume();
+        assert!(!is_ready(reader.as_fd(), PollFlags::POLLIN));
+        // With nothing in it, it does not wait either.
+        kick.consume();
+
+        let event = EventFd::from_value(3).unwrap();
+        Kick::new(event.as_fd()).unwrap().consume();
+        assert_eq!(event.read().unwrap(), 3);
+    }
+
+    #[test]
+    fn a_frontend_that_closed_its_end_is_no_error() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        // Rust ignores SIGPIPE.
+        Doorbell::new(writer.as_fd()).ring();
+    }
+}

@@ -1,0 +1,481 @@
+//! The frontend's half of the vhost-user handshake: from a socket to running queues.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
+use vhost::vhost_user::{
+    Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures,
+};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
+    VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+use crate::config::{CONFIG_LEN, Config, WRITEBACK_AT};
+use crate::error::Error;
+use crate::memory::{GUEST_BASE, SharedMemory};
+use crate::queue::{Link, Queue, QueueEnds, SlotLayout};
+use crate::ring::RingLayout;
+
+/// Virtio features that this driver knows what to do with.
+const KNOWN_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
+    | 1 << VIRTIO_RING_F_EVENT_IDX
+    | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    | 1 << VIRTIO_BLK_F_SIZE_MAX
+    | 1 << VIRTIO_BLK_F_SEG_MAX
+    | 1 << VIRTIO_BLK_F_RO
+    | 1 << VIRTIO_BLK_F_BLK_SIZE
+    | 1 << VIRTIO_BLK_F_FLUSH
+    | 1 << VIRTIO_BLK_F_TOPOLOGY
+    | 1 << VIRTIO_BLK_F_CONFIG_WCE
+    | 1 << VIRTIO_BLK_F_MQ
+    | 1 << VIRTIO_BLK_F_DISCARD
+    | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+/// Most queues that the `vhost` crate lets a frontend address.
+const MAX_QUEUES: u64 = 256;
+/// Size limit of a split virtqueue.
+const MAX_QUEUE_SIZE: u16 = 32768;
+/// The smallest ring that is set up if the caller leaves the size open; QEMU's default too.
+const DEFAULT_QUEUE_SIZE: u16 = 128;
+/// While a backend is not there yet, it is tried again this often.
+const RETRY: Duration = Duration::from_millis(5);
+/// The watchdog lets every queue look at the clock once in this time.
+const WATCHDOG_TICK_MS: u16 = 1000;
+
+/// What to connect to, and how.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The backend's socket.
+    pub socket: PathBuf,
+    /// How long to try, for a backend that is still starting.
+    pub connect_for: Duration,
+    /// Number of queues.
+    pub queues: u16,
+    /// Requests in flight in each queue.
+    pub depth: u16,
+    /// Ring entries, a power of two; `None` for as many as the depth needs, at least 128.
+    pub queue_size: Option<u16>,
+    /// Most bytes of data in one request.
+    pub max_data: usize,
+    /// Most bytes of data in one descriptor; `None` for no limit but the device's.
+    pub segment: Option<usize>,
+    /// Feature bits that are not accepted although they are offered.
+    pub refuse_features: u64,
+    /// Put the memory into reserved huge pages.
+    pub hugepages: bool,
+    /// Without any completion for so long a queue is given up.
+    pub stall_after: Duration,
+}
+
+impl Options {
+    /// One queue of depth 1 with requests of up to 64 KiB.
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Self {
+            socket: socket.into(),
+            connect_for: Duration::ZERO,
+            queues: 1,
+            depth: 1,
+            queue_size: None,
+            max_data: 64 << 10,
+            segment: None,
+            refuse_features: 0,
+            hugepages: false,
+            stall_after: Duration::from_secs(30),
+        }
+    }
+}
+
+/// A connected device, with its queues running.
+pub struct Device {
+    frontend: Frontend,
+    config: Config,
+    offered: u64,
+    features: u64,
+    protocol: Protocol,
+    pid: i32,
+    queues: Vec<Queue>,
+    queue_count: u16,
+    memory: Arc<SharedMemory>,
+    watchdog: Watchdog,
+}
+
+impl Device {
+    /// Connects, negotiates, shares the memory and starts the queues.
+    ///
+    /// # Errors
+    /// Each step's own, see [`Error`].
+    pub fn connect(options: &Options) -> Result<Self, Error> {
+        let stream = connect_stream(options)?;
+        let pid = getsockopt(&stream, PeerCredentials)
+            .map_err(Error::io("SO_PEERCRED of the backend's socket"))?
+            .pid();
+        let watched = stream.try_clone().map_err(Error::io("dup of the socket"))?;
+        let mut frontend = Frontend::from_stream(stream, MAX_QUEUES);
+        let negotiated = negotiate(&mut frontend, options)?;
+        let plan = Plan::new(options, &negotiated)?;
+        let memory = Arc::new(
+            SharedMemory::new(plan.memory_len(), options.hugepages)
+                .map_err(Error::io("memory to share with the backend"))?,
+        );
+        share_memory(&mut frontend, negotiated.protocol, &memory)?;
+
+        let link = Arc::new(Link::default());
+        let queues = plan.queues(&memory, &link, options)?;
+        for queue in &queues {
+            start_queue(&mut frontend, queue, &memory)?;
+        }
+        let calls = queues.iter().map(|queue| queue.call_fd()).collect::<Result<_, _>>()?;
+        let watchdog = Watchdog::spawn(watched, calls, link)?;
+        Ok(Self {
+            frontend,
+            config: negotiated.config,
+            offered: negotiated.offered,
+            features: negotiated.features,
+            protocol: negotiated.protocol,
+            pid,
+            queue_count: options.queues,
+            queues,
+            memory,
+            watchdog,
+        })
+    }
+
+    /// The device's configuration space as it was at connect.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Virtio features that the backend offers.
+    pub fn offered_features(&self) -> u64 {
+        self.offered
+    }
+
+    /// Virtio features in use.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// Whether a virtio feature bit (by number) is in use.
+    pub fn has(&self, bit: u32) -> bool {
+        self.features >> bit & 1 == 1
+    }
+
+    /// Protocol features in use.
+    pub fn protocol_features(&self) -> u64 {
+        self.protocol.bits()
+    }
+
+    /// The process that made the backend's socket listen; 0 if it lives in another pid namespace.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Bytes shared with the backend.
+    pub fn memory_len(&self) -> usize {
+        self.memory.len()
+    }
+
+    /// The queues, to be moved to their threads. Empty the second time.
+    pub fn take_queues(&mut self) -> Vec<Queue> {
+        std::mem::take(&mut self.queues)
+    }
+
+    /// Switches the write cache (CONFIG_WCE).
+    ///
+    /// # Errors
+    /// The feature was not negotiated, or the message failed.
+    pub fn set_write_cache(&mut self, on: bool) -> Result<(), Error> {
+        if !self.has(VIRTIO_BLK_F_CONFIG_WCE) {
+            return Err(Error::Missing {
+                feature: "VIRTIO_BLK_F_CONFIG_WCE",
+                offered: self.offered,
+            });
+        }
+        self.frontend
+            .set_config(WRITEBACK_AT, VhostUserConfigFlags::WRITABLE, &[u8::from(on)])
+            .map_err(Error::message("SET_CONFIG"))
+    }
+
+    /// Reads part of the configuration space again.
+    ///
+    /// # Errors
+    /// The message failed.
+    pub fn read_config(&mut self, offset: u32, len: u32) -> Result<Vec<u8>, Error> {
+        get_config(&mut self.frontend, offset, len)
+    }
+
+    /// Stops the queues as a VMM does; gives where each would go on (its `avail` index).
+    ///
+    /// # Errors
+    /// A message failed, for example because the backend has gone.
+    pub fn stop(&mut self) -> Result<Vec<u32>, Error> {
+        (0..self.queue_count)
+            .map(|queue| {
+                self.frontend
+                    .get_vring_base(usize::from(queue))
+                    .map_err(Error::message("GET_VRING_BASE"))
+            })
+            .collect()
+    }
+
+    /// Whether the backend has closed the connection.
+    pub fn is_dead(&self) -> bool {
+        self.watchdog.link.dead.load(Ordering::Relaxed)
+    }
+}
+
+fn connect_stream(options: &Options) -> Result<UnixStream, Error> {
+    let until = Instant::now() + options.connect_for;
+    loop {
+        match UnixStream::connect(&options.socket) {
+            Ok(stream) => return Ok(stream),
+            Err(source) if Instant::now() >= until => {
+                return Err(Error::Connect { path: options.socket.clone(), source });
+            }
+            Err(_) => std::thread::sleep(RETRY),
+        }
+    }
+}
+
+struct Negotiated {
+    offered: u64,
+    features: u64,
+    protocol: Protocol,
+    config: Config,
+    max_queues: u64,
+}
+
+fn negotiate(frontend: &mut Frontend, options: &Options) -> Result<Negotiated, Error> {
+    let wanted_protocol =
+        Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS;
+    frontend.set_owner().map_err(Error::message("SET_OWNER"))?;
+    let offered = frontend.get_features().map_err(Error::message("GET_FEATURES"))?;
+    let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+    for (bit, feature) in [
+        (protocol_bit, "VHOST_USER_F_PROTOCOL_FEATURES"),
+        (1 << VIRTIO_F_VERSION_1, "VIRTIO_F_VERSION_1"),
+    ] {
+        if offered & bit == 0 {
+            return Err(Error::Missing { feature, offered });
+        }
+    }
+    let protocol_offered =
+        frontend.get_protocol_features().map_err(Error::message("GET_PROTOCOL_FEATURES"))?;
+    if !protocol_offered.contains(Protocol::CONFIG) {
+        return Err(Error::Missing {
+            feature: "VHOST_USER_PROTOCOL_F_CONFIG",
+            offered: protocol_offered.bits(),
+        });
+    }
+    let protocol = protocol_offered & wanted_protocol;
+    frontend.set_protocol_features(protocol).map_err(Error::message("SET_PROTOCOL_FEATURES"))?;
+    if protocol.contains(Protocol::REPLY_ACK) {
+        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    }
+    let max_queues = if protocol.contains(Protocol::MQ) {
+        frontend.get_queue_num().map_err(Error::message("GET_QUEUE_NUM"))?
+    } else {
+        1
+    };
+    let features = offered & (KNOWN_FEATURES & !options.refuse_features | protocol_bit);
+    frontend.set_features(features).map_err(Error::message("SET_FEATURES"))?;
+    let config = Config::parse(&get_config(frontend, 0, CONFIG_LEN)?, features);
+    Ok(Negotiated { offered, features, protocol, config, max_queues })
+}
+
+fn get_config(frontend: &mut Frontend, offset: u32, len: u32) -> Result<Vec<u8>, Error> {
+    let empty = vec![0; len as usize];
+    let (_, bytes) = frontend
+        .get_config(offset, len, VhostUserConfigFlags::empty(), &empty)
+        .map_err(Error::message("GET_CONFIG"))?;
+    Ok(bytes)
+}
+
+fn share_memory(
+    frontend: &mut Frontend,
+    protocol: Protocol,
+    memory: &SharedMemory,
+) -> Result<(), Error> {
+    let region = VhostUserMemoryRegionInfo {
+        guest_phys_addr: GUEST_BASE,
+        memory_size: memory.len() as u64,
+        userspace_addr: memory.user_address(0),
+        mmap_offset: 0,
+        mmap_handle: memory.fd(),
+    };
+    if protocol.contains(Protocol::CONFIGURE_MEM_SLOTS) {
+        frontend.add_mem_region(&region).map_err(Error::message("ADD_MEM_REG"))?;
+    } else {
+        frontend.set_mem_table(&[region]).map_err(Error::message("SET_MEM_TABLE"))?;
+    }
+    Ok(())
+}
+
+fn start_queue(frontend: &mut Frontend, queue: &Queue, memory: &SharedMemory) -> Result<(), Error> {
+    let index = usize::from(queue.index());
+    let layout = queue.ring_layout();
+    let addresses = VringConfigData {
+        queue_max_size: layout.size,
+        queue_size: layout.size,
+        flags: 0,
+        desc_table_addr: memory.user_address(layout.desc),
+        used_ring_addr: memory.user_address(layout.used),
+        avail_ring_addr: memory.user_address(layout.avail),
+        log_addr: None,
+    };
+    frontend.set_vring_num(index, layout.size).map_err(Error::message("SET_VRING_NUM"))?;
+    frontend.set_vring_base(index, 0).map_err(Error::message("SET_VRING_BASE"))?;
+    frontend.set_vring_addr(index, &addresses).map_err(Error::message("SET_VRING_ADDR"))?;
+    frontend.set_vring_call(index, queue.call()).map_err(Error::message("SET_VRING_CALL"))?;
+    frontend.set_vring_kick(index, queue.kick_fd()).map_err(Error::message("SET_VRING_KICK"))?;
+    frontend.set_vring_enable(index, true).map_err(Error::message("SET_VRING_ENABLE"))
+}
+
+/// The memory of all queues, planned before it is allocated.
+struct Plan {
+    layouts: Vec<(RingLayout, SlotLayout)>,
+    event_idx: bool,
+}
+
+impl Plan {
+    fn new(options: &Options, negotiated: &Negotiated) -> Result<Self, Error> {
+        let has = |bit: u32| negotiated.features >> bit & 1 == 1;
+        let too_many = |what, asked, available| Err(Error::TooMany { what, asked, available });
+        if options.queues == 0 || options.depth == 0 {
+            return Err(Error::Options("a queue and a depth of at least 1 are needed".into()));
+        }
+        let available = negotiated.max_queues.min(u64::from(negotiated.config.num_queues));
+        if u64::from(options.queues) > available {
+            return too_many("queues", u64::from(options.queues), available);
+        }
+        let limit = negotiated.config.size_max.map_or(u32::MAX as usize, |size| size as usize);
+        let segment = options.segment.unwrap_or(limit).min(limit).min(options.max_data.max(1));
+        let segments = options.max_data.div_ceil(segment);
+        if let Some(seg_max) = negotiated.config.seg_max.filter(|&max| segments > max as usize) {
+            return too_many("data segments in a request", segments as u64, u64::from(seg_max));
+        }
+        let indirect = has(VIRTIO_RING_F_INDIRECT_DESC);
+        let stride = if indirect { 1 } else { SlotLayout::descriptors(options.max_data, segment) };
+        let needed = usize::from(options.depth) * stride;
+        let size = match options.queue_size {
+            Some(size) if !size.is_power_of_two() => {
+                return Err(Error::Options(format!("queue size {size} is no power of two")));
+            }
+            Some(size) => usize::from(size),
+            None => needed.next_power_of_two().max(usize::from(DEFAULT_QUEUE_SIZE)),
+        };
+        if needed > size || size > usize::from(MAX_QUEUE_SIZE) {
+            let available = size.min(usize::from(MAX_QUEUE_SIZE));
+            return too_many("ring entries for this depth", needed as u64, available as u64);
+        }
+        let size = u16::try_from(size).expect("at most 32768");
+        let mut at = 0;
+        let layouts = (0..options.queues)
+            .map(|_| {
+                let ring = RingLayout::new(size, at);
+                let slots =
+                    SlotLayout::new(ring.end, options.depth, options.max_data, segment, indirect);
+                at = slots.end;
+                (ring, slots)
+            })
+            .collect();
+        Ok(Self { layouts, event_idx: has(VIRTIO_RING_F_EVENT_IDX) })
+    }
+
+    fn memory_len(&self) -> usize {
+        self.layouts.last().map_or(0, |(_, slots)| slots.end)
+    }
+
+    fn queues(
+        &self,
+        memory: &Arc<SharedMemory>,
+        link: &Arc<Link>,
+        options: &Options,
+    ) -> Result<Vec<Queue>, Error> {
+        let eventfd = || EventFd::new(EFD_CLOEXEC).map_err(Error::io("eventfd"));
+        let queue = |(index, &(ring, slots)): (u16, &(RingLayout, SlotLayout))| {
+            let ends = QueueEnds {
+                index,
+                kick: eventfd()?,
+                call: eventfd()?,
+                link: Arc::clone(link),
+                stall_after: options.stall_after,
+            };
+            Ok(Queue::new(Arc::clone(memory), ring, self.event_idx, slots, ends))
+        };
+        (0..).zip(&self.layouts).map(queue).collect()
+    }
+}
+
+/// Looks for the end of the connection, so that a thread that sleeps on its eventfd needs one system call and not two;
+/// and wakes every queue now and then, so that it can find that nothing comes any more.
+struct Watchdog {
+    link: Arc<Link>,
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watchdog {
+    fn spawn(socket: UnixStream, calls: Vec<EventFd>, link: Arc<Link>) -> Result<Self, Error> {
+        let stop = EventFd::new(EFD_CLOEXEC).map_err(Error::io("eventfd"))?;
+        let stopped = stop.try_clone().map_err(Error::io("dup of an eventfd"))?;
+        let shared = Arc::clone(&link);
+        let run = move || watch(&socket, &stopped, &calls, &shared);
+        let thread = std::thread::Builder::new()
+            .name("watchdog".into())
+            .spawn(run)
+            .map_err(Error::io("watchdog thread"))?;
+        Ok(Self { link, stop, thread: Some(thread) })
+    }
+}
+
+fn watch(socket: &UnixStream, stop: &EventFd, calls: &[EventFd], link: &Link) {
+    // SAFETY: the eventfd outlives this borrow of its number.
+    let stop_fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(stop.as_raw_fd()) };
+    loop {
+        // A hang-up is reported without being asked for.
+        let mut fds = [
+            PollFd::new(socket.as_fd(), PollFlags::empty()),
+            PollFd::new(stop_fd, PollFlags::POLLIN),
+        ];
+        // An interrupted poll is a tick like another.
+        let _ = poll(&mut fds, PollTimeout::from(WATCHDOG_TICK_MS));
+        if fds[1].any() == Some(true) {
+            return;
+        }
+        let hung_up = fds[0].any() == Some(true);
+        if hung_up {
+            link.dead.store(true, Ordering::Relaxed);
+        }
+        for call in calls {
+            // It fails only if the counter is full, and then the queue is awake.
+            let _ = call.write(1);
+        }
+        if hung_up {
+            return;
+        }
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        // Neither can fail in a way that anything could be done about: the thread ends at its next tick at worst.
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

@@ -244,6 +244,16 @@ impl Env for Host {
         }
     }
 
+    fn publish_over(&self, file: &File, temporary: Option<&Path>, to: &Path) -> io::Result<()> {
+        if let Some(from) = temporary {
+            return fs::rename(from, to);
+        }
+        // A link cannot replace a name, a rename can.
+        let name = temporary_name(to);
+        self.publish(file, None, &name)?;
+        fs::rename(&name, to).inspect_err(|_| _ = fs::remove_file(&name))
+    }
+
     fn remove(&self, path: &Path) -> io::Result<()> {
         fs::remove_file(path)
     }
@@ -399,6 +409,13 @@ mod tests {
         let file = Host.create_new(&name).unwrap();
         let err = Host.publish(&file, Some(&name), &path).unwrap_err();
         assert_eq!(err.kind(), io::ErrorKind::AlreadyExists);
+        Host.publish_over(&file, Some(&name), &path).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"");
+        let (file, temporary) = Host.create_unpublished(&path).unwrap();
+        file.write_all_at(b"y", ByteOffset::new(0)).unwrap();
+        Host.publish_over(&file, temporary.as_deref(), &path).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"y");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -357,6 +357,19 @@ impl Sim {
         }
     }
 
+    fn rename(&self, from: Option<&Path>, to: &Path, replace: bool) -> io::Result<()> {
+        let from = from.map(absolute).ok_or(io::ErrorKind::NotFound)?;
+        let to = absolute(to);
+        self.name_step(&to.clone(), |world| {
+            if !replace && world.names.contains_key(&to) {
+                return Err(io::ErrorKind::AlreadyExists.into());
+            }
+            let ino = *world.names.get(&from).ok_or(io::ErrorKind::NotFound)?;
+            world.change_names(NameChange::Rename { from, to, ino });
+            Ok(())
+        })
+    }
+
     /// Does one change of names, or crashes round it.
     fn name_step(
         &self,
@@ -588,16 +601,11 @@ impl Env for Sim {
     }
 
     fn publish(&self, _file: &SimFile, temporary: Option<&Path>, to: &Path) -> io::Result<()> {
-        let from = temporary.map(absolute).ok_or(io::ErrorKind::NotFound)?;
-        let to = absolute(to);
-        self.name_step(&to.clone(), |world| {
-            if world.names.contains_key(&to) {
-                return Err(io::ErrorKind::AlreadyExists.into());
-            }
-            let ino = *world.names.get(&from).ok_or(io::ErrorKind::NotFound)?;
-            world.change_names(NameChange::Rename { from, to, ino });
-            Ok(())
-        })
+        self.rename(temporary, to, false)
+    }
+
+    fn publish_over(&self, _file: &SimFile, temporary: Option<&Path>, to: &Path) -> io::Result<()> {
+        self.rename(temporary, to, true)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {

@@ -188,6 +188,9 @@ pub trait Env: Clone + Send + Sync + 'static {
     /// Gives an unpublished file the name `to`, which must not exist (`AlreadyExists` otherwise).
     fn publish(&self, file: &Self::File, temporary: Option<&Path>, to: &Path) -> io::Result<()>;
 
+    /// Gives an unpublished file the name `to`, in one step in place of a file that has it.
+    fn publish_over(&self, file: &Self::File, temporary: Option<&Path>, to: &Path) -> io::Result<()>;
+
     /// Creates a file at once under its name, which must not exist.
     fn create_new(&self, path: &Path) -> io::Result<Self::File>;
 

@@ -1,9 +1,17 @@
 //! Storage under the formats: real files, a simulated disk that loses power, locks, and the disk that daemon and
 //! tool share.
 
+mod blocking;
+mod committer;
+mod disk;
 pub mod file;
+pub mod image;
 mod lock;
 mod mem;
 pub mod ring;
 pub mod sim;
 pub mod storage;
+
+pub use committer::{Committer, Waiter};
+pub use disk::{Disk, Layer};
+pub use image::{CachePolicy, CowFormat, DiskError, DiskOptions, OpenError};

@@ -1,0 +1,223 @@
+//! Group commit: one thread per disk makes flushes of all queues that wait at the same time share one pass.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::disk::Disk;
+use crate::storage::Env;
+
+/// Stack of the committer's thread in bytes: a flush pass keeps its pages on the heap, so a small one does.
+const STACK_BYTES: usize = 256 << 10;
+
+/// Who asked for a flush.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Waiter {
+    /// The number of the queue, below the number given to [`Committer::spawn`].
+    pub queue: usize,
+    /// What the queue knows the request by.
+    pub tag: u32,
+}
+
+/// The thread that flushes, and the mailboxes in which it answers. Dropping it ends the thread after what was
+/// submitted has been answered.
+#[derive(Debug)]
+pub struct Committer {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    inbox: Mutex<Inbox>,
+    wake: Condvar,
+    mailboxes: Vec<Mailbox>,
+}
+
+#[derive(Debug, Default)]
+struct Inbox {
+    waiting: Vec<Waiter>,
+    stop: bool,
+}
+
+#[derive(Debug)]
+struct Mailbox {
+    answers: Mutex<Vec<(u32, bool)>>,
+    event: EventFd,
+}
+
+impl Committer {
+    /// Starts the thread for `disk`, with mailboxes for the queues `0..queues`.
+    pub fn spawn<E: Env>(disk: Arc<Disk<E>>, queues: usize) -> io::Result<Self> {
+        Self::spawn_with(queues, move || disk.flush().is_ok())
+    }
+
+    /// Starts a thread that calls `flush` for one pass; it says whether everything before the call is durable.
+    fn spawn_with(queues: usize, flush: impl FnMut() -> bool + Send + 'static) -> io::Result<Self> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let mailbox =
+            |_| Ok(Mailbox { answers: Mutex::default(), event: EventFd::from_flags(flags)? });
+        let mailboxes = (0..queues).map(mailbox).collect::<io::Result<_>>()?;
+        let shared = Arc::new(Shared { inbox: Mutex::default(), wake: Condvar::new(), mailboxes });
+        let theirs = Arc::clone(&shared);
+        let builder = Builder::new().name("committer".to_owned()).stack_size(STACK_BYTES);
+        let thread = builder.spawn(move || theirs.run(flush))?;
+        Ok(Committer { shared, thread: Some(thread) })
+    }
+
+    /// Asks for a flush of every write whose `written()` returned before this call. Never blocks on I/O; allocates
+    /// nothing once as many requests have waited as ever will.
+    pub fn submit(&self, waiter: Waiter) {
+        debug_assert!(waiter.queue < self.shared.mailboxes.len());
+        lock(&self.shared.inbox).waiting.push(waiter);
+        self.shared.wake.notify_one();
+    }
+
+    /// Moves the answers for `queue` to the end of `answers`: the tag and whether the flush succeeded. It does not
+    /// read the eventfd, so that a queue can do that in its ring.
+    pub fn drain(&self, queue: usize, answers: &mut Vec<(u32, bool)>) {
+        answers.append(&mut lock(&self.shared.mailboxes[queue].answers));
+    }
+
+    /// The eventfd that is signalled when the mailbox of `queue` is no longer empty. Consume the event first, then
+    /// [`Committer::drain`].
+    pub fn event(&self, queue: usize) -> BorrowedFd<'_> {
+        self.shared.mailboxes[queue].event.as_fd()
+    }
+}
+
+impl Drop for Committer {
+    fn drop(&mut self) {
+        lock(&self.shared.inbox).stop = true;
+        self.shared.wake.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been reported by itself.
+            _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn run(&self, mut flush: impl FnMut() -> bool) {
+        let mut batch = Vec::new();
+        while self.next_batch(&mut batch) {
+            // Everyone in the batch had submitted before this pass began, so one pass answers them all.
+            let ok = flush();
+            for waiter in batch.drain(..) {
+                self.mailboxes[waiter.queue].put(waiter.tag, ok);
+            }
+        }
+    }
+
+    /// Waits for requests and takes all of them; false when it is time to stop.
+    fn next_batch(&self, batch: &mut Vec<Waiter>) -> bool {
+        let idle = |inbox: &mut Inbox| inbox.waiting.is_empty() && !inbox.stop;
+        let waited = self.wake.wait_while(lock(&self.inbox), idle);
+        std::mem::swap(batch, &mut waited.unwrap_or_else(PoisonError::into_inner).waiting);
+        !batch.is_empty()
+    }
+}
+
+impl Mailbox {
+    fn put(&self, tag: u32, ok: bool) {
+        let mut answers = lock(&self.answers);
+        answers.push((tag, ok));
+        let first = answers.len() == 1;
+        drop(answers);
+        // If it was not empty the queue has an event to come already. A full counter is an event to come as well.
+        if first && let Err(err) = self.event.write(1) {
+            log::debug!("committer: eventfd: {err}");
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc;
+
+    fn answers(committer: &Committer, queue: usize, count: usize) -> Vec<(u32, bool)> {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        let mut all = Vec::new();
+        while all.len() < count {
+            let mut fds = [PollFd::new(committer.event(queue), PollFlags::POLLIN)];
+            poll(&mut fds, PollTimeout::NONE).unwrap();
+            committer.shared.mailboxes[queue].event.read().unwrap();
+            committer.drain(queue, &mut all);
+        }
+        all
+    }
+
+    #[test]
+    fn waiters_of_all_queues_share_a_pass() {
+        let (begun, has_begun) = mpsc::channel();
+        let (go_on, may_go_on) = mpsc::channel::<bool>();
+        let committer = Committer::spawn_with(3, move || {
+            begun.send(()).unwrap();
+            may_go_on.recv().unwrap()
+        })
+        .unwrap();
+        committer.submit(Waiter { queue: 0, tag: 1 });
+        has_begun.recv().unwrap();
+        // These come while the first pass runs: it does not cover them, and one more covers them all.
+        for tag in 0..30 {
+            committer.submit(Waiter { queue: tag as usize % 3, tag: 100 + tag });
+        }
+        go_on.send(true).unwrap();
+        assert_eq!(answers(&committer, 0, 1), [(1, true)]);
+        has_begun.recv().unwrap();
+        go_on.send(false).unwrap();
+        for queue in 0..3 {
+            let expected =
+                (0..30).filter(|tag| *tag as usize % 3 == queue).map(|tag| (100 + tag, false));
+            assert_eq!(answers(&committer, queue, 10), expected.collect::<Vec<_>>());
+        }
+        drop(committer);
+        assert!(has_begun.try_recv().is_err(), "a third pass for nobody");
+    }
+
+    #[test]
+    fn a_flush_covers_what_was_written_before_it_was_asked_for() {
+        const QUEUES: usize = 4;
+        let written = Arc::new(AtomicUsize::new(0));
+        let durable = Arc::new(AtomicUsize::new(0));
+        let (seen, kept) = (Arc::clone(&written), Arc::clone(&durable));
+        let committer = Committer::spawn_with(QUEUES, move || {
+            let before = seen.load(Ordering::Acquire);
+            std::thread::yield_now();
+            kept.store(before, Ordering::Release);
+            true
+        })
+        .unwrap();
+        std::thread::scope(|scope| {
+            for queue in 0..QUEUES {
+                let (committer, written, durable) = (&committer, &written, &durable);
+                scope.spawn(move || {
+                    for tag in 0..200 {
+                        let mine = written.fetch_add(1, Ordering::AcqRel) + 1;
+                        committer.submit(Waiter { queue, tag });
+                        assert_eq!(answers(committer, queue, 1), [(tag, true)]);
+                        assert!(durable.load(Ordering::Acquire) >= mine);
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn what_was_submitted_is_answered_before_the_end() {
+        let committer = Committer::spawn_with(1, || true).unwrap();
+        let shared = Arc::clone(&committer.shared);
+        committer.submit(Waiter { queue: 0, tag: 9 });
+        drop(committer);
+        assert_eq!(*lock(&shared.mailboxes[0].answers), [(9, true)]);
+    }
+}

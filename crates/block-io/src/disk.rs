@@ -1,0 +1,253 @@
+//! [`Disk`]: an open image, as the daemon and the tool use it.
+//!
+//! The caller does the I/O on data: [`Disk::extents`] says what to read from where, [`Disk::write_at`] where to write,
+//! [`Disk::written`] is told when that has completed. Everything that must happen in a certain order (DESIGN section
+//! 3) happens here.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use cow_format::{
+    Bitmap, ByteOffset, Extents, FlushPass, Geometry, Header, LayerMap, Next, SectorCount,
+    SectorRange,
+};
+
+use crate::file::Host;
+use crate::image::live::LiveBitmap;
+use crate::image::state::{UpdateError, mark_clean};
+use crate::image::{Chain, DiskError, DiskOptions, OpenError, open_chain, open_single};
+use crate::storage::{Env, Storage};
+
+/// One file of an open disk.
+#[derive(Debug)]
+pub struct Layer<F> {
+    pub(crate) file: F,
+    pub(crate) path: PathBuf,
+}
+
+impl<F> Layer<F> {
+    /// The open file. A real one has a buffered and maybe a direct description, see [`crate::file::File`].
+    pub fn file(&self) -> &F {
+        &self.file
+    }
+
+    /// The path under which it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// An open disk. Dropping it without [`Disk::close`] is as the death of the process: nothing that was acknowledged is
+/// lost, and the next opening finds the file in use.
+pub struct Disk<E: Env = Host> {
+    env: E,
+    /// Layer 0 is the top.
+    layers: Vec<Layer<E::File>>,
+    map: LayerMap,
+    /// Where sector 0 stands in layer 0.
+    data_offset: ByteOffset,
+    /// The state of a COW file that is open for writing; `None` for a raw image or a read-only disk.
+    cow: Option<WritableCow<E::File>>,
+    read_only: bool,
+    /// A sync has failed: for ever.
+    failed: AtomicBool,
+    closed: AtomicBool,
+    /// One flush pass at a time, as its machine wants it: the one lock that is held over I/O, for the order of that I/O.
+    flushing: Mutex<()>,
+}
+
+/// What a COW file needs while it is open for writing.
+pub(crate) struct WritableCow<F> {
+    pub(crate) header: Mutex<Header>,
+    pub(crate) geometry: Geometry,
+    pub(crate) live: LiveBitmap<F>,
+}
+
+impl Disk {
+    /// Opens the COW file at `path`, or makes it over `base` if it does not exist. Its backing file is the one that its
+    /// header names, or `base`, which must then match the header's size and mtime.
+    pub fn open_cow(
+        path: &Path,
+        base: Option<&Path>,
+        options: &DiskOptions,
+    ) -> Result<Self, OpenError> {
+        Self::open_cow_in(Host, path, base, options)
+    }
+
+    /// Opens a raw image: a regular file or a block device. Its size is its length; one that is no multiple of 512
+    /// can only be read (zeros follow the last byte), since a guest's write of the last sector would lengthen it.
+    pub fn open_raw(path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
+        Self::open_raw_in(Host, path, options)
+    }
+}
+
+impl<E: Env> Disk<E> {
+    /// [`Disk::open_cow`] in another environment.
+    pub fn open_cow_in(
+        env: E,
+        path: &Path,
+        base: Option<&Path>,
+        options: &DiskOptions,
+    ) -> Result<Self, OpenError> {
+        let chain = open_chain(&env, path, base, options)?;
+        Ok(Self::new(env, chain, options))
+    }
+
+    /// [`Disk::open_raw`] in another environment.
+    pub fn open_raw_in(env: E, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
+        let chain = open_single(&env, path, options)?;
+        Ok(Self::new(env, chain, options))
+    }
+
+    fn new(env: E, chain: Chain<E::File>, options: &DiskOptions) -> Self {
+        Disk {
+            env,
+            layers: chain.layers,
+            map: chain.map,
+            data_offset: chain.data_offset,
+            cow: chain.cow,
+            read_only: options.read_only,
+            failed: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            flushing: Mutex::new(()),
+        }
+    }
+
+    /// The size of the disk, a partial last sector counted as a whole one.
+    pub fn capacity(&self) -> SectorCount {
+        self.map.sectors()
+    }
+
+    /// Whether the disk refuses writes.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Whether a sync has failed. Every flush and every [`Disk::written`] fails from then on.
+    pub fn is_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    /// The files, the top first.
+    pub fn layers(&self) -> &[Layer<E::File>] {
+        &self.layers
+    }
+
+    /// What to read from where, for a range within the capacity.
+    pub fn extents(&self, range: SectorRange) -> Extents<'_> {
+        self.map.extents(range)
+    }
+
+    /// Where the sectors of `range`, which is within the capacity, stand in layer 0, one after the other: write them
+    /// there, or punch or zero there, and then call [`Disk::written`].
+    pub fn write_at(&self, range: SectorRange) -> ByteOffset {
+        ByteOffset::new(self.data_offset.get() + range.start_bytes().get())
+    }
+
+    /// Whether every sector of `range` is present in layer 0, so that [`Disk::written`] will cost nothing.
+    pub fn is_present(&self, range: SectorRange) -> bool {
+        self.map.top().is_none_or(|bitmap| bitmap.contains(range))
+    }
+
+    /// To be called when the data of `range` has been written (or punched, or zeroed) in layer 0, before the write is
+    /// acknowledged: from its return on, reads find the sectors in layer 0, and so does whoever opens the file after this
+    /// process has died. A flush that begins later makes them durable. After an error nothing has been set.
+    pub fn written(&self, range: SectorRange) -> Result<(), DiskError> {
+        self.written_batch(&[range])
+    }
+
+    /// [`Disk::written`] for several ranges at once, cheapest when they are sorted: those in one bitmap page share a
+    /// write. After an error some may have been set; each can be tried alone.
+    pub fn written_batch(&self, ranges: &[SectorRange]) -> Result<(), DiskError> {
+        self.check_writable()?;
+        let Some((cow, bitmap)) = self.writable_cow() else { return Ok(()) };
+        cow.live
+            .set(&self.top().file, bitmap, ranges)
+            .map_err(|source| self.io_error("write the live bitmap", source))
+    }
+
+    /// Makes every write durable whose [`Disk::written`] returned before this call. Blocks. A failed sync fails the disk
+    /// for ever; after a failed write of the bitmap (no space) the next flush tries again.
+    pub fn flush(&self) -> Result<(), DiskError> {
+        if self.read_only {
+            return Ok(());
+        }
+        let _one_pass = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check_writable()?;
+        let Some((cow, bitmap)) = self.writable_cow() else { return self.sync() };
+        let mut pass = FlushPass::begin(bitmap, &cow.geometry);
+        loop {
+            self.sync()?;
+            let Next::Write(pages) = pass.synced() else { return Ok(()) };
+            for write in pages.writes() {
+                let written = self.top().file.write_all_at(write.bytes, write.at);
+                written.map_err(|source| self.io_error("write the bitmap", source))?;
+            }
+            pass = pages.written();
+        }
+    }
+
+    /// Ends the disk's use: flushes, and marks the file clean. From then on writes are refused, and reads still work.
+    /// After an error the file stays marked as in use, and the next opening takes care of it.
+    pub fn close(&self) -> Result<(), DiskError> {
+        if self.read_only || self.closed.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.flush()?;
+        self.closed.store(true, Ordering::Release);
+        let Some(cow) = &self.cow else { return Ok(()) };
+        let mut header = cow.header.lock().unwrap_or_else(PoisonError::into_inner);
+        mark_clean(&self.top().file, &mut header).map_err(|err| self.update_error(err))?;
+        let removed = cow.live.close(&self.env);
+        removed.map_err(|(path, source)| DiskError::Io {
+            path,
+            action: "remove the live bitmap",
+            source,
+        })
+    }
+
+    fn top(&self) -> &Layer<E::File> {
+        &self.layers[0]
+    }
+
+    fn writable_cow(&self) -> Option<(&WritableCow<E::File>, &Bitmap)> {
+        self.cow.as_ref().zip(self.map.top())
+    }
+
+    pub(crate) fn check_writable(&self) -> Result<(), DiskError> {
+        let path = || self.top().path.clone();
+        if self.is_failed() {
+            return Err(DiskError::Failed { path: path() });
+        }
+        if self.read_only || self.closed.load(Ordering::Acquire) {
+            return Err(DiskError::ReadOnly { path: path() });
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<(), DiskError> {
+        let Err(err) = self.top().file.sync() else { return Ok(()) };
+        let path = self.top().path.clone();
+        if !self.failed.swap(true, Ordering::AcqRel) {
+            log::error!(
+                "{}: sync failed: {err}; what was written since the last flush may be lost, and the disk takes no \
+                 writes until it is opened again",
+                path.display()
+            );
+        }
+        Err(DiskError::Failed { path })
+    }
+
+    fn update_error(&self, err: UpdateError) -> DiskError {
+        let source = match err {
+            UpdateError::Io(err) => err,
+            UpdateError::Header(err) => std::io::Error::other(err),
+        };
+        self.io_error("write the header", source)
+    }
+
+    fn io_error(&self, action: &'static str, source: std::io::Error) -> DiskError {
+        DiskError::Io { path: self.top().path.clone(), action, source }
+    }
+}

@@ -1,0 +1,153 @@
+//! Why an image is not opened, made or changed.
+
+use std::io;
+use std::path::PathBuf;
+
+use cow_format::identity::IdentityError;
+use cow_format::{DataTruncated, HeaderError};
+
+use super::CHAIN_DEPTH_MAX;
+use crate::storage::{FileKind, LockError};
+
+/// An image that was not opened, made or changed. Each names its file first.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The system refused an operation.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The file is open elsewhere.
+    #[error("{}: {source}; a COW file can be open for writing only once, and a file below it not at all", path.display())]
+    Locked {
+        /// The file.
+        path: PathBuf,
+        /// Who holds it, if that is known.
+        source: LockError,
+    },
+    /// The file is no image.
+    #[error("{}: is a {found}, expected {expected}", path.display())]
+    Kind {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        found: FileKind,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// The header was refused.
+    #[error("{}: {source}", path.display())]
+    Header {
+        /// The file.
+        path: PathBuf,
+        /// The field, what was found and expected.
+        source: HeaderError,
+    },
+    /// The bitmap speaks of data that the file does not have.
+    #[error("{}: {source}", path.display())]
+    Data {
+        /// The file.
+        path: PathBuf,
+        /// The sector and the lengths.
+        source: DataTruncated,
+    },
+    /// The backing file that a header names cannot be opened.
+    #[error(
+        "{}: cannot open the backing file of {}: {source}; if it is elsewhere, name it: COW,BASE",
+        path.display(), cow.display()
+    )]
+    Backing {
+        /// The COW file.
+        cow: PathBuf,
+        /// The backing file.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The backing file is not the one that the header means.
+    #[error("{} is not the backing file of {}: {source}", path.display(), cow.display())]
+    Identity {
+        /// The COW file.
+        cow: PathBuf,
+        /// The backing file that was looked at.
+        path: PathBuf,
+        /// Which property differs, and both values.
+        source: IdentityError,
+    },
+    /// A file was named as its own backing file, or comes twice in a chain.
+    #[error("{}: comes twice in the chain of {} (also as {}); a file cannot back itself", path.display(), top.display(), again.display())]
+    Repeated {
+        /// The top of the chain.
+        top: PathBuf,
+        /// The file.
+        path: PathBuf,
+        /// Its other name.
+        again: PathBuf,
+    },
+    /// Too many layers.
+    #[error("{}: the chain has more than {CHAIN_DEPTH_MAX} files; merge some of them", top.display())]
+    TooDeep {
+        /// The top of the chain.
+        top: PathBuf,
+    },
+    /// A raw image cannot be written because of its length.
+    #[error(
+        "{}: length {len} is {}; open it read-only, or lengthen it: truncate -s %512 FILE",
+        path.display(), if *len == 0 { "0" } else { "no multiple of 512" }
+    )]
+    RawLength {
+        /// The file.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: u64,
+    },
+}
+
+impl OpenError {
+    /// For `map_err`: `action` on `path` failed.
+    pub(crate) fn io(
+        path: impl Into<PathBuf>,
+        action: &'static str,
+    ) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| OpenError::Io { path, action, source }
+    }
+
+    /// For `map_err`: the header of `path` was refused.
+    pub(crate) fn header(path: impl Into<PathBuf>) -> impl FnOnce(HeaderError) -> Self {
+        let path = path.into();
+        move |source| OpenError::Header { path, source }
+    }
+}
+
+/// A disk's operation that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// The system refused an operation. The disk works on.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A sync failed, now or earlier: nobody knows what is on the disk, and no later success would prove anything.
+    #[error("{}: a sync has failed; the disk takes no writes until it is opened again", path.display())]
+    Failed {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The disk was opened read-only, or has been closed.
+    #[error("{}: not open for writing", path.display())]
+    ReadOnly {
+        /// The file.
+        path: PathBuf,
+    },
+}

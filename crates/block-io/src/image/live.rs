@@ -1,0 +1,223 @@
+//! The live bitmap: in the page cache before a write is acknowledged, so that the write outlives this process
+//! (DESIGN section 3).
+
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use cow_format::{
+    BITMAP_PAGE, Bitmap, ByteOffset, Geometry, PAGE_SECTORS, Sector, SectorCount, SectorRange,
+};
+use zerocopy::IntoBytes;
+
+use super::pages::read_pages;
+use super::side_file::{self, RawSideHeader};
+use crate::storage::{Access, Env, Storage};
+
+/// Locks over the pages of the live bitmap. Few queues set new bits at once, so that a collision is rare.
+const STRIPES: usize = 64;
+/// Sectors that one word of the bitmap speaks of.
+const WORD_SECTORS: u64 = 64;
+
+/// The live bitmap of a COW file that is open for writing.
+pub(crate) struct LiveBitmap<F> {
+    place: Place<F>,
+    /// One word of the file holds bits of many sectors, so that two writers of one page must not overtake each other:
+    /// the later write has to contain the bits of the earlier. Each holds its page's lock from rendering the words
+    /// until the new bits stand in memory. That spans a write of a few bytes into the page cache, never disk I/O, and
+    /// happens once in a sector's life. (An atomic OR in memory first and a write after it would need no lock, but
+    /// then another queue could acknowledge a rewrite of a sector whose live bit is not out of the process yet.)
+    stripes: [Mutex<()>; STRIPES],
+}
+
+enum Place<F> {
+    /// In the COW file itself.
+    #[allow(dead_code)] // until the native header lands
+    Native(ByteOffset),
+    /// In a side file.
+    SideFile { file: F, path: PathBuf },
+}
+
+impl<F: Storage> LiveBitmap<F> {
+    fn new(place: Place<F>) -> Self {
+        LiveBitmap { place, stripes: [const { Mutex::new(()) }; STRIPES] }
+    }
+
+    #[allow(dead_code)] // until the native header lands
+    /// The live bitmap at `at` in the COW file `cow`. If it is not `valid` it is emptied; the caller then tags the header
+    /// with the boot id, not earlier.
+    pub(crate) fn native(
+        cow: &F,
+        at: ByteOffset,
+        geometry: &Geometry,
+        valid: bool,
+    ) -> io::Result<Self> {
+        if !valid {
+            cow.punch(at, geometry.bitmap_len())?;
+        }
+        Ok(Self::new(Place::Native(at)))
+    }
+
+    /// The live bitmap in the side file of `cow`, which is made new unless it is `valid`.
+    pub(crate) fn side_file<E: Env<File = F>>(
+        env: &E,
+        cow: &F,
+        cow_path: &Path,
+        geometry: &Geometry,
+        valid: bool,
+    ) -> io::Result<Self> {
+        let path = side_file::path_for(cow_path);
+        if valid {
+            let file = env.open(&path, Access::ReadWrite)?;
+            return Ok(Self::new(Place::SideFile { file, path }));
+        }
+        match env.remove(&path) {
+            Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
+            _ => {}
+        }
+        let file = env.create_new(&path)?;
+        let header = RawSideHeader::new(env.boot_id()?, &cow.stat()?, geometry);
+        file.write_all_at(header.as_bytes(), ByteOffset::new(0))?;
+        Ok(Self::new(Place::SideFile { file, path }))
+    }
+
+    /// The file of the live bitmap and where it begins there.
+    fn place<'a>(&'a self, cow: &'a F) -> (&'a F, ByteOffset) {
+        match &self.place {
+            Place::Native(at) => (cow, *at),
+            Place::SideFile { file, .. } => (file, side_file::BITMAP_AT),
+        }
+    }
+
+    /// Sets the bits of `ranges`, first in the page cache, then in memory. Neighbouring ranges in one bitmap page share
+    /// a write, so sorted ranges cost the least; present ones cost nothing. After an error some may be set; a range
+    /// can then be tried again alone.
+    pub(crate) fn set(&self, cow: &F, bitmap: &Bitmap, ranges: &[SectorRange]) -> io::Result<()> {
+        let mut rest = ranges;
+        while let Some(&first) = rest.first() {
+            let page = page_of(first.start());
+            let together =
+                rest.iter().take_while(|range| pages_of(**range) == (page..page + 1)).count();
+            let (group, tail) = rest.split_at(together.max(1));
+            for page in pages_of(first) {
+                self.set_in_page(cow, bitmap, page, group)?;
+            }
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    /// Sets those bits of `ranges` that stand in `page`.
+    fn set_in_page(
+        &self,
+        cow: &F,
+        bitmap: &Bitmap,
+        page: u64,
+        ranges: &[SectorRange],
+    ) -> io::Result<()> {
+        if ranges.iter().all(|range| bitmap.contains(in_page(*range, page))) {
+            return Ok(());
+        }
+        let stripe = usize::try_from(page % STRIPES as u64).unwrap_or(0);
+        let _lock = self.stripes[stripe].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut words = Words::new(page);
+        ranges.iter().for_each(|range| words.add(in_page(*range, page)));
+        let (file, at) = self.place(cow);
+        let (offset, bytes) = words.render(bitmap);
+        file.write_all_at(bytes, ByteOffset::new(at.get() + offset))?;
+        ranges.iter().for_each(|range| _ = bitmap.insert(in_page(*range, page)));
+        Ok(())
+    }
+
+    /// Ends the live bitmap's use after a full flush and the clean state: nothing is left beside a UML file.
+    pub(crate) fn close<E: Env<File = F>>(&self, env: &E) -> Result<(), (PathBuf, io::Error)> {
+        match &self.place {
+            Place::Native(_) => Ok(()),
+            Place::SideFile { path, .. } => env.remove(path).map_err(|err| (path.clone(), err)),
+        }
+    }
+}
+
+/// Adds the bits of the side file to `bitmap` if it is of this boot and COW file; says whether it is. Changes nothing.
+pub(crate) fn load_side_file<E: Env>(
+    env: &E,
+    cow: &E::File,
+    cow_path: &Path,
+    bitmap: &Bitmap,
+    geometry: &Geometry,
+) -> io::Result<bool> {
+    let file = match env.open(&side_file::path_for(cow_path), Access::Read) {
+        Ok(file) => file,
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(err) => return Err(err),
+    };
+    let header = RawSideHeader::new(env.boot_id()?, &cow.stat()?, geometry);
+    let mut found = RawSideHeader::buffer();
+    file.read_zero_filled(&mut found, ByteOffset::new(0))?;
+    if found != header.as_bytes() {
+        return Ok(false);
+    }
+    read_pages(&file, side_file::BITMAP_AT, geometry, |page, bytes| bitmap.load_live(page, bytes))?;
+    Ok(true)
+}
+
+/// Some words of a bitmap page with new bits in them.
+struct Words {
+    page: u64,
+    bytes: [u8; BITMAP_PAGE],
+    /// The words that have a new bit, from the first to the last.
+    used: Range<usize>,
+}
+
+impl Words {
+    fn new(page: u64) -> Self {
+        Words { page, bytes: [0; BITMAP_PAGE], used: 0..0 }
+    }
+
+    /// Sets the bits of `range`, which is within the page.
+    fn add(&mut self, range: SectorRange) {
+        let bit =
+            |sector: Sector| usize::try_from(sector.get() - self.page * PAGE_SECTORS).unwrap_or(0);
+        let (start, end) = (bit(range.start()), bit(range.end()));
+        if start >= end {
+            return;
+        }
+        for bit in start..end {
+            self.bytes[bit / 8] |= 1 << (bit % 8);
+        }
+        let words = start / 64..(end - 1) / 64 + 1;
+        self.used = match self.used.is_empty() {
+            true => words,
+            false => self.used.start.min(words.start)..self.used.end.max(words.end),
+        };
+    }
+
+    /// The words with the bits that `bitmap` has by now, and their offset in the live bitmap, in bytes.
+    fn render(&mut self, bitmap: &Bitmap) -> (u64, &[u8]) {
+        let first_word = self.page * (PAGE_SECTORS / WORD_SECTORS) + self.used.start as u64;
+        let bytes = &mut self.bytes[self.used.start * 8..self.used.end * 8];
+        for (word, index) in bytes.chunks_exact_mut(8).zip(first_word..) {
+            for (byte, present) in word.iter_mut().zip(bitmap.word(index).to_le_bytes()) {
+                *byte |= present;
+            }
+        }
+        (first_word * 8, bytes)
+    }
+}
+
+fn page_of(sector: Sector) -> u64 {
+    sector.get() / PAGE_SECTORS
+}
+
+/// The bitmap pages that `range` touches.
+fn pages_of(range: SectorRange) -> Range<u64> {
+    page_of(range.start())..range.end().get().div_ceil(PAGE_SECTORS).max(page_of(range.start()))
+}
+
+/// The part of `range` of which `page` speaks; maybe empty.
+fn in_page(range: SectorRange, page: u64) -> SectorRange {
+    let clip = |sector: Sector| sector.get().clamp(page * PAGE_SECTORS, (page + 1) * PAGE_SECTORS);
+    let (start, end) = (clip(range.start()), clip(range.end()));
+    SectorRange::new(Sector::new(start), SectorCount::new(end - start)).unwrap_or(range)
+}

@@ -1,0 +1,70 @@
+//! Images: one file or a chain of them, opened, made and changed.
+
+mod chain;
+mod create;
+mod error;
+pub(crate) mod live;
+mod pages;
+mod side_file;
+pub(crate) mod state;
+
+pub(crate) use chain::{Chain, open_chain, open_single};
+pub use create::{CreateOptions, create_cow, create_file};
+pub use error::{DiskError, OpenError};
+
+use std::time::Duration;
+
+/// The most files in a chain, base included: each costs descriptors and an entry in the layer map, whose indices are
+/// 8 bits wide. QEMU users seldom pass a dozen.
+pub const CHAIN_DEPTH_MAX: usize = 64;
+
+/// Whether data goes through the page cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CachePolicy {
+    /// Through the page cache, which all guests of a host share.
+    #[default]
+    Buffered,
+    /// Past it (`O_DIRECT`), where the alignment allows; the rest is buffered.
+    Direct,
+}
+
+/// The header of a new COW file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CowFormat {
+    /// This project's.
+    #[default]
+    Native,
+    /// User Mode Linux's, version 3.
+    Uml,
+}
+
+/// How a disk is opened.
+#[derive(Clone, Copy, Debug)]
+pub struct DiskOptions {
+    /// Never write: neither to the disk nor to a header.
+    pub read_only: bool,
+    /// How files below the top are read.
+    pub base_cache: CachePolicy,
+    /// How the top is read and written.
+    pub cow_cache: CachePolicy,
+    /// The header of a COW file that is made because it does not exist.
+    pub format: CowFormat,
+    /// How long to wait for a lock: I/O that a dead process had in flight holds it until it has ended.
+    pub lock_wait: Duration,
+}
+
+impl Default for DiskOptions {
+    fn default() -> Self {
+        DiskOptions {
+            read_only: false,
+            base_cache: CachePolicy::Buffered,
+            cow_cache: CachePolicy::Buffered,
+            format: CowFormat::Native,
+            lock_wait: LOCK_WAIT,
+        }
+    }
+}
+
+/// Longer than a killed process needs to end its I/O (25 to 57 ms with 256 MiB in flight), short for a person who waits
+/// for the error.
+const LOCK_WAIT: Duration = Duration::from_secs(1);

@@ -1,0 +1,41 @@
+//! Reading a bitmap from a file: only where the file has data.
+
+use std::io;
+
+use cow_format::{BITMAP_PAGE, ByteOffset, Geometry};
+
+use crate::storage::Storage;
+
+/// Bitmap pages read at once (256 KiB): few system calls for a dense bitmap, little memory.
+const READ_PAGES: u64 = 64;
+
+/// Hands out the pages of the bitmap at `bitmap` in `file` that may have a bit set. A page on the border of the bitmap or
+/// of the file is shorter than 4096 bytes.
+pub(crate) fn read_pages(
+    file: &impl Storage,
+    bitmap: ByteOffset,
+    geometry: &Geometry,
+    mut found: impl FnMut(u64, &[u8]),
+) -> io::Result<()> {
+    let page_len = BITMAP_PAGE as u64;
+    let (start, end) = (bitmap.get(), bitmap.get() + geometry.bitmap_len());
+    let mut buf = Vec::new();
+    let mut at = start;
+    while at < end {
+        let Some(data) = file.next_data(ByteOffset::new(at))? else { break };
+        // Down to the page that holds the first byte, which is never before `at`.
+        let from = start + (data.start.max(at) - start) / page_len * page_len;
+        let to = data.end.min(end).min(from + READ_PAGES * page_len);
+        if from >= to {
+            break;
+        }
+        let to = (start + (to - start).div_ceil(page_len) * page_len).min(end);
+        buf.resize(usize::try_from(to - from).map_err(io::Error::other)?, 0);
+        let n = file.read_at(&mut buf, ByteOffset::new(from))?;
+        for (page, bytes) in ((from - start) / page_len..).zip(buf[..n].chunks(BITMAP_PAGE)) {
+            found(page, bytes);
+        }
+        at = to;
+    }
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! The side file of a UML COW file: `<COW>.live`, a header and the live bitmap that UML's layout has no room for.
+//!
+//! It exists while the COW file is open for writing, and after the death of the process that had it open; a clean
+//! close removes it. It is used only under the COW file's exclusive lock, or read under its shared lock. Nothing in it is ever
+//! synced on purpose: it speaks of one boot, and the page cache lives as long. Specified in `docs/format-side-file.md`.
+
+use std::path::{Path, PathBuf};
+
+use cow_format::{BITMAP_PAGE, ByteOffset, Geometry};
+use zerocopy::little_endian::{I64, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::storage::{BootId, FileStat};
+
+/// The first bytes of a side file.
+const MAGIC: [u8; 8] = *b"COWLIVE\n";
+const VERSION: u32 = 1;
+/// Where the live bitmap begins: after one page for the header.
+pub(crate) const BITMAP_AT: ByteOffset = ByteOffset::new(BITMAP_PAGE as u64);
+
+/// The header on disk, little-endian.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct RawSideHeader {
+    magic: [u8; 8],
+    version: U32,
+    /// See `cow_born_secs`.
+    cow_born_nanos: U32,
+    boot_id: [u8; 16],
+    cow_dev: U64,
+    cow_ino: U64,
+    /// When the COW file's inode was created, so that a new file with an old one's number is not taken for it;
+    /// nanoseconds 2^32-1 where the file system does not know.
+    cow_born_secs: I64,
+    /// Where the live bitmap begins in the side file; the other places are the COW file's.
+    live_offset: U64,
+    virtual_size: U64,
+    data_offset: U64,
+    durable_offset: U64,
+    bitmap_len: U64,
+    reserved: U32,
+    /// CRC32C of everything before.
+    crc: U32,
+}
+
+const RAW_LEN: usize = 104;
+const _: () = assert!(size_of::<RawSideHeader>() == RAW_LEN);
+const CRC_AT: usize = RAW_LEN - size_of::<U32>();
+const BORN_UNKNOWN: u32 = u32::MAX;
+
+impl RawSideHeader {
+    /// The header that the side file of this COW file has during this boot. There is exactly one, so that a side file
+    /// is valid when its header is equal.
+    pub(crate) fn new(boot: BootId, cow: &FileStat, geometry: &Geometry) -> Self {
+        let (born_secs, born_nanos) =
+            cow.born.map_or((0, BORN_UNKNOWN), |born| (born.secs(), born.nanos()));
+        let mut raw = RawSideHeader {
+            magic: MAGIC,
+            version: VERSION.into(),
+            cow_born_nanos: born_nanos.into(),
+            boot_id: boot.0,
+            cow_dev: cow.id.dev.into(),
+            cow_ino: cow.id.ino.into(),
+            cow_born_secs: born_secs.into(),
+            live_offset: BITMAP_AT.get().into(),
+            virtual_size: geometry.virtual_size().into(),
+            data_offset: geometry.data_offset().get().into(),
+            durable_offset: geometry.bitmap_offset().get().into(),
+            bitmap_len: geometry.bitmap_len().into(),
+            reserved: U32::ZERO,
+            crc: U32::ZERO,
+        };
+        raw.crc = crc32c::crc32c(&raw.as_bytes()[..CRC_AT]).into();
+        raw
+    }
+
+    /// Room for a header as it is read.
+    pub(crate) fn buffer() -> [u8; RAW_LEN] {
+        [0; RAW_LEN]
+    }
+}
+
+/// The side file's path for the COW file at `cow` (with symbolic links resolved).
+pub(crate) fn path_for(cow: &Path) -> PathBuf {
+    let mut path = cow.as_os_str().to_owned();
+    path.push(".live");
+    PathBuf::from(path)
+}

@@ -80,6 +80,11 @@ impl Plan {
         self.parts.is_empty()
     }
 
+    /// The bytes of all parts.
+    pub fn len_bytes(&self) -> u64 {
+        self.parts.iter().map(|part| part.len).sum()
+    }
+
     /// Reads from `file` at `at` into `buffers`, in order.
     pub fn read(&mut self, file: FileSlot, at: ByteOffset, buffers: &[libc::iovec]) {
         self.transfer(Action::Read, file, at, buffers);

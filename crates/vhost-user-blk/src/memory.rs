@@ -293,17 +293,34 @@ impl Memory {
     /// Copies `from` to host memory that came from [`Memory::host_ranges`] of this snapshot. False,
     /// and nothing is written, if it is not inside it.
     pub fn write_host(&self, host: *mut u8, from: &[u8]) -> bool {
-        let place = self.spans.iter().find_map(|span| {
-            let offset = host.addr().checked_sub(span.host.addr())?;
-            let left = span.len.checked_sub(offset as u64)?;
-            // SAFETY: the offset is inside the region's mapping.
-            (from.len() as u64 <= left).then(|| unsafe { span.host.add(offset) })
-        });
+        let place = self.inside(host, from.len());
         if let Some(place) = place {
             // SAFETY: as many bytes are left of the region, whose mapping `self` keeps.
             unsafe { volatile_write(place, from) };
         }
         place.is_some()
+    }
+
+    /// Fills `len` bytes of host memory that came from [`Memory::host_ranges`] of this snapshot with
+    /// zeros. False, and nothing is written, if they are not inside it.
+    pub fn zero_host(&self, host: *mut u8, len: usize) -> bool {
+        let place = self.inside(host, len);
+        if let Some(place) = place {
+            // SAFETY: as in `write_host`. Not volatile, as it may be long and its order is of no
+            // concern.
+            unsafe { place.write_bytes(0, len) };
+        }
+        place.is_some()
+    }
+
+    /// The place `host` again, if `len` bytes from there lie inside one region.
+    fn inside(&self, host: *mut u8, len: usize) -> Option<*mut u8> {
+        self.spans.iter().find_map(|span| {
+            let offset = host.addr().checked_sub(span.host.addr())?;
+            let left = span.len.checked_sub(offset as u64)?;
+            // SAFETY: the offset is inside the region's mapping.
+            (len as u64 <= left).then(|| unsafe { span.host.add(offset) })
+        })
     }
 
     /// Host address of a guest address, and how many bytes of its region follow there.

@@ -1,0 +1,195 @@
+//! From a request's sectors to operations on files: the layer map's extents,
+//! cut out of guest memory.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use block_io::ring::{FileSlot, Plan};
+use block_io::{Disk, Layer};
+use cow_format::{ByteOffset, Extent, LayerIndex, SectorRange};
+
+use crate::memory::Memory;
+use crate::request::Segment;
+
+/// Zeros for a file system that cannot make holes. In the binary's .bss: it
+/// costs no memory until then.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Finds the file and the place for each piece of a request.
+pub struct Router<'a> {
+    disk: &'a Disk,
+    /// What the file system of the COW file has turned out not to know.
+    no_punch: bool,
+    no_zero_range: bool,
+    /// Used again from one extent to the next.
+    piece: Vec<libc::iovec>,
+}
+
+/// The buffered and the direct description of each layer stand side by side.
+const FILES_PER_LAYER: u32 = 2;
+
+impl<'a> Router<'a> {
+    /// A router for one queue.
+    pub fn new(disk: &'a Disk) -> Self {
+        Self { disk, no_punch: false, no_zero_range: false, piece: Vec::new() }
+    }
+
+    /// The files in the order of the slots that the plans speak of.
+    pub fn files(&self) -> Vec<Option<BorrowedFd<'a>>> {
+        let files = self.disk.layers().iter().map(Layer::file);
+        files.flat_map(|f| [Some(f.buffered()), f.direct().map(|(fd, _)| fd)]).collect()
+    }
+
+    /// Plans the read of `range` into `buffers`, which are as long as it. What
+    /// no file holds is filled with zeros at once.
+    pub fn plan_read(
+        &mut self,
+        range: SectorRange,
+        memory: &Memory,
+        buffers: &[libc::iovec],
+        plan: &mut Plan,
+    ) {
+        let mut cursor = Cursor { left: buffers, skip: 0 };
+        for extent in self.disk.extents(range) {
+            match extent {
+                Extent::Data { layer, at, len } => {
+                    let piece = cursor.take(len, &mut self.piece);
+                    plan.read(slot(self.disk, layer, at, piece), at, piece);
+                }
+                Extent::Zero { len } => {
+                    for v in cursor.take(len, &mut self.piece) {
+                        memory.zero_host(v.iov_base.cast(), v.iov_len);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Plans the write of `buffers` to `range`, which is as long as they.
+    pub fn plan_write(&self, range: SectorRange, buffers: &[libc::iovec], plan: &mut Plan) {
+        let at = self.disk.write_at(range);
+        plan.write(slot(self.disk, LayerIndex::TOP, at, buffers), at, buffers);
+    }
+
+    /// Plans to turn `segments` into zeros, in the best way that the file
+    /// system is known to have.
+    pub fn plan_zero(&self, segments: &[Segment], plan: &mut Plan) {
+        let top = FileSlot(0);
+        for segment in segments {
+            let (at, len) = (self.disk.write_at(segment.range), segment.range.len_bytes());
+            if segment.unmap && !self.no_punch {
+                plan.punch(top, at, len);
+            } else if !self.no_zero_range {
+                plan.zero(top, at, len);
+            } else {
+                plan_zeros(at, len, plan);
+            }
+        }
+    }
+
+    /// After `error` from a plan of [`Self::plan_zero`]: there is another way,
+    /// which the next one will take.
+    pub fn zeroing_unsupported(&mut self, error: &io::Error) -> bool {
+        if error.raw_os_error() != Some(libc::EOPNOTSUPP) || self.no_zero_range {
+            return false;
+        }
+        self.no_zero_range = self.no_punch;
+        self.no_punch = true;
+        true
+    }
+}
+
+/// The description to use: the direct one where the alignment allows it.
+#[inline]
+fn slot(disk: &Disk, layer: LayerIndex, at: ByteOffset, buffers: &[libc::iovec]) -> FileSlot {
+    // At most 64 layers and a base.
+    #[expect(clippy::cast_possible_truncation)]
+    let buffered = FileSlot(layer.get() as u32 * FILES_PER_LAYER);
+    let Some((_, align)) = disk.layers()[layer.get()].file().direct() else { return buffered };
+    let (memory, offset) = (u64::from(align.memory), u64::from(align.offset));
+    let aligned = at.get().is_multiple_of(offset)
+        && buffers.iter().all(|v| {
+            (v.iov_base.addr() as u64).is_multiple_of(memory)
+                && (v.iov_len as u64).is_multiple_of(offset)
+        });
+    if aligned { FileSlot(buffered.0 + 1) } else { buffered }
+}
+
+/// Plans to write zeros to `len` bytes of the top layer.
+fn plan_zeros(at: ByteOffset, len: u64, plan: &mut Plan) {
+    let chunk = ZEROS.len() as u64;
+    let buffer = |len: u64| libc::iovec {
+        iov_base: ZEROS.as_ptr().cast_mut().cast(),
+        iov_len: usize::try_from(len).unwrap_or(ZEROS.len()),
+    };
+    let whole = usize::try_from(len / chunk).unwrap_or(usize::MAX);
+    let mut buffers = vec![buffer(chunk); whole];
+    if !len.is_multiple_of(chunk) {
+        buffers.push(buffer(len % chunk));
+    }
+    plan.write(FileSlot(0), at, &buffers);
+}
+
+/// Cuts consecutive pieces out of a list of buffers.
+struct Cursor<'b> {
+    left: &'b [libc::iovec],
+    /// Bytes of the first buffer that are taken.
+    skip: usize,
+}
+
+impl<'b> Cursor<'b> {
+    /// The next `len` bytes; the whole list itself where it is just that.
+    fn take<'p>(&mut self, len: u64, piece: &'p mut Vec<libc::iovec>) -> &'p [libc::iovec] {
+        piece.clear();
+        let mut wanted = len;
+        while wanted > 0
+            && let Some((first, rest)) = self.left.split_first()
+        {
+            let have = first.iov_len - self.skip;
+            let take = usize::try_from(wanted).unwrap_or(usize::MAX).min(have);
+            piece.push(libc::iovec {
+                iov_base: first.iov_base.cast::<u8>().wrapping_add(self.skip).cast(),
+                iov_len: take,
+            });
+            wanted -= take as u64;
+            if take == have {
+                (self.left, self.skip) = (rest, 0);
+            } else {
+                self.skip += take;
+            }
+        }
+        piece
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn iovec(base: usize, len: usize) -> libc::iovec {
+        libc::iovec { iov_base: std::ptr::without_provenance_mut(base), iov_len: len }
+    }
+
+    #[test]
+    fn pieces_are_cut_in_order_without_gap_or_overlap() {
+        let buffers = [iovec(1000, 512), iovec(5000, 1536), iovec(9000, 512)];
+        let mut cursor = Cursor { left: &buffers, skip: 0 };
+        let mut piece = Vec::new();
+        let mut taken = |len| -> Vec<(usize, usize)> {
+            cursor.take(len, &mut piece).iter().map(|v| (v.iov_base.addr(), v.iov_len)).collect()
+        };
+        assert_eq!(taken(512), [(1000, 512)]);
+        assert_eq!(taken(65), [(5000, 65)]);
+        assert_eq!(taken(447), [(5065, 447)]);
+        assert_eq!(taken(1500), [(5512, 1024), (9000, 476)]);
+        assert_eq!(taken(36), [(9476, 36)]);
+        assert_eq!(taken(512), []);
+    }
+
+    #[test]
+    fn zeros_by_hand_cover_the_range() {
+        let mut plan = Plan::default();
+        plan_zeros(ByteOffset::new(4096), (64 << 10) * 3 + 512, &mut plan);
+        assert_eq!(plan.len_bytes(), (64 << 10) * 3 + 512);
+    }
+}

@@ -1,0 +1,446 @@
+//! One thread for each queue: takes requests from the ring, asks the disk's
+//! layer map where their data stands, has io_uring move it between the files
+//! and guest memory, and puts the answers into the used ring.
+//!
+//! This is the only place where virtio and the layers meet. A turn of the loop
+//! takes a batch of requests, hands it to the kernel with one system call,
+//! fetches what has completed, and publishes it with one notification.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use block_io::ring::{Event, Plan, Ring, Watch};
+use block_io::{Committer, Disk, Waiter};
+use cow_format::SectorRange;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::memory::Memory;
+use crate::notify::{Doorbell, Kick};
+use crate::request::{
+    ID_LEN, IoVecs, Operation, ParseLimits, Parsed, Pending, Reply, Segment, parse,
+};
+use crate::route::Router;
+use crate::spin::Spin;
+use crate::virtqueue::{Head, RingLayout, SplitQueue};
+
+/// Requests taken in one turn: enough to share a system call and a
+/// notification among many, few enough that the first is not held up by the
+/// last.
+const BATCH_MAX: usize = 32;
+
+/// The stack of a worker, in bytes. Its data is on the heap.
+const STACK_BYTES: usize = 256 << 10;
+
+const KICK: Watch = Watch(0);
+const STOP: Watch = Watch(1);
+const COMMIT: Watch = Watch(2);
+
+/// What all queues of the device share.
+pub struct Shared {
+    /// The disk.
+    pub disk: Arc<Disk>,
+    /// Flushes it.
+    pub committer: Committer,
+    /// The answer to GET_ID.
+    pub serial: [u8; ID_LEN],
+    /// What requests are checked against.
+    pub limits: ParseLimits,
+    /// The longest time that a dry queue spins before it sleeps.
+    pub poll: Duration,
+    /// Signalled when a queue had to give up its ring.
+    pub failure: EventFd,
+}
+
+/// A ring that is ready to be served.
+pub struct RingStart {
+    /// The number of the queue.
+    pub queue: usize,
+    /// Guest memory.
+    pub memory: Arc<Memory>,
+    /// Where the ring is in it.
+    pub layout: RingLayout,
+    /// VIRTIO_RING_F_EVENT_IDX was negotiated.
+    pub event_idx: bool,
+    /// The first entry of the available ring to take.
+    pub next_avail: u16,
+    /// Every write is durable before it completes: no FLUSH was negotiated, or
+    /// the guest has turned the write cache off.
+    pub write_through: Arc<AtomicBool>,
+    /// The guest rings it: an eventfd or a pipe.
+    pub kick: OwnedFd,
+    /// Rings the guest: an eventfd or a pipe.
+    pub call: Option<OwnedFd>,
+    /// Tells the frontend that the ring was given up.
+    pub err: Option<OwnedFd>,
+}
+
+/// A queue that is being served.
+pub struct WorkerHandle {
+    thread: JoinHandle<u16>,
+    stop: Arc<EventFd>,
+}
+
+/// Serves a ring until it is stopped. The call descriptor is signalled once at
+/// the start, and work that is in the ring already needs no kick.
+///
+/// # Errors
+/// What the system says to the eventfd or the thread. A ring that cannot be
+/// used is no error here: it is given up, and [`Shared::failure`] signalled.
+pub fn spawn(start: RingStart, shared: Arc<Shared>) -> io::Result<WorkerHandle> {
+    let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+    let stop = Arc::new(stop);
+    let theirs = Arc::clone(&stop);
+    let thread = std::thread::Builder::new()
+        .name(format!("queue-{}", start.queue))
+        .stack_size(STACK_BYTES)
+        .spawn(move || serve(&start, &shared, &theirs))?;
+    Ok(WorkerHandle { thread, stop })
+}
+
+impl WorkerHandle {
+    /// Takes no more requests, answers those in flight, and says which entry of
+    /// the available ring comes next.
+    pub fn stop(self) -> u16 {
+        // It cannot fail: the counter starts at 0.
+        _ = self.stop.write(1);
+        // The profile has panics abort: nobody is left to see the 0.
+        self.thread.join().unwrap_or(0)
+    }
+}
+
+fn serve(start: &RingStart, shared: &Shared, stop: &EventFd) -> u16 {
+    match Worker::new(start, shared, stop) {
+        Ok(worker) => worker.run(),
+        Err(e) => {
+            give_up(start, shared, e.as_ref());
+            start.next_avail
+        }
+    }
+}
+
+/// Tells everyone that the ring is not served any more.
+fn give_up(start: &RingStart, shared: &Shared, why: &dyn std::fmt::Display) {
+    log::error!("queue {}: {why}; the ring is stopped", start.queue);
+    if let Some(err) = &start.err {
+        Doorbell::new(err.as_fd()).ring();
+    }
+    _ = shared.failure.write(1);
+}
+
+/// A request between its descriptor chain and its answer.
+struct InFlight {
+    head: Head,
+    pending: Pending,
+    work: Work,
+}
+
+/// What is being done for it, and so what remains when that is done.
+enum Work {
+    Read,
+    Write(SectorRange),
+    /// The ranges are being turned into zeros.
+    Zero(Vec<Segment>),
+    /// A flush, for itself or for a write that must be durable.
+    Commit,
+}
+
+struct Worker<'a> {
+    // First, so that it is dropped first: it waits until the kernel has let go
+    // of guest memory, which `queue` keeps.
+    ring: Ring<InFlight>,
+    queue: SplitQueue,
+    start: &'a RingStart,
+    shared: &'a Shared,
+    router: Router<'a>,
+    kick: Kick<'a>,
+    call: Option<Doorbell<'a>>,
+    /// Requests that wait for the committer; the tag is the place.
+    committing: Vec<Option<InFlight>>,
+    uncommitted: Vec<u32>,
+    spin: Spin,
+    /// Requests are still being taken.
+    open: bool,
+    // Used again from one request to the next.
+    plan: Plan,
+    iovecs: IoVecs,
+    answers: Vec<(u32, bool)>,
+    segments: Vec<Vec<Segment>>,
+}
+
+impl<'a> Worker<'a> {
+    fn new(
+        start: &'a RingStart,
+        shared: &'a Shared,
+        stop: &'a EventFd,
+    ) -> Result<Self, Box<dyn std::error::Error>> {
+        let depth = start.layout.size;
+        let memory = Arc::clone(&start.memory);
+        let queue = SplitQueue::new(memory, start.layout, start.event_idx, start.next_avail)?;
+        let router = Router::new(&shared.disk);
+        let mut ring = Ring::new(usize::from(depth), &router.files())?;
+        let kick = Kick::new(start.kick.as_fd())?;
+        ring.watch(start.kick.as_fd(), KICK);
+        ring.watch(stop.as_fd(), STOP);
+        ring.watch(shared.committer.event(start.queue), COMMIT);
+        Ok(Self {
+            ring,
+            queue,
+            start,
+            shared,
+            router,
+            kick,
+            call: start.call.as_ref().map(|fd| Doorbell::new(fd.as_fd())),
+            committing: (0..depth).map(|_| None).collect(),
+            uncommitted: (0..u32::from(depth)).rev().collect(),
+            spin: Spin::new(shared.poll),
+            open: true,
+            plan: Plan::default(),
+            iovecs: IoVecs::new(),
+            answers: Vec::new(),
+            segments: Vec::new(),
+        })
+    }
+
+    fn run(mut self) -> u16 {
+        self.notify();
+        loop {
+            let mut busy = self.take();
+            if let Err(e) = self.ring.enter(false) {
+                self.fail(&e);
+            }
+            busy |= self.reap();
+            self.publish();
+            if !self.open && self.in_flight() == 0 {
+                return self.queue.next_avail();
+            }
+            if !busy {
+                self.rest();
+            }
+        }
+    }
+
+    fn in_flight(&self) -> u16 {
+        self.queue.in_flight()
+    }
+
+    /// There is room for one more request, whatever it turns out to be.
+    fn can_take(&self) -> bool {
+        self.open && self.in_flight() < self.start.layout.size
+    }
+
+    /// Takes and starts a batch of requests; whether there was one.
+    fn take(&mut self) -> bool {
+        for taken in 0..BATCH_MAX {
+            if !self.can_take() {
+                return taken > 0;
+            }
+            match self.queue.pop() {
+                Ok(Some(head)) => self.begin(head),
+                Ok(None) => return taken > 0,
+                Err(e) => {
+                    self.fail(&e);
+                    return true;
+                }
+            }
+        }
+        true
+    }
+
+    fn begin(&mut self, head: Head) {
+        let chain = self.queue.chain(&head);
+        let request = match parse(&self.start.memory, chain, &self.shared.limits, &mut self.iovecs)
+        {
+            Parsed::Request(request) => request,
+            Parsed::Reply(reply) => {
+                log::debug!("queue {}: {:?}", self.start.queue, reply.fault());
+                return self.answer(head, reply);
+            }
+        };
+        let (operation, pending) = request.start();
+        match operation {
+            Operation::In(range) => self.read(head, pending, range),
+            Operation::Out(range) => self.write(head, pending, range),
+            Operation::Flush => self.commit(head, pending),
+            Operation::Discard | Operation::WriteZeroes => {
+                self.zero(head, pending, operation == Operation::Discard);
+            }
+            Operation::GetId => {
+                let id = &self.shared.serial;
+                let reply = pending.answer_id(&self.start.memory, &self.iovecs, id);
+                self.answer(head, reply);
+            }
+        }
+    }
+
+    fn read(&mut self, head: Head, pending: Pending, range: SectorRange) {
+        let memory = &self.start.memory;
+        self.router.plan_read(range, memory, self.iovecs.data(), &mut self.plan);
+        self.submit(InFlight { head, pending, work: Work::Read });
+    }
+
+    fn write(&mut self, head: Head, pending: Pending, range: SectorRange) {
+        if self.shared.disk.is_failed() {
+            return self.answer(head, pending.failed());
+        }
+        self.router.plan_write(range, self.iovecs.data(), &mut self.plan);
+        self.submit(InFlight { head, pending, work: Work::Write(range) });
+    }
+
+    fn zero(&mut self, head: Head, pending: Pending, discard: bool) {
+        if self.shared.disk.is_failed() {
+            return self.answer(head, pending.failed());
+        }
+        let mut segments = self.segments.pop().unwrap_or_default();
+        segments.extend(self.iovecs.segments().iter().filter(|s| !s.range.is_empty()));
+        for segment in &mut segments {
+            segment.unmap |= discard;
+        }
+        self.router.plan_zero(&segments, &mut self.plan);
+        self.submit(InFlight { head, pending, work: Work::Zero(segments) });
+    }
+
+    /// Starts what was planned. An empty plan is done already.
+    fn submit(&mut self, request: InFlight) {
+        if self.plan.is_empty() {
+            return self.completed(request, Ok(()));
+        }
+        // SAFETY: the buffers are guest memory (or zeros that live for ever),
+        // which `queue` keeps mapped until after the ring has been dropped, and
+        // to which no reference is ever made.
+        if let Err(refused) = unsafe { self.ring.submit(request, &mut self.plan) } {
+            // `can_take` leaves room, so this is never reached; the guest gets
+            // an answer all the same.
+            self.answer(refused.head, refused.pending.failed());
+        }
+    }
+
+    /// Fetches what has happened; whether anything has.
+    fn reap(&mut self) -> bool {
+        let mut busy = false;
+        while let Some(event) = self.ring.next_event() {
+            busy = true;
+            match event {
+                Event::Done(request, result) => self.completed(request, result),
+                Event::Ready(KICK) => self.kick.consume(),
+                Event::Ready(COMMIT) => self.committed(),
+                Event::Ready(_) => self.open = false,
+            }
+        }
+        busy
+    }
+
+    /// The data of a request has been moved, or could not be.
+    fn completed(&mut self, request: InFlight, result: io::Result<()>) {
+        let InFlight { head, pending, work } = request;
+        if let Err(e) = &result {
+            log::warn!("queue {}: I/O failed: {e}", self.start.queue);
+        }
+        match (work, result) {
+            (Work::Zero(segments), Err(e)) if self.router.zeroing_unsupported(&e) => {
+                self.router.plan_zero(&segments, &mut self.plan);
+                self.submit(InFlight { head, pending, work: Work::Zero(segments) });
+            }
+            (_, Err(_)) => self.answer(head, pending.failed()),
+            (Work::Read | Work::Commit, Ok(())) => self.answer(head, pending.done()),
+            (Work::Write(range), Ok(())) => self.written(head, pending, &[range]),
+            (Work::Zero(mut segments), Ok(())) => {
+                let ranges: Vec<_> = segments.iter().map(|s| s.range).collect();
+                self.written(head, pending, &ranges);
+                segments.clear();
+                self.segments.push(segments);
+            }
+        }
+    }
+
+    /// The data stands in the COW file: says so to the disk, then to the guest.
+    fn written(&mut self, head: Head, pending: Pending, ranges: &[SectorRange]) {
+        for range in ranges {
+            if let Err(e) = self.shared.disk.written(*range) {
+                log::warn!("queue {}: {e}", self.start.queue);
+                return self.answer(head, pending.failed());
+            }
+        }
+        if self.start.write_through.load(Ordering::Relaxed) {
+            self.commit(head, pending);
+        } else {
+            self.answer(head, pending.done());
+        }
+    }
+
+    /// Answers after everything that was acknowledged so far is durable.
+    fn commit(&mut self, head: Head, pending: Pending) {
+        let Some(tag) = self.uncommitted.pop() else {
+            // As in `submit`: there are as many places as requests.
+            return self.answer(head, pending.failed());
+        };
+        self.committing[tag as usize] = Some(InFlight { head, pending, work: Work::Commit });
+        self.shared.committer.submit(Waiter { queue: self.start.queue, tag });
+    }
+
+    fn committed(&mut self) {
+        let mut answers = std::mem::take(&mut self.answers);
+        _ = nix::unistd::read(self.shared.committer.event(self.start.queue), &mut [0; 8]);
+        self.shared.committer.drain(self.start.queue, &mut answers);
+        for (tag, durable) in answers.drain(..) {
+            let waiting = self.committing.get_mut(tag as usize).and_then(Option::take);
+            let Some(InFlight { head, pending, .. }) = waiting else { continue };
+            self.uncommitted.push(tag);
+            self.answer(head, if durable { pending.done() } else { pending.failed() });
+        }
+        self.answers = answers;
+    }
+
+    fn answer(&mut self, head: Head, reply: Reply) {
+        let written = reply.finish(&self.start.memory);
+        self.queue.push(head, written);
+    }
+
+    /// Shows the guest the answers, unless its memory has gone: then nothing
+    /// that was read from it can be trusted.
+    fn publish(&mut self) {
+        if self.start.memory.poisoned() {
+            if self.open {
+                self.fail(&"the frontend has shrunk its memory file");
+            }
+            return;
+        }
+        if self.queue.publish() {
+            self.notify();
+        }
+    }
+
+    fn notify(&self) {
+        if let Some(call) = &self.call {
+            call.ring();
+        }
+    }
+
+    /// Takes nothing more from a ring that cannot be trusted.
+    fn fail(&mut self, why: &dyn std::fmt::Display) {
+        self.open = false;
+        give_up(self.start, self.shared, why);
+    }
+
+    /// Nothing to do at the moment: spins while that has paid, then sleeps.
+    fn rest(&mut self) {
+        let can_take = self.can_take();
+        let (queue, ring) = (&self.queue, &mut self.ring);
+        if self.spin.until(|| (can_take && queue.has_work()) || ring.wants_enter()) {
+            return;
+        }
+        if can_take && self.queue.enable_notifications() {
+            self.queue.disable_notifications();
+            return;
+        }
+        let asleep = Instant::now();
+        if let Err(e) = self.ring.enter(true) {
+            self.fail(&e);
+        }
+        self.spin.slept(asleep.elapsed());
+        self.queue.disable_notifications();
+    }
+}

@@ -189,7 +189,12 @@ pub trait Env: Clone + Send + Sync + 'static {
     fn publish(&self, file: &Self::File, temporary: Option<&Path>, to: &Path) -> io::Result<()>;
 
     /// Gives an unpublished file the name `to`, in one step in place of a file that has it.
-    fn publish_over(&self, file: &Self::File, temporary: Option<&Path>, to: &Path) -> io::Result<()>;
+    fn publish_over(
+        &self,
+        file: &Self::File,
+        temporary: Option<&Path>,
+        to: &Path,
+    ) -> io::Result<()>;
 
     /// Creates a file at once under its name, which must not exist.
     fn create_new(&self, path: &Path) -> io::Result<Self::File>;

@@ -636,7 +636,8 @@ impl Env for Sim {
     }
 
     fn canonical(&self, path: &Path) -> io::Result<PathBuf> {
-        Ok(absolute(path))
+        let path = absolute(path);
+        if self.exists(&path)? { Ok(path) } else { Err(io::ErrorKind::NotFound.into()) }
     }
 
     fn absolute(&self, path: &Path) -> io::Result<PathBuf> {

@@ -5,6 +5,8 @@
 
 pub mod cli;
 pub mod config;
+pub mod connection;
+pub mod daemon;
 #[cfg(test)]
 mod guest;
 pub mod logger;
@@ -12,9 +14,11 @@ pub mod memory;
 pub mod notify;
 pub mod request;
 pub mod route;
+pub mod session;
 pub mod sigbus;
 pub mod signals;
 pub mod socket;
 pub mod spin;
 pub mod virtqueue;
+pub mod vring;
 pub mod worker;

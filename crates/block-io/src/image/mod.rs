@@ -3,14 +3,13 @@
 mod chain;
 mod create;
 mod error;
-pub(crate) mod flush;
 pub(crate) mod live;
 mod pages;
 mod side_file;
 pub(crate) mod state;
 
 pub(crate) use chain::{Chain, open_chain, open_single};
-pub use create::{BaseOptions, CreateOptions, create_cow, create_file};
+pub use create::{CreateOptions, create_cow, create_file};
 pub use error::{DiskError, OpenError};
 
 use std::time::Duration;

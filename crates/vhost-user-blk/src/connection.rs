@@ -1,0 +1,176 @@
+//! The life of one connection: from accept to the frontend's end, its error, or the daemon's.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv};
+use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
+use vhost::vhost_user::{self, BackendReqHandler};
+
+use crate::session::{Device, Session};
+use crate::signals;
+
+/// How often a ring is looked at whose frontend has announced not to kick.
+const POLLING_INTERVAL_MS: u8 = 1;
+
+/// Serves the frontend at the other end of `stream` until it goes, sends what cannot be accepted,
+/// or a signal asks the daemon to end. When this returns nothing is in flight and the connection is
+/// closed.
+///
+/// # Errors
+/// If the socket cannot be used at all. What the frontend does wrong is logged and is no error of
+/// the daemon.
+pub fn serve<D: Device>(stream: UnixStream, session: &Arc<Mutex<Session<D>>>) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    receive_whole_messages(stream.as_fd())?;
+    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(session));
+    let result = converse(&mut handler, session);
+    lock(session).disconnect();
+    drop(handler);
+    log::debug!("connection ended");
+    result
+}
+
+fn converse<D: Device>(
+    handler: &mut BackendReqHandler<Mutex<Session<D>>>,
+    session: &Mutex<Session<D>>,
+) -> io::Result<()> {
+    // SAFETY: the socket stays open as long as `handler`, which the caller keeps.
+    let socket = unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) };
+    let _interruptible = signals::Connection::new(socket);
+    loop {
+        match wait(socket, session)? {
+            Event::Message => {
+                let request = next_request(socket);
+                match handler.handle_request() {
+                    Ok(()) => continue,
+                    Err(vhost_user::Error::Disconnected) => log::info!("frontend disconnected"),
+                    // What a signal cut off is nobody's fault.
+                    Err(_) if signals::stopping() => {}
+                    Err(error) => {
+                        let (name, reason) = (request_name(request), reason(&error));
+                        log::warn!("connection closed: {name}: {reason}");
+                    }
+                }
+            }
+            Event::RingFailed => match lock(session).check() {
+                Ok(()) => continue,
+                Err(reason) => log::warn!("connection closed: {reason}"),
+            },
+            Event::Stop => {}
+        }
+        return Ok(());
+    }
+}
+
+/// Has a receive of n bytes wait for all n, as long as that is not more than a message can have.
+/// The `vhost` crate takes a message whose body comes in two pieces for a malformed one.
+fn receive_whole_messages(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let low_water = libc::c_int::try_from(MAX_MSG_SIZE).unwrap_or(libc::c_int::MAX);
+    let len = libc::socklen_t::try_from(size_of_val(&low_water)).unwrap_or_default();
+    // SAFETY: `low_water` is valid for reads of `len` bytes.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const low_water).cast(),
+            len,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// What the main thread has to do next.
+enum Event {
+    /// A message has come, or at least its beginning; or the frontend has gone.
+    Message,
+    /// A worker has given up its ring.
+    RingFailed,
+    /// A signal has asked for the end.
+    Stop,
+}
+
+fn wait<D: Device>(socket: BorrowedFd<'_>, session: &Mutex<Session<D>>) -> io::Result<Event> {
+    loop {
+        let session = lock(session);
+        let timeout =
+            if session.poll_rings() { POLLING_INTERVAL_MS.into() } else { PollTimeout::NONE };
+        match wait_readable(&[socket, session.failure().as_fd()], timeout)? {
+            Readable::Fd(0) => return Ok(Event::Message),
+            Readable::Fd(_) => return Ok(Event::RingFailed),
+            Readable::Stop => return Ok(Event::Stop),
+            Readable::Timeout => {}
+        }
+    }
+}
+
+/// What ended a wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readable {
+    /// The descriptor at this place has something to read, or its other end is gone.
+    Fd(usize),
+    /// The time is over.
+    Timeout,
+    /// A signal has asked the daemon to end.
+    Stop,
+}
+
+/// Waits until one of `fds` has something to read or its other end is gone, or until the daemon is
+/// to end.
+///
+/// # Errors
+/// What poll(2) says.
+pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: PollTimeout) -> io::Result<Readable> {
+    let all = fds.iter().copied().chain(signals::wake_fd());
+    let mut all: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+    loop {
+        let result = poll(&mut all, timeout);
+        if signals::stopping() {
+            return Ok(Readable::Stop);
+        }
+        match result {
+            Ok(0) => return Ok(Readable::Timeout),
+            // The wake descriptor comes last, and was dealt with above.
+            Ok(_) => {
+                if let Some(at) = all.iter().position(|fd| fd.any() != Some(false)) {
+                    return Ok(Readable::Fd(at));
+                }
+            }
+            Err(nix::Error::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+fn lock<D: Device>(session: &Mutex<Session<D>>) -> MutexGuard<'_, Session<D>> {
+    // Only the main thread uses it; the mutex is what the `vhost` crate asks for.
+    session.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The type of the message that comes next, without taking it.
+fn next_request(socket: BorrowedFd<'_>) -> Option<u32> {
+    let mut code = [0; 4];
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    let n = recv(socket.as_raw_fd(), &mut code, flags).ok()?;
+    (n == code.len()).then(|| u32::from_ne_bytes(code))
+}
+
+fn request_name(code: Option<u32>) -> String {
+    match code.map(|code| (code, FrontendReq::try_from(code))) {
+        Some((_, Ok(request))) => format!("{request:?}"),
+        Some((code, Err(()))) => format!("unknown request {code}"),
+        None => "message".to_owned(),
+    }
+}
+
+/// What to tell about an error: a refusal says it all itself.
+fn reason(error: &vhost_user::Error) -> String {
+    match error {
+        vhost_user::Error::ReqHandlerError(refusal) => refusal.to_string(),
+        other => other.to_string(),
+    }
+}

@@ -1,0 +1,487 @@
+//! One frontend's session: features, the memory table, the rings.
+//!
+//! The messages come in through `BackendReqHandler` of the `vhost` crate, which checks their form,
+//! sends replies and acknowledgements, and answers REPLY_ACK by itself. What it does not do is done
+//! here: subsets of what was offered, queue numbers, order. A message that is refused ends the
+//! connection, with the reason in the log; the disk is not concerned.
+//!
+//! A ring is served while all of this holds: it has a size, addresses that lie in guest memory, a
+//! kick descriptor (or the frontend's word that it does not kick), it is enabled (vhost-user
+//! specification, "Ring states"), and features are set. The frontend can bring that about in any
+//! order. The specification starts a ring with its first kick; here a worker looks at it at once,
+//! which is the same for a ring without work, and loses no kick of a ring that was kicked too
+//! early.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::sys::eventfd::EventFd;
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{self, GpuBackend, VhostUserBackendReqHandlerMut};
+
+use crate::config::{self, DeviceConfig, DiskShape};
+use crate::memory::{Memory, MemoryError, REGIONS_MAX, RegionInfo};
+use crate::vring::{RingAddresses, RunningRing, StartCommon, Vring};
+use crate::worker::RingStart;
+
+/// What is offered in answer to GET_PROTOCOL_FEATURES.
+const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+    .union(VhostUserProtocolFeatures::CONFIG)
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(VhostUserProtocolFeatures::RESET_DEVICE);
+
+/// The disk, as a session sees it.
+pub trait Device {
+    /// A ring that is being served.
+    type Ring: RunningRing;
+
+    /// Begins to serve a ring.
+    ///
+    /// # Errors
+    /// If the ring cannot be trusted or a thread or the like cannot be had.
+    fn start(&self, ring: RingStart) -> io::Result<Self::Ring>;
+
+    /// Makes everything durable that was written before the call.
+    ///
+    /// # Errors
+    /// If that failed, and so for good.
+    fn flush(&self) -> io::Result<()>;
+
+    /// Signalled when a ring had to be given up.
+    fn failure(&self) -> &EventFd;
+}
+
+/// Why a message is refused.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("queue {queue}: there is no such queue, {num_queues} are offered (--num-queues)")]
+    NoSuchQueue { queue: u32, num_queues: usize },
+    #[error("features {found:#x}: {unknown:#x} of them were not offered")]
+    Features { found: u64, unknown: u64 },
+    #[error("protocol features {found:#x}: {unknown:#x} of them were not offered")]
+    ProtocolFeatures { found: u64, unknown: u64 },
+    #[error("queue {queue}: size {found}; expected a power of two up to {max} (--queue-size)")]
+    QueueSize { queue: u32, found: u32, max: u16 },
+    #[error("queue {queue}: next available index {found}; a split ring's has 16 bits")]
+    NextAvail { queue: u32, found: u32 },
+    #[error("queue {queue}: its {part} at {address:#x} is in no memory region")]
+    RingOutside { queue: u32, part: &'static str, address: u64 },
+    #[error("queue {queue}: logging of writes was asked for, but LOG_SHMFD was not offered")]
+    RingLog { queue: u32 },
+    #[error("queue {queue}: cannot serve it: {source}")]
+    Start { queue: usize, source: io::Error },
+    #[error("queue {queue}: cannot use its descriptor: {source}")]
+    Descriptor { queue: u32, source: io::Error },
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error("cannot make the disk durable for the change to write-through: {0}")]
+    Flush(io::Error),
+    #[error(
+        "the configuration space ends at byte {}; asked for {size} bytes at {offset:#x}",
+        config::CONFIG_SPACE_LEN
+    )]
+    ConfigRange { offset: u32, size: usize },
+    #[error("{0} was not offered")]
+    NotOffered(&'static str),
+    #[error("the frontend has shortened the file of its memory")]
+    MemoryGone,
+    #[error("postcopy migration was not offered")]
+    Postcopy,
+}
+
+impl From<Refusal> for vhost_user::Error {
+    fn from(refusal: Refusal) -> Self {
+        vhost_user::Error::ReqHandlerError(io::Error::other(refusal))
+    }
+}
+
+type Result<T> = std::result::Result<T, vhost_user::Error>;
+
+/// State of the connection with the frontend, and what outlives it: the device, and whether the
+/// guest has switched the write cache off. (A frontend that reconnects does not repeat that, and
+/// its guest, which then sends no flush, relies on it.)
+pub struct Session<D: Device> {
+    device: D,
+    config: DeviceConfig,
+    offered: u64,
+    queue_size_max: u16,
+    /// What SET_FEATURES said; `None` before it.
+    features: Option<u64>,
+    /// Every write is durable before it completes. Shared with the workers.
+    write_through: Arc<AtomicBool>,
+    memory: Arc<Memory>,
+    vrings: Vec<Vring<D::Ring>>,
+}
+
+impl<D: Device> Session<D> {
+    /// A session in which no frontend has said anything yet.
+    pub fn new(device: D, shape: &DiskShape) -> Self {
+        Session {
+            device,
+            config: DeviceConfig::new(shape),
+            offered: config::features(shape.read_only),
+            queue_size_max: shape.queue_size_max,
+            features: None,
+            write_through: Arc::new(AtomicBool::new(true)),
+            memory: Arc::new(Memory::empty()),
+            vrings: (0..shape.num_queues).map(|_| Vring::default()).collect(),
+        }
+    }
+
+    /// The frontend is gone: completes what is in flight on every ring, and forgets what it said.
+    pub fn disconnect(&mut self) {
+        self.reset_rings();
+        self.memory = Arc::new(Memory::empty());
+    }
+
+    /// Stops every ring, and puts rings and features back to what they were before anything was
+    /// said.
+    fn reset_rings(&mut self) {
+        for vring in &mut self.vrings {
+            vring.stop();
+            *vring = Vring::default();
+        }
+        self.features = None;
+        self.write_through.store(true, Ordering::SeqCst);
+    }
+
+    /// RESET_DEVICE. Memory and protocol features belong to the connection and stay.
+    fn reset(&mut self) {
+        self.reset_rings();
+        self.config.set_write_cache(true);
+    }
+
+    /// Whether a ring is being served.
+    #[cfg(test)]
+    fn is_running(&self, queue: usize) -> bool {
+        self.vrings[queue].is_running()
+    }
+
+    fn has(&self, feature: u64) -> bool {
+        self.features.unwrap_or(0) & feature != 0
+    }
+
+    fn vring(&mut self, queue: u32) -> std::result::Result<&mut Vring<D::Ring>, Refusal> {
+        let num_queues = self.vrings.len();
+        usize::try_from(queue)
+            .ok()
+            .and_then(|at| self.vrings.get_mut(at))
+            .ok_or(Refusal::NoSuchQueue { queue, num_queues })
+    }
+
+    /// Starts the rings that can be served and are not, and pauses those that are and must not be.
+    fn reconcile(&mut self) -> Result<()> {
+        let common = StartCommon {
+            memory: &self.memory,
+            event_idx: self.has(config::F_EVENT_IDX),
+            write_through: &self.write_through,
+        };
+        let all_enabled = !self.has(config::F_PROTOCOL_FEATURES);
+        for (queue, vring) in self.vrings.iter_mut().enumerate() {
+            let allowed = self.features.is_some() && (vring.enabled || all_enabled);
+            match vring.layout(&self.memory) {
+                Some(layout) if allowed && !vring.is_running() => {
+                    let start = |source| Refusal::Start { queue, source };
+                    let ring = vring.start_with(queue, layout, &common).map_err(start)?;
+                    log::debug!(
+                        "queue {queue}: {} descriptors from {}",
+                        layout.size,
+                        vring.next_avail
+                    );
+                    vring.set_running(self.device.start(ring).map_err(start)?);
+                }
+                Some(_) if allowed => {}
+                _ => vring.pause(),
+            }
+        }
+        Ok(())
+    }
+
+    /// Decides anew whether writes must be durable before they complete.
+    fn update_write_through(&mut self) -> Result<()> {
+        let write_through = !self.has(config::F_FLUSH) || !self.config.write_cache();
+        let before = self.write_through.swap(write_through, Ordering::SeqCst);
+        if write_through != before {
+            log::info!("write cache {}", if write_through { "off" } else { "on" });
+        }
+        if write_through && !before {
+            // From here on the guest sends no flush, also not for what it wrote earlier.
+            self.device.flush().map_err(Refusal::Flush)?;
+        }
+        Ok(())
+    }
+
+    /// Has every ring use `memory`, after what is in flight on the old one is complete.
+    fn change_memory(&mut self, memory: Memory) -> Result<()> {
+        self.vrings.iter_mut().for_each(Vring::pause);
+        self.memory = Arc::new(memory);
+        self.reconcile()
+    }
+
+    /// Kicks the rings whose frontend does not. False if there is none.
+    pub fn poll_rings(&self) -> bool {
+        self.vrings.iter().filter(|vring| vring.poll()).count() > 0
+    }
+
+    /// A descriptor that becomes readable when a ring had to be given up; see [`Session::check`].
+    pub fn failure(&self) -> &EventFd {
+        self.device.failure()
+    }
+
+    /// Whether the session can go on after a ring was given up. A ring that the guest has spoilt is
+    /// the guest's concern. A frontend that shortens the file of its memory has ended the session.
+    ///
+    /// # Errors
+    /// The reason why it cannot.
+    pub fn check(&self) -> std::result::Result<(), impl std::error::Error + use<D>> {
+        // Only to be readable for the next time; that it is not now is no harm.
+        let _ = self.device.failure().read();
+        if self.memory.poisoned() { Err(Refusal::MemoryGone) } else { Ok(()) }
+    }
+}
+
+fn region_info(region: &VhostUserMemoryRegion) -> RegionInfo {
+    RegionInfo {
+        guest_address: region.guest_phys_addr,
+        size: region.memory_size,
+        vmm_address: region.user_addr,
+        file_offset: region.mmap_offset,
+    }
+}
+
+impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
+    fn set_owner(&mut self) -> Result<()> {
+        // The connection is the owner; a second claim changes nothing.
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        // "No longer used"; the specification recommends to disable the rings or to ignore it.
+        // cloud-hypervisor has sent it for a device reset.
+        self.reset();
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.reset();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.offered)
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !self.offered;
+        if unknown != 0 {
+            return Err(Refusal::Features { found: features, unknown }.into());
+        }
+        let changed = self.features.replace(features).unwrap_or(features) ^ features;
+        if changed & config::F_EVENT_IDX != 0 {
+            self.vrings.iter_mut().for_each(Vring::pause);
+        }
+        log::debug!("features {features:#x}");
+        self.update_write_through()?;
+        self.reconcile()
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        if postcopy_listening.is_some() {
+            return Err(Refusal::Postcopy.into());
+        }
+        let memory = Memory::from_regions(regions.iter().map(region_info).zip(files));
+        self.change_memory(memory.map_err(Refusal::Memory)?)?;
+        Ok(None)
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(u64::try_from(REGIONS_MAX).unwrap_or(u64::MAX))
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        postcopy_listening: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        if postcopy_listening.is_some() {
+            return Err(Refusal::Postcopy.into());
+        }
+        let memory = self.memory.with_region(region_info(region), file);
+        self.change_memory(memory.map_err(Refusal::Memory)?)?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let memory = self.memory.without_region(region_info(region));
+        self.change_memory(memory.map_err(Refusal::Memory)?)
+    }
+
+    fn set_vring_num(&mut self, queue: u32, num: u32) -> Result<()> {
+        let max = self.queue_size_max;
+        let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= max);
+        let size = size.ok_or(Refusal::QueueSize { queue, found: num, max })?;
+        let vring = self.vring(queue)?;
+        vring.stop_if_running();
+        vring.size = size;
+        self.reconcile()
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        queue: u32,
+        flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        if !flags.is_empty() {
+            return Err(Refusal::RingLog { queue }.into());
+        }
+        let addresses = RingAddresses { desc: descriptor, avail: available, used };
+        // Before there is any memory the addresses may come first.
+        if self.memory.regions().next().is_some()
+            && let Some((part, address)) = addresses.outside(&self.memory)
+        {
+            return Err(Refusal::RingOutside { queue, part, address }.into());
+        }
+        let vring = self.vring(queue)?;
+        if vring.addresses != Some(addresses) {
+            vring.stop_if_running();
+            vring.addresses = Some(addresses);
+        }
+        self.reconcile()
+    }
+
+    fn set_vring_base(&mut self, queue: u32, base: u32) -> Result<()> {
+        let next_avail =
+            u16::try_from(base).map_err(|_| Refusal::NextAvail { queue, found: base })?;
+        let vring = self.vring(queue)?;
+        vring.stop_if_running();
+        vring.next_avail = next_avail;
+        self.reconcile()
+    }
+
+    fn get_vring_base(&mut self, queue: u32) -> Result<VhostUserVringState> {
+        let vring = self.vring(queue)?;
+        vring.stop();
+        Ok(VhostUserVringState::new(queue, vring.next_avail.into()))
+    }
+
+    fn set_vring_kick(&mut self, queue: u8, file: Option<File>) -> Result<()> {
+        let queue = queue.into();
+        let set = self.vring(queue)?.set_kick(file);
+        set.map_err(|source| Refusal::Descriptor { queue, source })?;
+        self.reconcile()
+    }
+
+    fn set_vring_call(&mut self, queue: u8, file: Option<File>) -> Result<()> {
+        self.vring(queue.into())?.set_call(file);
+        self.reconcile()
+    }
+
+    fn set_vring_err(&mut self, queue: u8, file: Option<File>) -> Result<()> {
+        self.vring(queue.into())?.set_err(file);
+        self.reconcile()
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(PROTOCOL_FEATURES)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !PROTOCOL_FEATURES.bits();
+        if unknown != 0 {
+            return Err(Refusal::ProtocolFeatures { found: features, unknown }.into());
+        }
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(u64::try_from(self.vrings.len()).unwrap_or(u64::MAX))
+    }
+
+    fn set_vring_enable(&mut self, queue: u32, enable: bool) -> Result<()> {
+        self.vring(queue)?.enabled = enable;
+        self.reconcile()
+    }
+
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> Result<Vec<u8>> {
+        let out_of_range = || Refusal::ConfigRange { offset, size: size as usize };
+        Ok(self.config.read(offset, size).ok_or_else(out_of_range)?)
+    }
+
+    fn set_config(&mut self, offset: u32, data: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        let size = data.len();
+        // A driver that has not negotiated CONFIG_WCE must not write, and one that does changes
+        // nothing.
+        if self.has(config::F_CONFIG_WCE) {
+            self.config.write(offset, data).ok_or(Refusal::ConfigRange { offset, size })?;
+        }
+        self.update_write_through()
+    }
+
+    // The crate asks for these; it lets the first through without looking at what was negotiated.
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        Err(Refusal::NotOffered("GPU_SET_SOCKET").into())
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> Result<Option<File>> {
+        Err(Refusal::NotOffered("DEVICE_STATE").into())
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        Err(Refusal::NotOffered("DEVICE_STATE").into())
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        Err(Refusal::NotOffered("SHARED_OBJECT").into())
+    }
+
+    fn get_inflight_fd(
+        &mut self,
+        _inflight: &VhostUserInflight,
+    ) -> Result<(VhostUserInflight, File)> {
+        Err(Refusal::NotOffered("INFLIGHT_SHMFD").into())
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        Err(Refusal::NotOffered("INFLIGHT_SHMFD").into())
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(Refusal::NotOffered("SHMEM").into())
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        Err(Refusal::NotOffered("LOG_SHMFD").into())
+    }
+}
+
+#[cfg(test)]
+mod tests;

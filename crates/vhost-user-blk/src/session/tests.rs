@@ -1,0 +1,458 @@
+use std::io::{PipeReader, Read};
+use std::os::fd::AsFd;
+use std::sync::Mutex;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EfdFlags;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::*;
+use crate::memory::GuestAddress;
+use crate::virtqueue::RingLayout;
+
+/// What the session did with the device, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Call {
+    Start { queue: usize, next_avail: u16, size: u16, event_idx: bool },
+    Stop { queue: usize },
+    Flush,
+}
+
+type Calls = Arc<Mutex<Vec<Call>>>;
+
+struct FakeDevice {
+    calls: Calls,
+    failure: EventFd,
+    started: Arc<Mutex<Option<RingStart>>>,
+}
+
+struct FakeRing {
+    queue: usize,
+    next_avail: u16,
+    calls: Calls,
+}
+
+/// What a fake ring has taken when it is stopped.
+const TAKEN: u16 = 7;
+
+impl RunningRing for FakeRing {
+    fn stop(self) -> u16 {
+        self.calls.lock().unwrap().push(Call::Stop { queue: self.queue });
+        self.next_avail.wrapping_add(TAKEN)
+    }
+}
+
+impl Device for FakeDevice {
+    type Ring = FakeRing;
+
+    fn start(&self, ring: RingStart) -> io::Result<FakeRing> {
+        let RingStart { queue, next_avail, event_idx, .. } = ring;
+        let RingLayout { size, desc, avail, used } = ring.layout;
+        assert_eq!((desc, avail, used), (gpa(0), gpa(0x1000), gpa(0x2000)));
+        self.calls.lock().unwrap().push(Call::Start { queue, next_avail, size, event_idx });
+        *self.started.lock().unwrap() = Some(ring);
+        Ok(FakeRing { queue, next_avail, calls: Arc::clone(&self.calls) })
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.calls.lock().unwrap().push(Call::Flush);
+        Ok(())
+    }
+
+    fn failure(&self) -> &EventFd {
+        &self.failure
+    }
+}
+
+const GUEST_BASE: u64 = 0x10_0000;
+const VMM_BASE: u64 = 0x7f00_0000_0000;
+const MEMORY_LEN: u64 = 0x10_0000;
+const WITH_PROTOCOL: u64 = config::F_PROTOCOL_FEATURES | config::F_FLUSH;
+
+fn gpa(offset: u64) -> GuestAddress {
+    GuestAddress(GUEST_BASE + offset)
+}
+
+/// A session together with what its fake device saw.
+struct Rig {
+    session: Session<FakeDevice>,
+    calls: Calls,
+    started: Arc<Mutex<Option<RingStart>>>,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let (calls, started) = (Calls::default(), Arc::default());
+        let failure = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+        let device =
+            FakeDevice { calls: Arc::clone(&calls), failure, started: Arc::clone(&started) };
+        let shape = DiskShape { capacity: 8, num_queues: 2, queue_size_max: 256, read_only: false };
+        Rig { session: Session::new(device, &shape), calls, started }
+    }
+
+    /// A session in which queue 0 is running.
+    fn running(features: u64) -> Self {
+        let mut rig = Rig::new();
+        for step in Step::ALL {
+            rig.step(step, features);
+        }
+        assert_eq!(rig.take().len(), 1);
+        rig
+    }
+
+    fn step(&mut self, step: Step, features: u64) {
+        let session = &mut self.session;
+        match step {
+            Step::Features => session.set_features(features),
+            Step::Memory => session.set_mem_table(&[region(0)], vec![file()], None).map(|_| ()),
+            Step::Num => session.set_vring_num(0, 128),
+            Step::Addr => set_addr(session, 0),
+            Step::Kick => session.set_vring_kick(0, Some(eventfd())),
+            Step::Enable => session.set_vring_enable(0, true),
+        }
+        .unwrap();
+    }
+
+    fn take(&self) -> Vec<Call> {
+        std::mem::take(&mut self.calls.lock().unwrap())
+    }
+
+    fn write_through(&self) -> bool {
+        self.session.write_through.load(Ordering::SeqCst)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Features,
+    Memory,
+    Num,
+    Addr,
+    Kick,
+    Enable,
+}
+
+impl Step {
+    const ALL: [Step; 6] =
+        [Step::Features, Step::Memory, Step::Num, Step::Addr, Step::Kick, Step::Enable];
+}
+
+fn set_addr(session: &mut Session<FakeDevice>, offset: u64) -> Result<()> {
+    let flags = VhostUserVringAddrFlags::empty();
+    let at = VMM_BASE + offset;
+    session.set_vring_addr(0, flags, at, at + 0x2000, at + 0x1000, 0)
+}
+
+fn start(next_avail: u16) -> Call {
+    Call::Start { queue: 0, next_avail, size: 128, event_idx: false }
+}
+
+fn stop() -> Call {
+    Call::Stop { queue: 0 }
+}
+
+fn region(number: u64) -> VhostUserMemoryRegion {
+    let shift = number * MEMORY_LEN;
+    VhostUserMemoryRegion::new(GUEST_BASE + shift, MEMORY_LEN, VMM_BASE + shift, 0)
+}
+
+fn single_region(number: u64) -> VhostUserSingleMemoryRegion {
+    let shift = number * MEMORY_LEN;
+    VhostUserSingleMemoryRegion::new(GUEST_BASE + shift, MEMORY_LEN, VMM_BASE + shift, 0)
+}
+
+fn file() -> File {
+    let file = File::from(memfd_create(c"guest", MFdFlags::MFD_CLOEXEC).unwrap());
+    file.set_len(MEMORY_LEN).unwrap();
+    file
+}
+
+fn eventfd() -> File {
+    let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+    event.as_fd().try_clone_to_owned().unwrap().into()
+}
+
+fn is_readable(fd: &impl AsFd) -> bool {
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).unwrap() > 0
+}
+
+fn permutations(steps: Vec<Step>) -> Vec<Vec<Step>> {
+    if steps.len() < 2 {
+        return vec![steps];
+    }
+    let first = |at: usize| {
+        let mut rest = steps.clone();
+        let step = rest.remove(at);
+        permutations(rest).into_iter().map(move |mut order| {
+            order.insert(0, step);
+            order
+        })
+    };
+    (0..steps.len()).flat_map(first).collect()
+}
+
+fn reason<T>(result: Result<T>) -> String {
+    result.err().expect("was accepted").to_string()
+}
+
+#[test]
+fn a_ring_starts_with_the_last_thing_it_needs_in_whatever_order() {
+    let orders = permutations(Step::ALL.to_vec());
+    assert_eq!(orders.len(), 720);
+    for order in orders {
+        let mut rig = Rig::new();
+        rig.session.set_vring_base(0, 40).unwrap();
+        for (n, step) in order.iter().enumerate() {
+            assert!(!rig.session.is_running(0), "{order:?} before step {n}");
+            rig.step(*step, WITH_PROTOCOL);
+        }
+        assert_eq!(rig.take(), [start(40)], "{order:?}");
+    }
+}
+
+#[test]
+fn without_protocol_features_a_ring_needs_no_enabling() {
+    let mut rig = Rig::new();
+    for step in [Step::Features, Step::Memory, Step::Num, Step::Addr, Step::Kick] {
+        rig.step(step, config::F_FLUSH);
+    }
+    assert_eq!(rig.take(), [start(0)]);
+}
+
+#[test]
+fn get_vring_base_stops_until_the_next_kick_descriptor() {
+    let mut rig = Rig::running(WITH_PROTOCOL);
+    let state = rig.session.get_vring_base(0).unwrap();
+    assert_eq!({ state.num }, u32::from(TAKEN));
+    assert_eq!(rig.take(), [stop()]);
+    rig.session.set_vring_enable(0, true).unwrap();
+    rig.step(Step::Memory, 0);
+    assert_eq!(rig.take(), []);
+    rig.step(Step::Kick, 0);
+    assert_eq!(rig.take(), [start(TAKEN)]);
+    // One that was never started answers what it was given.
+    rig.session.set_vring_base(1, 0xffff).unwrap();
+    assert_eq!({ rig.session.get_vring_base(1).unwrap().num }, 0xffff);
+}
+
+#[test]
+fn a_disabled_ring_goes_on_where_it_was() {
+    let mut rig = Rig::running(WITH_PROTOCOL);
+    rig.session.set_vring_enable(0, false).unwrap();
+    assert_eq!(rig.take(), [stop()]);
+    rig.session.set_vring_enable(0, true).unwrap();
+    assert_eq!(rig.take(), [start(TAKEN)]);
+}
+
+#[test]
+fn new_memory_is_used_after_the_old_is_drained() {
+    let mut rig = Rig::running(WITH_PROTOCOL);
+    rig.step(Step::Memory, 0);
+    assert_eq!(rig.take(), [stop(), start(TAKEN)]);
+    rig.session.add_mem_region(&single_region(1), file(), None).unwrap();
+    assert_eq!(rig.take(), [stop(), start(2 * TAKEN)]);
+    let memory = rig.started.lock().unwrap().take().unwrap().memory;
+    assert_eq!(memory.regions().count(), 2);
+}
+
+#[test]
+fn a_ring_waits_while_its_memory_is_away() {
+    let mut rig = Rig::running(WITH_PROTOCOL);
+    rig.session.remove_mem_region(&single_region(0)).unwrap();
+    assert_eq!(rig.take(), [stop()]);
+    rig.session.add_mem_region(&single_region(0), file(), None).unwrap();
+    assert_eq!(rig.take(), [start(TAKEN)]);
+    assert!(reason(rig.session.remove_mem_region(&single_region(1))).contains("no memory region"));
+}
+
+#[test]
+fn a_new_set_up_of_a_running_ring_waits_for_its_kick_descriptor() {
+    type Change = fn(&mut Session<FakeDevice>) -> Result<()>;
+    let changes: [Change; 3] = [
+        |session| session.set_vring_num(0, 128),
+        |session| session.set_vring_base(0, 0),
+        |session| set_addr(session, 0x4000),
+    ];
+    for change in changes {
+        let mut rig = Rig::running(WITH_PROTOCOL);
+        change(&mut rig.session).unwrap();
+        rig.session.set_vring_enable(0, true).unwrap();
+        assert_eq!(rig.take(), [stop()]);
+        set_addr(&mut rig.session, 0).unwrap();
+        rig.session.set_vring_base(0, 0).unwrap();
+        rig.step(Step::Kick, 0);
+        assert_eq!(rig.take(), [start(0)]);
+    }
+}
+
+#[test]
+fn the_same_addresses_again_change_nothing() {
+    let mut rig = Rig::running(WITH_PROTOCOL);
+    rig.step(Step::Addr, 0);
+    assert_eq!(rig.take(), []);
+}
+
+#[test]
+fn features_can_change_under_a_running_ring() {
+    let mut rig = Rig::running(WITH_PROTOCOL);
+    rig.session.set_features(WITH_PROTOCOL).unwrap();
+    assert_eq!(rig.take(), []);
+    rig.session.set_features(WITH_PROTOCOL | config::F_EVENT_IDX).unwrap();
+    let event_idx = Call::Start { queue: 0, next_avail: TAKEN, size: 128, event_idx: true };
+    assert_eq!(rig.take(), [stop(), event_idx]);
+}
+
+#[test]
+fn writes_go_through_unless_the_guest_can_flush_and_wants_a_cache() {
+    let mut rig = Rig::new();
+    assert!(rig.write_through());
+    rig.session.set_features(config::F_CONFIG_WCE).unwrap();
+    assert!(rig.write_through());
+    assert_eq!(rig.take(), []);
+    rig.session.set_features(config::F_CONFIG_WCE | config::F_FLUSH).unwrap();
+    assert!(!rig.write_through());
+
+    let flags = VhostUserConfigFlags::empty();
+    rig.session.set_config(32, &[0], flags).unwrap();
+    assert!(rig.write_through());
+    // What was written with the cache on is not left behind.
+    assert_eq!(rig.take(), [Call::Flush]);
+    assert_eq!(rig.session.get_config(32, 1, flags).unwrap(), [0]);
+    rig.session.set_config(32, &[1], flags).unwrap();
+    assert!(!rig.write_through());
+    rig.session.set_features(config::F_CONFIG_WCE).unwrap();
+    assert!(rig.write_through());
+    assert_eq!(rig.take(), [Call::Flush]);
+}
+
+#[test]
+fn the_write_cache_can_only_be_switched_if_that_was_negotiated() {
+    let mut rig = Rig::new();
+    rig.session.set_features(config::F_FLUSH).unwrap();
+    rig.session.set_config(32, &[0], VhostUserConfigFlags::WRITABLE).unwrap();
+    assert!(!rig.write_through());
+}
+
+#[test]
+fn the_write_cache_stays_off_for_a_frontend_that_comes_again() {
+    let mut rig = Rig::running(WITH_PROTOCOL | config::F_CONFIG_WCE);
+    rig.session.set_config(32, &[0], VhostUserConfigFlags::WRITABLE).unwrap();
+    rig.session.disconnect();
+    assert_eq!(rig.take(), [Call::Flush, stop()]);
+    rig.session.set_features(WITH_PROTOCOL | config::F_CONFIG_WCE).unwrap();
+    assert!(rig.write_through());
+    rig.session.reset_device().unwrap();
+    rig.session.set_features(WITH_PROTOCOL | config::F_CONFIG_WCE).unwrap();
+    assert!(!rig.write_through());
+}
+
+#[test]
+fn after_disconnect_and_reset_everything_is_to_be_set_up_again() {
+    let ways: [fn(&mut Session<FakeDevice>); 3] = [
+        |session| session.disconnect(),
+        |session| session.reset_device().unwrap(),
+        |session| session.reset_owner().unwrap(),
+    ];
+    for way in ways {
+        let mut rig = Rig::running(WITH_PROTOCOL);
+        way(&mut rig.session);
+        assert_eq!(rig.take(), [stop()]);
+        assert!(rig.write_through());
+        for step in Step::ALL {
+            assert_eq!(rig.take(), []);
+            rig.step(step, WITH_PROTOCOL);
+        }
+        assert_eq!(rig.take(), [start(0)]);
+    }
+}
+
+#[test]
+fn a_frontend_that_does_not_kick_is_kicked_for() {
+    let mut rig = Rig::new();
+    assert!(!rig.session.poll_rings());
+    for step in Step::ALL {
+        match step {
+            Step::Kick => rig.session.set_vring_kick(0, None).unwrap(),
+            step => rig.step(step, WITH_PROTOCOL),
+        }
+    }
+    let kick = rig.started.lock().unwrap().take().unwrap().kick;
+    assert!(!is_readable(&kick));
+    assert!(rig.session.poll_rings());
+    assert!(is_readable(&kick));
+    rig.session.get_vring_base(0).unwrap();
+    assert!(!rig.session.poll_rings());
+}
+
+#[test]
+fn the_call_descriptor_of_a_stopped_ring_is_signalled_once() {
+    let mut rig = Rig::new();
+    let (mut reader, writer): (PipeReader, _) = std::io::pipe().unwrap();
+    let writer = std::os::fd::OwnedFd::from(writer);
+    rig.session.set_vring_call(0, Some(writer.into())).unwrap();
+    let mut bytes = [0; 8];
+    reader.read_exact(&mut bytes).unwrap();
+    assert_eq!(u64::from_ne_bytes(bytes), 1);
+    assert!(!is_readable(&reader));
+    // A running ring restarts with it, and signals it itself.
+    let mut rig = Rig::running(WITH_PROTOCOL);
+    rig.session.set_vring_call(0, Some(eventfd())).unwrap();
+    assert_eq!(rig.take(), [stop(), start(TAKEN)]);
+    assert!(rig.started.lock().unwrap().take().unwrap().call.is_some());
+}
+
+#[test]
+fn what_was_not_offered_is_refused_with_the_reason() {
+    let mut rig = Rig::new();
+    let session = &mut rig.session;
+    assert!(reason(session.set_features(1 << 34)).contains("0x400000000"));
+    assert!(reason(session.set_protocol_features(1 << 12)).contains("0x1000"));
+    for size in [0, 3, 512, 1 << 16] {
+        let why = reason(session.set_vring_num(0, size));
+        assert!(why.contains("power of two up to 256"), "{why}");
+    }
+    assert!(reason(session.set_vring_num(2, 128)).contains("2 are offered"));
+    assert!(reason(session.set_vring_base(0, 0x1_0000)).contains("65536"));
+    assert!(reason(session.get_vring_base(u32::MAX)).contains("no such queue"));
+    assert!(reason(session.set_vring_kick(2, None)).contains("no such queue"));
+    assert!(reason(session.set_vring_call(2, None)).contains("no such queue"));
+    assert!(reason(session.set_vring_err(255, None)).contains("no such queue"));
+    assert!(reason(session.set_vring_enable(9, true)).contains("no such queue"));
+    let flags = VhostUserConfigFlags::empty();
+    assert!(reason(session.get_config(250, 7, flags)).contains("256"));
+    rig.step(Step::Memory, 0);
+    let why = reason(set_addr(&mut rig.session, MEMORY_LEN - 0x1000));
+    assert!(why.contains("available ring"), "{why}");
+    let log = VhostUserVringAddrFlags::VHOST_VRING_F_LOG;
+    let why = reason(rig.session.set_vring_addr(0, log, VMM_BASE, VMM_BASE, VMM_BASE, 0));
+    assert!(why.contains("LOG_SHMFD"), "{why}");
+}
+
+#[test]
+fn memory_that_cannot_be_used_is_refused() {
+    let mut rig = Rig::new();
+    let files = vec![file(), file()];
+    let why = reason(rig.session.set_mem_table(&[region(0), region(0)], files, None));
+    assert!(why.contains("overlaps"), "{why}");
+    let short = File::from(memfd_create(c"short", MFdFlags::MFD_CLOEXEC).unwrap());
+    let why = reason(rig.session.add_mem_region(&single_region(0), short, None));
+    assert!(why.contains("0 bytes"), "{why}");
+}
+
+#[test]
+fn shortened_memory_ends_the_session_and_a_spoilt_ring_does_not() {
+    let mut rig = Rig::running(WITH_PROTOCOL);
+    rig.session.failure().write(1).unwrap();
+    rig.session.check().unwrap();
+    assert!(!is_readable(rig.session.failure()));
+
+    let file = file();
+    let short = file.try_clone().unwrap();
+    rig.session.set_mem_table(&[region(0)], vec![file], None).unwrap();
+    short.set_len(0).unwrap();
+    let memory = rig.started.lock().unwrap().take().unwrap().memory;
+    // The access that a worker would make.
+    memory.read(gpa(0), &mut [0; 8]).unwrap();
+    assert!(rig.session.check().unwrap_err().to_string().contains("shortened"));
+}

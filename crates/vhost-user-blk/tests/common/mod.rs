@@ -1,0 +1,151 @@
+//! A daemon under test, and a frontend small enough to be wrong on purpose.
+
+// Each test file is a program of its own and uses a part of this.
+#![allow(dead_code)]
+
+pub mod frontend;
+pub mod ring;
+
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Sectors of the raw image that most tests serve.
+pub const SECTORS: u64 = 2048;
+/// After this a test that waits is a test that hangs.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The daemon's program.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-user-blk");
+
+/// A running daemon; killed when dropped.
+pub struct Daemon {
+    child: Child,
+    lines: Receiver<String>,
+    seen: Vec<String>,
+    pub socket: PathBuf,
+}
+
+impl Daemon {
+    /// Starts it with a socket in `directory`, and waits until it listens.
+    pub fn start<S: AsRef<OsStr>>(directory: &Path, args: impl IntoIterator<Item = S>) -> Self {
+        let socket = directory.join("socket");
+        let mut command = Command::new(PROGRAM);
+        command.arg("--log-level=debug").arg("--socket-path").arg(&socket).args(args);
+        let mut daemon = Self::spawn(command, socket);
+        daemon.wait_line("listening");
+        daemon
+    }
+
+    /// Runs a command line.
+    pub fn spawn(mut command: Command, socket: PathBuf) -> Self {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let (sender, lines) = channel();
+        std::thread::spawn(move || {
+            for line in stderr.lines() {
+                let Ok(()) = sender.send(line.unwrap()) else { break };
+            }
+        });
+        Daemon { child, lines, seen: Vec::new(), socket }
+    }
+
+    /// Starts it on a raw image of [`SECTORS`] sectors in `directory`; sector n is full of n.
+    pub fn with_image(directory: &Path, args: &[&str]) -> Self {
+        let image = image(directory);
+        let mut all = vec![format!("--blk-file={}", image.display()), "--format=raw".to_owned()];
+        all.extend(args.iter().map(|&arg| arg.to_owned()));
+        Self::start(directory, all)
+    }
+
+    /// Waits for a log line that contains `text`, and returns it.
+    pub fn wait_line(&mut self, text: &str) -> String {
+        loop {
+            let Ok(line) = self.lines.recv_timeout(PATIENCE) else {
+                panic!("no line with {text:?} in\n{}", self.seen.join("\n"));
+            };
+            self.seen.push(line.clone());
+            if line.contains(text) {
+                return line;
+            }
+        }
+    }
+
+    pub fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(&self.socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn open_files(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    }
+
+    pub fn threads(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().count()
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid().try_into().unwrap()), signal).unwrap();
+    }
+
+    /// Waits for its end; the status and everything it logged.
+    pub fn wait(mut self) -> (Option<i32>, String) {
+        // The log ends with the process. That it does is what a test may wait for.
+        loop {
+            match self.lines.recv_timeout(PATIENCE) {
+                Ok(line) => self.seen.push(line),
+                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => break,
+                Err(_) => panic!("does not end; it said\n{}", self.seen.join("\n")),
+            }
+        }
+        (self.child.wait().unwrap().code(), self.seen.join("\n"))
+    }
+
+    /// Asks it to end, and checks that it ends cleanly.
+    pub fn terminate(self) -> String {
+        self.signal(Signal::SIGTERM);
+        let socket = self.socket.clone();
+        let (status, log) = self.wait();
+        assert_eq!(status, Some(0), "{log}");
+        assert!(!socket.exists(), "the socket is still there");
+        log
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A raw image in which sector n is full of n.
+pub fn image(directory: &Path) -> PathBuf {
+    let path = directory.join("disk.img");
+    std::fs::write(&path, content()).unwrap();
+    path
+}
+
+/// What the image holds.
+pub fn content() -> Vec<u8> {
+    (0..SECTORS).flat_map(sector).collect()
+}
+
+/// One sector of the image.
+pub fn sector(number: u64) -> [u8; 512] {
+    let mut bytes = [0; 512];
+    bytes.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&number.to_le_bytes()));
+    bytes
+}

@@ -45,6 +45,8 @@ impl Spin {
             if start.elapsed() >= self.now {
                 return false;
             }
+            // What is waited for may want this very core.
+            std::thread::yield_now();
         }
     }
 

@@ -47,6 +47,7 @@ pub struct Disk<E: Env = Host> {
     map: LayerMap,
     /// Where sector 0 stands in layer 0.
     data_offset: ByteOffset,
+    size: u64,
     /// The state of a COW file that is open for writing; `None` for a raw image or a read-only disk.
     cow: Option<WritableCow<E::File>>,
     read_only: bool,
@@ -106,6 +107,7 @@ impl<E: Env> Disk<E> {
             layers: chain.layers,
             map: chain.map,
             data_offset: chain.data_offset,
+            size: chain.size,
             cow: chain.cow,
             read_only: options.read_only,
             failed: AtomicBool::new(false),
@@ -117,6 +119,11 @@ impl<E: Env> Disk<E> {
     /// The size of the disk, a partial last sector counted as a whole one.
     pub fn capacity(&self) -> SectorCount {
         self.map.sectors()
+    }
+
+    /// The size of the disk in bytes; need not be a multiple of 512.
+    pub fn size(&self) -> u64 {
+        self.size
     }
 
     /// Whether the disk refuses writes.

@@ -8,10 +8,12 @@ pub mod file;
 pub mod image;
 mod lock;
 mod mem;
+pub mod ops;
 pub mod ring;
 pub mod sim;
 pub mod storage;
 
 pub use committer::{Committer, Waiter};
 pub use disk::{Disk, Layer};
+pub use file::Host;
 pub use image::{CachePolicy, CowFormat, DiskError, DiskOptions, OpenError};

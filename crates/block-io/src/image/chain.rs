@@ -257,6 +257,7 @@ pub(crate) struct Chain<F> {
     pub(crate) layers: Vec<Layer<F>>,
     pub(crate) map: LayerMap,
     pub(crate) data_offset: ByteOffset,
+    pub(crate) size: u64,
     pub(crate) cow: Option<WritableCow<F>>,
 }
 
@@ -272,7 +273,13 @@ pub(crate) fn open_single<E: Env>(
         return Err(OpenError::RawLength { path: top.path, len });
     }
     let layers = vec![top.into_layer()];
-    Ok(Chain { layers, map: LayerMap::raw(len), data_offset: ByteOffset::new(0), cow: None })
+    Ok(Chain {
+        layers,
+        map: LayerMap::raw(len),
+        data_offset: ByteOffset::new(0),
+        size: len,
+        cow: None,
+    })
 }
 
 /// Opens the COW file at `path` and everything below it. Makes it first if it does not exist and `base` is given.
@@ -334,7 +341,8 @@ fn fold<F>(
     let map = map.map_err(|_| OpenError::TooDeep { top: top.path.clone() })?;
     let below = below.into_iter().map(|lower| lower.opened.into_layer());
     let layers = std::iter::once(top.into_layer()).chain(below).collect();
-    Ok(Chain { layers, map, data_offset: geometry.data_offset(), cow })
+    let (data_offset, size) = (geometry.data_offset(), geometry.virtual_size());
+    Ok(Chain { layers, map, data_offset, size, cow })
 }
 
 /// Opens the base named on the command line; where the header leads elsewhere it gets the new path, as with UML.

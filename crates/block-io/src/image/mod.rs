@@ -9,6 +9,7 @@ mod side_file;
 pub(crate) mod state;
 
 pub(crate) use chain::{Chain, open_chain, open_single};
+pub(crate) use create::Unpublished;
 pub use create::{CreateOptions, create_cow, create_file};
 pub use error::{DiskError, OpenError};
 

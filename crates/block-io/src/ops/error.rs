@@ -1,0 +1,86 @@
+//! Why an operation on whole images failed.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::image::{DiskError, OpenError};
+use crate::storage::{FileKind, LockError};
+
+/// An operation that failed. Each names its file first; an output that was not complete is gone.
+#[derive(Debug, thiserror::Error)]
+pub enum OpError {
+    /// An input was not opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// An open disk failed.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The system refused an operation.
+    #[error("{}: cannot {action}{}: {source}", path.display(), Place(*at))]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Where in the file, in bytes, if it was at a place.
+        at: Option<u64>,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The output's name is taken.
+    #[error("{}: it exists; give another name, or --force to replace it", path.display())]
+    Exists {
+        /// The output.
+        path: PathBuf,
+    },
+    /// The output's name is that of something that is no file.
+    #[error("{}: it is a {found}; give the name of a file", path.display())]
+    NotAFile {
+        /// The output.
+        path: PathBuf,
+        /// What has the name.
+        found: FileKind,
+    },
+    /// The output would replace one of the inputs.
+    #[error("{}: it is the same file as {}, which is read for it; give another name", path.display(), input.display())]
+    SameFile {
+        /// The output.
+        path: PathBuf,
+        /// The name of the input.
+        input: PathBuf,
+    },
+    /// The file that would be replaced is open elsewhere.
+    #[error("{}: not replaced: {source}", path.display())]
+    InUse {
+        /// The output.
+        path: PathBuf,
+        /// Who holds it, if that is known.
+        source: LockError,
+    },
+}
+
+/// ` at byte N`, or nothing.
+struct Place(Option<u64>);
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.map_or(Ok(()), |at| write!(f, " at byte {at}"))
+    }
+}
+
+impl OpError {
+    /// For `map_err`: `action` on `path` failed.
+    pub fn io(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| OpError::Io { path: path.to_owned(), action, at: None, source }
+    }
+
+    /// For `map_err`: reading `path` at byte `at` failed.
+    pub fn read(path: &Path, at: u64) -> impl FnOnce(io::Error) -> Self {
+        move |source| OpError::Io { path: path.to_owned(), action: "read", at: Some(at), source }
+    }
+
+    /// For `map_err`: writing `path` at byte `at` failed.
+    pub fn write(path: &Path, at: u64) -> impl FnOnce(io::Error) -> Self {
+        move |source| OpError::Io { path: path.to_owned(), action: "write", at: Some(at), source }
+    }
+}

@@ -1,0 +1,18 @@
+//! Operations on whole images, for the tool: crash-safe, and on any [`crate::storage::Env`].
+
+mod copy;
+mod error;
+mod holes;
+mod merge;
+mod output;
+mod parallel;
+mod walk;
+mod zeroes;
+
+pub use error::OpError;
+pub use merge::{create_raw, merge_to};
+pub use output::{Output, check_target};
+pub use parallel::threads;
+
+/// Told the number of bytes that are done since its last call; from any thread.
+pub type Progress<'a> = &'a (dyn Fn(u64) + Sync);

@@ -1,0 +1,84 @@
+//! A file that appears under its name only when it is complete.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::OpError;
+use crate::image::Unpublished;
+use crate::storage::{Access, Env, FileKind, LockKind, Storage};
+
+/// A new file that appears under its name only when it is complete and durable. Dropping it leaves nothing.
+pub struct Output<E: Env> {
+    file: Unpublished<E>,
+    replace: bool,
+}
+
+impl<E: Env> Output<E> {
+    /// Creates the file that will be `target`. If that exists it must be a file that nobody has open, is none of
+    /// `inputs`, and `replace` must say so; of a symbolic link the file that it leads to is replaced.
+    pub fn create(
+        env: &E,
+        target: &Path,
+        replace: bool,
+        inputs: &[&Path],
+    ) -> Result<Self, OpError> {
+        let target = check_target(env, target, replace, inputs)?;
+        Ok(Output { file: Unpublished::create(env, &target)?, replace })
+    }
+
+    /// The file, open for reading and writing.
+    pub fn file(&self) -> &E::File {
+        self.file.file()
+    }
+
+    /// Makes the content durable, gives the file its name, and makes that durable.
+    pub fn place(self) -> Result<(), OpError> {
+        Ok(self.file.publish(self.replace)?)
+    }
+}
+
+/// Refuses a `target` that must not be written: see [`Output::create`]. Gives its path without symbolic links.
+pub fn check_target<E: Env>(
+    env: &E,
+    target: &Path,
+    replace: bool,
+    inputs: &[&Path],
+) -> Result<PathBuf, OpError> {
+    if target.file_name().is_none() {
+        return Err(OpError::NotAFile { path: target.to_owned(), found: FileKind::Directory });
+    }
+    let old = match env.open(target, Access::Read) {
+        Ok(old) => old,
+        Err(err) if err.kind() == io::ErrorKind::NotFound => {
+            // A symbolic link that leads nowhere is a name that is taken.
+            let dangling = env.exists(target).map_err(OpError::io(target, "look for"))?;
+            return if dangling {
+                Err(OpError::Exists { path: target.to_owned() })
+            } else {
+                Ok(target.to_owned())
+            };
+        }
+        Err(err) => return Err(OpError::io(target, "open")(err)),
+    };
+    let stat = old.stat().map_err(OpError::io(target, "stat"))?;
+    for input in inputs {
+        // An input that is not there is no reason to say so here.
+        let other = env.open(input, Access::Read).and_then(|input| input.stat());
+        if other.is_ok_and(|other| other.id == stat.id) {
+            return Err(OpError::SameFile { path: target.to_owned(), input: (*input).to_owned() });
+        }
+    }
+    if stat.kind != FileKind::Regular {
+        return Err(OpError::NotAFile { path: target.to_owned(), found: stat.kind });
+    }
+    if !replace {
+        return Err(OpError::Exists { path: target.to_owned() });
+    }
+    drop(old);
+    // Whoever may replace it may open it for writing, which the lock that finds readers asks for.
+    let old =
+        env.open(target, Access::ReadWrite).map_err(OpError::io(target, "open for writing"))?;
+    old.try_lock(LockKind::Exclusive)
+        .map_err(|source| OpError::InUse { path: target.to_owned(), source })?;
+    env.canonical(target).map_err(OpError::io(target, "find"))
+}

@@ -1,2 +1,13 @@
-//! `cow`.
-fn main() {}
+//! `cow`: the tool for copy-on-write images.
+
+mod cli;
+mod commands;
+mod error;
+mod size;
+mod ui;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::run(std::env::args_os().collect())
+}

@@ -1,0 +1,79 @@
+//! What the user sees beside the facts on standard output: progress, notes and warnings, all on standard error.
+
+use std::io::{IsTerminal, Write};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use crate::size::Human;
+
+/// The shortest time between two updates of the progress line.
+const REDRAW: Duration = Duration::from_millis(100);
+/// Erases the line the cursor is in.
+const CLEAR_LINE: &str = "\r\x1b[K";
+
+/// Says things to the user, or is quiet.
+#[derive(Clone, Copy, Debug)]
+pub struct Ui {
+    quiet: bool,
+    progress: bool,
+}
+
+impl Ui {
+    /// `quiet` silences notes and progress; warnings and errors are always said. Progress is for a terminal only.
+    pub fn new(quiet: bool) -> Self {
+        Ui { quiet, progress: !quiet && std::io::stderr().is_terminal() }
+    }
+
+    /// Says what was done.
+    pub fn note(&self, text: impl std::fmt::Display) {
+        if !self.quiet {
+            eprintln!("{text}");
+        }
+    }
+
+    /// A progress line for work on `total` bytes; gone when dropped.
+    pub fn progress(&self, what: &'static str, total: u64) -> Progress {
+        Progress {
+            what,
+            total,
+            done: AtomicU64::new(0),
+            drawn: self.progress.then(|| Mutex::new(None)),
+        }
+    }
+}
+
+/// A line like `merge  42 %  1.7 GiB of 4 GiB`.
+pub struct Progress {
+    what: &'static str,
+    total: u64,
+    done: AtomicU64,
+    /// When it was last drawn; `None` on the outside if it never is.
+    drawn: Option<Mutex<Option<Instant>>>,
+}
+
+impl Progress {
+    /// `bytes` more are done. From any thread.
+    pub fn add(&self, bytes: u64) {
+        let done = self.done.fetch_add(bytes, Relaxed) + bytes;
+        let Some(drawn) = &self.drawn else { return };
+        // Who finds it taken leaves the drawing to the other thread.
+        let Ok(mut last) = drawn.try_lock() else { return };
+        if last.is_some_and(|at| at.elapsed() < REDRAW) {
+            return;
+        }
+        *last = Some(Instant::now());
+        let percent = u128::from(done) * 100 / u128::from(self.total.max(1));
+        let line = format!("{} {percent:3} %  {} of {}", self.what, Human(done), Human(self.total));
+        // Nothing depends on the line being seen.
+        _ = write!(std::io::stderr(), "{CLEAR_LINE}{line}");
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if self.drawn.is_some() {
+            _ = write!(std::io::stderr(), "{CLEAR_LINE}");
+        }
+    }
+}

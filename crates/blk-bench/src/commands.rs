@@ -1,5 +1,6 @@
 //! The subcommands: options in, reports out.
 
+use std::io::Write;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
@@ -8,7 +9,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use blk_bench::config::Config;
+use blk_bench::config::{Config, RangeLimits};
 use blk_bench::device::{Device, Options};
 use blk_bench::error::Error;
 use blk_bench::job::Job;
@@ -271,11 +272,15 @@ fn describe(args: &RunArgs, job: &Job) -> serde_json::Value {
 }
 
 fn print(output: Output, report: &Report) -> Result<(), Failure> {
-    match output {
-        Output::Human => print!("{report}"),
-        Output::Json => println!("{}", to_json(report)?),
-    }
-    Ok(())
+    put(&match output {
+        Output::Human => report.to_string(),
+        Output::Json => to_json(report)? + "\n",
+    })
+}
+
+fn put(text: &str) -> Result<(), Failure> {
+    let written = std::io::stdout().write_all(text.as_bytes());
+    written.map_err(|error| Failure::Failed(format!("write to stdout: {error}")))
 }
 
 fn to_json(value: &impl serde::Serialize) -> Result<String, Failure> {
@@ -295,46 +300,40 @@ pub fn info(args: &ConnectArgs) -> Result<(), Failure> {
         "memory": server.map(|server| server.memory()),
     });
     device.stop()?;
-    match args.output {
-        Output::Json => println!("{}", to_json(&value)?),
-        Output::Human => print_info(&device, server),
-    }
-    Ok(())
+    put(&match args.output {
+        Output::Json => to_json(&value)? + "\n",
+        Output::Human => describe_device(&device, server),
+    })
 }
 
-fn print_info(device: &Device, server: Option<Server>) {
+fn describe_device(device: &Device, server: Option<Server>) -> String {
     let config = device.config();
     let or_none = |value: Option<String>| value.unwrap_or_else(|| "not offered".into());
-    let limits = |limits: Option<blk_bench::config::RangeLimits>| {
+    let limits = |limits: Option<RangeLimits>| {
         or_none(limits.map(|l| format!("{} sectors, {} ranges", l.max_sectors, l.max_segments)))
     };
-    println!(
-        "capacity:          {} sectors ({} bytes)",
-        config.capacity,
-        config.capacity * SECTOR_SIZE as u64
-    );
-    println!("read-only:         {}", if config.read_only { "yes" } else { "no" });
-    println!("queues:            {}", config.num_queues);
-    println!("data segments:     {}", or_none(config.seg_max.map(|n| format!("at most {n}"))));
-    println!("logical block:     {}", or_none(config.block_size.map(|n| format!("{n} bytes"))));
-    println!("discard:           {}", limits(config.discard));
-    println!("write zeroes:      {}", limits(config.write_zeroes));
-    println!(
-        "features:          {:#x} offered, {:#x} used",
-        device.offered_features(),
-        device.features()
-    );
-    println!("protocol features: {:#x} used", device.protocol_features());
-    if let Some(server) = server {
+    let server = server.map(|server| {
         let memory = server.memory();
-        println!(
-            "server:            {} ({}), RSS {} KiB, PSS {} KiB",
-            server.name(),
-            server.pid,
-            memory.rss_kib,
-            memory.pss_kib
-        );
-    }
+        let (name, pid) = (server.name(), server.pid);
+        format!("{name} ({pid}), RSS {} KiB, PSS {} KiB", memory.rss_kib, memory.pss_kib)
+    });
+    let bytes = config.capacity * SECTOR_SIZE as u64;
+    let lines = [
+        ("capacity", format!("{} sectors ({bytes} bytes)", config.capacity)),
+        ("read-only", if config.read_only { "yes" } else { "no" }.into()),
+        ("queues", config.num_queues.to_string()),
+        ("data segments", or_none(config.seg_max.map(|n| format!("at most {n}")))),
+        ("logical block", or_none(config.block_size.map(|n| format!("{n} bytes")))),
+        ("discard", limits(config.discard)),
+        ("write zeroes", limits(config.write_zeroes)),
+        (
+            "features",
+            format!("{:#x} offered, {:#x} used", device.offered_features(), device.features()),
+        ),
+        ("protocol", format!("{:#x} used", device.protocol_features())),
+        ("server", server.unwrap_or_else(|| "not visible from here".into())),
+    ];
+    lines.iter().map(|(name, value)| format!("{:<15} {value}\n", format!("{name}:"))).collect()
 }
 
 /// `blk-bench null-backend`
@@ -346,9 +345,10 @@ pub fn null_backend(args: &NullArgs) -> Result<(), Failure> {
         poll_time: args.poll_time,
         fault: None,
     };
+    let content = null::Content::new(&options)?;
     let listener = null::listen(&args.socket_path)?;
     eprintln!("blk-bench: null backend on {}", args.socket_path.display());
     loop {
-        null::serve_one(&listener, &options)?;
+        null::serve_one(&listener, &options, &content)?;
     }
 }

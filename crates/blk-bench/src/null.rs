@@ -78,10 +78,29 @@ pub enum Fault {
     Disconnect(u64),
 }
 
+/// What a RAM disk holds, from one connection to the next. Without `ram` it is empty.
+#[derive(Clone, Debug)]
+pub struct Content(pub(crate) Arc<Mutex<Vec<u8>>>);
+
+impl Content {
+    /// Zeros.
+    ///
+    /// # Errors
+    /// The disk is larger than the address space.
+    pub fn new(options: &Options) -> Result<Self, Error> {
+        let bytes =
+            if options.ram { options.sectors.checked_mul(SECTOR_SIZE as u64) } else { Some(0) };
+        let bytes = bytes.and_then(|bytes| usize::try_from(bytes).ok());
+        let bytes =
+            bytes.ok_or_else(|| Error::Options("the disk does not fit into memory".into()))?;
+        Ok(Self(Arc::new(Mutex::new(vec![0; bytes]))))
+    }
+}
+
 /// What the queues of a session share.
 pub(crate) struct Disk {
     pub options: Options,
-    pub content: Mutex<Vec<u8>>,
+    pub content: Content,
     pub requests: AtomicU64,
     pub writes: AtomicU64,
     /// To be shut down by a fault.
@@ -106,15 +125,16 @@ pub fn listen(path: &Path) -> Result<UnixListener, Error> {
 ///
 /// # Errors
 /// Accepting it failed. The end of the connection, whatever its reason, is no error.
-pub fn serve_one(listener: &UnixListener, options: &Options) -> Result<(), Error> {
+pub fn serve_one(
+    listener: &UnixListener,
+    options: &Options,
+    content: &Content,
+) -> Result<(), Error> {
     let (stream, _) = listener.accept().map_err(Error::io("accept"))?;
     let connection = stream.try_clone().map_err(Error::io("dup of the connection"))?;
-    let bytes = if options.ram { options.sectors * SECTOR_SIZE as u64 } else { 0 };
-    let bytes = usize::try_from(bytes)
-        .map_err(|_| Error::Options("the disk does not fit into memory".into()))?;
     let disk = Disk {
         options: Options { queues: options.queues.clamp(1, MAX_QUEUES), ..*options },
-        content: Mutex::new(vec![0; bytes]),
+        content: content.clone(),
         requests: AtomicU64::new(0),
         writes: AtomicU64::new(0),
         connection,
@@ -198,12 +218,19 @@ impl Session {
         }
     }
 
+    /// Adds memory; queues that run are stopped for it, and go on after it.
     fn add_region(&mut self, region: &VhostUserMemoryRegion, file: &File) -> VhostResult<()> {
         let mapping = Mapping::new(region, file).map_err(VhostError::ReqHandlerError)?;
-        let mappings = Arc::get_mut(&mut self.mappings)
-            .ok_or(VhostError::InvalidOperation("memory is added while queues run"))?;
-        mappings.push(mapping);
-        Ok(())
+        let running: Vec<u32> = (0..)
+            .zip(&self.vrings)
+            .filter(|(_, vring)| vring.thread.is_some())
+            .map(|(index, _)| index)
+            .collect();
+        self.stop_all();
+        Arc::get_mut(&mut self.mappings)
+            .ok_or(VhostError::InvalidOperation("a queue still uses the memory table"))?
+            .push(mapping);
+        running.into_iter().try_for_each(|index| self.start(index))
     }
 
     fn config(&self) -> [u8; CONFIG_LEN] {

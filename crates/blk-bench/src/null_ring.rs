@@ -292,7 +292,7 @@ fn transfer(disk: &Disk, pieces: &[Piece]) -> Option<u32> {
     let (kind, sector) = unsafe {
         (header.cast::<u32>().read_unaligned(), header.add(8).cast::<u64>().read_unaligned())
     };
-    let mut content = disk.content.lock().ok()?;
+    let mut content = disk.content.0.lock().ok()?;
     if kind == VIRTIO_BLK_T_DISCARD || kind == VIRTIO_BLK_T_WRITE_ZEROES {
         let &(range, 16, false) = data.first()? else { return None };
         // SAFETY: the range piece has 16 bytes.

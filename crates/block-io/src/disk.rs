@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use cow_format::{
-    Bitmap, ByteOffset, Extents, FlushPass, Geometry, Header, LayerMap, Next, SectorCount,
-    SectorRange,
+    Bitmap, ByteOffset, Extents, Geometry, Header, LayerMap, SectorCount, SectorRange,
 };
 
 use crate::file::Host;
+use crate::image::flush::{FlushFailure, flush};
 use crate::image::live::LiveBitmap;
 use crate::image::state::{UpdateError, mark_clean};
 use crate::image::{Chain, DiskError, DiskOptions, OpenError, open_chain, open_single};
@@ -182,17 +182,15 @@ impl<E: Env> Disk<E> {
         }
         let _one_pass = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
         self.check_writable()?;
-        let Some((cow, bitmap)) = self.writable_cow() else { return self.sync() };
-        let mut pass = FlushPass::begin(bitmap, &cow.geometry);
-        loop {
-            self.sync()?;
-            let Next::Write(pages) = pass.synced() else { return Ok(()) };
-            for write in pages.writes() {
-                let written = self.top().file.write_all_at(write.bytes, write.at);
-                written.map_err(|source| self.io_error("write the bitmap", source))?;
-            }
-            pass = pages.written();
-        }
+        let top = &self.top().file;
+        let flushed = match self.writable_cow() {
+            Some((cow, bitmap)) => flush(top, bitmap, &cow.geometry),
+            None => top.sync().map_err(FlushFailure::Sync),
+        };
+        flushed.map_err(|failure| match failure {
+            FlushFailure::Sync(err) => self.fail(&err),
+            FlushFailure::Write(source) => self.io_error("write the bitmap", source),
+        })
     }
 
     /// Ends the disk's use: flushes, and marks the file clean. From then on writes are refused, and reads still work.
@@ -233,8 +231,8 @@ impl<E: Env> Disk<E> {
         Ok(())
     }
 
-    fn sync(&self) -> Result<(), DiskError> {
-        let Err(err) = self.top().file.sync() else { return Ok(()) };
+    /// A sync has failed: nothing that this disk says about durability can be believed any more.
+    fn fail(&self, err: &std::io::Error) -> DiskError {
         let path = self.top().path.clone();
         if !self.failed.swap(true, Ordering::AcqRel) {
             log::error!(
@@ -243,7 +241,7 @@ impl<E: Env> Disk<E> {
                 path.display()
             );
         }
-        Err(DiskError::Failed { path })
+        DiskError::Failed { path }
     }
 
     fn update_error(&self, err: UpdateError) -> DiskError {

@@ -191,11 +191,7 @@ fn a_file_that_cannot_be_made_leaves_nothing() {
         Disk::open_cow(&place.cow, Some(&missing), &options(format)).err().unwrap();
         Disk::open_cow(&place.cow, Some(place.dir.path()), &options(format)).err().unwrap();
         assert_eq!(place.names(), ["base"]);
-        let err = create_cow(
-            &Host,
-            &place.base,
-            &CreateOptions { format, ..CreateOptions::over(&place.base) },
-        );
+        let err = create_cow(&Host, &place.base, &CreateOptions::over(format, &place.base));
         assert!(err.unwrap_err().to_string().contains("exists"));
         assert_eq!(place.names(), ["base"]);
     }

@@ -196,24 +196,24 @@ impl Bitmap {
 
     /// The end of the run of sectors like `present` that begins at `pos`, at most `end`; `pos` if it is empty.
     pub(crate) fn run_end(&self, mut pos: u64, end: u64, present: bool) -> u64 {
-        while pos < end {
-            let (lo, stride) = (offset_in(pos, PAGE_SECTORS), PAGE_SECTORS - pos % PAGE_SECTORS);
+        while pos < end && pos < self.sectors {
+            let lo = offset_in(pos, PAGE_SECTORS);
             let Some(region) = self.region(pos) else {
                 if present {
                     return pos;
                 }
-                // Past the last region as well: there is nothing to the end.
-                pos = pos.saturating_add(REGION_SECTORS - pos % REGION_SECTORS);
+                pos += REGION_SECTORS - pos % REGION_SECTORS;
                 continue;
             };
-            let found = region.chunks[offset_in(pos / PAGE_SECTORS, REGION_CHUNKS as u64)]
-                .run_end(lo, present);
+            let chunk = &region.chunks[offset_in(pos / PAGE_SECTORS, REGION_CHUNKS as u64)];
+            let found = chunk.run_end(lo, present);
+            pos = pos - lo as u64 + found;
             if found < PAGE_SECTORS {
-                return end.min(pos - lo as u64 + found);
+                break;
             }
-            pos += stride;
         }
-        end
+        // Past the end of the disk all is absent.
+        if pos >= self.sectors && !present { end } else { pos.min(end) }
     }
 
     fn region(&self, sector: u64) -> Option<&Region> {

@@ -99,7 +99,7 @@ impl Geometry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "data truncated: the bitmap says that sector {sector} is present, so the file must have at least \
-     {expected_len} bytes, but it has {file_len}; restore it from a copy, or let a repair drop what is lost"
+     {expected_len} bytes, but it has {file_len}; that data is lost, restore the file from a copy"
 )]
 pub struct DataTruncated {
     /// The last present sector.

@@ -6,10 +6,11 @@
 //! - [`LayerMap`]: which layer of a chain a range comes from
 //! - [`FlushPass`]: in what order things become durable
 //! - [`identity`]: whether a backing file is the one that the header means
-
+//! - [`check`]: whether a file is sound
 #![forbid(unsafe_code)]
 
 mod bitmap;
+pub mod check;
 mod flush;
 mod geometry;
 pub mod header;

@@ -34,7 +34,9 @@ impl Desc {
 pub(crate) struct Guest {
     pub memory: Arc<Memory>,
     pub layout: RingLayout,
-    /// What the driver would write to `avail.idx` next.
+    /// Where all indices stood at first.
+    start: u16,
+    /// `avail.idx` as the driver last wrote it.
     pub avail_idx: u16,
 }
 
@@ -64,14 +66,15 @@ impl Guest {
             avail: GuestAddress(RING + 0x2000),
             used: GuestAddress(RING + 0x4000),
         };
-        let mut guest = Self { memory, layout, avail_idx: start };
+        let mut guest = Self { memory, layout, start, avail_idx: start };
         guest.set_avail_idx(start);
         guest.write(layout.used.0 + 2, &start.to_le_bytes());
         guest
     }
 
+    /// The device's end, with nothing taken yet.
     pub(crate) fn queue(&self, event_idx: bool) -> SplitQueue {
-        SplitQueue::new(self.memory.clone(), self.layout, event_idx, self.avail_idx).unwrap()
+        SplitQueue::new(self.memory.clone(), self.layout, event_idx, self.start).unwrap()
     }
 
     pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
@@ -134,4 +137,14 @@ impl Guest {
         let size = u64::from(self.layout.size);
         u16::from_le_bytes(self.read(self.layout.used.0 + 4 + 8 * size))
     }
+}
+
+/// A property test of `cases` cases. Under miri there is no file to keep failures in, and time only
+/// for a few.
+pub(crate) fn proptest_config(cases: u32) -> proptest::test_runner::Config {
+    let mut config = proptest::test_runner::Config::with_cases(if cfg!(miri) { 8 } else { cases });
+    if cfg!(miri) {
+        config.failure_persistence = None;
+    }
+    config
 }

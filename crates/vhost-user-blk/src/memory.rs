@@ -460,25 +460,32 @@ impl Region {
 #[repr(C, packed)]
 struct Unaligned(u64);
 
-/// Reads 16 bytes at any alignment, each once.
+/// Reads a little-endian number at any alignment, each byte once.
 ///
 /// # Safety
-/// `from` must be valid for 16 bytes of volatile reads.
+/// `from` must be valid for eight bytes of volatile reads.
 #[inline]
-pub(crate) unsafe fn volatile_read_16(from: *const u8) -> [u64; 2] {
-    let words = from.cast::<Unaligned>();
+pub(crate) unsafe fn volatile_read_u64(from: *const u8) -> u64 {
     // SAFETY: the caller's promise; the type has alignment 1.
-    unsafe { [words.read_volatile().0, words.add(1).read_volatile().0].map(u64::from_le) }
+    u64::from_le(unsafe { from.cast::<Unaligned>().read_volatile() }.0)
 }
 
 /// Fills `to` from memory that others may write, reading each byte once.
 ///
 /// # Safety
 /// `from` must be valid for `to.len()` bytes of volatile reads.
+// Inlined it makes the walk over a chain so large that that is not: 43 against 33 ns for a request.
+#[inline(never)]
 pub(crate) unsafe fn volatile_read(from: *const u8, to: &mut [u8]) {
-    for (offset, byte) in to.iter_mut().enumerate() {
+    let (words, bytes) = to.as_chunks_mut();
+    let tail = words.len() * 8;
+    for (index, word) in words.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
-        *byte = unsafe { from.add(offset).read_volatile() };
+        *word = unsafe { volatile_read_u64(from.add(8 * index)) }.to_le_bytes();
+    }
+    for (index, byte) in bytes.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *byte = unsafe { from.add(tail + index).read_volatile() };
     }
 }
 
@@ -492,3 +499,6 @@ unsafe fn volatile_write(to: *mut u8, from: &[u8]) {
         unsafe { to.add(offset).write_volatile(byte) };
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,7 +16,7 @@ use virtio_bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
 };
 
-use crate::memory::{GuestAddress, Memory, OutsideMemory, volatile_read_16};
+use crate::memory::{GuestAddress, Memory, OutsideMemory, volatile_read_u64};
 
 /// Largest queue (virtio 1.2, 2.7): what 16-bit indices can tell full from empty.
 pub const QUEUE_SIZE_MAX: u16 = 32768;
@@ -508,25 +508,25 @@ impl Chain<'_> {
         }
         self.left = self.left.checked_sub(1).ok_or(ChainError::TooLong)?;
         let offset = u32::from(index) * DESCRIPTOR_SIZE;
-        match self.table {
-            Table::Host(host) => {
-                // SAFETY: the table has `len` entries of 16 bytes inside a mapping of `memory`.
-                let words = unsafe { volatile_read_16(host.add(offset as usize)) };
-                Ok(RawDescriptor::from_words(words))
-            }
+        let words = match self.table {
+            // SAFETY: the table has `len` entries of 16 bytes inside a mapping of `memory`.
+            Table::Host(host) => unsafe {
+                let at = host.add(offset as usize);
+                [volatile_read_u64(at), volatile_read_u64(at.add(8))]
+            },
             Table::Guest(start) => {
-                let outside =
-                    OutsideMemory { address: start.0, len: u64::from(self.len * DESCRIPTOR_SIZE) };
-                let address = start.0.checked_add(u64::from(offset)).ok_or(outside);
+                let len = u64::from(self.len * DESCRIPTOR_SIZE);
+                let outside = OutsideMemory { address: start.0, len };
+                let address = start.0.checked_add(u64::from(offset)).map(GuestAddress);
                 let mut words = [[0; 8]; 2];
                 address
-                    .and_then(|address| {
-                        self.memory.read(GuestAddress(address), words.as_flattened_mut())
-                    })
+                    .ok_or(outside)
+                    .and_then(|address| self.memory.read(address, words.as_flattened_mut()))
                     .map_err(ChainError::IndirectOutside)?;
-                Ok(RawDescriptor::from_words(words.map(u64::from_le_bytes)))
+                words.map(u64::from_le_bytes)
             }
-        }
+        };
+        Ok(RawDescriptor::from_words(words))
     }
 }
 

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use cow_format::header::{BackingFormat, NativeState};
 use cow_format::identity::{ActualIdentity, BackingIdentity};
 use cow_format::{
     Bitmap, ByteOffset, Geometry, HEADER_PREFIX_LEN, Header, LayerMap, LowerLayer, SECTOR_SIZE,
@@ -13,8 +14,8 @@ use cow_format::{
 
 use super::create::{CreateOptions, create_cow};
 use super::pages::read_pages;
-use super::state::{UpdateError, check_writable, load_live, make_writable, set_backing_path};
-use super::{CHAIN_DEPTH_MAX, CachePolicy, DiskOptions, OpenError};
+use super::state::{check_writable, load_live, make_writable, set_backing_path};
+use super::{CHAIN_DEPTH_MAX, CachePolicy, CowFormat, DiskOptions, OpenError};
 use crate::disk::{Layer, WritableCow};
 use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};
 
@@ -50,6 +51,21 @@ impl<'a, E: Env> Opener<'a, E> {
         };
         let file = self.env.open(&path, access).map_err(OpenError::io(&path, "open"))?;
         self.admit(file, path, access, self.options.cow_cache, lock)
+    }
+
+    /// Opens the file that a new COW file `cow` is going to be over, as it would be opened below it.
+    pub(crate) fn new_base(
+        &mut self,
+        path: &Path,
+        format: BackingFormat,
+        cow: &Path,
+    ) -> Result<(Opened<E::File>, Option<Header>), OpenError> {
+        let opened = self.backing(cow, path.to_owned())?;
+        let header = opened.header_as(format, cow)?;
+        if let Some(header) = &header {
+            self.frozen(&opened, header, cow)?;
+        }
+        Ok((opened, header))
     }
 
     /// Opens and locks the file at `path` that backs `cow`.
@@ -151,20 +167,20 @@ pub(crate) struct Reference {
     /// As it stands in the header.
     pub(crate) stored: PathBuf,
     pub(crate) identity: BackingIdentity,
-    /// A COW file; otherwise a raw image, whatever it begins with: formats are never guessed.
-    pub(crate) is_cow: bool,
+    /// Never guessed, whatever the file begins with.
+    pub(crate) format: BackingFormat,
 }
 
 /// The backing file of a COW file; UML's is raw by definition.
 pub(crate) fn reference(header: &Header) -> Option<Reference> {
-    match header {
-        Header::Uml(uml) => Some(Reference {
-            stored: OsStr::from_bytes(uml.backing_path()).into(),
-            identity: uml.backing_identity(),
-            is_cow: false,
-        }),
-        _ => None,
-    }
+    let (path, identity, format) = match header {
+        Header::Uml(uml) => (uml.backing_path(), uml.backing_identity(), BackingFormat::Raw),
+        Header::Native(native) => {
+            let backing = native.backing()?;
+            (backing.path(), *backing.identity(), backing.format())
+        }
+    };
+    Some(Reference { stored: OsStr::from_bytes(path).into(), identity, format })
 }
 
 /// Where a path leads that stands in the header of `cow`: a relative one begins at the directory in which the COW
@@ -173,8 +189,22 @@ pub(crate) fn resolve<E: Env>(env: &E, cow: &Path, stored: &Path) -> Result<Path
     if stored.is_absolute() {
         return Ok(stored.to_owned());
     }
-    let real = env.canonical(cow).map_err(OpenError::io(cow, "resolve"))?;
-    Ok(real.parent().unwrap_or(Path::new("/")).join(stored))
+    Ok(real_dir(env, cow)?.join(stored))
+}
+
+/// The directory in which the file `path` really is, or is going to be.
+fn real_dir<E: Env>(env: &E, path: &Path) -> Result<PathBuf, OpenError> {
+    let error = || OpenError::io(path, "resolve");
+    let real = match env.canonical(path) {
+        Ok(real) => real,
+        Err(err) if err.kind() == io::ErrorKind::NotFound => {
+            let absolute = env.absolute(path).map_err(error())?;
+            let dir = absolute.parent().unwrap_or(Path::new("/"));
+            return env.canonical(dir).map_err(error());
+        }
+        Err(err) => return Err(error()(err)),
+    };
+    Ok(real.parent().unwrap_or(Path::new("/")).to_owned())
 }
 
 /// One file below the top.
@@ -207,32 +237,78 @@ impl<E: Env> Opener<'_, E> {
                 None => resolve(self.env, &cow, &reference.stored)?,
             };
             let opened = self.backing(&cow, path)?;
-            let (content, below) =
-                if reference.is_cow { opened.frozen()? } else { (Content::Raw, None) };
-            let identity = opened.identity();
+            let header = opened.header_as(reference.format, &cow)?;
+            let identity = opened.identity(header.as_ref());
             if let Err(source) = reference.identity.verify(&identity) {
                 return Err(OpenError::Identity { cow, path: opened.path, source });
             }
+            let content = match &header {
+                None => Content::Raw,
+                Some(header) => self.frozen(&opened, header, &cow)?,
+            };
             cow.clone_from(&opened.path);
-            next = below;
+            next = header.as_ref().and_then(self::reference);
             lowers.push(Lower { opened, content });
         }
         Ok(lowers)
     }
 }
 
+impl<E: Env> Opener<'_, E> {
+    /// What a COW file below the top holds. A native one is frozen; a UML one is known by its mtime, and its live bitmap
+    /// counts as long as it is of this boot.
+    fn frozen(
+        &self,
+        opened: &Opened<E::File>,
+        header: &Header,
+        cow: &Path,
+    ) -> Result<Content, OpenError> {
+        if let Header::Native(native) = header
+            && native.state() != NativeState::Frozen
+        {
+            return Err(OpenError::NotFrozen { cow: cow.to_owned(), path: opened.path.clone() });
+        }
+        let bitmap = opened.bitmap(header.geometry())?;
+        load_live(self.env, opened, header, &bitmap)?;
+        opened.check_data(header.geometry(), &bitmap)?;
+        Ok(Content::Cow(*header.geometry(), bitmap))
+    }
+}
+
 impl<F: Storage> Opened<F> {
-    fn identity(&self) -> ActualIdentity {
-        ActualIdentity { size: self.stat.size, mtime: self.stat.mtime, layer: None }
+    /// The header, if the format has one and the file is of that format.
+    fn header_as(&self, format: BackingFormat, cow: &Path) -> Result<Option<Header>, OpenError> {
+        let wrong = |found| OpenError::Format {
+            cow: cow.to_owned(),
+            path: self.path.clone(),
+            found,
+            expected: format,
+        };
+        match format {
+            BackingFormat::Raw => Ok(None),
+            BackingFormat::Qcow2 => Err(wrong("not a format that this program reads")),
+            BackingFormat::Uml | BackingFormat::Native => match self.header()? {
+                Header::Uml(_) if format == BackingFormat::Native => Err(wrong("a UML COW file")),
+                Header::Native(_) if format == BackingFormat::Uml => {
+                    Err(wrong("a native COW file"))
+                }
+                header => Ok(Some(header)),
+            },
+        }
     }
 
-    /// What a frozen COW file holds, and what it refers to in turn.
-    fn frozen(&self) -> Result<(Content, Option<Reference>), OpenError> {
-        let header = self.header()?;
-        let geometry = *header.geometry();
-        let bitmap = self.bitmap(&geometry)?;
-        self.check_data(&geometry, &bitmap)?;
-        Ok((Content::Cow(geometry, bitmap), reference(&header)))
+    /// What the file is found to be.
+    pub(crate) fn identity(&self, header: Option<&Header>) -> ActualIdentity {
+        let layer = match header {
+            Some(Header::Native(native)) => Some((native.uuid(), native.content_generation())),
+            _ => None,
+        };
+        ActualIdentity { size: self.stat.size, mtime: self.stat.mtime, layer }
+    }
+
+    /// The size in bytes of the disk that it holds.
+    pub(crate) fn disk_size(&self, header: Option<&Header>) -> u64 {
+        header.map_or(self.stat.size, |header| header.geometry().virtual_size())
     }
 
     /// The durable bitmap.
@@ -294,29 +370,29 @@ pub(crate) fn open_chain<E: Env>(
         && !options.read_only
         && !env.exists(path).map_err(OpenError::io(path, "look for"))?
     {
-        create_cow(
-            env,
-            path,
-            &CreateOptions { format: options.format, ..CreateOptions::over(base) },
-        )?;
+        create_cow(env, path, &CreateOptions::over(options.format, base))?;
     }
     let mut opener = Opener::new(env, options, path);
     let top = opener.top()?;
     let mut header = top.header()?;
     if !options.read_only {
-        check_writable(&header).map_err(OpenError::header(path))?;
+        check_writable(path, &header)?;
+    }
+    if let Some(base) = base
+        && reference(&header).is_none()
+    {
+        return Err(OpenError::NoBacking { path: path.to_owned(), base: base.to_owned() });
     }
     let below = opener.below(path, &header, base)?;
     let geometry = *header.geometry();
     let bitmap = top.bitmap(&geometry)?;
-    let read_live = load_live(env, &top, &header, &bitmap);
-    let live_is_valid = read_live.map_err(OpenError::io(path, "read the live bitmap"))?;
+    let live_is_valid = load_live(env, &top, &header, &bitmap)?;
     top.check_data(&geometry, &bitmap)?;
 
     let mut cow = None;
     if !options.read_only {
         if let (Some(base), Some(nearest)) = (base, below.first()) {
-            header = adopt_base(env, &top, header, base, &nearest.opened)?;
+            adopt_base(env, &top, &mut header, base, &nearest.opened)?;
         }
         cow = Some(make_writable(env, &top, header, live_is_valid)?);
     }
@@ -345,23 +421,42 @@ fn fold<F>(
     Ok(Chain { layers, map, data_offset, size, cow })
 }
 
-/// Opens the base named on the command line; where the header leads elsewhere it gets the new path, as with UML.
+/// Where the header leads elsewhere than to the base that was named, it gets the new path, as with UML.
 fn adopt_base<E: Env>(
     env: &E,
     top: &Opened<E::File>,
-    header: Header,
+    header: &mut Header,
     base: &Path,
     found: &Opened<E::File>,
-) -> Result<Header, OpenError> {
-    let Some(reference) = reference(&header) else { return Ok(header) };
+) -> Result<(), OpenError> {
+    let Some(reference) = reference(header) else { return Ok(()) };
     let stored = resolve(env, &top.path, &reference.stored)?;
     let same = env.open(&stored, Access::Read).and_then(|file| file.stat());
     if same.is_ok_and(|stat| stat.id == found.stat.id) {
-        return Ok(header);
+        return Ok(());
     }
-    let path = env.absolute(base).map_err(OpenError::io(base, "resolve"))?;
-    set_backing_path(&top.file, &header, &path, found.stat.mtime).map_err(|err| match err {
-        UpdateError::Header(source) => OpenError::Header { path: top.path.clone(), source },
-        UpdateError::Io(source) => OpenError::io(&top.path, "write the header")(source),
-    })
+    let format = match header {
+        Header::Uml(_) => CowFormat::Uml,
+        Header::Native(_) => CowFormat::Native,
+    };
+    let path = path_to_store(env, &top.path, base, format)?;
+    set_backing_path(&top.file, header, path.as_os_str().as_bytes(), found.stat.mtime)
+        .map_err(|err| err.at(&top.path))
+}
+
+/// How `cow` refers to `base`: UML's way is absolute. A native header's path is relative where the base stands in the
+/// COW file's directory or below it, so that the two can move together.
+pub(crate) fn path_to_store<E: Env>(
+    env: &E,
+    cow: &Path,
+    base: &Path,
+    format: CowFormat,
+) -> Result<PathBuf, OpenError> {
+    let absolute = env.absolute(base).map_err(OpenError::io(base, "resolve"))?;
+    if format == CowFormat::Uml {
+        return Ok(absolute);
+    }
+    let base = env.canonical(base).map_err(OpenError::io(base, "resolve"))?;
+    let relative = base.strip_prefix(real_dir(env, cow)?);
+    Ok(relative.map_or(absolute, Path::to_owned))
 }

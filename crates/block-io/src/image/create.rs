@@ -3,34 +3,46 @@
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use cow_format::ByteOffset;
-use cow_format::header::UmlHeader;
+use std::time::Duration;
 
-use super::{CowFormat, OpenError};
-use crate::storage::{Access, Env, FileKind, Storage};
+use cow_format::ByteOffset;
+use cow_format::header::{Backing, BackingFormat, NativeHeader, UmlHeader};
+use cow_format::identity::{ActualIdentity, BackingIdentity};
+use uuid::Uuid;
+
+use super::chain::{Opener, path_to_store};
+use super::{CowFormat, DiskOptions, OpenError};
+use crate::storage::{Env, Storage};
 
 /// What a new COW file is to be.
 #[derive(Clone, Debug)]
 pub struct CreateOptions {
     /// The header.
     pub format: CowFormat,
-    /// The backing file.
-    pub base: Option<PathBuf>,
-    /// The size of the disk in bytes; by default the base's.
+    /// The backing file; a native COW file can be without.
+    pub base: Option<BaseOptions>,
+    /// The size of the disk in bytes; by default the base's. UML's is always the base's.
     pub size: Option<u64>,
     /// Whether a file that has the name is replaced; otherwise that is an error.
     pub replace: bool,
 }
 
+/// The backing file of a new COW file.
+#[derive(Clone, Debug)]
+pub struct BaseOptions {
+    /// Its path, from the working directory.
+    pub path: PathBuf,
+    /// What it is.
+    pub format: BackingFormat,
+    /// BLAKE3 of the file's content, to be kept for a later rebind. A UML header cannot.
+    pub digest: Option<[u8; 32]>,
+}
+
 impl CreateOptions {
-    /// A native COW file over a raw image.
-    pub fn over(base: &Path) -> Self {
-        CreateOptions {
-            format: CowFormat::Native,
-            base: Some(base.to_owned()),
-            size: None,
-            replace: false,
-        }
+    /// A COW file over a raw image, under a name that is free.
+    pub fn over(format: CowFormat, base: &Path) -> Self {
+        let base = BaseOptions { path: base.to_owned(), format: BackingFormat::Raw, digest: None };
+        CreateOptions { format, base: Some(base), size: None, replace: false }
     }
 }
 
@@ -97,32 +109,97 @@ pub fn create_file<E: Env>(
 
 /// Makes the COW file `path`. It is sparse.
 pub fn create_cow<E: Env>(env: &E, path: &Path, options: &CreateOptions) -> Result<(), OpenError> {
-    let header = uml_header(env, path, options)?;
-    let geometry = *header.geometry();
+    let lock = DiskOptions { read_only: true, lock_wait: Duration::ZERO, ..DiskOptions::default() };
+    let mut opener = Opener::new(env, &lock, path);
+    let base = match &options.base {
+        None => None,
+        Some(base) => {
+            let (opened, header) = opener.new_base(&base.path, base.format, path)?;
+            let stored = path_to_store(env, path, &base.path, options.format)?;
+            Some(NewBase {
+                options: base,
+                stored,
+                identity: opened.identity(header.as_ref()),
+                size: opened.disk_size(header.as_ref()),
+            })
+        }
+    };
+    match options.format {
+        CowFormat::Uml => create_uml(env, path, options, base),
+        CowFormat::Native => create_native(env, path, options, base),
+    }
+}
+
+/// A backing file as it was found; it stays locked meanwhile.
+struct NewBase<'a> {
+    options: &'a BaseOptions,
+    stored: PathBuf,
+    identity: ActualIdentity,
+    /// Bytes of disk.
+    size: u64,
+}
+
+fn create_uml<E: Env>(
+    env: &E,
+    path: &Path,
+    options: &CreateOptions,
+    base: Option<NewBase<'_>>,
+) -> Result<(), OpenError> {
+    let unable = |what| OpenError::UmlCannot { path: path.to_owned(), what };
+    let base = base.ok_or_else(|| unable("be without a backing file"))?;
+    if base.options.format != BackingFormat::Raw {
+        return Err(unable("be over anything but a raw image"));
+    }
+    if base.options.digest.is_some() {
+        return Err(unable("hold a digest"));
+    }
+    if options.size.is_some_and(|size| size != base.size) {
+        return Err(unable("be of another size than its backing file"));
+    }
+    let header =
+        UmlHeader::create(base.stored.as_os_str().as_bytes(), base.size, base.identity.mtime);
+    let header = header.map_err(OpenError::header(path))?;
     let bytes = header.encode().map_err(OpenError::header(path))?;
     create_file(env, path, options.replace, |file| {
         let written = file.write_all_at(&bytes, ByteOffset::new(0));
         written
-            .and_then(|()| file.set_len(geometry.full_len()))
+            .and_then(|()| file.set_len(header.geometry().full_len()))
             .map_err(OpenError::io(path, "write"))
     })
 }
 
-fn uml_header<E: Env>(
+fn create_native<E: Env>(
     env: &E,
     path: &Path,
     options: &CreateOptions,
-) -> Result<UmlHeader, OpenError> {
-    let base = options.base.as_deref().expect("todo");
-    let backing =
-        |source| OpenError::Backing { cow: path.to_owned(), path: base.to_owned(), source };
-    let file = env.open(base, Access::Read).map_err(backing)?;
-    let stat = file.stat().map_err(backing)?;
-    if !matches!(stat.kind, FileKind::Regular | FileKind::BlockDevice) {
-        let expected = "a regular file or a block device";
-        return Err(OpenError::Kind { path: base.to_owned(), found: stat.kind, expected });
-    }
-    let absolute = env.absolute(base).map_err(OpenError::io(base, "resolve"))?;
-    UmlHeader::create(absolute.as_os_str().as_bytes(), stat.size, stat.mtime)
-        .map_err(OpenError::header(path))
+    base: Option<NewBase<'_>>,
+) -> Result<(), OpenError> {
+    let size = options
+        .size
+        .or(base.as_ref().map(|base| base.size))
+        .ok_or_else(|| OpenError::NoSize { path: path.to_owned() })?;
+    let backing = base.map(|base| {
+        let identity = match base.identity.layer {
+            Some((uuid, content_generation)) => BackingIdentity::Layer { uuid, content_generation },
+            None => BackingIdentity::Image { size: base.identity.size, mtime: base.identity.mtime },
+        };
+        Backing::new(
+            base.stored.as_os_str().as_bytes(),
+            base.options.format,
+            identity,
+            base.options.digest,
+        )
+    });
+    let header =
+        backing.transpose().and_then(|backing| NativeHeader::create(size, Uuid::new_v4(), backing));
+    let mut header = header.map_err(OpenError::header(path))?;
+    create_file(env, path, options.replace, |file| {
+        file.set_len(header.geometry().full_len()).map_err(OpenError::io(path, "write"))?;
+        // Both copies, so that one broken block never costs the header. Nothing has to be in order yet.
+        for _ in 0..2 {
+            let write = header.next_write().map_err(OpenError::header(path))?;
+            file.write_all_at(&write.bytes[..], write.at).map_err(OpenError::io(path, "write"))?;
+        }
+        Ok(())
+    })
 }

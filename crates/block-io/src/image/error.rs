@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use cow_format::header::BackingFormat;
 use cow_format::identity::IdentityError;
 use cow_format::{DataTruncated, HeaderError};
 
@@ -94,6 +95,58 @@ pub enum OpenError {
     TooDeep {
         /// The top of the chain.
         top: PathBuf,
+    },
+    /// A frozen layer is never written again.
+    #[error("{}: is frozen, since other files build on it; open it read-only, or put a COW file over it", path.display())]
+    Frozen {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file below the top is still being written, or can be.
+    #[error(
+        "{}: backs {} but is not frozen; if it has been opened for writing since, that disk's content is gone; else \
+         freeze it: cow snapshot",
+        path.display(), cow.display()
+    )]
+    NotFrozen {
+        /// The COW file.
+        cow: PathBuf,
+        /// Its backing file.
+        path: PathBuf,
+    },
+    /// The backing file is of another format than the reference says.
+    #[error("{}: backs {} as {expected}, but is {found}", path.display(), cow.display())]
+    Format {
+        /// The COW file.
+        cow: PathBuf,
+        /// Its backing file.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+        /// What the reference says.
+        expected: BackingFormat,
+    },
+    /// A backing file was named for a COW file that has none.
+    #[error("{}: has no backing file, so {} cannot be it", path.display(), base.display())]
+    NoBacking {
+        /// The COW file.
+        path: PathBuf,
+        /// What was named.
+        base: PathBuf,
+    },
+    /// UML's format cannot express what was asked for.
+    #[error("{}: a UML COW file cannot {what}; a native one can", path.display())]
+    UmlCannot {
+        /// The file.
+        path: PathBuf,
+        /// What was asked for.
+        what: &'static str,
+    },
+    /// A new file without a backing file needs a size.
+    #[error("{}: without a backing file the disk needs a size", path.display())]
+    NoSize {
+        /// The file.
+        path: PathBuf,
     },
     /// A raw image cannot be written because of its length.
     #[error(

@@ -33,7 +33,6 @@ pub(crate) struct LiveBitmap<F> {
 
 enum Place<F> {
     /// In the COW file itself.
-    #[allow(dead_code)] // until the native header lands
     Native(ByteOffset),
     /// In a side file.
     SideFile { file: F, path: PathBuf },
@@ -44,7 +43,6 @@ impl<F: Storage> LiveBitmap<F> {
         LiveBitmap { place, stripes: [const { Mutex::new(()) }; STRIPES] }
     }
 
-    #[allow(dead_code)] // until the native header lands
     /// The live bitmap at `at` in the COW file `cow`. If it is not `valid` it is emptied; the caller then tags the header
     /// with the boot id, not earlier.
     pub(crate) fn native(

@@ -3,6 +3,7 @@
 mod chain;
 mod create;
 mod error;
+pub(crate) mod flush;
 pub(crate) mod live;
 mod pages;
 mod side_file;
@@ -10,7 +11,7 @@ pub(crate) mod state;
 
 pub(crate) use chain::{Chain, open_chain, open_single};
 pub(crate) use create::Unpublished;
-pub use create::{CreateOptions, create_cow, create_file};
+pub use create::{BaseOptions, CreateOptions, create_cow, create_file};
 pub use error::{DiskError, OpenError};
 
 use std::time::Duration;

@@ -2,20 +2,21 @@
 //! that can be used.
 
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Mutex;
 
-use cow_format::header::UmlHeader;
+use cow_format::header::{self, Backing, NativeHeader, NativeState, UmlHeader};
 use cow_format::identity::Timestamp;
 use cow_format::{Bitmap, ByteOffset, Header, HeaderError};
 
 use super::OpenError;
 use super::chain::Opened;
 use super::live::{LiveBitmap, load_side_file};
+use super::pages::read_pages;
 use crate::disk::WritableCow;
 use crate::mem::SECTOR;
 use crate::storage::{Env, Storage};
+use uuid::Uuid;
 
 /// A header that could not be changed.
 #[derive(Debug)]
@@ -24,6 +25,16 @@ pub(crate) enum UpdateError {
     Header(HeaderError),
     /// It could not be written.
     Io(io::Error),
+}
+
+impl UpdateError {
+    /// The error of the file at `path`.
+    pub(crate) fn at(self, path: &Path) -> OpenError {
+        match self {
+            UpdateError::Header(source) => OpenError::Header { path: path.to_owned(), source },
+            UpdateError::Io(source) => OpenError::io(path, "write the header of")(source),
+        }
+    }
 }
 
 impl From<io::Error> for UpdateError {
@@ -72,60 +83,129 @@ fn write_synced(file: &impl Storage, bytes: &[u8], at: u64) -> io::Result<()> {
     file.sync()
 }
 
+/// Writes a native header over the older of its two copies. The newer one is made durable first, so that one of them
+/// is whole whatever happens. The caller syncs if something depends on it.
+fn write_native(file: &impl Storage, header: &mut NativeHeader) -> Result<(), UpdateError> {
+    file.sync()?;
+    let write = header.next_write()?;
+    file.write_all_at(&write.bytes[..], write.at)?;
+    Ok(())
+}
+
+/// The same, durable on return.
+pub(crate) fn write_native_synced(
+    file: &impl Storage,
+    header: &mut NativeHeader,
+) -> Result<(), UpdateError> {
+    write_native(file, header)?;
+    file.sync()?;
+    Ok(())
+}
+
 /// Refuses a file whose header allows reading only.
-pub(crate) fn check_writable(header: &Header) -> Result<(), HeaderError> {
+pub(crate) fn check_writable(path: &Path, header: &Header) -> Result<(), OpenError> {
     match header {
         Header::Uml(uml) if uml.is_read_only() => {
-            Err(HeaderError::ReadOnlyVersion { version: uml.version().number() })
+            let source = HeaderError::ReadOnlyVersion { version: uml.version().number() };
+            Err(OpenError::Header { path: path.to_owned(), source })
+        }
+        Header::Native(native) if native.state() == NativeState::Frozen => {
+            Err(OpenError::Frozen { path: path.to_owned() })
         }
         _ => Ok(()),
     }
 }
 
-/// Adds to `bitmap` what the live bitmap says, if it is of this boot and file; says whether it is.
+/// Adds to `bitmap` what the live bitmap says, if it is of this boot and file; says whether it is. Changes nothing.
 pub(crate) fn load_live<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
     header: &Header,
     bitmap: &Bitmap,
-) -> io::Result<bool> {
+) -> Result<bool, OpenError> {
+    let read = OpenError::io(&cow.path, "read the live bitmap");
     match header {
         Header::Uml(uml) => {
-            load_side_file(env, &cow.file, &env.canonical(&cow.path)?, bitmap, uml.geometry())
+            let path = env.canonical(&cow.path).map_err(OpenError::io(&cow.path, "resolve"))?;
+            load_side_file(env, &cow.file, &path, bitmap, uml.geometry()).map_err(read)
         }
-        _ => Ok(false),
+        Header::Native(native) => {
+            let (Some(boot), Some(at)) =
+                (native_boot(env)?, native.geometry().live_bitmap_offset())
+            else {
+                return Ok(false);
+            };
+            if !native.live_counts(boot) {
+                return Ok(false);
+            }
+            let add = |page, bytes: &[u8]| bitmap.load_live(page, bytes);
+            read_pages(&cow.file, at, native.geometry(), add).map_err(read)?;
+            Ok(true)
+        }
     }
 }
 
-/// Makes a COW file ready for writes: the live bitmap stands, and a successor will know that it may be needed.
+/// Makes a COW file ready for writes: the live bitmap stands, and a successor will know whether it counts.
 pub(crate) fn make_writable<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
-    header: Header,
+    mut header: Header,
     live_is_valid: bool,
 ) -> Result<WritableCow<E::File>, OpenError> {
     let geometry = *header.geometry();
-    let path = env.canonical(&cow.path).map_err(OpenError::io(&cow.path, "resolve"))?;
-    let live = LiveBitmap::side_file(env, &cow.file, &path, &geometry, live_is_valid);
-    let live = live.map_err(OpenError::io(path, "make the live bitmap"))?;
+    let make = OpenError::io(&cow.path, "make the live bitmap");
+    let live = match &mut header {
+        Header::Uml(_) => {
+            let path = env.canonical(&cow.path).map_err(OpenError::io(&cow.path, "resolve"))?;
+            LiveBitmap::side_file(env, &cow.file, &path, &geometry, live_is_valid).map_err(make)?
+        }
+        Header::Native(native) => {
+            let Some(at) = geometry.live_bitmap_offset() else {
+                return Err(make(io::Error::other("the header gives it no place")));
+            };
+            let live = LiveBitmap::native(&cow.file, at, &geometry, live_is_valid).map_err(make)?;
+            // Only now: under this boot's name it must say nothing that does not hold.
+            let boot = native_boot(env)?;
+            let set = native.set_in_use(boot).map_err(UpdateError::from);
+            set.and_then(|()| write_native(&cow.file, native)).map_err(|err| err.at(&cow.path))?;
+            live
+        }
+    };
     Ok(WritableCow { header: Mutex::new(header), geometry, live })
 }
 
-/// Writes that nothing but the durable state counts. To be called after a full flush.
-pub(crate) fn mark_clean(_file: &impl Storage, _header: &mut Header) -> Result<(), UpdateError> {
+/// Writes, durably, that nothing but the durable state counts. To be called after a full flush.
+pub(crate) fn mark_clean(file: &impl Storage, header: &mut Header) -> Result<(), UpdateError> {
+    match header {
+        Header::Uml(_) => Ok(()),
+        Header::Native(native) => {
+            native.set_clean()?;
+            write_native_synced(file, native)
+        }
+    }
+}
+
+/// Gives the backing file another path, durably.
+pub(crate) fn set_backing_path(
+    file: &impl Storage,
+    header: &mut Header,
+    path: &[u8],
+    mtime: Timestamp,
+) -> Result<(), UpdateError> {
+    match header {
+        Header::Uml(uml) => *uml = write_uml_backing(file, uml, path, mtime)?,
+        Header::Native(native) => {
+            let Some(old) = native.backing() else { return Ok(()) };
+            let new = Backing::new(path, old.format(), *old.identity(), old.digest().copied())?;
+            native.set_backing(Some(new));
+            write_native_synced(file, native)?;
+        }
+    }
     Ok(())
 }
 
-/// Replaces the path of the backing file.
-pub(crate) fn set_backing_path(
-    file: &impl Storage,
-    header: &Header,
-    path: &Path,
-    mtime: Timestamp,
-) -> Result<Header, UpdateError> {
-    let path = path.as_os_str().as_bytes();
-    match header {
-        Header::Uml(uml) => Ok(Header::Uml(write_uml_backing(file, uml, path, mtime)?)),
-        _ => Ok(header.clone()),
-    }
+/// The boot id as a native header has it.
+fn native_boot<E: Env>(env: &E) -> Result<Option<header::BootId>, OpenError> {
+    let boot = env.boot_id().map_err(OpenError::io("/proc/sys/kernel/random/boot_id", "read"))?;
+    Ok(header::BootId::new(Uuid::from_bytes(boot.0)))
 }

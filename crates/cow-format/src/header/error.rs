@@ -101,16 +101,42 @@ macro_rules! fields {
 fields! {
     /// Format version.
     Version => "version",
+    /// Native: length of a copy of the header.
+    HeaderLen => "header_len",
+    /// Native: checksum of a copy of the header.
+    Crc32c => "crc32c",
+    /// Native: clean, in use or frozen.
+    State => "state",
+    /// Native: counts the headers written.
+    Generation => "generation",
+    /// Native: counts the times that the file was opened for writing.
+    ContentGeneration => "content_generation",
+    /// Native: feature bits that a reader must know.
+    Incompatible => "incompatible",
     /// Path of the backing file.
     BackingPath => "backing path",
     /// Modification time of the backing file.
     Mtime => "mtime",
-    /// Size of the virtual disk.
+    /// Native: what the backing file is.
+    BackingFormat => "backing format",
+    /// Native: how the backing file is identified.
+    BackingIdentity => "backing identity",
+    /// Native: the kind of digest of the backing file.
+    BackingDigest => "backing digest",
+    /// UML: size of the virtual disk.
     Size => "size",
+    /// Native: size of the virtual disk.
+    VirtualSize => "virtual_size",
     /// UML: bytes for each bit.
     SectorSize => "sectorsize",
     /// UML: alignment of bitmap and data.
     Alignment => "alignment",
+    /// Native: place of the durable bitmap.
+    BitmapOffset => "bitmap_offset",
+    /// Native: place of the live bitmap.
+    LiveBitmapOffset => "live_bitmap_offset",
+    /// Native: room for each bitmap.
+    BitmapCapacity => "bitmap_capacity",
     /// Place of the data.
     DataOffset => "data_offset",
 }

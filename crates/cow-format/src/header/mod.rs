@@ -1,11 +1,16 @@
 //! What a COW file says about itself.
 
+mod backing;
 mod error;
+pub mod native;
+mod native_raw;
 pub mod uml;
 mod uml_raw;
 
+pub use backing::{Backing, BackingFormat, NATIVE_PATH_MAX};
 pub use error::{Field, HeaderError, Part};
-pub use uml::UmlHeader;
+pub use native::{BootId, HeaderWrite, NativeHeader, NativeState};
+pub use uml::{UmlHeader, UmlVersion};
 
 use crate::geometry::Geometry;
 
@@ -14,8 +19,9 @@ pub const HEADER_PREFIX_LEN: usize = 8192;
 
 /// A checked header.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum Header {
+    /// This project's own.
+    Native(Box<NativeHeader>),
     /// User Mode Linux's.
     Uml(UmlHeader),
 }
@@ -34,12 +40,17 @@ impl Header {
         if uml::has_magic(prefix) {
             return UmlHeader::check(prefix, file_len).map(Self::Uml);
         }
+        if native::has_magic(prefix) || native::has_second_magic(prefix) {
+            return NativeHeader::check(prefix, file_len)
+                .map(|header| Self::Native(Box::new(header)));
+        }
         Err(HeaderError::NotCow { found: prefix[..8].to_vec() })
     }
 
     /// Where bitmap and data stand.
     pub fn geometry(&self) -> &Geometry {
         match self {
+            Self::Native(header) => header.geometry(),
             Self::Uml(header) => header.geometry(),
         }
     }

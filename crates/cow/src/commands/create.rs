@@ -71,11 +71,8 @@ impl Args {
 
     fn cow(&self, base: &Path, ui: Ui) -> Result<(), CowError> {
         ops::check_target(&Host, &self.file, self.force, &[base])?;
-        let options = CreateOptions {
-            format: CowFormat::Uml,
-            replace: self.force,
-            ..CreateOptions::over(base)
-        };
+        let options =
+            CreateOptions { replace: self.force, ..CreateOptions::over(CowFormat::Uml, base) };
         create_cow(&Host, &self.file, &options)?;
         ui.note(format_args!("{}: uml over {}", self.file.display(), base.display()));
         Ok(())

@@ -3,6 +3,9 @@ use crate::config;
 use crate::guest::{BORDER, DATA, Desc, END, Guest, INDIRECT, NEXT, WRITE};
 use cow_format::Sector;
 
+mod chains;
+mod garbage;
+
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;

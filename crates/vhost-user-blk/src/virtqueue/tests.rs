@@ -1,12 +1,15 @@
 use super::*;
 use crate::guest::{BORDER, DATA, Desc, END, Guest, INDIRECT, NEXT, RING, WRITE};
 
+mod differential;
+
 fn desc(address: u64, len: u32, flags: u16, next: u16) -> Desc {
     Desc { address, len, flags, next }
 }
 
 /// Offers head 0 of a chain and walks it.
 fn walk(guest: &mut Guest) -> Result<Vec<Descriptor>, ChainError> {
+    guest.set_avail_idx(0);
     let mut queue = guest.queue(false);
     guest.offer(0);
     let head = queue.pop().unwrap().unwrap();

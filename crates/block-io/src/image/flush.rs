@@ -1,0 +1,33 @@
+//! One flush of a COW file: the ordering machine of cow-format, driven over a file.
+
+use std::io;
+
+use cow_format::{Bitmap, FlushPass, Geometry, Next};
+
+use crate::storage::Storage;
+
+/// What stopped a flush.
+#[derive(Debug)]
+pub(crate) enum FlushFailure {
+    /// A sync: what is on the disk is unknown from now on, and no later sync proves anything.
+    Sync(io::Error),
+    /// A write of the bitmap: its pages are dirty again and may be written later.
+    Write(io::Error),
+}
+
+/// Makes everything durable that was written and inserted into `bitmap` before the call.
+pub(crate) fn flush(
+    file: &impl Storage,
+    bitmap: &Bitmap,
+    geometry: &Geometry,
+) -> Result<(), FlushFailure> {
+    let mut pass = FlushPass::begin(bitmap, geometry);
+    loop {
+        file.sync().map_err(FlushFailure::Sync)?;
+        let Next::Write(pages) = pass.synced() else { return Ok(()) };
+        for write in pages.writes() {
+            file.write_all_at(write.bytes, write.at).map_err(FlushFailure::Write)?;
+        }
+        pass = pages.written();
+    }
+}

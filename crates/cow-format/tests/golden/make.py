@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Makes the golden native files of version 1, from docs/format-native.md alone and apart from the Rust code.
+
+They were made once and must open for ever: a change of the format makes new ones beside them. Run in this directory.
+"""
+import struct, subprocess, uuid
+
+CAPACITY = (16 << 30) // 4096
+DURABLE, LIVE = 8192, 8192 + CAPACITY
+DATA = -(-(LIVE + CAPACITY) // (1 << 20)) * (1 << 20)
+OWN = uuid.UUID("00112233-4455-6677-8899-aabbccddeeff").bytes
+BOOT = uuid.UUID("f0e0d0c0-b0a0-9080-7060-504030201000").bytes
+LOWER = uuid.UUID("12345678-9abc-def0-0fed-cba987654321").bytes
+
+def crc32c(data):
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+def header(generation, size, state=0, content=0, boot=bytes(16), backing=bytes(96), path=b"", compatible=0):
+    fixed = struct.pack("<8sIIIIQQQQQQQQQ16s16s", b"\x89COW\r\n\x1a\n", 1, 4096, 0, state, generation, 0, compatible,
+                        size, DURABLE, LIVE, CAPACITY, DATA, content, OWN, boot)
+    page = bytearray((fixed + backing).ljust(512, b"\0") + path.ljust(3584, b"\0"))
+    struct.pack_into("<I", page, 16, crc32c(page))
+    return bytes(page)
+
+def image(path, fmt=1, size=1048576, secs=1700000000, nanos=123456789, digest=None):
+    return struct.pack("<IIIIQqI4x16xQ32s", fmt, len(path), 1, digest is not None, size, secs, nanos, 0, digest or b"")
+
+def layer(path):
+    return struct.pack("<IIIIQqI4x16sQ32s", 3, len(path), 2, 0, 0, 0, 0, LOWER, 7, b"")
+
+def write(name, first, second, size, durable=b"", live=b"", sectors=()):
+    with open(name, "wb") as file:
+        file.truncate(DATA + size)
+        for at, data in [(0, first), (4096, second), (DURABLE, durable), (LIVE, live)]:
+            file.seek(at)
+            file.write(data)
+        for n in sectors:
+            file.seek(DATA + 512 * n)
+            file.write(b"G%014d\n" % n * 32)
+    subprocess.run(["zstd", "-q", "-19", "-f", "--rm", name], check=True)
+
+MIB = 1048576
+base = b"base.img"
+write("v1-empty.cow", header(1, MIB), header(2, MIB), MIB)
+write("v1-base.cow", header(5, 1000001, 0, 2, backing=image(base, size=1000001, digest=bytes(range(32))), path=base),
+      header(4, 1000001, 1, 2, BOOT, image(base, size=1000001), base), 1000001, b"\x05\x00\x80", sectors=(0, 2, 23))
+lower = b"/layers/lower.cow"
+write("v1-live.cow", header(8, 2 * MIB, 0, 3, backing=layer(lower), path=lower, compatible=0),
+      header(9, 2 * MIB, 1, 4, BOOT, layer(lower), lower), 2 * MIB, b"\x01", b"\x02", sectors=(0, 1))
+write("v1-frozen.cow", header(3, MIB, 2, 1, backing=image(b"disk.qcow2", 4, MIB, -1, 0), path=b"disk.qcow2"),
+      header(4, MIB, 2, 1, backing=image(b"disk.qcow2", 4, MIB, -1, 0), path=b"disk.qcow2", compatible=1 << 63),
+      MIB, b"\xff", sectors=range(8))
+broken = bytearray(header(11, MIB))
+broken[100] ^= 1
+write("v1-broken-first.cow", bytes(broken), header(10, MIB, backing=image(base, 2), path=base), MIB)

@@ -1,0 +1,373 @@
+//! The native header: golden files that must open for ever, both copies, states, what is refused.
+
+use cow_format::header::{
+    Backing, BackingFormat, BootId, Field, HeaderWrite, NATIVE_PATH_MAX, NativeHeader, NativeState,
+    Part,
+};
+use cow_format::identity::{BackingIdentity, Timestamp};
+use cow_format::{
+    Bitmap, FlushPass, HEADER_PREFIX_LEN, Header, HeaderError, Next, PAGE_SECTORS, Sector,
+    SectorCount, SectorRange, VIRTUAL_SIZE_MAX,
+};
+use std::io::Read;
+use std::path::Path;
+use uuid::Uuid;
+
+const COPY: usize = 4096;
+const MIB: u64 = 1 << 20;
+const OWN: Uuid = Uuid::from_u128(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
+
+fn boot() -> BootId {
+    BootId::parse("f0e0d0c0-b0a0-9080-7060-504030201000\n").unwrap()
+}
+
+fn golden(name: &str) -> Vec<u8> {
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(format!("{name}.cow.zst"));
+    let file =
+        std::fs::File::open(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let mut bytes = Vec::new();
+    ruzstd::decoding::StreamingDecoder::new(file).unwrap().read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+fn check(prefix: &[u8], file_len: u64) -> Result<NativeHeader, HeaderError> {
+    match Header::check(prefix, file_len)? {
+        Header::Native(header) => Ok(*header),
+        other @ Header::Uml(_) => panic!("{other:?}"),
+    }
+}
+
+fn open(file: &[u8]) -> Result<NativeHeader, HeaderError> {
+    check(&file[..file.len().min(HEADER_PREFIX_LEN)], file.len() as u64)
+}
+
+/// The start of a new file with both copies, and its length.
+fn new_file(header: &mut NativeHeader) -> (Vec<u8>, u64) {
+    let mut prefix = vec![0; HEADER_PREFIX_LEN];
+    put(&mut prefix, &header.next_write().unwrap());
+    put(&mut prefix, &header.next_write().unwrap());
+    (prefix, header.geometry().full_len())
+}
+
+fn put(prefix: &mut [u8], write: &HeaderWrite) {
+    let at = usize::try_from(write.at.get()).unwrap();
+    prefix[at..at + COPY].copy_from_slice(&*write.bytes);
+}
+
+fn image(path: &[u8], size: u64, secs: i64, nanos: u32) -> Backing {
+    let identity = BackingIdentity::Image { size, mtime: Timestamp::new(secs, nanos).unwrap() };
+    Backing::new(path, BackingFormat::Raw, identity, None).unwrap()
+}
+
+/// Changes the field at `at` of a copy and makes its checksum good again.
+fn poke(copy: &mut [u8], at: usize, bytes: &[u8]) {
+    copy[at..at + bytes.len()].copy_from_slice(bytes);
+    copy[16..20].fill(0);
+    let crc = crc32c::crc32c(&copy[..COPY]);
+    copy[16..20].copy_from_slice(&crc.to_le_bytes());
+}
+
+fn refused(result: Result<NativeHeader, HeaderError>) -> Field {
+    match result {
+        Err(HeaderError::Field { field, .. }) => field,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn golden_empty() {
+    let file = golden("v1-empty");
+    let header = open(&file).unwrap();
+    let geometry = header.geometry();
+    assert_eq!((header.generation(), header.state(), header.uuid()), (2, NativeState::Clean, OWN));
+    assert_eq!((header.backing(), header.broken_copy()), (None, None));
+    let places = (geometry.bitmap_offset().get(), geometry.live_bitmap_offset().unwrap().get());
+    assert_eq!(places, (8192, 8192 + (4 << 20)));
+    assert_eq!((geometry.data_offset().get(), geometry.virtual_size()), (9 << 20, MIB));
+    assert_eq!((geometry.bitmap_len(), header.virtual_size_max()), (4096, 16 << 30));
+    // A new file is the same, byte for byte.
+    let (prefix, len) = new_file(&mut NativeHeader::create(MIB, OWN, None).unwrap());
+    assert_eq!(len, file.len() as u64);
+    assert!(prefix == file[..HEADER_PREFIX_LEN]);
+}
+
+#[test]
+fn golden_base() {
+    let file = golden("v1-base");
+    let header = open(&file).unwrap();
+    assert_eq!(
+        (header.generation(), header.content_generation(), header.state()),
+        (5, 2, NativeState::Clean)
+    );
+    let backing = header.backing().unwrap();
+    assert_eq!((backing.path(), backing.format()), (&b"base.img"[..], BackingFormat::Raw));
+    let mtime = Timestamp::new(1_700_000_000, 123_456_789).unwrap();
+    assert_eq!(*backing.identity(), BackingIdentity::Image { size: 1_000_001, mtime });
+    assert_eq!(backing.digest().unwrap()[..], (0..32).collect::<Vec<u8>>());
+    let bitmap = Bitmap::new(header.geometry().sectors());
+    bitmap.load_durable(0, &file[8192..8192 + 4096]);
+    let present: Vec<u64> = bitmap
+        .runs(header.geometry().all())
+        .filter(|run| run.present)
+        .map(|run| {
+            assert_eq!(run.range.count().get(), 1);
+            let at = usize::try_from(header.geometry().sector_at(run.range.start()).get()).unwrap();
+            let sector = run.range.start().get();
+            assert_eq!(file[at..at + 512], *format!("G{sector:014}\n").repeat(32).as_bytes());
+            sector
+        })
+        .collect();
+    assert_eq!(present, [0, 2, 23]);
+}
+
+#[test]
+fn golden_live() {
+    let file = golden("v1-live");
+    let header = open(&file).unwrap();
+    assert_eq!(
+        (header.generation(), header.state()),
+        (9, NativeState::InUse { live: Some(boot()) })
+    );
+    assert!(header.live_counts(boot()));
+    assert!(!header.live_counts(BootId::new(OWN).unwrap()));
+    let backing = header.backing().unwrap();
+    assert_eq!(
+        (backing.path(), backing.format()),
+        (&b"/layers/lower.cow"[..], BackingFormat::Native)
+    );
+    let uuid = Uuid::from_u128(0x1234_5678_9abc_def0_0fed_cba9_8765_4321);
+    assert_eq!(*backing.identity(), BackingIdentity::Layer { uuid, content_generation: 7 });
+
+    // The second copy is what opening the file of the first one writes.
+    let mut alone = file[..HEADER_PREFIX_LEN].to_vec();
+    alone[COPY..].fill(0);
+    let mut before = check(&alone, file.len() as u64).unwrap();
+    assert_eq!((before.generation(), before.state()), (8, NativeState::Clean));
+    before.set_in_use(Some(boot())).unwrap();
+    let write = before.next_write().unwrap();
+    assert_eq!(write.at.get(), 4096);
+    assert!(write.bytes[..] == file[COPY..2 * COPY]);
+}
+
+#[test]
+fn golden_frozen_and_broken() {
+    let mut header = open(&golden("v1-frozen")).unwrap();
+    assert_eq!((header.generation(), header.state()), (4, NativeState::Frozen));
+    assert_eq!(header.unknown_features(), 1 << 63);
+    assert_eq!(header.backing().unwrap().format(), BackingFormat::Qcow2);
+    assert_eq!(header.set_in_use(None), header.set_clean());
+    assert!(matches!(header.set_clean(), Err(HeaderError::Field { field: Field::State, .. })));
+    assert!(matches!(header.resize(MIB), Err(HeaderError::Field { field: Field::State, .. })));
+
+    let header = open(&golden("v1-broken-first")).unwrap();
+    assert_eq!(header.generation(), 10);
+    assert!(matches!(header.broken_copy(), Some(HeaderError::Field { field: Field::Crc32c, .. })));
+}
+
+#[test]
+fn copies_are_written_in_turn_and_one_always_serves() {
+    let mut header = NativeHeader::create(MIB, OWN, Some(image(b"base", 7, -3, 9))).unwrap();
+    let (mut prefix, len) = new_file(&mut header);
+    for round in 3..7u64 {
+        let old = prefix.clone();
+        let before = check(&old, len).unwrap();
+        header.set_in_use((round % 2 == 0).then(boot)).unwrap();
+        let write = header.next_write().unwrap();
+        assert_eq!(write.at.get(), if round % 2 == 1 { 0 } else { 4096 });
+        put(&mut prefix, &write);
+        assert_eq!(check(&prefix, len).as_ref(), Ok(&header));
+        assert_eq!((header.generation(), header.content_generation()), (round, round - 2));
+        // Torn anywhere between its sectors, the write leaves what was before, or is whole.
+        let at = usize::try_from(write.at.get()).unwrap();
+        for torn in 0..=255u8 {
+            let mut mixed = old.clone();
+            for sector in (0..8).filter(|bit| torn >> bit & 1 == 1) {
+                let sector = at + sector * 512..at + (sector + 1) * 512;
+                mixed[sector.clone()].copy_from_slice(&prefix[sector]);
+            }
+            let found = check(&mixed, len).unwrap();
+            let (got, was, is) = (found.state(), before.state(), header.state());
+            assert!(
+                got == was && found.generation() == round - 1
+                    || got == is && found.generation() == round
+            );
+        }
+    }
+}
+
+#[test]
+fn any_changed_byte_breaks_a_copy_and_two_broken_ones_are_refused() {
+    let (prefix, len) = new_file(&mut NativeHeader::create(MIB, OWN, None).unwrap());
+    for at in 0..2 * COPY {
+        let mut bytes = prefix.clone();
+        bytes[at] ^= 0x10;
+        let header = check(&bytes, len).unwrap();
+        assert_eq!(header.generation(), if at < COPY { 2 } else { 1 });
+        assert!(header.broken_copy().is_some());
+    }
+    let mut bytes = prefix;
+    bytes[300] ^= 1;
+    bytes[COPY + 40] ^= 1;
+    let Err(HeaderError::BothCopies { first, second }) = check(&bytes, len) else {
+        panic!("taken")
+    };
+    assert!(first.to_string().contains("crc32c") && second.to_string().contains("crc32c"));
+}
+
+#[test]
+fn a_broken_copy_is_written_anew_first() {
+    let (mut prefix, len) = new_file(&mut NativeHeader::create(MIB, OWN, None).unwrap());
+    prefix[COPY] ^= 1; // the newer copy
+    let mut header = check(&prefix, len).unwrap();
+    let write = header.next_write().unwrap();
+    assert_eq!((write.at.get(), header.broken_copy()), (4096, None));
+    put(&mut prefix, &write);
+    assert_eq!(check(&prefix, len), Ok(header));
+}
+
+#[test]
+fn two_different_copies_of_one_generation_are_refused() {
+    let (mut prefix, len) = new_file(&mut NativeHeader::create(MIB, OWN, None).unwrap());
+    poke(&mut prefix[COPY..], 24, &1u64.to_le_bytes());
+    assert!(check(&prefix, len).is_ok(), "the same header twice is no conflict");
+    poke(&mut prefix[COPY..], 96, &[0xee; 16]);
+    assert_eq!(refused(check(&prefix, len)), Field::Generation);
+}
+
+#[test]
+fn bad_fields_are_refused_by_name() {
+    let backing = image(b"base", MIB, 0, 0);
+    let (prefix, len) = new_file(&mut NativeHeader::create(MIB, OWN, Some(backing)).unwrap());
+    let (durable, live, capacity, data) = (8192u64, 8192u64 + (4 << 20), 4u64 << 20, 9u64 << 20);
+    let cases: &[(usize, u64, usize, Field)] = &[
+        (8, 2, 4, Field::Version),
+        (8, 0, 4, Field::Version),
+        (12, 4097, 4, Field::HeaderLen),
+        (20, 3, 4, Field::State),
+        (24, 1 << 63, 8, Field::Generation),
+        (88, u64::MAX, 8, Field::ContentGeneration),
+        (32, 1, 8, Field::Incompatible),
+        (32, 1 << 63, 8, Field::Incompatible),
+        (48, 0, 8, Field::VirtualSize),
+        (48, VIRTUAL_SIZE_MAX + 1, 8, Field::VirtualSize),
+        (48, u64::MAX, 8, Field::VirtualSize),
+        (48, 17 << 30, 8, Field::BitmapCapacity),
+        (56, 0, 8, Field::BitmapOffset),
+        (56, 4096, 8, Field::BitmapOffset),
+        (56, durable + 512, 8, Field::BitmapOffset),
+        (56, live, 8, Field::LiveBitmapOffset),
+        (56, (1 << 63) - 4096, 8, Field::BitmapOffset),
+        (56, data, 8, Field::DataOffset),
+        (64, 4096, 8, Field::LiveBitmapOffset),
+        (64, live - 4096, 8, Field::LiveBitmapOffset),
+        (64, u64::MAX - 4095, 8, Field::LiveBitmapOffset),
+        (64, data, 8, Field::DataOffset),
+        (72, 0, 8, Field::BitmapCapacity),
+        (72, capacity + 1, 8, Field::BitmapCapacity),
+        (72, capacity * 2, 8, Field::LiveBitmapOffset),
+        (80, live, 8, Field::DataOffset),
+        (80, data + 512, 8, Field::DataOffset),
+        (80, (1 << 63) - 4096, 8, Field::DataOffset),
+        (128, 0, 4, Field::BackingPath),
+        (128, 5, 4, Field::BackingFormat),
+        (128, 3, 4, Field::BackingIdentity),
+        (132, 0, 4, Field::BackingPath),
+        (132, 3585, 4, Field::BackingPath),
+        (132, u32::MAX as u64, 4, Field::BackingPath),
+        (132, 5, 4, Field::BackingPath), // takes in a NUL
+        (136, 0, 4, Field::BackingIdentity),
+        (136, 2, 4, Field::BackingIdentity),
+        (140, 2, 4, Field::BackingDigest),
+        (160, 1_000_000_000, 4, Field::Mtime),
+    ];
+    for &(at, value, width, field) in cases {
+        let mut bytes = prefix.clone();
+        poke(&mut bytes[COPY..], at, &value.to_le_bytes()[..width]);
+        // The older copy is good, but is no way round what the newer one asks for.
+        assert_eq!(refused(check(&bytes, len)), field, "{value:#x} at {at}");
+    }
+}
+
+#[test]
+fn a_file_that_ends_in_its_bitmaps_is_refused() {
+    let (prefix, _) = new_file(&mut NativeHeader::create(MIB, OWN, None).unwrap());
+    let live_end = 8192 + (4 << 20) + 4096;
+    assert!(check(&prefix, live_end).is_ok(), "no sector is present, so no data is missing");
+    let truncated = |part, found, expected| Err(HeaderError::Truncated { part, found, expected });
+    assert_eq!(check(&prefix, live_end - 1), truncated(Part::LiveBitmap, live_end - 1, live_end));
+    assert_eq!(check(&prefix, 8192), truncated(Part::Bitmap, 8192, 12288));
+    for len in 0..HEADER_PREFIX_LEN {
+        assert!(check(&prefix[..len], len as u64).is_err(), "{len}");
+    }
+}
+
+#[test]
+fn growing_is_bounded_by_the_room_for_bitmaps() {
+    let mut header = NativeHeader::create(MIB, OWN, None).unwrap();
+    let data_offset = header.geometry().data_offset();
+    header.resize(16 << 30).unwrap();
+    assert_eq!(header.geometry().data_offset(), data_offset);
+    assert_eq!(header.geometry().bitmap_len(), 4 << 20);
+    assert!(matches!(
+        header.resize((16 << 30) + 1),
+        Err(HeaderError::Field { field: Field::VirtualSize, .. })
+    ));
+    assert!(header.resize(0).is_err());
+    let (prefix, len) = new_file(&mut header);
+    assert_eq!(check(&prefix, len).unwrap().geometry(), header.geometry());
+
+    let tib = NativeHeader::create(1 << 40, OWN, None).unwrap();
+    assert_eq!(tib.virtual_size_max(), 8 << 40);
+    let mut largest = NativeHeader::create(VIRTUAL_SIZE_MAX, OWN, None).unwrap();
+    assert_eq!(largest.virtual_size_max(), VIRTUAL_SIZE_MAX);
+    let (prefix, len) = new_file(&mut largest);
+    assert!(check(&prefix, len).is_ok());
+    assert!(NativeHeader::create(VIRTUAL_SIZE_MAX + 1, OWN, None).is_err());
+}
+
+#[test]
+fn backing_references_are_kept_or_refused() {
+    let layer = BackingIdentity::Layer { uuid: OWN, content_generation: 1 };
+    let seconds = BackingIdentity::ImageSeconds { size: 1, mtime_secs: 1 };
+    let mtime = Timestamp::new(i64::MIN, 999_999_999).unwrap();
+    let exact = BackingIdentity::Image { size: u64::MAX, mtime };
+    let new = |path: &[u8], format, identity| Backing::new(path, format, identity, Some([7; 32]));
+    assert!(new(b"x", BackingFormat::Raw, layer).is_err());
+    assert!(new(b"x", BackingFormat::Native, exact).is_err());
+    assert!(new(b"x", BackingFormat::Uml, seconds).is_err());
+    assert!(new(b"", BackingFormat::Raw, exact).is_err());
+    assert!(new(b"a\0b", BackingFormat::Raw, exact).is_err());
+    assert!(new(&[b'p'; NATIVE_PATH_MAX + 1], BackingFormat::Raw, exact).is_err());
+    for backing in [
+        new(&[0xff; NATIVE_PATH_MAX], BackingFormat::Uml, exact).unwrap(),
+        new(b"../lower", BackingFormat::Native, layer).unwrap(),
+    ] {
+        let mut header = NativeHeader::create(MIB, OWN, None).unwrap();
+        header.freeze();
+        header.set_backing(Some(backing.clone()));
+        let (prefix, len) = new_file(&mut header);
+        let read = check(&prefix, len).unwrap();
+        assert_eq!((read.backing(), read.state()), (Some(&backing), NativeState::Frozen));
+    }
+}
+
+#[test]
+fn a_flush_writes_whole_pages() {
+    let header = NativeHeader::create(MIB + 1, OWN, None).unwrap();
+    let bitmap = Bitmap::new(header.geometry().sectors());
+    bitmap.insert(SectorRange::new(Sector::new(0), SectorCount::new(PAGE_SECTORS)).unwrap());
+    assert_eq!(bitmap.present().get(), 2049);
+    let Next::Write(pages) = FlushPass::begin(&bitmap, header.geometry()).synced() else {
+        panic!("clean")
+    };
+    let lens: Vec<_> = pages.writes().map(|write| (write.at.get(), write.bytes.len())).collect();
+    assert_eq!(lens, [(8192, 4096)]);
+}
+
+#[test]
+fn boot_ids_are_uuids_and_not_nil() {
+    assert!(BootId::parse("").is_none());
+    assert!(BootId::parse("00000000-0000-0000-0000-000000000000").is_none());
+    assert_eq!(BootId::parse(" f0e0d0c0-b0a0-9080-7060-504030201000\n"), Some(boot()));
+}

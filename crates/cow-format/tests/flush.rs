@@ -136,33 +136,43 @@ fn a_live_bitmap_is_made_durable_by_the_next_flush() {
 
 #[test]
 fn whoever_finds_a_bit_set_has_it_flushed_by_a_later_pass() {
-    // Two writers of the same sectors race; each, its insert done, flushes (passes are serialised by a lock) and
-    // must then find the bit among what has been written.
-    let (geometry, bitmap) = disk(64 << 20);
-    let durable = std::sync::Mutex::new(vec![0u8; usize::try_from(geometry.bitmap_len()).unwrap()]);
+    // One thread sets nearly a whole page's bits, which takes a while. The other sees the first of them, so a write
+    // of its own to that sector sets nothing; its flush must cover the bit all the same.
+    const PAGES: u64 = 400;
+    let (geometry, bitmap) = disk(PAGES * (16 << 20));
     let barrier = std::sync::Barrier::new(2);
+    let mut missed = Vec::new();
+    let range = |page: u64, count| {
+        SectorRange::new(Sector::new(page * PAGE_SECTORS), SectorCount::new(count)).unwrap()
+    };
     std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                for sector in 0..2000 {
-                    barrier.wait();
-                    insert(&bitmap, sector);
-                    let mut durable = durable.lock().unwrap();
-                    let mut step = FlushPass::begin(&bitmap, &geometry);
-                    while let Next::Write(pages) = step.synced() {
-                        for write in pages.writes() {
-                            let at = usize::try_from(write.at.get() - 8192).unwrap();
-                            durable[at..at + write.bytes.len()].copy_from_slice(write.bytes);
-                        }
-                        step = pages.written();
-                    }
-                    let at = usize::try_from(sector).unwrap();
-                    assert!(
-                        durable[at / 8] & (1 << (at % 8)) != 0,
-                        "sector {sector} is not durable"
-                    );
+        scope.spawn(|| {
+            for page in 0..PAGES {
+                barrier.wait();
+                bitmap.insert(range(page, PAGE_SECTORS - 1));
+            }
+        });
+        for page in 0..PAGES {
+            barrier.wait();
+            while !bitmap.contains(range(page, 1)) {
+                std::hint::spin_loop();
+            }
+            bitmap.insert(range(page, 1));
+            let at = geometry.page_at(page).get();
+            let mut durable = false;
+            let mut step = FlushPass::begin(&bitmap, &geometry);
+            while let Next::Write(pages) = step.synced() {
+                for write in pages.writes().filter(|write| write.at.get() <= at) {
+                    let byte = write.bytes.get(usize::try_from(at - write.at.get()).unwrap());
+                    durable |= byte.is_some_and(|byte| byte & 1 == 1);
                 }
-            });
+                step = pages.written();
+            }
+            missed.extend((!durable).then_some(page));
         }
     });
+    assert!(
+        missed.is_empty(),
+        "bits that were seen and not durable after a flush: pages {missed:?}"
+    );
 }

@@ -364,18 +364,16 @@ impl Chunk {
 
     /// The end of the run of sectors like `present` from sector `lo` of the chunk on.
     fn run_end(&self, lo: usize, present: bool) -> u64 {
-        if self.is_full() || self.is_unallocated() {
+        let (coarse, fine) = (self.coarse.get(), self.fine.get());
+        if self.is_full() || (coarse.is_none() && fine.is_none()) {
             return if present == self.is_full() { PAGE_SECTORS } else { lo as u64 };
         }
-        let mut skip = lo % 64;
-        for index in lo / 64..PAGE_WORDS {
-            let other = if present { !self.word(index) } else { self.word(index) } >> skip;
-            if other != 0 {
-                return (index * 64 + skip) as u64 + u64::from(other.trailing_zeros());
-            }
-            skip = 0;
+        if let (Some(coarse), None) = (coarse, fine) {
+            // Most chunks: whole blocks only, so look at them eight sectors at a time.
+            let word = |index: usize| coarse[index].load(Ordering::Acquire);
+            return (first_unlike(lo / 8, COARSE_WORDS, present, word) * 8).max(lo) as u64;
         }
-        PAGE_SECTORS
+        first_unlike(lo, PAGE_WORDS, present, |index| self.word(index)) as u64
     }
 
     /// Sets sectors `lo..hi` of the chunk; true if one is new.
@@ -403,7 +401,8 @@ impl Chunk {
         for ((word, _, hi), bytes) in split(0, sectors, WORD_SECTORS).zip(bytes.chunks(8)) {
             let mut raw = [0; 8];
             raw[..bytes.len()].copy_from_slice(bytes);
-            changed |= self.or(word, u64::from_le_bytes(raw) & (u64::MAX >> (64 - hi)));
+            let bits = u64::from_le_bytes(raw) & (u64::MAX >> (64 - hi));
+            changed |= bits != 0 && self.or(word, bits);
         }
         changed
     }
@@ -434,6 +433,19 @@ impl Chunk {
         }
         true
     }
+}
+
+/// The first bit from `lo` on that is not `present`; the number of bits if there is none.
+fn first_unlike(lo: usize, words: usize, present: bool, word: impl Fn(usize) -> u64) -> usize {
+    let mut skip = lo % 64;
+    for index in lo / 64..words {
+        let unlike = if present { !word(index) } else { word(index) } >> skip;
+        if unlike != 0 {
+            return index * 64 + skip + unlike.trailing_zeros() as usize;
+        }
+        skip = 0;
+    }
+    words * 64
 }
 
 /// Each bit of `byte` eight times: bit i becomes byte i of the word.

@@ -145,7 +145,10 @@ impl Bitmap {
     }
 
     fn load(&self, page: u64, bytes: &[u8], mark_dirty: bool) {
-        if page >= self.pages() || bytes.iter().all(|&byte| byte == 0) {
+        let mut whole = [0; BITMAP_PAGE];
+        let len = bytes.len().min(BITMAP_PAGE);
+        whole[..len].copy_from_slice(&bytes[..len]);
+        if page >= self.pages() || whole == [0; BITMAP_PAGE] {
             return;
         }
         let index = offset_in(page, REGION_CHUNKS as u64);
@@ -154,7 +157,7 @@ impl Bitmap {
         };
         let mut dirty = region.dirty();
         let sectors = self.sectors - page * PAGE_SECTORS;
-        if region.chunks[index].load(bytes, sectors.min(PAGE_SECTORS)) && mark_dirty {
+        if region.chunks[index].load(&whole, sectors.min(PAGE_SECTORS)) && mark_dirty {
             dirty.mark(index);
         }
     }
@@ -383,26 +386,23 @@ impl Chunk {
         }
         let mut changed = false;
         for (word, lo, hi) in split(lo as u64, hi as u64, WORD_SECTORS) {
-            changed |= self.or(word, (u64::MAX >> (64 - (hi - lo))) << lo);
+            changed |= self.or(word, low_bits((hi - lo) as u64) << lo);
         }
         changed
     }
 
-    /// Adds the first `sectors` bits of `bytes`; true if one is new.
-    fn load(&self, bytes: &[u8], sectors: u64) -> bool {
-        let bytes = &bytes[..bytes.len().min(BITMAP_PAGE)];
-        if sectors == PAGE_SECTORS
-            && bytes.len() == BITMAP_PAGE
-            && bytes.iter().all(|&byte| byte == 0xff)
-        {
+    /// Adds the first `sectors` bits of `page`; true if one is new.
+    fn load(&self, page: &[u8; BITMAP_PAGE], sectors: u64) -> bool {
+        if sectors == PAGE_SECTORS && *page == [0xff; BITMAP_PAGE] {
             return !self.full.swap(true, Ordering::AcqRel);
         }
         let mut changed = false;
-        for ((word, _, hi), bytes) in split(0, sectors, WORD_SECTORS).zip(bytes.chunks(8)) {
-            let mut raw = [0; 8];
-            raw[..bytes.len()].copy_from_slice(bytes);
-            let bits = u64::from_le_bytes(raw) & (u64::MAX >> (64 - hi));
-            changed |= bits != 0 && self.or(word, bits);
+        for (index, raw) in page.as_chunks().0.iter().enumerate() {
+            let bits = u64::from_le_bytes(*raw);
+            if bits != 0 {
+                let inside = sectors.saturating_sub(index as u64 * WORD_SECTORS).min(WORD_SECTORS);
+                changed |= self.or(index, bits & low_bits(inside));
+            }
         }
         changed
     }
@@ -446,6 +446,11 @@ fn first_unlike(lo: usize, words: usize, present: bool, word: impl Fn(usize) -> 
         skip = 0;
     }
     words * 64
+}
+
+/// The lowest `count` bits of a word.
+fn low_bits(count: u64) -> u64 {
+    if count < WORD_SECTORS { (1 << count) - 1 } else { u64::MAX }
 }
 
 /// Each bit of `byte` eight times: bit i becomes byte i of the word.

@@ -21,8 +21,8 @@ pub const BITMAP_PAGE: usize = 4096;
 pub const PAGE_SECTORS: u64 = BITMAP_PAGE as u64 * 8;
 
 /// Chunks in a region. 40 KiB of chunk heads are allocated when the first sector of 16 GiB is written.
-const REGION_CHUNKS: usize = 1024;
-const REGION_SECTORS: u64 = PAGE_SECTORS * REGION_CHUNKS as u64;
+pub(crate) const REGION_CHUNKS: usize = 1024;
+pub(crate) const REGION_SECTORS: u64 = PAGE_SECTORS * REGION_CHUNKS as u64;
 
 /// Sectors in a word of the bitmap.
 const WORD_SECTORS: u64 = 64;
@@ -483,12 +483,12 @@ fn split(start: u64, end: u64, unit: u64) -> impl Iterator<Item = (usize, usize,
 }
 
 /// `value % unit` as an index; `unit` is far below 2^32.
-fn offset_in(value: u64, unit: u64) -> usize {
+pub(crate) fn offset_in(value: u64, unit: u64) -> usize {
     usize_of(value % unit)
 }
 
 /// An index that is out of bounds for sure where it does not fit.
-fn usize_of(value: u64) -> usize {
+pub(crate) fn usize_of(value: u64) -> usize {
     usize::try_from(value).unwrap_or(usize::MAX)
 }
 

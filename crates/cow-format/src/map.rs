@@ -6,7 +6,7 @@
 
 use std::iter::FusedIterator;
 
-use crate::bitmap::{Bitmap, PAGE_SECTORS};
+use crate::bitmap::{Bitmap, PAGE_SECTORS, REGION_CHUNKS, REGION_SECTORS, offset_in, usize_of};
 use crate::geometry::Geometry;
 use crate::units::{ByteOffset, SECTOR_SIZE, SectorCount, SectorRange};
 
@@ -235,10 +235,6 @@ impl Iterator for Extents<'_> {
 
 impl FusedIterator for Extents<'_> {}
 
-/// Chunks in a region of the folded map: 16 GiB of disk, as in the bitmap.
-const REGION_CHUNKS: u64 = 1024;
-const REGION_SECTORS: u64 = REGION_CHUNKS * PAGE_SECTORS;
-
 /// From sector to layer, for everything below the top. Levels that are all alike are one entry.
 #[derive(Debug)]
 struct Folded {
@@ -281,8 +277,7 @@ impl Folded {
 
     /// The layer of `sector` and the end of the run that is known without looking further.
     fn lookup(&self, sector: u64, sectors: u64) -> (u8, u64) {
-        let region =
-            usize::try_from(sector / REGION_SECTORS).ok().and_then(|index| self.regions.get(index));
+        let region = self.regions.get(usize_of(sector / REGION_SECTORS));
         let Some(region) = region.filter(|_| sector < sectors) else {
             return (NOWHERE, u64::MAX / SECTOR_SIZE);
         };
@@ -293,8 +288,8 @@ impl Folded {
             Region::Chunks(chunks) => chunks,
         };
         let chunk_start = sector / PAGE_SECTORS * PAGE_SECTORS;
-        let (from, end) =
-            chunks[index_in(sector / PAGE_SECTORS, REGION_CHUNKS)].lookup(sector - chunk_start);
+        let (from, end) = chunks[offset_in(sector / PAGE_SECTORS, REGION_CHUNKS as u64)]
+            .lookup(sector - chunk_start);
         (from, sectors.min(chunk_start + end))
     }
 }
@@ -310,7 +305,7 @@ impl Chunk {
                 (spans[next - 1].from, end)
             }
             Self::Dense(from) => {
-                let rest = &from[index_in(sector, PAGE_SECTORS)..];
+                let rest = &from[offset_in(sector, PAGE_SECTORS)..];
                 let run = rest.iter().take_while(|&&other| other == rest[0]).count();
                 (rest[0], sector + run as u64)
             }
@@ -348,7 +343,7 @@ impl Fold<'_> {
         }
         let mut spans = (Vec::new(), Vec::new());
         let chunk = |start| self.chunk(start, &mut spans);
-        let step = usize::try_from(PAGE_SECTORS).unwrap_or(usize::MAX);
+        let step = usize_of(PAGE_SECTORS);
         let chunks: Box<[Chunk]> = (start..end).step_by(step).map(chunk).collect();
         match chunks[0] {
             Chunk::Uniform(first)
@@ -442,9 +437,4 @@ fn push(spans: &mut Vec<Span>, start: u64, from: u8) {
     if spans.last().is_none_or(|last| last.from != from) {
         spans.push(Span { start, from });
     }
-}
-
-/// `value % unit` as an index; `unit` is far below 2^32.
-fn index_in(value: u64, unit: u64) -> usize {
-    usize::try_from(value % unit).unwrap_or(usize::MAX)
 }

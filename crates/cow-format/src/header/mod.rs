@@ -13,6 +13,7 @@ pub use native::{BootId, HeaderWrite, NativeHeader, NativeState};
 pub use uml::{UmlHeader, UmlVersion};
 
 use crate::geometry::Geometry;
+use crate::units::VIRTUAL_SIZE_MAX;
 
 /// Bytes at the start of a file that hold any header; give [`Header::check`] these, or the whole of a shorter file.
 pub const HEADER_PREFIX_LEN: usize = 8192;
@@ -54,4 +55,13 @@ impl Header {
             Self::Uml(header) => header.geometry(),
         }
     }
+}
+
+/// Refuses a disk of no bytes and one above [`VIRTUAL_SIZE_MAX`].
+fn check_size(field: Field, size: u64) -> Result<(), HeaderError> {
+    if (1..=VIRTUAL_SIZE_MAX).contains(&size) {
+        return Ok(());
+    }
+    let expected = format!("1 to {VIRTUAL_SIZE_MAX} bytes (256 TiB)");
+    Err(HeaderError::field(field, size, expected))
 }

@@ -4,6 +4,7 @@ use uuid::Uuid;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use super::backing::Backing;
+use super::check_size;
 use super::error::{Field, HeaderError, Part};
 use super::native_raw::{COPY_LEN, HEADER_LEN, MAGIC, RawHeader, VERSION, state};
 use crate::bitmap::BITMAP_PAGE;
@@ -99,7 +100,7 @@ impl NativeHeader {
         uuid: Uuid,
         backing: Option<Backing>,
     ) -> Result<Self, HeaderError> {
-        check_size(virtual_size)?;
+        check_size(Field::VirtualSize, virtual_size)?;
         let room = virtual_size.saturating_mul(GROWTH_FACTOR).clamp(GROWTH_MIN, VIRTUAL_SIZE_MAX);
         let bitmap_capacity = room.div_ceil(BITMAP_BYTE_SPAN).next_multiple_of(ALIGNMENT);
         let geometry = Geometry {
@@ -293,7 +294,7 @@ impl NativeHeader {
     /// and punch out their data: bits beyond the end would come back with the next growth.
     pub fn resize(&mut self, virtual_size: u64) -> Result<(), HeaderError> {
         self.refuse_frozen()?;
-        check_size(virtual_size)?;
+        check_size(Field::VirtualSize, virtual_size)?;
         if virtual_size > self.virtual_size_max() {
             return Err(HeaderError::field(
                 Field::VirtualSize,
@@ -407,17 +408,6 @@ fn check_generation(field: Field, found: u64) -> Result<u64, HeaderError> {
     Err(HeaderError::field(field, found, "a number below 2^63"))
 }
 
-fn check_size(size: u64) -> Result<(), HeaderError> {
-    if (1..=VIRTUAL_SIZE_MAX).contains(&size) {
-        return Ok(());
-    }
-    Err(HeaderError::field(
-        Field::VirtualSize,
-        size,
-        format!("1 to {VIRTUAL_SIZE_MAX} bytes (256 TiB)"),
-    ))
-}
-
 /// Whole bitmap pages. `size` is within [`VIRTUAL_SIZE_MAX`].
 fn bitmap_len(size: u64) -> u64 {
     size.div_ceil(BITMAP_BYTE_SPAN).next_multiple_of(BITMAP_PAGE as u64)
@@ -426,7 +416,7 @@ fn bitmap_len(size: u64) -> u64 {
 /// Section 4: all aligned, nothing overlaps, everything ends below 2^63.
 fn check_places(raw: &RawHeader) -> Result<Geometry, HeaderError> {
     let size = raw.virtual_size.get();
-    check_size(size)?;
+    check_size(Field::VirtualSize, size)?;
     let capacity = raw.bitmap_capacity.get();
     let (durable, live, data) =
         (raw.bitmap_offset.get(), raw.live_bitmap_offset.get(), raw.data_offset.get());

@@ -4,11 +4,12 @@
 use zerocopy::byteorder::big_endian as be;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
+use super::check_size;
 use super::error::{Field, HeaderError, Part};
 use super::uml_raw::{MAGIC, PATH_LEN, RawV1, RawV2, RawV3, RawV3Padded};
 use crate::geometry::Geometry;
 use crate::identity::{BackingIdentity, Timestamp};
-use crate::units::{SECTOR_SIZE, VIRTUAL_SIZE_MAX};
+use crate::units::SECTOR_SIZE;
 
 /// The alignment that today's writers use; the bitmap then begins at 8192.
 const ALIGNMENT: u32 = 4096;
@@ -82,7 +83,7 @@ impl UmlHeader {
     /// modified at `mtime`.
     pub fn create(backing_path: &[u8], size: u64, mtime: Timestamp) -> Result<Self, HeaderError> {
         check_new_path(backing_path)?;
-        check_size(size)?;
+        check_size(Field::Size, size)?;
         Ok(Self {
             version: UmlVersion::V3,
             little_endian_magic: false,
@@ -133,7 +134,7 @@ impl UmlHeader {
                 "a number above 0 (today's writers use 4096)",
             ));
         }
-        check_size(fields.size)?;
+        check_size(Field::Size, fields.size)?;
         let Some(end) = fields.path_field.iter().position(|&byte| byte == 0) else {
             let len = fields.path_field.len();
             return Err(HeaderError::field(
@@ -255,23 +256,30 @@ impl<'a> Fields<'a> {
         if (prefix.len() as u64) < version.header_len() {
             return Err(short(version.header_len()));
         }
+        // Versions 1 and 2 have neither alignment nor cow_format.
+        macro_rules! fields {
+            ($raw:ty, |$header:ident| $alignment:expr, $cow_format:expr) => {
+                <$raw>::ref_from_prefix(prefix).ok().map(|($header, _)| Self {
+                    version,
+                    little_endian_magic,
+                    path_field: &$header.backing_path,
+                    mtime: $header.mtime.get(),
+                    size: $header.size.get(),
+                    sectorsize: $header.sectorsize.get(),
+                    alignment: $alignment,
+                    cow_format: $cow_format,
+                })
+            };
+        }
         let fields = match version {
-            UmlVersion::V1 => {
-                RawV1::ref_from_prefix(prefix).ok().map(|(raw, _)| Self::from_v1(raw))
-            }
-            UmlVersion::V2 => {
-                RawV2::ref_from_prefix(prefix).ok().map(|(raw, _)| Self::from_v2(raw))
-            }
-            UmlVersion::V3 => {
-                RawV3::ref_from_prefix(prefix).ok().map(|(raw, _)| Self::from_v3(raw))
-            }
+            UmlVersion::V1 => fields!(RawV1, |raw| 512, 0),
+            UmlVersion::V2 => fields!(RawV2, |raw| 512, 0),
+            UmlVersion::V3 => fields!(RawV3, |raw| raw.alignment.get(), raw.cow_format.get()),
             UmlVersion::V3Padded => {
+                let fields = fields!(RawV3Padded, |raw| raw.alignment.get(), raw.cow_format.get());
                 // A plain header with an empty path looks padded as well; its sector size stands 4 bytes earlier.
                 let plain =
                     RawV3::ref_from_prefix(prefix).ok().map(|(raw, _)| raw.sectorsize.get());
-                let fields = RawV3Padded::ref_from_prefix(prefix)
-                    .ok()
-                    .map(|(raw, _)| Self::from_padded(raw));
                 if plain == Some(512)
                     && fields.as_ref().is_some_and(|fields| fields.sectorsize != 512)
                 {
@@ -280,72 +288,12 @@ impl<'a> Fields<'a> {
                 fields
             }
         };
-        let fields = fields.ok_or_else(|| short(version.header_len()))?;
-        Ok(Self { little_endian_magic, ..fields })
-    }
-
-    fn from_v1(raw: &'a RawV1) -> Self {
-        Self {
-            version: UmlVersion::V1,
-            little_endian_magic: false,
-            path_field: &raw.backing_path,
-            mtime: raw.mtime.get(),
-            size: raw.size.get(),
-            sectorsize: raw.sectorsize.get(),
-            alignment: 512,
-            cow_format: 0,
-        }
-    }
-
-    fn from_v2(raw: &'a RawV2) -> Self {
-        Self {
-            version: UmlVersion::V2,
-            little_endian_magic: false,
-            path_field: &raw.backing_path,
-            mtime: raw.mtime.get(),
-            size: raw.size.get(),
-            sectorsize: raw.sectorsize.get(),
-            alignment: 512,
-            cow_format: 0,
-        }
-    }
-
-    fn from_v3(raw: &'a RawV3) -> Self {
-        Self {
-            version: UmlVersion::V3,
-            little_endian_magic: false,
-            path_field: &raw.backing_path,
-            mtime: raw.mtime.get(),
-            size: raw.size.get(),
-            sectorsize: raw.sectorsize.get(),
-            alignment: raw.alignment.get(),
-            cow_format: raw.cow_format.get(),
-        }
-    }
-
-    fn from_padded(raw: &'a RawV3Padded) -> Self {
-        Self {
-            version: UmlVersion::V3Padded,
-            little_endian_magic: false,
-            path_field: &raw.backing_path,
-            mtime: raw.mtime.get(),
-            size: raw.size.get(),
-            sectorsize: raw.sectorsize.get(),
-            alignment: raw.alignment.get(),
-            cow_format: raw.cow_format.get(),
-        }
+        fields.ok_or_else(|| short(version.header_len()))
     }
 }
 
 fn empty_path() -> HeaderError {
     HeaderError::field(Field::BackingPath, "an empty path", "the path of the backing file")
-}
-
-fn check_size(size: u64) -> Result<(), HeaderError> {
-    if (1..=VIRTUAL_SIZE_MAX).contains(&size) {
-        return Ok(());
-    }
-    Err(HeaderError::field(Field::Size, size, format!("1 to {VIRTUAL_SIZE_MAX} bytes (256 TiB)")))
 }
 
 fn check_new_path(path: &[u8]) -> Result<(), HeaderError> {
@@ -373,7 +321,7 @@ fn check_new_mtime(mtime: Timestamp) -> Result<u32, HeaderError> {
     })
 }
 
-/// The layout rules of `docs/format-uml.md`. `alignment` is not 0 and `size` within [`VIRTUAL_SIZE_MAX`].
+/// The layout rules of `docs/format-uml.md`. `alignment` is not 0 and `size` is checked.
 fn geometry(version: UmlVersion, size: u64, alignment: u32) -> Result<Geometry, HeaderError> {
     let alignment = u64::from(alignment);
     let places = match version {

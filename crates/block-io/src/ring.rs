@@ -14,6 +14,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::time::Duration;
 
 use cow_format::ByteOffset;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -164,6 +165,9 @@ pub struct Ring<R> {
     watched: Vec<(RawFd, Watch)>,
     /// Entries that did not fit into the submission queue.
     backlog: VecDeque<squeue::Entry>,
+    /// For the kernel to read when it takes the entry. All alarms of a ring share
+    /// it: the last one's time holds for any that have not been handed over yet.
+    alarm: Box<types::Timespec>,
     /// Parts that the kernel holds or that are queued for it.
     parts_in_flight: usize,
 }
@@ -204,6 +208,7 @@ impl<R> Ring<R> {
             free: (0..depth).rev().collect(),
             watched: Vec::new(),
             backlog: VecDeque::new(),
+            alarm: Box::default(),
             parts_in_flight: 0,
         })
     }
@@ -223,6 +228,15 @@ impl<R> Ring<R> {
     pub fn watch(&mut self, fd: BorrowedFd<'_>, watch: Watch) {
         self.watched.push((fd.as_raw_fd(), watch));
         self.arm(fd.as_raw_fd(), watch);
+    }
+
+    /// Reports [`Event::Ready`] once, when `after` has passed.
+    pub fn alarm(&mut self, after: Duration, watch: Watch) {
+        *self.alarm = types::Timespec::from(after);
+        let timeout = opcode::Timeout::new(&raw const *self.alarm)
+            .build()
+            .user_data(WATCH | u64::from(watch.0));
+        self.queue(timeout);
     }
 
     fn arm(&mut self, fd: RawFd, watch: Watch) {
@@ -272,7 +286,8 @@ impl<R> Ring<R> {
     fn queue(&mut self, entry: squeue::Entry) {
         // SAFETY: the entry's buffers are those of a plan in a slot, which
         // `submit`'s caller keeps valid and which the ring itself keeps until
-        // the completion has been seen (`finish_part`, `drop`); a poll has none.
+        // the completion has been seen (`finish_part`, `drop`); a poll has none,
+        // and an alarm's is a field of the ring.
         if self.backlog.is_empty() && unsafe { self.uring.submission().push(&entry) }.is_ok() {
             return;
         }

@@ -13,6 +13,7 @@ pub mod logger;
 pub mod memory;
 pub mod notify;
 pub mod request;
+pub mod resident;
 pub mod route;
 pub mod session;
 pub mod sigbus;

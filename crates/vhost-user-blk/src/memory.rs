@@ -313,6 +313,22 @@ impl Memory {
         place.is_some()
     }
 
+    /// Copies `len` bytes from `from` to host memory that came from [`Memory::host_ranges`] of this
+    /// snapshot. False, and nothing is written, if they are not inside it.
+    ///
+    /// # Safety
+    /// `from` is valid for reads of `len` bytes, by whoever else they may be written meanwhile, and
+    /// lies outside of guest memory.
+    #[inline]
+    pub unsafe fn copy_to_host(&self, host: *mut u8, from: *const u8, len: usize) -> bool {
+        let place = self.inside(host, len);
+        if let Some(place) = place {
+            // SAFETY: as in `zero_host`, and the caller's promise.
+            unsafe { place.copy_from_nonoverlapping(from, len) };
+        }
+        place.is_some()
+    }
+
     /// The place `host` again, if `len` bytes from there lie inside one region.
     fn inside(&self, host: *mut u8, len: usize) -> Option<*mut u8> {
         self.spans.iter().find_map(|span| {

@@ -10,6 +10,7 @@ use cow_format::{ByteOffset, Extent, LayerIndex, SectorRange};
 
 use crate::memory::Memory;
 use crate::request::Segment;
+use crate::resident::{Mappings, READ_MAX, Resident};
 
 /// Zeros for a file system that cannot make holes. In the binary's .bss: it
 /// costs no memory until then.
@@ -23,6 +24,7 @@ pub struct Router<'a> {
     no_zero_range: bool,
     /// Used again from one extent to the next.
     piece: Vec<libc::iovec>,
+    resident: Resident<'a>,
 }
 
 /// The buffered and the direct description of each layer stand side by side.
@@ -30,8 +32,14 @@ const FILES_PER_LAYER: u32 = 2;
 
 impl<'a> Router<'a> {
     /// A router for one queue.
-    pub fn new(disk: &'a Disk) -> Self {
-        Self { disk, no_punch: false, no_zero_range: false, piece: Vec::new() }
+    pub fn new(disk: &'a Disk, mappings: &'a Mappings) -> Self {
+        let resident = Resident::new(mappings);
+        Self { disk, no_punch: false, no_zero_range: false, piece: Vec::new(), resident }
+    }
+
+    /// What this queue knows of the page cache.
+    pub fn resident(&mut self) -> &mut Resident<'a> {
+        &mut self.resident
     }
 
     /// The files in the order of the slots that the plans speak of.
@@ -41,7 +49,7 @@ impl<'a> Router<'a> {
     }
 
     /// Plans the read of `range` into `buffers`, which are as long as it. What
-    /// no file holds is filled with zeros at once.
+    /// no file holds, or what the page cache does, is filled in at once.
     pub fn plan_read(
         &mut self,
         range: SectorRange,
@@ -54,7 +62,9 @@ impl<'a> Router<'a> {
             match extent {
                 Extent::Data { layer, at, len } => {
                     let piece = cursor.take(len, &mut self.piece);
-                    plan.read(slot(self.disk, layer, at, piece), at, piece);
+                    if len > READ_MAX || !self.resident.copy(layer, at, len, memory, piece) {
+                        plan.read(slot(self.disk, layer, at, piece), at, piece);
+                    }
                 }
                 Extent::Zero { len } => {
                     for v in cursor.take(len, &mut self.piece) {

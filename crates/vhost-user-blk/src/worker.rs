@@ -23,6 +23,7 @@ use crate::notify::{Doorbell, Kick};
 use crate::request::{
     ID_LEN, IoVecs, Operation, ParseLimits, Parsed, Pending, Reply, Segment, parse,
 };
+use crate::resident::Mappings;
 use crate::route::Router;
 use crate::spin::Spin;
 use crate::virtqueue::{Head, RingLayout, SplitQueue};
@@ -38,11 +39,18 @@ const STACK_BYTES: usize = 256 << 10;
 const KICK: Watch = Watch(0);
 const STOP: Watch = Watch(1);
 const COMMIT: Watch = Watch(2);
+const TIDY: Watch = Watch(3);
+
+/// How long the mapped pages of a queue that sleeps are kept, at least; twice
+/// that at most.
+const TIDY_AFTER: Duration = Duration::from_secs(2);
 
 /// What all queues of the device share.
 pub struct Shared {
     /// The disk.
     pub disk: Arc<Disk>,
+    /// Its layers as they are read without system calls.
+    pub mappings: Mappings,
     /// Flushes it.
     pub committer: Committer,
     /// The answer to GET_ID.
@@ -164,6 +172,8 @@ struct Worker<'a> {
     spin: Spin,
     /// Requests are still being taken.
     open: bool,
+    /// [`TIDY`] will come.
+    tidying: bool,
     // Used again from one request to the next.
     plan: Plan,
     iovecs: IoVecs,
@@ -180,7 +190,7 @@ impl<'a> Worker<'a> {
         let depth = start.layout.size;
         let memory = Arc::clone(&start.memory);
         let queue = SplitQueue::new(memory, start.layout, start.event_idx, start.next_avail)?;
-        let router = Router::new(&shared.disk);
+        let router = Router::new(&shared.disk, &shared.mappings);
         let mut ring = Ring::new(usize::from(depth), &router.files())?;
         let kick = Kick::new(start.kick.as_fd())?;
         ring.watch(start.kick.as_fd(), KICK);
@@ -198,6 +208,7 @@ impl<'a> Worker<'a> {
             uncommitted: (0..u32::from(depth)).rev().collect(),
             spin: Spin::new(shared.poll),
             open: true,
+            tidying: false,
             plan: Plan::default(),
             iovecs: IoVecs::new(),
             answers: Vec::new(),
@@ -234,6 +245,7 @@ impl<'a> Worker<'a> {
 
     /// Takes and starts a batch of requests; whether there was one.
     fn take(&mut self) -> bool {
+        self.router.resident().tick();
         for taken in 0..BATCH_MAX {
             if !self.can_take() {
                 return taken > 0;
@@ -327,6 +339,9 @@ impl<'a> Worker<'a> {
                 Event::Done(request, result) => self.completed(request, result),
                 Event::Ready(KICK) => self.kick.consume(),
                 Event::Ready(COMMIT) => self.committed(),
+                Event::Ready(TIDY) => {
+                    self.tidying = !self.shared.mappings.forget_unused() && self.tidy_later()
+                }
                 Event::Ready(_) => self.open = false,
             }
         }
@@ -425,6 +440,11 @@ impl<'a> Worker<'a> {
         give_up(self.start, self.shared, why);
     }
 
+    fn tidy_later(&mut self) -> bool {
+        self.ring.alarm(TIDY_AFTER, TIDY);
+        true
+    }
+
     /// Nothing to do at the moment: spins while that has paid, then sleeps.
     fn rest(&mut self) {
         let can_take = self.can_take();
@@ -435,6 +455,9 @@ impl<'a> Worker<'a> {
         if can_take && self.queue.enable_notifications() {
             self.queue.disable_notifications();
             return;
+        }
+        if self.router.resident().rested() && !self.tidying {
+            self.tidying = self.tidy_later();
         }
         let asleep = Instant::now();
         if let Err(e) = self.ring.enter(true) {

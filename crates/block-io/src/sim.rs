@@ -31,6 +31,8 @@ pub struct Choices(Source);
 #[derive(Clone, Debug)]
 enum Source {
     Seeded(u64),
+    Oldest,
+    Newest,
     /// What was chosen so far, each with the number of options, and the place in it.
     Enumerated {
         path: Vec<(usize, usize)>,
@@ -44,18 +46,30 @@ impl Choices {
         Choices(Source::Seeded(seed))
     }
 
+    /// Nothing survives that need not.
+    pub fn oldest() -> Self {
+        Choices(Source::Oldest)
+    }
+
+    /// Everything survives.
+    pub fn newest() -> Self {
+        Choices(Source::Newest)
+    }
+
     /// The first of all combinations; [`Choices::advance`] goes to the next.
     pub fn enumerated() -> Self {
         Choices(Source::Enumerated { path: Vec::new(), at: 0 })
     }
 
-    /// One of `0..options`; `options` is at least 1.
+    /// One of `0..options`, older states first; `options` is at least 1.
     pub fn choose(&mut self, options: usize) -> usize {
         match &mut self.0 {
             Source::Seeded(state) => {
                 let limit = options as u64;
                 usize::try_from(split_mix(state) % limit).unwrap_or(0)
             }
+            Source::Oldest => 0,
+            Source::Newest => options - 1,
             Source::Enumerated { path, at } => {
                 if *at == path.len() {
                     path.push((0, options));
@@ -260,16 +274,15 @@ impl Inode {
 
     /// What is left after a power cut.
     fn cut(&mut self, choices: &mut Choices) {
-        for (sector, mut versions) in std::mem::take(&mut self.pending) {
-            versions.push(self.durable.sector(sector));
-            versions.sort_unstable();
+        for (sector, newer) in std::mem::take(&mut self.pending) {
+            let mut versions = vec![self.durable.sector(sector)];
+            versions.extend(newer);
             versions.dedup();
             let chosen = versions[choices.choose(versions.len())];
             self.durable.set_sector(sector, chosen);
         }
-        let mut lens = std::mem::take(&mut self.pending_lens);
-        lens.push(self.durable.len());
-        lens.sort_unstable();
+        let mut lens = vec![self.durable.len()];
+        lens.append(&mut self.pending_lens);
         lens.dedup();
         let len = lens[choices.choose(lens.len())];
         // Content past a length that did not survive is gone; it must not come back when the length grows again.
@@ -344,6 +357,17 @@ impl Sim {
         self.world().boot -= 1;
     }
 
+    /// Moves a file to another name, durably and outside the fault model: as an administrator does on a calm day.
+    pub fn move_durably(&self, from: &Path, to: &Path) {
+        let mut world = self.world();
+        let World { names, durable_names, .. } = &mut *world;
+        for names in [names, durable_names] {
+            if let Some(ino) = names.remove(&absolute(from)) {
+                names.insert(absolute(to), ino);
+            }
+        }
+    }
+
     /// Every name there is.
     pub fn names(&self) -> Vec<PathBuf> {
         self.world().names.keys().cloned().collect()
@@ -395,9 +419,10 @@ impl Sim {
 
 impl World {
     fn end_process(&mut self) {
-        self.crashed = false;
-        self.crash = None;
-        self.hook = None;
+        if self.crashed {
+            self.crashed = false;
+            self.crash = None;
+        }
         self.locks.clear();
         self.life += 1;
     }

@@ -82,7 +82,9 @@ impl Geometry {
     /// Refuses a file of `file_len` bytes that ends before the data of a sector that `bitmap` says is present.
     pub fn check_data(&self, bitmap: &Bitmap, file_len: u64) -> Result<(), DataTruncated> {
         let Some(sector) = bitmap.last_present() else { return Ok(()) };
-        let expected_len = self.sector_at(sector).get() + SECTOR_SIZE;
+        // Of a partial last sector only what belongs to the disk has to be there: a discard sets its bit and leaves
+        // the file's length alone.
+        let expected_len = (self.sector_at(sector).get() + SECTOR_SIZE).min(self.full_len());
         if expected_len <= file_len {
             return Ok(());
         }

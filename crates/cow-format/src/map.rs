@@ -127,6 +127,14 @@ impl LayerMap {
         Ok(Self { sectors, top: Some(top), below: folded, places })
     }
 
+    /// Tells that the file of `layer` ends after `bytes` bytes of disk: what its sectors lack reads as zeros. A COW file
+    /// over an image of no whole number of sectors can end so.
+    pub fn ends_after(&mut self, layer: usize, bytes: u64) {
+        if let Some(place) = self.places.get_mut(layer) {
+            place.end = place.end.min(bytes);
+        }
+    }
+
     /// The size of the disk.
     pub fn sectors(&self) -> SectorCount {
         SectorCount::new(self.sectors)

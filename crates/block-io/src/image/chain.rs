@@ -157,6 +157,11 @@ impl<F: Storage> Opened<F> {
 }
 
 impl<F> Opened<F> {
+    /// Bytes of disk that the file can hold by its length.
+    fn disk_bytes(&self, geometry: &Geometry) -> u64 {
+        self.stat.size.saturating_sub(geometry.data_offset().get())
+    }
+
     fn into_layer(self) -> Layer<F> {
         Layer { file: self.file, path: self.path }
     }
@@ -414,7 +419,16 @@ fn fold<F>(
     let frozen: Vec<_> = frozen.collect();
     let base = below.last().filter(|lower| matches!(lower.content, Content::Raw));
     let map = LayerMap::new(&geometry, bitmap, &frozen, base.map(|base| base.opened.stat.size));
-    let map = map.map_err(|_| OpenError::TooDeep { top: top.path.clone() })?;
+    let mut map = map.map_err(|_| OpenError::TooDeep { top: top.path.clone() })?;
+    // A top that can be written holds its last sector.
+    if cow.is_none() {
+        map.ends_after(0, top.disk_bytes(&geometry));
+    }
+    for (layer, lower) in (1..).zip(&below) {
+        if let Content::Cow(geometry, _) = &lower.content {
+            map.ends_after(layer, lower.opened.disk_bytes(geometry));
+        }
+    }
     let below = below.into_iter().map(|lower| lower.opened.into_layer());
     let layers = std::iter::once(top.into_layer()).chain(below).collect();
     let (data_offset, size) = (geometry.data_offset(), geometry.virtual_size());

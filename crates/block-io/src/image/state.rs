@@ -7,7 +7,7 @@ use std::sync::Mutex;
 
 use cow_format::header::{self, Backing, NativeHeader, NativeState, UmlHeader};
 use cow_format::identity::Timestamp;
-use cow_format::{Bitmap, ByteOffset, Header, HeaderError};
+use cow_format::{Bitmap, ByteOffset, Geometry, Header, HeaderError};
 
 use super::OpenError;
 use super::chain::Opened;
@@ -153,6 +153,7 @@ pub(crate) fn make_writable<E: Env>(
     live_is_valid: bool,
 ) -> Result<WritableCow<E::File>, OpenError> {
     let geometry = *header.geometry();
+    hold_last_sector(&cow.file, &geometry).map_err(OpenError::io(&cow.path, "lengthen"))?;
     let make = OpenError::io(&cow.path, "make the live bitmap");
     let live = match &mut header {
         Header::Uml(_) => {
@@ -172,6 +173,18 @@ pub(crate) fn make_writable<E: Env>(
         }
     };
     Ok(WritableCow { header: Mutex::new(header), geometry, live })
+}
+
+/// Lengthens a file that ends before the disk's last sector does, as one does over a base of no whole number of sectors.
+/// Durably and before any write: the length that a write brings can be lost in a power cut that keeps its data, and
+/// then the sector would be neither what it was nor what was written.
+fn hold_last_sector(file: &impl Storage, geometry: &Geometry) -> io::Result<()> {
+    let end = geometry.sector_at(geometry.all().end()).get();
+    if file.len()? < end {
+        file.set_len(end)?;
+        file.sync()?;
+    }
+    Ok(())
 }
 
 /// Writes, durably, that nothing but the durable state counts. To be called after a full flush.

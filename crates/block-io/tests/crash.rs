@@ -1,0 +1,85 @@
+//! Power cuts and deaths of the process at every step of random programs, and again during recovery, on the simulated
+//! disk (DESIGN section 3). The rules:
+//!
+//! - after a power cut each sector has its last flushed content or that of any later write;
+//! - after the death of the process each sector has the content of the last acknowledged write to it, or of a write
+//!   that was under way.
+//!
+//! The mutations at the end are faults that these tests must find.
+
+mod crashing;
+
+use block_io::CowFormat;
+use crashing::{Fault, Harness, Op, Program};
+
+/// Fewer in a debug build would be quicker, and find less: these take some seconds.
+const SEEDS: u64 = 6;
+const FORMATS: [CowFormat; 2] = [CowFormat::Uml, CowFormat::Native];
+
+#[test]
+fn no_crash_loses_what_was_promised() {
+    for format in FORMATS {
+        for seed in 0..SEEDS {
+            let program = Program::random(seed, 14);
+            let harness = Harness::new(format, None);
+            if let Err(violation) = harness.crash_everywhere(&program, seed) {
+                panic!("{format:?}, seed {seed}: {violation}\nprogram: {program:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn small_programs_survive_every_outcome_of_every_crash() {
+    let write = |start, count| Op::Write { start, count };
+    let programs = [
+        vec![write(0, 1), Op::Flush],
+        vec![write(0, 1), Op::Flush, write(0, 1), write(1, 1), Op::Flush],
+        vec![write(8, 2), Op::Discard { start: 8, count: 1 }, Op::Flush, write(8, 1)],
+        vec![write(3, 1), Op::Die, write(4, 1), Op::Flush],
+        vec![Op::WriteZeroes { start: 5, count: 1 }, Op::Reopen, write(5, 1), Op::Reopen],
+    ];
+    for format in FORMATS {
+        for ops in &programs {
+            let program = Program(ops.clone());
+            let harness = Harness::new(format, None);
+            if let Err(violation) = harness.crash_exhaustively(&program) {
+                panic!("{format:?}: {violation}\nprogram: {program:?}");
+            }
+        }
+    }
+}
+
+fn assert_found(fault: Fault, formats: &[CowFormat]) {
+    for &format in formats {
+        let harness = Harness::new(format, Some(fault));
+        let found = (0..SEEDS)
+            .find_map(|seed| harness.crash_everywhere(&Program::random(seed, 14), seed).err());
+        assert!(found.is_some(), "{format:?}: {fault:?} was not found in {SEEDS} programs");
+    }
+}
+
+#[test]
+fn finds_that_the_first_sync_is_left_out() {
+    assert_found(Fault::FirstSyncLeftOut, &FORMATS);
+}
+
+#[test]
+fn finds_that_the_bitmap_is_written_before_the_data() {
+    assert_found(Fault::BitmapBeforeData, &FORMATS);
+}
+
+#[test]
+fn finds_that_the_live_bit_is_set_after_the_acknowledgement() {
+    assert_found(Fault::LiveBitAfterAck, &FORMATS);
+}
+
+#[test]
+fn finds_that_a_live_bitmap_of_another_boot_is_believed() {
+    assert_found(Fault::OtherBootBelieved, &FORMATS);
+}
+
+#[test]
+fn finds_that_the_header_is_updated_in_place() {
+    assert_found(Fault::HeaderInPlace, &[CowFormat::Native]);
+}

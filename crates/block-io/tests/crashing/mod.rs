@@ -1,0 +1,478 @@
+//! Programs, the model of what they may leave behind, and the harness that crashes them.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use block_io::image::{CreateOptions, create_cow};
+use block_io::sim::{Choices, CrashKind, Operation, Sim, SimFile, Verdict};
+use block_io::storage::{Env, Storage};
+use block_io::{CowFormat, Disk, DiskOptions};
+use cow_format::{ByteOffset, Sector, SectorCount, SectorRange};
+
+const BASE: &str = "/base";
+const COW: &str = "/cow";
+/// Two bitmap pages and a bit, the last sector partial.
+const SECTORS: u64 = 70_000;
+const SIZE: u64 = SECTORS * 512 - 100;
+/// Where programs write: the beginning, the border of two bitmap pages, the end.
+const AREAS: [std::ops::Range<u64>; 3] = [0..16, 32_764..32_772, SECTORS - 4..SECTORS];
+/// Outcomes of a power cut that are tried at each step, besides everything lost and everything kept.
+const OUTCOMES: u64 = 2;
+/// An enumeration of more outcomes than this is too long for a test; the programs are chosen to stay below.
+const OUTCOMES_MAX: usize = 20_000;
+
+/// One step of a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Writes sectors; each program step writes content of its own.
+    Write {
+        start: u64,
+        count: u64,
+    },
+    Discard {
+        start: u64,
+        count: u64,
+    },
+    WriteZeroes {
+        start: u64,
+        count: u64,
+    },
+    Flush,
+    /// Closes and opens.
+    Reopen,
+    /// Opens again without having closed: the process died between two steps.
+    Die,
+    /// Closes, moves the base, and opens with the base's new name.
+    Move,
+}
+
+/// A sequence of steps.
+#[derive(Clone, Debug)]
+pub struct Program(pub Vec<Op>);
+
+/// What is done wrong on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    FirstSyncLeftOut,
+    BitmapBeforeData,
+    LiveBitAfterAck,
+    OtherBootBelieved,
+    HeaderInPlace,
+}
+
+impl Program {
+    /// `len` steps that a seed decides.
+    pub fn random(seed: u64, len: usize) -> Self {
+        let mut choices = Choices::seeded(seed);
+        let mut choose = |n: u64| choices.choose(usize::try_from(n).unwrap()) as u64;
+        let ops = (0..len).map(|_| {
+            let area = &AREAS[usize::try_from(choose(3)).unwrap()];
+            let start = area.start + choose(area.end - area.start);
+            let count = 1 + choose((area.end - start).min(8));
+            match choose(14) {
+                0..=4 => Op::Write { start, count },
+                5 => Op::Discard { start, count },
+                6 => Op::WriteZeroes { start, count },
+                7..=9 => Op::Flush,
+                10 | 11 => Op::Reopen,
+                12 => Op::Die,
+                _ => Op::Move,
+            }
+        });
+        Program(ops.collect())
+    }
+}
+
+type Content = [u8; 512];
+
+/// What each sector may hold.
+#[derive(Clone)]
+struct Model {
+    sectors: BTreeMap<u64, SectorModel>,
+}
+
+#[derive(Clone)]
+struct SectorModel {
+    /// The last flushed content, then that of every write since, acknowledged or not.
+    since_flush: Vec<Content>,
+    /// What the last acknowledged write left, then what writes under way may have left.
+    since_ack: Vec<Content>,
+}
+
+impl Model {
+    fn new() -> Self {
+        let one = |sector| {
+            let content = base_content(sector);
+            (sector, SectorModel { since_flush: vec![content], since_ack: vec![content] })
+        };
+        Model { sectors: AREAS.into_iter().flatten().map(one).collect() }
+    }
+
+    fn begin(&mut self, range: SectorRange, content: Content) {
+        for sector in range.start().get()..range.end().get() {
+            let model = self.sectors.get_mut(&sector).unwrap();
+            model.since_flush.push(content);
+            model.since_ack.push(content);
+        }
+    }
+
+    fn acknowledge(&mut self, range: SectorRange) {
+        for sector in range.start().get()..range.end().get() {
+            let acked = &mut self.sectors.get_mut(&sector).unwrap().since_ack;
+            acked.drain(..acked.len() - 1);
+        }
+    }
+
+    fn flushed(&mut self) {
+        for model in self.sectors.values_mut() {
+            model.since_flush.drain(..model.since_flush.len() - 1);
+        }
+    }
+
+    /// Compares a disk that was opened after a crash, and goes on from what it holds.
+    fn recover(&mut self, disk: &Disk<Sim>, power_cut: bool) -> Result<(), String> {
+        for (&sector, model) in &mut self.sectors {
+            let mut found = [0; 512];
+            disk.read(range(sector, 1), &mut found).map_err(|err| err.to_string())?;
+            let (allowed, rule) = match power_cut {
+                true => (&model.since_flush, "flushed or written since"),
+                false => (&model.since_ack, "acknowledged or under way"),
+            };
+            if !allowed.contains(&found) {
+                let show = |content: &Content| u32::from_le_bytes(*content.first_chunk().unwrap());
+                let allowed: Vec<_> = allowed.iter().map(show).collect();
+                return Err(format!("sector {sector} has {}, {rule}: {allowed:?}", show(&found)));
+            }
+            model.since_ack = vec![found];
+            // A power cut leaves nothing that is not durable; after a death all of it is still under way.
+            match power_cut {
+                true => model.since_flush = vec![found],
+                false => model.since_flush.push(found),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Runs programs in one format, correctly or with a fault.
+pub struct Harness {
+    format: CowFormat,
+    fault: Option<Fault>,
+}
+
+/// A system in the middle of a program.
+struct Run<'a> {
+    harness: &'a Harness,
+    sim: Sim,
+    model: Model,
+    /// Sectors have got new bits since the last flush.
+    new_bits: bool,
+    /// For [`Fault::FirstSyncLeftOut`]: the next sync is to be left out.
+    leave_out: Arc<AtomicBool>,
+    next_tag: u32,
+    /// Where the base is.
+    base: PathBuf,
+}
+
+impl Harness {
+    pub fn new(format: CowFormat, fault: Option<Fault>) -> Self {
+        Harness { format, fault }
+    }
+
+    /// Crashes `program` at each of its steps in each way, tries some outcomes, and crashes the recovery from each at
+    /// each of its steps as well.
+    pub fn crash_everywhere(&self, program: &Program, seed: u64) -> Result<(), String> {
+        let (first, last) = self.steps(program)?;
+        for step in first..=last {
+            let seed = seed ^ step << 8;
+            let crashed = self.crashed(program, step, CrashKind::PowerCut);
+            let random = (0..OUTCOMES).map(|n| Choices::seeded(seed.wrapping_mul(1_000_003) + n));
+            for choices in [Choices::oldest(), Choices::newest()].into_iter().chain(random) {
+                let name = format!("power cut at step {step}, {choices:?}");
+                crashed
+                    .restarted(Some(&mut choices.clone()))
+                    .recover(true)
+                    .map_err(|err| format!("{name}: {err}"))?;
+            }
+            for part in [0, 1, usize::MAX / 2] {
+                let name = format!("death at step {step}, part {part}");
+                let crashed = self.crashed(program, step, CrashKind::ProcessDeath { part });
+                crashed.restarted(None).recover(false).map_err(|err| format!("{name}: {err}"))?;
+            }
+            for mut again in [None, Some(Choices::seeded(seed))] {
+                let name = format!("crash at step {step}, power cut: {again:?}");
+                let after = crashed.restarted(again.as_mut());
+                after
+                    .crash_recovery(again.is_some(), seed)
+                    .map_err(|err| format!("{name}, {err}"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Cuts the power at each step of `program` and tries every outcome.
+    pub fn crash_exhaustively(&self, program: &Program) -> Result<(), String> {
+        let (first, last) = self.steps(program)?;
+        for step in first..=last {
+            let crashed = self.crashed(program, step, CrashKind::PowerCut);
+            let mut choices = Choices::enumerated();
+            for count in 0.. {
+                assert!(count < OUTCOMES_MAX, "step {step} has too many outcomes");
+                let recovered = crashed.restarted(Some(&mut choices)).recover(true);
+                recovered.map_err(|err| format!("power cut at step {step}, {choices:?}: {err}"))?;
+                if !choices.advance() {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The first and the last step of a run that does not crash.
+    fn steps(&self, program: &Program) -> Result<(u64, u64), String> {
+        let mut run = Run::prepare(self);
+        let first = run.sim.steps() + 1;
+        run.program(program)?;
+        Ok((first, run.sim.steps()))
+    }
+
+    fn crashed(&self, program: &Program, step: u64, kind: CrashKind) -> Run<'_> {
+        let mut run = Run::prepare(self);
+        run.sim.crash_at(step, kind);
+        let result = run.program(program);
+        assert!(run.sim.crashed(), "step {step} was not reached: {result:?}");
+        run
+    }
+}
+
+impl Run<'_> {
+    /// A base and an empty COW file over it, both durable.
+    fn prepare(harness: &Harness) -> Run<'_> {
+        let run = Run {
+            harness,
+            sim: Sim::new(),
+            model: Model::new(),
+            new_bits: false,
+            leave_out: Arc::default(),
+            next_tag: 1,
+            base: PathBuf::from(BASE),
+        };
+        run.set_hook();
+        make_base(&run.sim);
+        create_cow(&run.sim, Path::new(COW), &CreateOptions::over(harness.format, Path::new(BASE)))
+            .unwrap();
+        run
+    }
+
+    fn fork(&self) -> Self {
+        let run = Run {
+            sim: self.sim.fork(),
+            model: self.model.clone(),
+            leave_out: Arc::default(),
+            base: self.base.clone(),
+            ..*self
+        };
+        run.set_hook();
+        run
+    }
+
+    /// The system after the crash, up again.
+    fn restarted(&self, choices: Option<&mut Choices>) -> Self {
+        let mut run = self.fork();
+        match choices {
+            None => run.sim.process_death(),
+            Some(choices) => {
+                run.sim.power_cut(choices);
+                if run.harness.fault == Some(Fault::OtherBootBelieved) {
+                    run.sim.forge_boot_id();
+                }
+            }
+        }
+        run.new_bits = true;
+        run.set_hook();
+        run
+    }
+
+    /// Opens the disk after a crash, compares, and uses it for a while.
+    fn recover(mut self, power_cut: bool) -> Result<(), String> {
+        let disk = self.open()?;
+        self.model.recover(&disk, power_cut)?;
+        drop(disk);
+        let (start, count) = (2, 3);
+        self.program(&Program(vec![Op::Write { start, count }, Op::Flush, Op::Reopen]))?;
+        // The header now leads to the base by itself.
+        let disk = self.open_over(None)?;
+        self.model.recover(&disk, false)
+    }
+
+    /// Crashes at each step of the recovery, and recovers from that.
+    fn crash_recovery(&self, power_cut: bool, seed: u64) -> Result<(), String> {
+        let first = self.sim.steps() + 1;
+        let whole = self.fork();
+        let disk = whole.open()?;
+        disk.close().map_err(|err| err.to_string())?;
+        drop(disk);
+        for step in first..=whole.sim.steps() {
+            // Either crash at every other step: together with the steps of the program all pairs come about.
+            let mut again = (step % 2 == 0).then(|| Choices::seeded(seed ^ step << 16));
+            let run = self.fork();
+            let kind =
+                again.as_ref().map_or(CrashKind::ProcessDeath { part: 1 }, |_| CrashKind::PowerCut);
+            run.sim.crash_at(step, kind);
+            if let Ok(disk) = run.open() {
+                _ = disk.close();
+            }
+            assert!(run.sim.crashed());
+            let name = format!("then at step {step} of the recovery, power cut: {again:?}");
+            let after = run.restarted(again.as_mut());
+            after.recover(power_cut || again.is_some()).map_err(|err| format!("{name}: {err}"))?;
+        }
+        Ok(())
+    }
+
+    /// Shows the simulated system the fault that its hook commits.
+    fn set_hook(&self) {
+        let leave_out = Arc::clone(&self.leave_out);
+        let fault = self.harness.fault;
+        self.sim.set_hook(Some(Arc::new(move |_ino, operation| match operation {
+            Operation::Sync if leave_out.swap(false, Ordering::Relaxed) => Verdict::Skip,
+            Operation::Write { at, len: 4096 }
+                if fault == Some(Fault::HeaderInPlace) && at.get() == 4096 =>
+            {
+                Verdict::WriteAt(ByteOffset::new(0))
+            }
+            _ => Verdict::Proceed,
+        })));
+    }
+
+    fn open(&self) -> Result<Disk<Sim>, String> {
+        self.open_over(Some(&self.base))
+    }
+
+    fn open_over(&self, base: Option<&Path>) -> Result<Disk<Sim>, String> {
+        let options = DiskOptions { lock_wait: Duration::ZERO, ..DiskOptions::default() };
+        Disk::open_cow_in(self.sim.clone(), Path::new(COW), base, &options)
+            .map_err(|err| err.to_string())
+    }
+
+    fn program(&mut self, program: &Program) -> Result<(), String> {
+        let mut disk = self.open()?;
+        for op in &program.0 {
+            match *op {
+                Op::Write { start, count } => {
+                    let content = tagged(1_000_000 + self.next_tag);
+                    self.next_tag += 1;
+                    self.write(&disk, range(start, count), content, |file, at, data| {
+                        file.write_all_at(data, at)
+                    })?;
+                }
+                Op::Discard { start, count } => {
+                    let punch = |file: &SimFile, at, data: &[u8]| file.punch(at, data.len() as u64);
+                    self.write(&disk, range(start, count), [0; 512], punch)?;
+                }
+                Op::WriteZeroes { start, count } => {
+                    let zero = |file: &SimFile, at, data: &[u8]| {
+                        file.zero_keep_allocated(at, data.len() as u64)
+                    };
+                    self.write(&disk, range(start, count), [0; 512], zero)?;
+                }
+                Op::Flush => self.flush(&disk)?,
+                Op::Reopen => {
+                    self.flush(&disk)?;
+                    disk.close().map_err(|err| err.to_string())?;
+                    drop(disk);
+                    disk = self.open()?;
+                }
+                Op::Move => {
+                    self.flush(&disk)?;
+                    disk.close().map_err(|err| err.to_string())?;
+                    drop(disk);
+                    let from = self.base.clone();
+                    self.base = base_name(self.next_tag);
+                    self.next_tag += 1;
+                    self.sim.move_durably(&from, &self.base);
+                    disk = self.open()?;
+                }
+                Op::Die => {
+                    drop(disk);
+                    self.sim.process_death();
+                    self.new_bits = true;
+                    disk = self.open()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes sectors as the daemon does: the data, then [`Disk::written`], then the acknowledgement.
+    fn write(
+        &mut self,
+        disk: &Disk<Sim>,
+        range: SectorRange,
+        content: Content,
+        change: impl FnOnce(&SimFile, ByteOffset, &[u8]) -> std::io::Result<()>,
+    ) -> Result<(), String> {
+        let data = content.repeat(usize::try_from(range.count().get()).unwrap());
+        self.model.begin(range, content);
+        self.new_bits |= !disk.is_present(range);
+        let written = |disk: &Disk<Sim>| disk.written(range).map_err(|err| err.to_string());
+        if self.harness.fault == Some(Fault::BitmapBeforeData) {
+            written(disk)?;
+            disk.flush().map_err(|err| err.to_string())?;
+        }
+        change(disk.layers()[0].file(), disk.write_at(range), &data)
+            .map_err(|err| err.to_string())?;
+        if self.harness.fault == Some(Fault::LiveBitAfterAck) {
+            self.model.acknowledge(range);
+        }
+        written(disk)?;
+        self.model.acknowledge(range);
+        Ok(())
+    }
+
+    fn flush(&mut self, disk: &Disk<Sim>) -> Result<(), String> {
+        let first_of_two = self.harness.fault == Some(Fault::FirstSyncLeftOut) && self.new_bits;
+        self.leave_out.store(first_of_two, Ordering::Relaxed);
+        disk.flush().map_err(|err| err.to_string())?;
+        self.new_bits = false;
+        self.model.flushed();
+        Ok(())
+    }
+}
+
+fn make_base(sim: &Sim) {
+    let file = sim.create_new(Path::new(BASE)).unwrap();
+    for sector in AREAS.into_iter().flatten() {
+        file.write_all_at(&base_content(sector), ByteOffset::new(sector * 512)).unwrap();
+    }
+    file.set_len(SIZE).unwrap();
+    file.sync().unwrap();
+    sim.sync_parent(Path::new(BASE)).unwrap();
+}
+
+/// Names of all lengths: they end in any of the first sectors of a header.
+fn base_name(tag: u32) -> PathBuf {
+    let dirs = usize::try_from(tag % 4).unwrap();
+    PathBuf::from(format!("{}/base{tag}", "/directory-with-a-long-name".repeat(dirs * 10)))
+}
+
+/// As a guest sees it: zeros after the end of the base.
+fn base_content(sector: u64) -> Content {
+    let mut content = tagged(u32::try_from(sector + 1).unwrap());
+    let held = usize::try_from(SIZE - sector * 512).unwrap().min(512);
+    content[held..].fill(0);
+    content
+}
+
+fn tagged(tag: u32) -> Content {
+    let mut content = [0; 512];
+    content.chunks_exact_mut(4).for_each(|chunk| chunk.copy_from_slice(&tag.to_le_bytes()));
+    content
+}
+
+fn range(start: u64, count: u64) -> SectorRange {
+    SectorRange::new(Sector::new(start), SectorCount::new(count)).unwrap()
+}

@@ -21,8 +21,9 @@ fn main() -> ExitCode {
     match daemon::run(&options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Not a log line: it is printed whatever the log level.
-            eprintln!("vhost-user-blk: {error}");
+            // Not a log line: it is printed whatever the log level. If nobody can read it, the
+            // status still tells.
+            let _ = writeln!(std::io::stderr(), "vhost-user-blk: {error}");
             ExitCode::from(if error.is_usage() { 2 } else { 1 })
         }
     }

@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, fcntl};
-use nix::sys::socket::{getsockopt, sockopt};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, getpeername, getsockopt, socket, sockopt,
+};
 use nix::sys::stat::{Mode, umask};
 
 /// Longest path of a socket in bytes: `sun_path` has 108, the last for the NUL (unix(7)).
@@ -238,11 +240,19 @@ fn check_stale(path: &Path, metadata: &Metadata) -> Result<(), SocketError> {
         };
         return Err(SocketError::NotASocketFile { path: path.to_owned(), found });
     }
-    match UnixStream::connect(path) {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
-        Ok(_) => Err(SocketError::Alive { path: path.to_owned() }),
-        Err(e) => Err(error(path, "find out whether a process listens on it", e)),
+    match try_connect(path) {
+        Err(Errno::ECONNREFUSED) => Ok(()),
+        // EAGAIN: so alive that its queue is full.
+        Ok(()) | Err(Errno::EAGAIN) => Err(SocketError::Alive { path: path.to_owned() }),
+        Err(e) => Err(error(path, "find out whether a process listens on it", e.into())),
     }
+}
+
+/// Connects and disconnects, without waiting for room in the other's queue.
+fn try_connect(path: &Path) -> nix::Result<()> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)
 }
 
 fn error(path: &Path, what: &'static str, source: io::Error) -> SocketError {
@@ -265,11 +275,11 @@ fn from_fd(number: RawFd) -> Result<Socket, SocketError> {
     if socket_domain(borrowed) != Some(libc::AF_UNIX) {
         return Err(bad("the socket is not a unix socket"));
     }
-    if kind != nix::sys::socket::SockType::Stream {
+    if kind != SockType::Stream {
         return Err(bad("the socket is not a stream socket"));
     }
     let listening = getsockopt(&borrowed, sockopt::AcceptConn).map_err(|e| bad(e.desc()))?;
-    if !listening && nix::sys::socket::getpeername::<nix::sys::socket::UnixAddr>(number).is_err() {
+    if !listening && getpeername::<UnixAddr>(number).is_err() {
         return Err(bad("the socket neither listens nor is connected"));
     }
 

@@ -473,6 +473,56 @@ fn a_stale_socket_is_taken_over_and_owner_and_group_may_use_it() {
 }
 
 #[test]
+fn of_many_that_take_over_a_stale_socket_one_serves() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = image(directory.path());
+    let path = directory.path().join("socket");
+    drop(UnixListener::bind(&path).unwrap());
+    let start = |_| {
+        let mut command = Command::new(PROGRAM);
+        command.arg("--socket-path").arg(&path).arg("--blk-file").arg(&image);
+        command.args(["--format=raw", "--read-only"]);
+        Daemon::spawn(command, path.clone())
+    };
+    let mut daemons: Vec<_> = (0..8).map(start).collect();
+    // The others end; who stays is who can be connected to.
+    let stays = daemons.iter_mut().position(Daemon::listens).expect("none listens");
+    let winner = daemons.remove(stays);
+    for other in daemons {
+        let (status, log) = other.wait();
+        assert_eq!(status, Some(1), "{log}");
+        assert!(log.contains("another process is listening"), "{log}");
+    }
+    let mut guest = Guest::new(winner.connect());
+    assert_eq!(guest.read(7), sector(7));
+    drop(guest);
+    winner.terminate();
+}
+
+#[test]
+fn a_full_queue_is_a_sign_of_life() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = image(directory.path());
+    let path = directory.path().join("socket");
+    let socket = nix::sys::socket::socket(
+        nix::sys::socket::AddressFamily::Unix,
+        nix::sys::socket::SockType::Stream,
+        nix::sys::socket::SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .unwrap();
+    let address = nix::sys::socket::UnixAddr::new(&path).unwrap();
+    nix::sys::socket::bind(socket.as_raw_fd(), &address).unwrap();
+    nix::sys::socket::listen(&socket, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+    let _waiting = UnixStream::connect(&path).unwrap();
+    let mut command = Command::new(PROGRAM);
+    command.arg("--socket-path").arg(&path).arg("--blk-file").arg(&image).arg("--format=raw");
+    let (status, log) = Daemon::spawn(command, path.clone()).wait();
+    assert_eq!(status, Some(1), "{log}");
+    assert!(log.contains("another process is listening"), "{log}");
+}
+
+#[test]
 fn a_socket_that_another_took_over_is_not_removed() {
     let directory = tempfile::tempdir().unwrap();
     let daemon = Daemon::with_image(directory.path(), &[]);

@@ -58,6 +58,15 @@ impl RawFrontend {
         assert_eq!(self.stream.send_with_fds(&[bytes], fds).unwrap(), bytes.len());
     }
 
+    /// Sends bytes to a daemon that may have hung up.
+    pub fn try_send(
+        &mut self,
+        bytes: &[u8],
+        fds: &[RawFd],
+    ) -> Result<(), vmm_sys_util::errno::Error> {
+        self.stream.send_with_fds(&[bytes], fds).map(|_| ())
+    }
+
     pub fn send_u64(&mut self, request: FrontendReq, value: u64) {
         self.send(request, &value.to_ne_bytes(), &[]);
     }

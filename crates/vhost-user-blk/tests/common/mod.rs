@@ -78,6 +78,18 @@ impl Daemon {
         }
     }
 
+    /// Waits until it listens or has ended; whether it listens.
+    pub fn listens(&mut self) -> bool {
+        while let Ok(line) = self.lines.recv_timeout(PATIENCE) {
+            let listens = line.contains("listening") && !line.contains("another process");
+            self.seen.push(line);
+            if listens {
+                return true;
+            }
+        }
+        false
+    }
+
     pub fn connect(&self) -> UnixStream {
         let stream = UnixStream::connect(&self.socket).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();

@@ -142,7 +142,7 @@ impl Guest {
 /// A property test of `cases` cases. Under miri there is no file to keep failures in, and time only
 /// for a few.
 pub(crate) fn proptest_config(cases: u32) -> proptest::test_runner::Config {
-    let mut config = proptest::test_runner::Config::with_cases(if cfg!(miri) { 8 } else { cases });
+    let mut config = proptest::test_runner::Config::with_cases(if cfg!(miri) { 2 } else { cases });
     if cfg!(miri) {
         config.failure_persistence = None;
     }

@@ -365,8 +365,9 @@ fn place(
     align: usize,
 ) -> Result<*mut u8, RingError> {
     let host = memory.contiguous(at, len).ok_or(RingError::Place { part, address: at.0, len })?;
-    // The host's address counts: a region may begin anywhere in the guest's.
-    if !host.addr().is_multiple_of(align) || !at.0.is_multiple_of(align as u64) {
+    // A region may begin anywhere, so the host's address counts as well: the accesses here need up to
+    // 4 (descriptors are read at any alignment).
+    if !at.0.is_multiple_of(align as u64) || !host.addr().is_multiple_of(align.min(4)) {
         return Err(RingError::Alignment { part, address: at.0, align });
     }
     Ok(host)

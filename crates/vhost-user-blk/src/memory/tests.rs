@@ -156,10 +156,8 @@ mod mapped {
         assert!(error(RegionInfo { size: 0, ..far }).ends_with("size is 0"));
         for (guest_address, size) in [(0x10_0fff, 1), (0xf_f000, 0x1001), (0xf_0000, 0x10_0000)] {
             let new = RegionInfo { guest_address, size, ..far };
-            assert!(error(new).contains("overlaps") && error(new).contains("guest addresses"));
+            assert!(error(new).contains("overlaps the region at (guest address 0x100000"));
         }
-        let new = RegionInfo { vmm_address: base.vmm_address + 1, ..far };
-        assert!(error(new).contains("frontend addresses"), "{}", error(new));
         for top in [u64::MAX, u64::MAX - 0xfff, 1 << 63] {
             let text = error(RegionInfo { guest_address: top, ..far });
             assert!(text.contains("guest address plus size overflows"), "{text}");

@@ -1,0 +1,1 @@
+"""ci/bench: vhost-user-blk and qemu-storage-daemon side by side."""

@@ -1,0 +1,297 @@
+"""Cases that are more than one load: large disks, a cold base, many daemons, space, opening."""
+
+import dataclasses
+import os
+import time
+
+from . import servers
+from .cases import Aim
+
+TIB = 1 << 40
+# Writes of 4 KiB: 1 GiB, which is 0.1 % of a 1 TiB disk; and 1 % of it with --full.
+SCATTERED = (1 << 30) // 4096
+SCATTERED_FULL = TIB // 100 // 4096
+# Writes of the space case.
+SPACE_WRITES = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Special:
+    """A case whose `measure` gives the figures of one server in one round."""
+
+    name: str
+    title: str
+    about: str
+    metrics: tuple
+    measure: object
+    aims: tuple = ()
+    only: tuple = ("ours", "qcow2", "sub")
+
+    @property
+    def primary(self):
+        return self.metrics[0][0]
+
+    def describe(self):
+        return {
+            "name": self.name,
+            "title": self.title,
+            "about": self.about,
+            "primary": self.primary,
+            "metrics": [
+                {"key": key, "label": label, "unit": unit, "better": better}
+                for key, label, unit, better in self.metrics
+            ],
+            "aims": [aim.as_dict() for aim in self.aims],
+        }
+
+    def run(self, context, server):
+        return {"values": self.measure(context, server)}
+
+
+def timed_start(context, server, directory, base):
+    """Starts a server; gives it and the milliseconds until its first answer to a request."""
+    started = time.monotonic()
+    running = server.start(context.tools, directory, base)
+    try:
+        context.bench(running, ["--count=1"])
+    except BaseException:
+        running.kill()
+        raise
+    return running, (time.monotonic() - started) * 1000
+
+
+def idle(context, server):
+    """Memory of a daemon that has a frontend but no load, and what it uses while nothing happens."""
+    directory = context.fresh_directory()
+    server.create(context.tools, directory, context.base, context.size)
+    running, start_ms = timed_start(context, server, directory, context.base)
+    try:
+        info = context.info(running)
+        running.stop()
+    finally:
+        running.kill()
+    memory = info["memory"]
+    return {
+        "rss": memory["rss_kib"] / 1024,
+        "anon": memory["anon_kib"] / 1024,
+        "pss": memory["pss_kib"] / 1024,
+        "start": start_ms,
+    }
+
+
+def large_base(context):
+    """A sparse base of 1 TiB, shared by the rounds."""
+    base = context.work / "base-1T"
+    if not base.exists():
+        servers.sparse(base, TIB)
+    return base
+
+
+def large_disk(context, server):
+    """A disk of 1 TiB: start, reads of holes, scattered first writes, memory."""
+    base = large_base(context)
+    directory = context.fresh_directory()
+    server.create(context.tools, directory, base, TIB)
+    running, start_ms = timed_start(context, server, directory, base)
+    try:
+        rss_open = running.memory()["rss"]
+        limit = f"--runtime={context.seconds}s"
+        reads = context.bench(running, ["--depth=32", limit])
+        writes = context.bench(running, ["--ops=write", "--depth=32", limit])
+        rss_after = running.memory()["rss"]
+    finally:
+        running.kill()
+    return {
+        "write_iops": writes["iops"],
+        "read_iops": reads["iops"],
+        "start": start_ms,
+        "rss_open": rss_open,
+        # What the run's writes added to the memory, for each of them: the write speeds differ.
+        "bytes_per_write": max(0, rss_after - rss_open) * (1 << 20) / max(1, writes["requests"]),
+    }
+
+
+def forget(path):
+    """Drops a file from the page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def cold_base(context, server):
+    """Reads of a base that is not in the page cache."""
+    directory = context.fresh_directory()
+    server.create(context.tools, directory, context.base, context.size)
+    values = {}
+    loads = {
+        "random": ["--depth=32"],
+        "sequential": ["--depth=4", "--pattern=sequential", "--block-size=128k"],
+    }
+    for name, load in loads.items():
+        forget(context.base)
+        running = server.start(context.tools, directory, context.base)
+        try:
+            # --once: a second visit would be warm.
+            report = context.bench(running, [*load, "--once", f"--runtime={context.seconds}s"])
+        finally:
+            running.kill()
+        values[name] = report["iops"] if name == "random" else report["bytes_per_s"] / 1e6
+        values[f"{name}_cpu"] = report["server"]["cpu_us_per_io"]
+    context.warm_base()
+    return values
+
+
+def page_cache_mib():
+    """File pages in the page cache; shared memory, which counts among them, left out."""
+    fields = {}
+    with open("/proc/meminfo", encoding="ascii") as meminfo:
+        for line in meminfo:
+            name, value = line.split(":")
+            fields[name] = int(value.split()[0]) / 1024
+    return fields["Cached"] - fields["Shmem"]
+
+
+def fleet(context, server):
+    """Many daemons on one base: start, memory in total, and whether the page cache holds the base once."""
+    count, read_mib = context.fleet, 64
+    directories = [context.fresh_directory(f"fleet-{number}") for number in range(count)]
+    for directory in directories:
+        server.create(context.tools, directory, context.base, context.size)
+    forget(context.base)
+    cached_before = page_cache_mib()
+    running = []
+    try:
+        started = time.monotonic()
+        for directory in directories:
+            running.append(server.start(context.tools, directory, context.base))
+        for each in running:
+            context.info(each)
+        start_ms = (time.monotonic() - started) * 1000
+        idle_pss = sum(each.memory()["pss"] for each in running)
+        for each in running:
+            read = ["--pattern=sequential", "--block-size=1M", "--once", f"--region={read_mib}M"]
+            context.bench(each, read)
+        cached = page_cache_mib() - cached_before
+        pss = sum(each.memory()["pss"] for each in running)
+        for each in running:
+            each.stop()
+    finally:
+        for each in running:
+            each.kill()
+        for directory in directories:
+            servers.remove_tree(directory)
+    context.warm_base()
+    return {"pss": idle_pss / count, "pss_after": pss / count, "cached": cached / read_mib, "start": start_ms / count}
+
+
+def space(context, server):
+    """The same random writes into every format: what they take on the disk, and what was written for them."""
+    directory = context.fresh_directory()
+    server.create(context.tools, directory, context.base, context.size)
+    running = server.start(context.tools, directory, context.base)
+    try:
+        load = ["--ops=write", "--once", "--depth=32", f"--count={SPACE_WRITES}", f"--flush-every={SPACE_WRITES}"]
+        context.bench(running, [*load, "--seed=1"])
+        written = running.io("write_bytes")
+        running.stop()
+    finally:
+        running.kill()
+    payload = SPACE_WRITES * 4096
+    return {"disk": servers.allocated_bytes(server.image(directory)) / payload, "written": written / payload}
+
+
+def opening(context, server):
+    """Opening a 1 TiB overlay with scattered writes: after a clean end, with a cold cache, after SIGKILL."""
+    base = large_base(context)
+    directory = context.fresh_directory()
+    server.create(context.tools, directory, base, TIB)
+    count = SCATTERED_FULL if context.full else SCATTERED
+    running = server.start(context.tools, directory, base)
+    values = {}
+    try:
+        load = ["--ops=write", "--depth=64", f"--count={count}", f"--flush-every={count}", "--seed=1"]
+        context.bench(running, load)
+        values["rss_written"] = running.memory()["rss"]
+        running.stop()
+        running, values["clean"] = timed_start(context, server, directory, base)
+        values["rss"] = running.memory()["rss"]
+        running.stop()
+        forget(server.image(directory))
+        running, values["cold"] = timed_start(context, server, directory, base)
+        context.bench(running, ["--ops=write", "--depth=64", "--count=10000", "--seed=2"])
+        running.kill()
+        running, values["killed"] = timed_start(context, server, directory, base)
+        running.stop()
+    finally:
+        running.kill()
+    values["disk"] = servers.allocated_bytes(server.image(directory)) / (count * 4096)
+    return values
+
+
+SPECIALS = [
+    Special(
+        "idle", "Idle", "A daemon with a frontend and no load; the time from its start to its first answer.",
+        (
+            ("rss", "memory (RSS)", "MiB", "less"),
+            ("anon", "of it anonymous", "MiB", "less"),
+            ("pss", "proportional share (PSS)", "MiB", "less"),
+            ("start", "start to first answer", "ms", "less"),
+        ),
+        idle, (Aim("rss", 1, at_most=4),), only=("ours", "ours-raw", "raw", "qcow2", "sub", "chain"),
+    ),
+    Special(
+        "disk-1t", "A sparse disk of 1 TiB", "4 KiB at depth 32 all over the disk, over an empty sparse base.",
+        (
+            ("write_iops", "first writes", "IOPS", "more"),
+            ("read_iops", "reads of holes", "IOPS", "more"),
+            ("start", "start to first answer", "ms", "less"),
+            ("rss_open", "memory when opened", "MiB", "less"),
+            ("bytes_per_write", "memory per scattered write", "bytes", "less"),
+        ),
+        large_disk, (Aim("write_iops", 1, "qcow2"), Aim("read_iops", 1, "qcow2"), Aim("start", 1, "qcow2")),
+    ),
+    Special(
+        "cold", "A base that is not in the page cache", "Each block once, so that none is read twice.",
+        (
+            ("random", "random 4 KiB, depth 32", "IOPS", "more"),
+            ("sequential", "sequential 128 KiB, depth 4", "MB/s", "more"),
+            ("random_cpu", "server CPU per random read", "µs", "less"),
+            ("sequential_cpu", "server CPU per sequential read", "µs", "less"),
+        ),
+        cold_base, (Aim("random", 1), Aim("sequential", 1)), only=("ours", "ours-raw", "raw", "raw-direct", "qcow2", "sub"),
+    ),
+    Special(
+        "fleet", "Many daemons on one base", "Per daemon; then each reads the same 64 MiB of the base.",
+        (
+            ("pss", "memory (PSS) when started", "MiB", "less"),
+            ("pss_after", "memory (PSS) after the reads", "MiB", "less"),
+            ("cached", "times that the page cache holds the base", "×", "less"),
+            ("start", "start to first answer, each", "ms", "less"),
+        ),
+        fleet, (Aim("pss", 1, "qcow2"), Aim("cached", 1, at_most=1.5)),
+    ),
+    Special(
+        "space", "Space and write amplification", f"{SPACE_WRITES} random first writes of 4 KiB and a flush; 1 is ideal.",
+        (
+            ("disk", "disk space per byte written", "×", "less"),
+            ("written", "bytes sent to the file system per byte written", "×", "less"),
+        ),
+        space, (Aim("disk", 1, "sub"), Aim("written", 1, "sub")), only=("ours", "ours-uml", "ours-direct", "qcow2", "sub"),
+    ),
+    Special(
+        "open-1t", "Opening a 1 TiB overlay with scattered writes",
+        "1 GiB of random 4 KiB writes (with --full 1 % of the disk); from start to first answer.",
+        (
+            ("clean", "after a clean end", "ms", "less"),
+            ("cold", "… with the overlay not in the page cache", "ms", "less"),
+            ("killed", "after SIGKILL with unflushed writes", "ms", "less"),
+            ("rss", "memory after opening", "MiB", "less"),
+            ("rss_written", "memory after the writes", "MiB", "less"),
+            ("disk", "disk space per byte written", "×", "less"),
+        ),
+        opening, (Aim("clean", 1, "sub"), Aim("killed", 1, "sub"), Aim("rss_written", 1, at_most=16)), only=("ours", "sub"),
+    ),
+]

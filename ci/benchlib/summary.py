@@ -1,0 +1,90 @@
+"""Medians, ratios in pairs, and verdicts on the aims."""
+
+import statistics
+
+
+def values(case, server, metric):
+    """The figures of a server by round."""
+    runs = (run for run in case["runs"] if run["server"] == server and "values" in run)
+    return {run["round"]: run["values"][metric] for run in runs if metric in run["values"]}
+
+
+def median(case, server, metric):
+    figures = values(case, server, metric)
+    return statistics.median(figures.values()) if figures else None
+
+
+def best_peer(document, case, metric, better):
+    """The peer with the best median."""
+    names = [server["name"] for server in document["servers"] if server["group"] == "peer"]
+    medians = {name: median(case, name, metric) for name in names}
+    medians = {name: value for name, value in medians.items() if value is not None}
+    if not medians:
+        return None
+    pick = max if better == "more" else min
+    return pick(medians, key=medians.get)
+
+
+def ratios(case, ours, peer, metric, better):
+    """How many times better ours is, round by round."""
+    mine, theirs = values(case, ours, metric), values(case, peer, metric)
+    result = []
+    for number in mine.keys() & theirs.keys():
+        good, bad = (mine[number], theirs[number]) if better == "more" else (theirs[number], mine[number])
+        if bad > 0:
+            result.append(good / bad)
+    return sorted(result)
+
+
+def verdict(document, case, aim):
+    """An aim with what came of it; None if it was not measured."""
+    metric = next(entry for entry in case["metrics"] if entry["key"] == aim["metric"])
+    ours = median(case, aim["server"], aim["metric"])
+    if ours is None:
+        return None
+    common = {**aim, "label": metric["label"], "unit": metric["unit"], "ours": ours}
+    if aim["at_most"] is not None:
+        limit = aim["at_most"]
+        margins = sorted(limit / value for value in values(case, aim["server"], aim["metric"]).values() if value > 0)
+        return {**common, "against": "limit", "theirs": limit, "ratio": limit / ours if ours else None,
+                "ratios": margins, "met": ours <= limit}
+    peer = aim["peer"] or best_peer(document, case, aim["metric"], metric["better"])
+    paired = ratios(case, aim["server"], peer, aim["metric"], metric["better"]) if peer else []
+    if not paired:
+        return None
+    ratio = statistics.median(paired)
+    return {**common, "against": peer, "theirs": median(case, peer, aim["metric"]), "ratio": ratio,
+            "ratios": paired, "met": ratio >= aim["factor"]}
+
+
+def add_verdicts(document):
+    """Adds to every case what came of its aims."""
+    for case in document["cases"]:
+        found = (verdict(document, case, aim) for aim in case["aims"])
+        case["verdicts"] = [entry for entry in found if entry]
+
+
+def number(value):
+    """Three digits that matter."""
+    if value is None:
+        return "–"
+    if value >= 10_000:
+        return f"{value / 1000:.0f}k"
+    if value >= 1000:
+        return f"{value / 1000:.1f}k"
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def text(document):
+    """The verdicts for a terminal."""
+    lines = [f"{'case':15}{'figure':34}{'ours':>9}{'against':>14}{'theirs':>9}{'ratio':>8}{'aim':>7}"]
+    for case in document["cases"]:
+        for entry in case["verdicts"]:
+            aim = 1 if entry["at_most"] is not None else entry["factor"]
+            figure = f"{entry['label']}, {entry['unit']}"
+            lines.append(
+                f"{case['name']:15}{figure[:33]:34}{number(entry['ours']):>9}{entry['against']:>14}"
+                f"{number(entry['theirs']):>9}{number(entry['ratio']):>7}×{number(aim):>6}×"
+                f"  {'met' if entry['met'] else 'MISSED' if (entry['ratio'] or 0) >= 1 else 'WORSE'}"
+            )
+    return "\n".join(lines)

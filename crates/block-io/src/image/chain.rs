@@ -282,7 +282,11 @@ impl<E: Env> Opener<'_, E> {
 
 impl<F: Storage> Opened<F> {
     /// The header, if the format has one and the file is of that format.
-    fn header_as(&self, format: BackingFormat, cow: &Path) -> Result<Option<Header>, OpenError> {
+    pub(crate) fn header_as(
+        &self,
+        format: BackingFormat,
+        cow: &Path,
+    ) -> Result<Option<Header>, OpenError> {
         let wrong = |found| OpenError::Format {
             cow: cow.to_owned(),
             path: self.path.clone(),

@@ -1,12 +1,12 @@
 //! Images: one file or a chain of them, opened, made and changed.
 
-mod chain;
+pub(crate) mod chain;
 mod create;
 mod error;
 pub(crate) mod flush;
 pub(crate) mod live;
-mod pages;
-mod side_file;
+pub(crate) mod pages;
+pub(crate) mod side_file;
 pub(crate) mod state;
 
 pub(crate) use chain::{Chain, open_chain, open_single};

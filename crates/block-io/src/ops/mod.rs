@@ -1,8 +1,10 @@
 //! Operations on whole images, for the tool: crash-safe, and on any [`crate::storage::Env`].
 
+pub mod check;
 mod copy;
 mod error;
 mod holes;
+pub mod inspect;
 mod merge;
 mod output;
 mod parallel;

@@ -1,0 +1,178 @@
+//! Checking one COW file, and repairing what can be repaired without guessing at data.
+
+use std::path::Path;
+
+use cow_format::check::{Check, Finding, clear_beyond_end};
+use cow_format::header::NativeState;
+use cow_format::{BITMAP_PAGE, Bitmap, ByteOffset, Geometry, Header};
+
+use super::OpError;
+use crate::disk::Disk;
+use crate::image::DiskOptions;
+use crate::image::chain::{Opened, Opener};
+use crate::image::state::{load_live, write_native_synced};
+use crate::storage::{Env, Storage};
+
+/// Bytes of disk that one page of the bitmap speaks of.
+const PAGE_SPAN: u64 = BITMAP_PAGE as u64 * 8 * 512;
+
+/// What file systems allocate at a time.
+const BLOCK: u64 = 4096;
+
+/// Something that was found, and what was done about it.
+#[derive(Debug)]
+pub struct Checked {
+    /// What was found.
+    pub finding: Finding,
+    /// It is put right.
+    pub repaired: bool,
+}
+
+/// Checks the COW file at `path`; with `repair` what can be is put right. What keeps the header from being read is an
+/// error, [`crate::OpenError::Header`]. The files below are not looked at.
+pub fn check<E: Env>(env: &E, path: &Path, repair: bool) -> Result<Vec<Checked>, OpError> {
+    let mut checked = Vec::new();
+    if repair && close_in_order(env, path)? {
+        checked.push(Checked { finding: Finding::NotClosed, repaired: true });
+    }
+    let options = DiskOptions { read_only: !repair, ..DiskOptions::default() };
+    let cow = Opener::new(env, &options, path).top()?;
+    let mut header = cow.header()?;
+    let bitmap = cow.bitmap(header.geometry())?;
+    if load_live(env, &cow, &header, &bitmap)? && matches!(header, Header::Uml(_)) {
+        checked.push(Checked { finding: Finding::NotClosed, repaired: false });
+    }
+    let found = find(&cow, &header, &bitmap)?;
+    for finding in found.findings {
+        let repaired = repair && put_right(&cow, &mut header, &finding, &found.leaks)?;
+        checked.push(Checked { finding, repaired });
+    }
+    Ok(checked)
+}
+
+/// Opens the disk for writing and closes it, if it was not closed: what is live becomes durable. Says whether it did.
+fn close_in_order<E: Env>(env: &E, path: &Path) -> Result<bool, OpError> {
+    let options = DiskOptions { read_only: true, ..DiskOptions::default() };
+    let cow = Opener::new(env, &options, path).top()?;
+    let header = cow.header()?;
+    let bitmap = Bitmap::new(header.geometry().sectors());
+    let not_closed = match &header {
+        Header::Native(native) => matches!(native.state(), NativeState::InUse { .. }),
+        Header::Uml(_) => load_live(env, &cow, &header, &bitmap)?,
+    };
+    drop(cow);
+    if not_closed {
+        Disk::open_cow_in(env.clone(), path, None, &DiskOptions::default())?.close()?;
+    }
+    Ok(not_closed)
+}
+
+/// What was found, and where.
+struct Found {
+    findings: Vec<Finding>,
+    /// Blocks to punch out.
+    leaks: Vec<(ByteOffset, u64)>,
+}
+
+fn find<F: Storage>(cow: &Opened<F>, header: &Header, bitmap: &Bitmap) -> Result<Found, OpError> {
+    let mut check = Check::new(header, bitmap, cow.stat.size);
+    for_each_page(cow, header, |_, page, bytes| {
+        check.bitmap_page(page, bytes);
+        Ok(())
+    })?;
+    let mut leaks = Vec::new();
+    let mut at = header.geometry().data_offset().get();
+    let end = match header {
+        Header::Native(_) => u64::MAX,
+        // A new UML file is made by writing its last byte: that block is no leak.
+        Header::Uml(_) => cow.stat.size.saturating_sub(1) / BLOCK * BLOCK,
+    };
+    while let Some(data) = next_data(cow, at)?.filter(|data| data.start < end) {
+        let len = data.end.min(end) - data.start;
+        leaks.extend(check.allocated(ByteOffset::new(data.start), len));
+        at = data.end;
+    }
+    Ok(Found { findings: check.finish(), leaks })
+}
+
+fn next_data<F: Storage>(
+    cow: &Opened<F>,
+    at: u64,
+) -> Result<Option<std::ops::Range<u64>>, OpError> {
+    cow.file.next_data(ByteOffset::new(at)).map_err(OpError::read(&cow.path, at))
+}
+
+/// Hands out the pages of the durable bitmap, those in the room for growth included, that may have a bit set.
+fn for_each_page<F: Storage>(
+    cow: &Opened<F>,
+    header: &Header,
+    mut found: impl FnMut(ByteOffset, u64, &mut [u8]) -> Result<(), OpError>,
+) -> Result<(), OpError> {
+    let geometry = header.geometry();
+    let start = geometry.bitmap_offset().get();
+    let end = start + room(header);
+    let mut at = start;
+    while at < end {
+        let Some(data) = next_data(cow, at)?.filter(|data| data.start < end) else { break };
+        let page = (data.start.max(start) - start) / BITMAP_PAGE as u64;
+        at = start + page * BITMAP_PAGE as u64;
+        let len = usize::try_from(end - at).map_or(BITMAP_PAGE, |left| left.min(BITMAP_PAGE));
+        let mut bytes = [0; BITMAP_PAGE];
+        let read = cow.file.read_zero_filled(&mut bytes[..len], ByteOffset::new(at));
+        read.map_err(OpError::read(&cow.path, at))?;
+        found(ByteOffset::new(at), page, &mut bytes[..len])?;
+        at += BITMAP_PAGE as u64;
+    }
+    Ok(())
+}
+
+/// Bytes of the durable bitmap with its room for growth.
+fn room(header: &Header) -> u64 {
+    match header {
+        Header::Uml(uml) => uml.geometry().bitmap_len(),
+        Header::Native(native) => {
+            native.virtual_size_max().div_ceil(PAGE_SPAN) * BITMAP_PAGE as u64
+        }
+    }
+}
+
+/// Says whether the finding is put right now.
+fn put_right<F: Storage>(
+    cow: &Opened<F>,
+    header: &mut Header,
+    finding: &Finding,
+    leaks: &[(ByteOffset, u64)],
+) -> Result<bool, OpError> {
+    match (finding, header) {
+        (Finding::HeaderCopy(_) | Finding::UnknownFeatures(_), Header::Native(native)) => {
+            write_native_synced(&cow.file, native).map_err(|err| err.at(&cow.path))?;
+        }
+        (Finding::BitsBeyondEnd { .. }, header) => clear_bits(cow, header)?,
+        (Finding::Leaked { .. }, _) => punch(cow, leaks)?,
+        // What is lost stays lost; a file that is still open elsewhere was refused.
+        _ => return Ok(false),
+    }
+    Ok(true)
+}
+
+fn clear_bits<F: Storage>(cow: &Opened<F>, header: &Header) -> Result<(), OpError> {
+    let geometry: &Geometry = header.geometry();
+    for_each_page(cow, header, |at, page, bytes| {
+        if clear_beyond_end(geometry, page, bytes) {
+            cow.file.write_all_at(bytes, at).map_err(OpError::write(&cow.path, at.get()))?;
+        }
+        Ok(())
+    })?;
+    sync(cow)
+}
+
+fn punch<F: Storage>(cow: &Opened<F>, leaks: &[(ByteOffset, u64)]) -> Result<(), OpError> {
+    for (at, len) in leaks {
+        cow.file.punch(*at, *len).map_err(OpError::write(&cow.path, at.get()))?;
+    }
+    sync(cow)
+}
+
+fn sync<F: Storage>(cow: &Opened<F>) -> Result<(), OpError> {
+    cow.file.sync().map_err(OpError::io(&cow.path, "sync"))
+}

@@ -1,0 +1,255 @@
+//! Looking at a chain without opening it: works beside a running daemon, and on what cannot be opened.
+
+use std::path::{Path, PathBuf};
+
+use cow_format::header::{BackingFormat, NativeState};
+use cow_format::identity::{ActualIdentity, BackingIdentity, IdentityError};
+use cow_format::{Bitmap, Header, HeaderError, SectorCount};
+
+use crate::image::chain::{Opened, Reference, reference, resolve};
+use crate::image::state::load_live;
+use crate::image::{CHAIN_DEPTH_MAX, OpenError};
+use crate::storage::{Access, Env, FileKind, FileStat, LockError, LockKind, Storage};
+
+/// What was found.
+#[derive(Debug)]
+pub struct Inspection {
+    /// The files of the chain, the top first, as far as they could be followed.
+    pub files: Vec<FileFacts>,
+    /// Why the chain cannot be opened, or why it ends where it does. It speaks of the last file, or of what that refers to.
+    pub problem: Option<OpenError>,
+}
+
+/// What is known of one file.
+#[derive(Debug)]
+pub struct FileFacts {
+    /// Its path.
+    pub path: PathBuf,
+    /// Its length, allocation and times.
+    pub stat: FileStat,
+    /// Somebody has it open for writing.
+    pub in_use: bool,
+    /// What it holds.
+    pub content: Content,
+    /// What it refers to.
+    pub backing: Option<BackingFacts>,
+}
+
+/// What a file holds.
+#[derive(Debug)]
+pub enum Content {
+    /// A raw image: by its reference, or, at the top, because it has no known magic.
+    Raw,
+    /// Nothing that could be read: see [`Inspection::problem`].
+    Unknown,
+    /// A COW file.
+    Cow(Box<CowFacts>),
+}
+
+/// What is known of a COW file.
+#[derive(Debug)]
+pub struct CowFacts {
+    /// Its header.
+    pub header: Header,
+    /// Which sectors are present: what is durable, and what is live if that counts.
+    pub bitmap: Bitmap,
+    /// It has a live bitmap that counts: it is in use, or was not closed.
+    pub live: bool,
+}
+
+impl CowFacts {
+    /// How many sectors are present.
+    pub fn present(&self) -> SectorCount {
+        self.bitmap.present()
+    }
+}
+
+/// What a COW file refers to, and what was found there.
+#[derive(Debug)]
+pub struct BackingFacts {
+    /// The path in the header.
+    pub stored: PathBuf,
+    /// Where that leads, or the path that was named instead.
+    pub path: PathBuf,
+    /// What the file is said to be.
+    pub format: BackingFormat,
+    /// How the header knows it.
+    pub identity: BackingIdentity,
+    /// BLAKE3 of its content, if the header has it.
+    pub digest: Option<[u8; 32]>,
+    /// What was found, if it could be opened.
+    pub found: Option<ActualIdentity>,
+    /// Whether that is what the header means.
+    pub verdict: Option<Result<(), IdentityError>>,
+}
+
+/// Looks at the file at `path` and at everything below it. `base` stands in for the path in the first header. Fails only
+/// where the file itself cannot be opened. Takes no lock that outlasts the call, and changes nothing.
+pub fn inspect<E: Env>(env: &E, path: &Path, base: Option<&Path>) -> Result<Inspection, OpenError> {
+    let file = env.open(path, Access::Read).map_err(OpenError::io(path, "open"))?;
+    let top = opened(file, path.to_owned())?;
+    let mut found = Inspection { files: Vec::new(), problem: None };
+    found.problem = found.follow(env, top, base).err();
+    Ok(found)
+}
+
+fn opened<F: Storage>(file: F, path: PathBuf) -> Result<Opened<F>, OpenError> {
+    let stat = file.stat().map_err(OpenError::io(&path, "stat"))?;
+    if !matches!(stat.kind, FileKind::Regular | FileKind::BlockDevice) {
+        let expected = "a regular file or a block device";
+        return Err(OpenError::Kind { path, found: stat.kind, expected });
+    }
+    Ok(Opened { file, path, stat })
+}
+
+impl Inspection {
+    fn follow<E: Env>(
+        &mut self,
+        env: &E,
+        top: Opened<E::File>,
+        mut base: Option<&Path>,
+    ) -> Result<(), OpenError> {
+        let mut next = (top, None);
+        loop {
+            let (opened, format) = next;
+            self.look(env, &opened, format)?;
+            self.refuse(&opened)?;
+            let Some(facts) = self.files.last_mut() else { return Ok(()) };
+            let Content::Cow(cow) = &facts.content else { return Ok(()) };
+            let Some(reference) = reference(&cow.header) else {
+                return match base {
+                    Some(base) => Err(OpenError::NoBacking {
+                        path: facts.path.clone(),
+                        base: base.to_owned(),
+                    }),
+                    None => Ok(()),
+                };
+            };
+            let path = match base.take() {
+                Some(path) => path.to_owned(),
+                None => resolve(env, &facts.path, &reference.stored)?,
+            };
+            let digest = digest(&cow.header);
+            facts.backing = Some(BackingFacts::new(&reference, digest, path.clone()));
+            next = (self.open_backing(env, path)?, Some(reference.format));
+            self.verify(&next.0, &reference)?;
+        }
+    }
+
+    /// Adds what is known of one file.
+    fn look<E: Env>(
+        &mut self,
+        env: &E,
+        opened: &Opened<E::File>,
+        format: Option<BackingFormat>,
+    ) -> Result<(), OpenError> {
+        let path = opened.path.clone();
+        let in_use = matches!(opened.file.try_lock(LockKind::Shared), Err(LockError::Held { .. }));
+        let stat = opened.stat;
+        self.files.push(FileFacts { path, stat, in_use, content: Content::Unknown, backing: None });
+        let content = look_inside(env, opened, format, self.files.len() == 1)?;
+        if let Some(facts) = self.files.last_mut() {
+            facts.content = content;
+        }
+        Ok(())
+    }
+
+    /// What keeps the last file, which could be read, from being opened as a part of the chain.
+    fn refuse<F: Storage>(&self, opened: &Opened<F>) -> Result<(), OpenError> {
+        let Some((last, above)) = self.files.split_last() else { return Ok(()) };
+        let Content::Cow(cow) = &last.content else { return Ok(()) };
+        if let (Header::Native(native), Some(above)) = (&cow.header, above.last())
+            && native.state() != NativeState::Frozen
+        {
+            return Err(OpenError::NotFrozen { cow: above.path.clone(), path: last.path.clone() });
+        }
+        opened.check_data(cow.header.geometry(), &cow.bitmap)
+    }
+
+    /// Opens what the last file refers to.
+    fn open_backing<E: Env>(&self, env: &E, path: PathBuf) -> Result<Opened<E::File>, OpenError> {
+        let cow = || self.files.last().map(|facts| facts.path.clone()).unwrap_or_default();
+        let top = || self.files.first().map(|facts| facts.path.clone()).unwrap_or_default();
+        if self.files.len() == CHAIN_DEPTH_MAX {
+            return Err(OpenError::TooDeep { top: top() });
+        }
+        let file = match env.open(&path, Access::Read) {
+            Ok(file) => file,
+            Err(source) => return Err(OpenError::Backing { cow: cow(), path, source }),
+        };
+        let opened = opened(file, path)?;
+        let again = self.files.iter().find(|facts| facts.stat.id == opened.stat.id);
+        match again {
+            None => Ok(opened),
+            Some(again) => Err(OpenError::Repeated {
+                top: top(),
+                path: opened.path,
+                again: again.path.clone(),
+            }),
+        }
+    }
+
+    /// Compares what was found with what the last file says of it.
+    fn verify<F: Storage>(
+        &mut self,
+        found: &Opened<F>,
+        reference: &Reference,
+    ) -> Result<(), OpenError> {
+        let Some(facts) = self.files.last_mut() else { return Ok(()) };
+        let header = found.header_as(reference.format, &facts.path)?;
+        let actual = found.identity(header.as_ref());
+        let verdict = reference.identity.verify(&actual);
+        if let Some(backing) = &mut facts.backing {
+            backing.found = Some(actual);
+            backing.verdict = Some(verdict);
+        }
+        let (cow, path) = (facts.path.clone(), found.path.clone());
+        verdict.map_err(|source| OpenError::Identity { cow, path, source })
+    }
+}
+
+/// Reads header and bitmap. A top without a known magic is a raw image; below, the reference says what a file is.
+fn look_inside<E: Env>(
+    env: &E,
+    opened: &Opened<E::File>,
+    format: Option<BackingFormat>,
+    top: bool,
+) -> Result<Content, OpenError> {
+    if format == Some(BackingFormat::Raw) {
+        return Ok(Content::Raw);
+    }
+    let header = match opened.header() {
+        Ok(header) => header,
+        Err(OpenError::Header { source: HeaderError::NotCow { .. }, .. }) if top => {
+            return Ok(Content::Raw);
+        }
+        Err(OpenError::Kind { found: FileKind::BlockDevice, .. }) if top => {
+            return Ok(Content::Raw);
+        }
+        Err(err) => return Err(err),
+    };
+    let bitmap = opened.bitmap(header.geometry())?;
+    let live = load_live(env, opened, &header, &bitmap)?;
+    Ok(Content::Cow(Box::new(CowFacts { header, bitmap, live })))
+}
+
+impl BackingFacts {
+    fn new(reference: &Reference, digest: Option<[u8; 32]>, path: PathBuf) -> Self {
+        BackingFacts {
+            stored: reference.stored.clone(),
+            path,
+            format: reference.format,
+            identity: reference.identity,
+            digest,
+            found: None,
+            verdict: None,
+        }
+    }
+}
+
+fn digest(header: &Header) -> Option<[u8; 32]> {
+    match header {
+        Header::Uml(_) => None,
+        Header::Native(native) => native.backing()?.digest().copied(),
+    }
+}

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
-use crate::commands::{create, merge};
+use crate::commands::{check, create, info, merge};
 use crate::error::CowError;
 use crate::ui::Ui;
 
@@ -38,6 +38,8 @@ pub struct Cli {
 #[derive(Subcommand, Debug)]
 enum Command {
     Create(create::Args),
+    Info(info::Args),
+    Check(check::Args),
     Merge(merge::Args),
 }
 
@@ -81,6 +83,8 @@ impl Command {
     fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
         match self {
             Command::Create(args) => args.run(ui),
+            Command::Info(args) => args.run(ui),
+            Command::Check(args) => args.run(ui),
             Command::Merge(args) => args.run(ui),
         }
     }

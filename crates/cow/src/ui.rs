@@ -15,30 +15,29 @@ const CLEAR_LINE: &str = "\r\x1b[K";
 /// Says things to the user, or is quiet.
 #[derive(Clone, Copy, Debug)]
 pub struct Ui {
-    quiet: bool,
-    progress: bool,
+    talks: bool,
 }
 
 impl Ui {
-    /// `quiet` silences notes and progress; warnings and errors are always said. Progress is for a terminal only.
+    /// Notes and progress are for a terminal only, and not if the user wants it `quiet`.
     pub fn new(quiet: bool) -> Self {
-        Ui { quiet, progress: !quiet && std::io::stderr().is_terminal() }
+        Ui { talks: !quiet && std::io::stderr().is_terminal() }
     }
 
     /// Says what was done.
-    pub fn note(&self, text: impl std::fmt::Display) {
-        if !self.quiet {
+    pub fn note(self, text: impl std::fmt::Display) {
+        if self.talks {
             eprintln!("{text}");
         }
     }
 
     /// A progress line for work on `total` bytes; gone when dropped.
-    pub fn progress(&self, what: &'static str, total: u64) -> Progress {
+    pub fn progress(self, what: &'static str, total: u64) -> Progress {
         Progress {
             what,
             total,
             done: AtomicU64::new(0),
-            drawn: self.progress.then(|| Mutex::new(None)),
+            drawn: self.talks.then(|| Mutex::new(None)),
         }
     }
 }

@@ -109,11 +109,15 @@ fn wrong_command_lines_end_with_2() {
     for (args, word) in [
         ("", "Usage"),
         ("frobnicate", "frobnicate"),
-        ("create --format uml x", "--base"),
+        ("create x", "--size"),
+        ("create --format uml x", "--size"),
+        ("create -F native --size 1M x", "--base"),
+        ("create --format raw -b base.img x", "raw"),
         ("create --format raw x", "--size"),
         ("create --format raw --size 1Q x", "1Q"),
         ("create --format raw --size -5 x", "-5"),
         ("create --format raw --size 9E x", "8 EiB"),
+        ("info --output=xml x", "xml"),
         ("merge a.cow", "OUT"),
         ("merge --no-such-option a.cow out", "--no-such-option"),
     ] {

@@ -1,0 +1,157 @@
+//! `cow check`: whether a COW file and what it stands over are sound.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use block_io::ops::OpError;
+use block_io::ops::check::{Checked, check};
+use block_io::ops::inspect::{Content, inspect};
+use block_io::{Host, OpenError};
+use cow_format::HeaderError;
+use cow_format::check::Severity;
+use serde::Serialize;
+
+use crate::error::CowError;
+use crate::output::OutputArgs;
+use crate::ui::Ui;
+
+/// Check a COW file and the chain below it
+///
+/// Looks at the copies of the header, the geometry, the lengths, bits beyond the end of the disk, space that no sector
+/// uses, and whether every file below is there and is the one that is meant. Ends with 0 if all is well, 1 if it could
+/// not check (the file is in use, say), 2 if something is corrupt, 3 if space is wasted and nothing else. What was
+/// repaired does not count.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Put right what can be: never by guessing at data
+    #[arg(long)]
+    repair: bool,
+
+    #[command(flatten)]
+    output: OutputArgs,
+
+    /// The COW file
+    file: PathBuf,
+}
+
+/// What is printed.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Report {
+    filename: PathBuf,
+    /// Findings that are left.
+    corruptions: u64,
+    leaks: u64,
+    findings: Vec<Found>,
+}
+
+#[derive(Serialize)]
+struct Found {
+    filename: PathBuf,
+    severity: &'static str,
+    message: String,
+    repaired: bool,
+}
+
+/// Statuses, as those of qemu-img check.
+const STATUS_CORRUPT: u8 = 2;
+const STATUS_LEAKS: u8 = 3;
+
+impl Args {
+    pub fn run(self, _ui: Ui) -> Result<ExitCode, CowError> {
+        let mut report =
+            Report { filename: self.file.clone(), corruptions: 0, leaks: 0, findings: Vec::new() };
+        report.add_file(&self.file, self.repair)?;
+        report.add_chain(&self.file)?;
+        self.output.print(&report, Report::to_string)?;
+        Ok(match (report.corruptions, report.leaks) {
+            (0, 0) => ExitCode::SUCCESS,
+            (0, _) => ExitCode::from(STATUS_LEAKS),
+            _ => ExitCode::from(STATUS_CORRUPT),
+        })
+    }
+}
+
+impl Report {
+    /// Checks one COW file.
+    fn add_file(&mut self, path: &Path, repair: bool) -> Result<(), CowError> {
+        match check(&Host, path, repair) {
+            Ok(found) => found.iter().for_each(|found| self.add(path, found)),
+            // The header cannot be used, or nothing that it says can be relied on.
+            Err(OpError::Open(err @ OpenError::Header { .. })) if !is_no_cow(&err) => {
+                self.add_problem(path, &err);
+            }
+            Err(err) => return Err(err.into()),
+        }
+        Ok(())
+    }
+
+    /// Checks the frozen layers below, and that every file is the one that is meant.
+    fn add_chain(&mut self, path: &Path) -> Result<(), CowError> {
+        let found = inspect(&Host, path, None)?;
+        for facts in found.files.iter().skip(1) {
+            if matches!(facts.content, Content::Cow(_)) {
+                self.add_file(&facts.path, false)?;
+            }
+        }
+        // A broken header has been reported above; with data past the end, the check of the file has found that.
+        let seen =
+            matches!(found.problem, Some(OpenError::Header { .. } | OpenError::Data { .. }) | None);
+        if let (Some(problem), false) = (&found.problem, seen) {
+            let last = found.files.last().map_or(path, |facts| &facts.path);
+            self.add_problem(last, problem);
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, path: &Path, found: &Checked) {
+        let severity = match found.finding.severity() {
+            Severity::Note => "note",
+            Severity::Leak => "leak",
+            Severity::Corrupt => "corruption",
+        };
+        match found.finding.severity() {
+            _ if found.repaired => {}
+            Severity::Note => {}
+            Severity::Leak => self.leaks += 1,
+            Severity::Corrupt => self.corruptions += 1,
+        }
+        let message = found.finding.to_string();
+        let filename = path.to_owned();
+        self.findings.push(Found { filename, severity, message, repaired: found.repaired });
+    }
+
+    fn add_problem(&mut self, path: &Path, problem: &OpenError) {
+        self.corruptions += 1;
+        self.findings.push(Found {
+            filename: path.to_owned(),
+            severity: "corruption",
+            message: problem.to_string(),
+            repaired: false,
+        });
+    }
+}
+
+/// A raw image, say: there is nothing to check.
+fn is_no_cow(err: &OpenError) -> bool {
+    matches!(err, OpenError::Header { source: HeaderError::NotCow { .. }, .. })
+}
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for found in &self.findings {
+            let repaired = if found.repaired { " (repaired)" } else { "" };
+            let Found { filename, severity, message, .. } = found;
+            match message.starts_with(&*filename.to_string_lossy()) {
+                true => writeln!(f, "{severity}: {message}{repaired}")?,
+                false => writeln!(f, "{severity}: {}: {message}{repaired}", filename.display())?,
+            }
+        }
+        match (self.corruptions, self.leaks) {
+            (0, 0) => writeln!(f, "{}: no errors", self.filename.display()),
+            (corruptions, leaks) => {
+                writeln!(f, "{}: {corruptions} corruptions, {leaks} leaks", self.filename.display())
+            }
+        }
+    }
+}

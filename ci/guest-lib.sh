@@ -1,8 +1,12 @@
 # shellcheck shell=sh
 # /lib/guest.sh inside the guests: what their scripts are written with.
 
-# result KEY VALUE: a line for the harness.
-result() { printf '\n@@%s=%s\n' "$1" "$2"; }
+# result KEY VALUE...: a line for the harness.
+result() {
+    result_key=$1
+    shift
+    printf '\n@@%s=%s\n' "$result_key" "$*"
+}
 
 # check KEY COMMAND...: runs the command; the result is "ok" or "failed: STATUS". Its output goes to
 # the console, and the script goes on.
@@ -22,3 +26,14 @@ check() {
 # A disk of UML's own ubd driver needs blocks of 4k: its multi-page reads return wrong data where a
 # page mixes COW and base sectors.
 digest() { dd if="$1" bs="${2:-1M}" iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1; }
+
+# busybox's shell takes its own programs before those in PATH, and these can do less.
+blkdiscard() { /sbin/blkdiscard "$@"; }
+fstrim() { /sbin/fstrim "$@"; }
+
+# fsync FILE...
+fsync() {
+    for fsync_file; do
+        dd if=/dev/null of="$fsync_file" conv=notrunc,fsync 2>/dev/null || return
+    done
+}

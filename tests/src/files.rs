@@ -1,11 +1,16 @@
 //! Directories, images and digests for tests.
 
+use std::env;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
+
+use crate::backend::Backend;
+use crate::programs::{cow, run_ok};
 
 /// A directory that is removed with its test.
 pub struct TestDir(TempDir);
@@ -51,7 +56,7 @@ pub fn write_image(path: &Path, content: &[u8]) {
 /// The sha256 of a file's content, in hexadecimal.
 pub fn sha256(path: &Path) -> String {
     let mut hasher = Sha256::new();
-    let mut file = fs::File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let mut file = File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     io::copy(&mut file, &mut HashWriter(&mut hasher)).expect("reading a file");
     hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -66,5 +71,68 @@ impl Write for HashWriter<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// A base image, the place of a COW file over it, and their daemon.
+pub struct CowDisk {
+    /// Holds everything of the test.
+    pub dir: TestDir,
+    /// The base image.
+    pub base: PathBuf,
+    /// The COW file; the daemon creates it.
+    pub cow: PathBuf,
+}
+
+impl CowDisk {
+    /// A base of this content.
+    pub fn over(content: &[u8]) -> Self {
+        let disk = Self::at(TestDir::new());
+        write_image(&disk.base, content);
+        disk
+    }
+
+    /// A base of `len` bytes with an ext4 file system that holds `files` (name, content).
+    pub fn over_ext4(len: u64, files: &[(&str, &str)]) -> Self {
+        let disk = Self::at(TestDir::new());
+        let tree = disk.dir.path("tree");
+        fs::create_dir(&tree).expect("a new directory");
+        for (name, content) in files {
+            fs::write(tree.join(name), content).expect("writing a file");
+        }
+        let mut mkfs = Command::new("mkfs.ext4");
+        // Debian's path of a user does not hold it.
+        mkfs.env("PATH", format!("{}:/usr/sbin:/sbin", env::var("PATH").unwrap_or_default()));
+        mkfs.args(["-q", "-F", "-d"]).args([&tree, &disk.base]).arg(format!("{}k", len / 1024));
+        run_ok(mkfs);
+        disk
+    }
+
+    fn at(dir: TestDir) -> Self {
+        let (base, cow) = (dir.path("base.img"), dir.path("disk.cow"));
+        Self { dir, base, cow }
+    }
+
+    /// `COW,BASE`, as the daemon and UML's `ubd0=` take it.
+    pub fn spec(&self) -> String {
+        format!("{},{}", self.cow.display(), self.base.display())
+    }
+
+    /// Starts the daemon on `COW,BASE` with further options. One at a time: the socket is the same.
+    pub fn serve(&self, options: &[&str]) -> Backend {
+        let mut args = options.to_vec();
+        let spec = self.spec();
+        args.push(&spec);
+        Backend::daemon(&self.dir.path("socket"), &args)
+    }
+
+    /// The disk's content, merged by `cow merge` into a new file.
+    pub fn merged(&self) -> PathBuf {
+        let out = self.dir.path("merged.img");
+        let _ = fs::remove_file(&out);
+        let mut merge = cow();
+        merge.arg("merge").args([&self.cow, &out]);
+        run_ok(merge);
+        out
     }
 }

@@ -13,7 +13,7 @@ mod process;
 mod programs;
 
 pub use backend::Backend;
-pub use files::{TestDir, patterned, sha256, write_image};
+pub use files::{CowDisk, TestDir, patterned, sha256, write_image};
 pub use guest::{Console, Guest, Kernel, Running};
 pub use process::Process;
 pub use programs::{Outcome, available, cow, run, run_ok, vhost_user_blk};

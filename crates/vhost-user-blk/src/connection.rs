@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
-use vhost::vhost_user::{self, BackendReqHandler};
+use vhost::vhost_user::{self, BackendReqHandler, VhostUserBackendReqHandlerMut};
 
+use crate::memory_table;
 use crate::session::{Device, Session};
 use crate::signals;
 
@@ -45,7 +46,7 @@ fn converse<D: Device>(
         match wait(socket, session)? {
             Event::Message => {
                 let request = next_request(socket);
-                match handler.handle_request() {
+                match handle_request(handler, session, socket) {
                     Ok(()) => continue,
                     Err(vhost_user::Error::Disconnected) => log::info!("frontend disconnected"),
                     // What a signal cut off is nobody's fault.
@@ -64,6 +65,18 @@ fn converse<D: Device>(
         }
         return Ok(());
     }
+}
+
+/// Takes the next message and does what it asks for.
+fn handle_request<D: Device>(
+    handler: &mut BackendReqHandler<Mutex<Session<D>>>,
+    session: &Mutex<Session<D>>,
+    socket: BorrowedFd<'_>,
+) -> vhost_user::Result<()> {
+    let padded_table = memory_table::handle_padded(socket, |regions, files| {
+        lock(session).set_mem_table(regions, files, None).map(|_| ())
+    });
+    padded_table.unwrap_or_else(|| handler.handle_request())
 }
 
 /// Has a receive of n bytes wait for all n, as long as that is not more than a message can have.

@@ -11,6 +11,7 @@ pub mod daemon;
 mod guest;
 pub mod logger;
 pub mod memory;
+pub mod memory_table;
 pub mod notify;
 pub mod request;
 pub mod resident;

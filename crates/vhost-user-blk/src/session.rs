@@ -24,17 +24,19 @@ use vhost::vhost_user::message::{
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
     VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{self, GpuBackend, VhostUserBackendReqHandlerMut};
+use vhost::vhost_user::{self, Backend, GpuBackend, VhostUserBackendReqHandlerMut};
 
 use crate::config::{self, DeviceConfig, DiskShape};
 use crate::memory::{Memory, MemoryError, REGIONS_MAX, RegionInfo};
 use crate::vring::{RingAddresses, RunningRing, StartCommon, Vring};
 use crate::worker::RingStart;
 
-/// What is offered in answer to GET_PROTOCOL_FEATURES.
+/// What is offered in answer to GET_PROTOCOL_FEATURES. BACKEND_REQ also because User Mode Linux (6.1)
+/// cannot use a disk without: its `virtio_uml` takes the interrupt of the rings from that channel.
 const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(VhostUserProtocolFeatures::RESET_DEVICE);
 
@@ -119,6 +121,9 @@ pub struct Session<D: Device> {
     write_through: Arc<AtomicBool>,
     memory: Arc<Memory>,
     vrings: Vec<Vring<D::Ring>>,
+    /// The channel for requests to the frontend, kept open as long as the connection. Nothing has
+    /// been asked for on it yet.
+    requests: Option<Backend>,
 }
 
 impl<D: Device> Session<D> {
@@ -133,6 +138,7 @@ impl<D: Device> Session<D> {
             write_through: Arc::new(AtomicBool::new(true)),
             memory: Arc::new(Memory::empty()),
             vrings: (0..shape.num_queues).map(|_| Vring::default()).collect(),
+            requests: None,
         }
     }
 
@@ -140,6 +146,7 @@ impl<D: Device> Session<D> {
     pub fn disconnect(&mut self) {
         self.reset_rings();
         self.memory = Arc::new(Memory::empty());
+        self.requests = None;
     }
 
     /// Stops every ring, and puts rings and features back to what they were before anything was
@@ -409,6 +416,10 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
             return Err(Refusal::ProtocolFeatures { found: features, unknown }.into());
         }
         Ok(())
+    }
+
+    fn set_backend_req_fd(&mut self, requests: Backend) {
+        self.requests = Some(requests);
     }
 
     fn get_queue_num(&mut self) -> Result<u64> {

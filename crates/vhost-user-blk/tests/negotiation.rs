@@ -3,11 +3,13 @@
 
 mod common;
 
+use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
 use common::frontend::{
-    F_CONFIG_WCE, F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, P_CONFIG, P_CONFIGURE_MEM_SLOTS, P_MQ,
-    P_REPLY_ACK, PROTOCOL_FEATURES, RawFrontend,
+    F_CONFIG_WCE, F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, P_BACKEND_REQ, P_CONFIG,
+    P_CONFIGURE_MEM_SLOTS, P_MQ, P_REPLY_ACK, PROTOCOL_FEATURES, RawFrontend,
 };
 use common::ring::{Call, GUEST_BASE, GuestMemory, MEMORY_LEN, Ring, VMM_BASE, set_memory};
 use common::{Daemon, SECTORS, sector};
@@ -224,8 +226,13 @@ fn user_mode_linux() {
     frontend.send(FrontendReq::SET_OWNER, &[], &[]);
     let features = frontend.get_u64(FrontendReq::GET_FEATURES);
     frontend.get_u64(FrontendReq::GET_PROTOCOL_FEATURES);
-    frontend.send_u64(FrontendReq::SET_PROTOCOL_FEATURES, P_CONFIG | P_REPLY_ACK);
+    let wanted = P_CONFIG | P_REPLY_ACK | P_BACKEND_REQ;
+    frontend.send_u64(FrontendReq::SET_PROTOCOL_FEATURES, wanted);
     frontend.need_reply = true;
+    let (requests, backends_end) = UnixStream::pair().unwrap();
+    let fds = [backends_end.as_raw_fd()];
+    frontend.send(FrontendReq::SET_BACKEND_REQ_FD, &[], &fds);
+    drop(backends_end);
     // It always reads from the start, as far as it needs, and wants exactly that.
     for size in [8, 12, 24, 33, 36, 57, 96] {
         let config = frontend.get_config(0, size).unwrap();
@@ -233,7 +240,9 @@ fn user_mode_linux() {
     }
     frontend.send_u64(FrontendReq::SET_FEATURES, features);
     let memory = GuestMemory::new();
-    set_memory(&mut frontend, &memory);
+    // Room for two regions, one of them used.
+    let padded = [GuestMemory::table(), vec![0; 32]].concat();
+    frontend.send(FrontendReq::SET_MEM_TABLE, &padded, &[memory.0.as_raw_fd()]);
     // Its call descriptor is a pipe, passed before the ring is described.
     let mut ring = Ring::new(0);
     let (reader, writer) = std::io::pipe().unwrap();
@@ -249,6 +258,10 @@ fn user_mode_linux() {
     for number in [0, 1, 1000] {
         assert_eq!(ring.read_sector(&memory, number), sector(number));
     }
+    // The channel for the backend's requests is still open.
+    requests.set_nonblocking(true).unwrap();
+    let error = (&requests).read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
     daemon.terminate();
 }
 

@@ -105,6 +105,8 @@ pub struct Job {
     pub tolerate_errors: bool,
     /// The used ring must say exactly how many bytes were written.
     pub check_used_len: bool,
+    /// If the backend goes away, the run ends as if its time were over. What was in flight may have happened or not.
+    pub survive_disconnect: bool,
 }
 
 impl Job {
@@ -127,6 +129,7 @@ impl Job {
             discard_zeroes: false,
             tolerate_errors: false,
             check_used_len: false,
+            survive_disconnect: false,
         }
     }
 }

@@ -71,7 +71,7 @@ pub struct Outcome {
     pub client_cpu: Duration,
     /// What each queue's sectors must hold now, if the job verified.
     pub models: Vec<Model>,
-    /// The queues, idle.
+    /// The queues, idle; of no further use if the backend has gone.
     pub queues: Vec<Queue>,
 }
 
@@ -242,7 +242,13 @@ impl<'a> Worker<'a> {
     }
 
     fn run(mut self) -> Result<WorkerResult, RunError> {
-        let result = self.drive();
+        let mut result = self.drive();
+        if matches!(result, Err(RunError::Device(Error::Disconnected { .. })))
+            && self.job.survive_disconnect
+        {
+            self.forget_pending();
+            result = Ok(());
+        }
         if result.is_err() {
             self.phase.store(STOP, Ordering::Relaxed);
         }
@@ -368,6 +374,16 @@ impl<'a> Worker<'a> {
             return Ok(());
         }
         Err(RunError::Request { queue: self.queue.index(), op, sector, sectors, status })
+    }
+
+    /// The backend has gone: nobody knows which of the requests in flight have happened.
+    fn forget_pending(&mut self) {
+        let Some(model) = &mut self.model else { return };
+        for Pending { request, .. } in self.pending.iter().flatten() {
+            if !matches!(request.op, Op::Read | Op::Flush | Op::GetId) {
+                model.set(request.sector, request.sectors, Content::Unknown);
+            }
+        }
     }
 
     /// Brings the model up to date, or compares with it.

@@ -110,15 +110,18 @@ impl Driver {
 }
 
 /// The device's part of a batch.
-fn serve(queue: &mut SplitQueue, iovecs: &mut IoVecs) -> Result<(), Box<dyn Error>> {
-    let memory = queue.memory().clone();
+fn serve(
+    memory: &Memory,
+    queue: &mut SplitQueue,
+    iovecs: &mut IoVecs,
+) -> Result<(), Box<dyn Error>> {
     let limits = ParseLimits { capacity: SectorCount::new(1 << 30), read_only: false };
     while let Some(head) = queue.pop()? {
-        let written = match parse(&memory, queue.chain(&head), &limits, iovecs) {
+        let written = match parse(memory, queue.chain(&head), &limits, iovecs) {
             Parsed::Request(request) => {
                 let (operation, pending) = request.start();
                 black_box((operation, iovecs.data()));
-                pending.done().finish(&memory)
+                pending.done().finish(memory)
             }
             Parsed::Reply(reply) => return Err(format!("refused: {:?}", reply.fault()).into()),
         };
@@ -145,7 +148,7 @@ fn measure(name: &str, buffers: u16, indirect: bool) -> Result<(), Box<dyn Error
     for _ in 0..ROUNDS {
         driver.offer(apart)?;
         let start = Instant::now();
-        serve(&mut queue, &mut iovecs)?;
+        serve(&driver.memory, &mut queue, &mut iovecs)?;
         let taken = start.elapsed();
         best = best.min(taken);
         total += taken;

@@ -238,11 +238,6 @@ pub struct Request {
 }
 
 impl Request {
-    /// What it asks for.
-    pub fn operation(&self) -> Operation {
-        self.operation
-    }
-
     /// Begins it.
     #[inline]
     pub fn start(self) -> (Operation, Pending) {
@@ -271,11 +266,6 @@ impl Pending {
     /// It failed. What was written of its data is not said, since it is not known.
     pub fn failed(self) -> Reply {
         self.reply(Status::IoError, 0)
-    }
-
-    /// This disk cannot do it.
-    pub fn unsupported(self) -> Reply {
-        self.reply(Status::Unsupported, 0)
     }
 
     /// Carries out GET_ID: as much of `id` as there is room for. `iovecs` and `memory` are the ones
@@ -314,11 +304,6 @@ pub struct Reply {
 impl Reply {
     fn refuse(fault: Fault, status_at: Option<GuestAddress>, room: u32) -> Self {
         Self { status_at, status: fault.status(), room, filled: 0, fault: Some(fault) }
-    }
-
-    /// What the status byte will say.
-    pub fn status(&self) -> Status {
-        self.status
     }
 
     /// Why the request was refused, if it never was a [`Request`].

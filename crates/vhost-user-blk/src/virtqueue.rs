@@ -325,11 +325,6 @@ impl SplitQueue {
         self.in_flight
     }
 
-    /// The snapshot that this ring is in.
-    pub fn memory(&self) -> &Arc<Memory> {
-        &self.memory
-    }
-
     /// 16-bit field `index` of the available ring: flags, idx, `size` entries, used_event.
     #[inline]
     fn avail_ptr(&self, index: usize) -> *mut u16 {

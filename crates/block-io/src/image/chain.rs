@@ -64,6 +64,8 @@ impl<'a, E: Env> Opener<'a, E> {
         let header = opened.header_as(format, cow)?;
         if let Some(header) = &header {
             self.frozen(&opened, header, cow)?;
+            // That it is frozen has to be durable before anything builds on it.
+            opened.file.sync().map_err(OpenError::io(path, "sync"))?;
         }
         Ok((opened, header))
     }
@@ -224,6 +226,16 @@ pub(crate) enum Content {
     Raw,
     /// A frozen COW file.
     Cow(Geometry, Bitmap),
+}
+
+impl<F> Lower<F> {
+    /// The size in bytes of the disk that it holds.
+    pub(crate) fn disk_size(&self) -> u64 {
+        match &self.content {
+            Content::Raw => self.opened.stat.size,
+            Content::Cow(geometry, _) => geometry.virtual_size(),
+        }
+    }
 }
 
 impl<E: Env> Opener<'_, E> {
@@ -453,11 +465,7 @@ fn adopt_base<E: Env>(
     if same.is_ok_and(|stat| stat.id == found.stat.id) {
         return Ok(());
     }
-    let format = match header {
-        Header::Uml(_) => CowFormat::Uml,
-        Header::Native(_) => CowFormat::Native,
-    };
-    let path = path_to_store(env, &top.path, base, format)?;
+    let path = path_to_store(env, &top.path, base, CowFormat::of(header))?;
     set_backing_path(&top.file, header, path.as_os_str().as_bytes(), found.stat.mtime)
         .map_err(|err| err.at(&top.path))
 }

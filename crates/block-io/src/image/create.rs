@@ -10,7 +10,7 @@ use cow_format::header::{Backing, BackingFormat, NativeHeader, UmlHeader};
 use cow_format::identity::{ActualIdentity, BackingIdentity};
 use uuid::Uuid;
 
-use super::chain::{Opener, path_to_store};
+use super::chain::{Opened, Opener, path_to_store};
 use super::{CowFormat, DiskOptions, OpenError};
 use crate::storage::{Env, Storage};
 
@@ -121,6 +121,7 @@ pub fn create_cow<E: Env>(env: &E, path: &Path, options: &CreateOptions) -> Resu
                 stored,
                 identity: opened.identity(header.as_ref()),
                 size: opened.disk_size(header.as_ref()),
+                _locked: opened,
             })
         }
     };
@@ -130,20 +131,22 @@ pub fn create_cow<E: Env>(env: &E, path: &Path, options: &CreateOptions) -> Resu
     }
 }
 
-/// A backing file as it was found; it stays locked meanwhile.
-struct NewBase<'a> {
+/// A backing file as it was found.
+struct NewBase<'a, F> {
     options: &'a BaseOptions,
     stored: PathBuf,
     identity: ActualIdentity,
     /// Bytes of disk.
     size: u64,
+    /// Nobody writes it meanwhile.
+    _locked: Opened<F>,
 }
 
 fn create_uml<E: Env>(
     env: &E,
     path: &Path,
     options: &CreateOptions,
-    base: Option<NewBase<'_>>,
+    base: Option<NewBase<'_, E::File>>,
 ) -> Result<(), OpenError> {
     let unable = |what| OpenError::UmlCannot { path: path.to_owned(), what };
     let base = base.ok_or_else(|| unable("be without a backing file"))?;
@@ -172,7 +175,7 @@ fn create_native<E: Env>(
     env: &E,
     path: &Path,
     options: &CreateOptions,
-    base: Option<NewBase<'_>>,
+    base: Option<NewBase<'_, E::File>>,
 ) -> Result<(), OpenError> {
     let size = options
         .size
@@ -193,13 +196,19 @@ fn create_native<E: Env>(
     let header =
         backing.transpose().and_then(|backing| NativeHeader::create(size, Uuid::new_v4(), backing));
     let mut header = header.map_err(OpenError::header(path))?;
-    create_file(env, path, options.replace, |file| {
-        file.set_len(header.geometry().full_len()).map_err(OpenError::io(path, "write"))?;
-        // Both copies, so that one broken block never costs the header. Nothing has to be in order yet.
-        for _ in 0..2 {
-            let write = header.next_write().map_err(OpenError::header(path))?;
-            file.write_all_at(&write.bytes[..], write.at).map_err(OpenError::io(path, "write"))?;
-        }
-        Ok(())
-    })
+    create_file(env, path, options.replace, |file| write_new_native(file, path, &mut header))
+}
+
+/// Fills a new file: its length and both copies of the header, so that one broken block never costs it.
+pub(crate) fn write_new_native(
+    file: &impl Storage,
+    path: &Path,
+    header: &mut NativeHeader,
+) -> Result<(), OpenError> {
+    file.set_len(header.geometry().full_len()).map_err(OpenError::io(path, "write"))?;
+    for _ in 0..2 {
+        let write = header.next_write().map_err(OpenError::header(path))?;
+        file.write_all_at(&write.bytes[..], write.at).map_err(OpenError::io(path, "write"))?;
+    }
+    Ok(())
 }

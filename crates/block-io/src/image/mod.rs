@@ -2,19 +2,29 @@
 
 pub(crate) mod chain;
 mod create;
+mod edit;
 mod error;
 pub(crate) mod flush;
 pub(crate) mod live;
 pub(crate) mod pages;
+mod rebind;
+mod resize;
 pub(crate) mod side_file;
+mod snapshot;
 pub(crate) mod state;
 
 pub(crate) use chain::{Chain, open_chain, open_single};
 pub(crate) use create::Unpublished;
 pub use create::{BaseOptions, CreateOptions, create_cow, create_file};
+pub use edit::ChangeError;
 pub use error::{DiskError, OpenError};
+pub use rebind::{Proof, rebind};
+pub use resize::resize;
+pub use snapshot::snapshot;
 
 use std::time::Duration;
+
+use cow_format::Header;
 
 /// The most files in a chain, base included: each costs descriptors and an entry in the layer map, whose indices are
 /// 8 bits wide. QEMU users seldom pass a dozen.
@@ -38,6 +48,15 @@ pub enum CowFormat {
     Native,
     /// User Mode Linux's, version 3.
     Uml,
+}
+
+impl CowFormat {
+    pub(crate) fn of(header: &Header) -> Self {
+        match header {
+            Header::Uml(_) => CowFormat::Uml,
+            Header::Native(_) => CowFormat::Native,
+        }
+    }
 }
 
 /// How a disk is opened.

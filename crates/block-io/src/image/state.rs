@@ -172,6 +172,7 @@ pub(crate) fn make_writable<E: Env>(
             live
         }
     };
+    hold_name(env, &cow.path).map_err(OpenError::io(&cow.path, "sync the directory of"))?;
     Ok(WritableCow { header: Mutex::new(header), geometry, live })
 }
 
@@ -185,6 +186,16 @@ fn hold_last_sector(file: &impl Storage, geometry: &Geometry) -> io::Result<()> 
         file.sync()?;
     }
     Ok(())
+}
+
+/// Makes the file's name durable: whoever made it may have died before doing so, and a flush is worth nothing if the
+/// file it went to is gone.
+fn hold_name<E: Env>(env: &E, path: &Path) -> io::Result<()> {
+    match env.canonical(path).and_then(|path| env.sync_parent(&path)) {
+        // Who may write the file, but not read its directory, did not make it.
+        Err(err) if err.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        result => result,
+    }
 }
 
 /// Writes, durably, that nothing but the durable state counts. To be called after a full flush.

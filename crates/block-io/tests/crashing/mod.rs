@@ -6,19 +6,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use block_io::image::{CreateOptions, create_cow};
+use block_io::image::{CreateOptions, OpenError, Proof, create_cow, rebind, resize, snapshot};
 use block_io::sim::{Choices, CrashKind, Operation, Sim, SimFile, Verdict};
 use block_io::storage::{Env, Storage};
 use block_io::{CowFormat, Disk, DiskOptions};
 use cow_format::{ByteOffset, Sector, SectorCount, SectorRange};
 
 const BASE: &str = "/base";
-const COW: &str = "/cow";
+/// Stands for the base's digest.
+const DIGEST: [u8; 32] = [7; 32];
 /// Two bitmap pages and a bit, the last sector partial.
 const SECTORS: u64 = 70_000;
 const SIZE: u64 = SECTORS * 512 - 100;
-/// Where programs write: the beginning, the border of two bitmap pages, the end.
-const AREAS: [std::ops::Range<u64>; 3] = [0..16, 32_764..32_772, SECTORS - 4..SECTORS];
+/// Where programs write: the beginning, the border of two bitmap pages, the end of the base and what may grow behind it.
+const AREAS: [std::ops::Range<u64>; 3] = [0..16, 32_764..32_772, SECTORS - 4..SECTORS + 4];
+/// Sizes in sectors that a disk is given: less than the base has, more, and as many.
+const SIZES: [u64; 4] = [SECTORS - 2, SECTORS, SECTORS + 4, 32_768];
 /// Outcomes of a power cut that are tried at each step, besides everything lost and everything kept.
 const OUTCOMES: u64 = 2;
 /// An enumeration of more outcomes than this is too long for a test; the programs are chosen to stay below.
@@ -47,6 +50,14 @@ pub enum Op {
     Die,
     /// Closes, moves the base, and opens with the base's new name.
     Move,
+    /// Closes, moves and touches the base, and rebinds the file that stands over it.
+    Rebind,
+    /// Closes, freezes, and goes on with a new file on top.
+    Snapshot,
+    /// Closes, and changes the size of the disk.
+    Resize {
+        sectors: u64,
+    },
 }
 
 /// A sequence of steps.
@@ -72,14 +83,17 @@ impl Program {
             let area = &AREAS[usize::try_from(choose(3)).unwrap()];
             let start = area.start + choose(area.end - area.start);
             let count = 1 + choose((area.end - start).min(8));
-            match choose(14) {
-                0..=4 => Op::Write { start, count },
-                5 => Op::Discard { start, count },
-                6 => Op::WriteZeroes { start, count },
-                7..=9 => Op::Flush,
-                10 | 11 => Op::Reopen,
-                12 => Op::Die,
-                _ => Op::Move,
+            match choose(20) {
+                0..=5 => Op::Write { start, count },
+                6 => Op::Discard { start, count },
+                7 => Op::WriteZeroes { start, count },
+                8..=10 => Op::Flush,
+                11 | 12 => Op::Reopen,
+                13 | 14 => Op::Die,
+                15 => Op::Move,
+                16 => Op::Rebind,
+                17 => Op::Snapshot,
+                _ => Op::Resize { sectors: SIZES[usize::try_from(choose(4)).unwrap()] },
             }
         });
         Program(ops.collect())
@@ -92,6 +106,10 @@ type Content = [u8; 512];
 #[derive(Clone)]
 struct Model {
     sectors: BTreeMap<u64, SectorModel>,
+    /// The size of the disk, in sectors.
+    capacity: u64,
+    /// The size that it is just being given.
+    resizing: Option<u64>,
 }
 
 #[derive(Clone)]
@@ -108,7 +126,16 @@ impl Model {
             let content = base_content(sector);
             (sector, SectorModel { since_flush: vec![content], since_ack: vec![content] })
         };
-        Model { sectors: AREAS.into_iter().flatten().map(one).collect() }
+        let sectors = AREAS.into_iter().flatten().map(one).collect();
+        Model { sectors, capacity: SECTORS, resizing: None }
+    }
+
+    fn resized(&mut self, capacity: u64) {
+        self.capacity = capacity;
+        self.resizing = None;
+        for (_, model) in self.sectors.range_mut(capacity..) {
+            (model.since_flush, model.since_ack) = (vec![[0; 512]], vec![[0; 512]]);
+        }
     }
 
     fn begin(&mut self, range: SectorRange, content: Content) {
@@ -134,7 +161,14 @@ impl Model {
 
     /// Compares a disk that was opened after a crash, and goes on from what it holds.
     fn recover(&mut self, disk: &Disk<Sim>, power_cut: bool) -> Result<(), String> {
-        for (&sector, model) in &mut self.sectors {
+        let capacity = disk.capacity().get();
+        if Some(capacity) == self.resizing {
+            self.resized(capacity);
+        } else if capacity != self.capacity {
+            return Err(format!("the disk has {capacity} sectors, not {}", self.capacity));
+        }
+        self.resizing = None;
+        for (&sector, model) in self.sectors.range_mut(..capacity) {
             let mut found = [0; 512];
             disk.read(range(sector, 1), &mut found).map_err(|err| err.to_string())?;
             let (allowed, rule) = match power_cut {
@@ -175,6 +209,10 @@ struct Run<'a> {
     next_tag: u32,
     /// Where the base is.
     base: PathBuf,
+    /// Snapshots so far: the top is the file of this number.
+    snapshots: u32,
+    /// The last snapshot's new file has never been opened: a power cut may take it away.
+    new_top: bool,
 }
 
 impl Harness {
@@ -259,11 +297,16 @@ impl Run<'_> {
             leave_out: Arc::default(),
             next_tag: 1,
             base: PathBuf::from(BASE),
+            snapshots: 0,
+            new_top: false,
         };
         run.set_hook();
         make_base(&run.sim);
-        create_cow(&run.sim, Path::new(COW), &CreateOptions::over(harness.format, Path::new(BASE)))
-            .unwrap();
+        let mut options = CreateOptions::over(harness.format, Path::new(BASE));
+        if harness.format == CowFormat::Native {
+            options.base.as_mut().unwrap().digest = Some(DIGEST);
+        }
+        create_cow(&run.sim, &cow_name(0), &options).unwrap();
         run
     }
 
@@ -304,21 +347,21 @@ impl Run<'_> {
         let (start, count) = (2, 3);
         self.program(&Program(vec![Op::Write { start, count }, Op::Flush, Op::Reopen]))?;
         // The header now leads to the base by itself.
-        let disk = self.open_over(None)?;
+        let disk = self.open_over(None).map_err(|err| err.to_string())?;
         self.model.recover(&disk, false)
     }
 
     /// Crashes at each step of the recovery, and recovers from that.
     fn crash_recovery(&self, power_cut: bool, seed: u64) -> Result<(), String> {
         let first = self.sim.steps() + 1;
-        let whole = self.fork();
+        let mut whole = self.fork();
         let disk = whole.open()?;
         disk.close().map_err(|err| err.to_string())?;
         drop(disk);
         for step in first..=whole.sim.steps() {
             // Either crash at every other step: together with the steps of the program all pairs come about.
             let mut again = (step % 2 == 0).then(|| Choices::seeded(seed ^ step << 16));
-            let run = self.fork();
+            let mut run = self.fork();
             let kind =
                 again.as_ref().map_or(CrashKind::ProcessDeath { part: 1 }, |_| CrashKind::PowerCut);
             run.sim.crash_at(step, kind);
@@ -348,14 +391,58 @@ impl Run<'_> {
         })));
     }
 
-    fn open(&self) -> Result<Disk<Sim>, String> {
-        self.open_over(Some(&self.base))
+    /// Opens the disk as a user would who knows what was being done when the system crashed: names the base where it is,
+    /// does a rebind or a snapshot again that was not complete.
+    fn open(&mut self) -> Result<Disk<Sim>, String> {
+        let exists = |number| self.sim.exists(&cow_name(number)).map_err(|err| err.to_string());
+        if exists(self.snapshots + 1)? {
+            (self.snapshots, self.new_top) = (self.snapshots + 1, true);
+        } else if self.new_top && !exists(self.snapshots)? {
+            self.snapshots -= 1;
+        }
+        let base = (self.snapshots == 0).then(|| self.base.clone());
+        let opened = match self.open_over(base.as_deref()) {
+            Err(OpenError::Identity { .. } | OpenError::Backing { .. }) => {
+                self.rebind(Proof::Trust)?;
+                self.open_over(None)
+            }
+            Err(OpenError::Frozen { .. }) => {
+                self.snapshot()?;
+                self.open_over(None)
+            }
+            opened => opened,
+        };
+        let disk = opened.map_err(|err| err.to_string())?;
+        self.new_top = false;
+        Ok(disk)
     }
 
-    fn open_over(&self, base: Option<&Path>) -> Result<Disk<Sim>, String> {
+    fn open_over(&self, base: Option<&Path>) -> Result<Disk<Sim>, OpenError> {
         let options = DiskOptions { lock_wait: Duration::ZERO, ..DiskOptions::default() };
-        Disk::open_cow_in(self.sim.clone(), Path::new(COW), base, &options)
-            .map_err(|err| err.to_string())
+        Disk::open_cow_in(self.sim.clone(), &cow_name(self.snapshots), base, &options)
+    }
+
+    fn rebind(&self, proof: Proof<'_, SimFile>) -> Result<(), String> {
+        rebind(&self.sim, &cow_name(0), Some(&self.base), proof).map_err(|err| err.to_string())
+    }
+
+    fn snapshot(&mut self) -> Result<(), String> {
+        let new = self.snapshots + 1;
+        snapshot(&self.sim, &cow_name(self.snapshots), &cow_name(new))
+            .map_err(|err| err.to_string())?;
+        self.snapshots = new;
+        Ok(())
+    }
+
+    fn close(&mut self, disk: Disk<Sim>) -> Result<(), String> {
+        self.flush(&disk)?;
+        disk.close().map_err(|err| err.to_string())
+    }
+
+    fn move_base(&mut self) {
+        let from = std::mem::replace(&mut self.base, base_name(self.next_tag));
+        self.next_tag += 1;
+        self.sim.move_durably(&from, &self.base);
     }
 
     fn program(&mut self, program: &Program) -> Result<(), String> {
@@ -381,19 +468,37 @@ impl Run<'_> {
                 }
                 Op::Flush => self.flush(&disk)?,
                 Op::Reopen => {
-                    self.flush(&disk)?;
-                    disk.close().map_err(|err| err.to_string())?;
-                    drop(disk);
+                    self.close(disk)?;
                     disk = self.open()?;
                 }
                 Op::Move => {
-                    self.flush(&disk)?;
-                    disk.close().map_err(|err| err.to_string())?;
-                    drop(disk);
-                    let from = self.base.clone();
-                    self.base = base_name(self.next_tag);
-                    self.next_tag += 1;
-                    self.sim.move_durably(&from, &self.base);
+                    self.close(disk)?;
+                    self.move_base();
+                    disk = self.open()?;
+                }
+                Op::Rebind => {
+                    self.close(disk)?;
+                    self.move_base();
+                    self.sim.touch(&self.base);
+                    let mut digest = |_: &SimFile| Ok(DIGEST);
+                    self.rebind(match self.harness.format {
+                        CowFormat::Uml => Proof::Trust,
+                        CowFormat::Native => Proof::Digest(&mut digest),
+                    })?;
+                    disk = self.open()?;
+                }
+                Op::Snapshot | Op::Resize { .. } if self.harness.format == CowFormat::Uml => {}
+                Op::Snapshot => {
+                    self.close(disk)?;
+                    self.snapshot()?;
+                    disk = self.open()?;
+                }
+                Op::Resize { sectors } => {
+                    self.close(disk)?;
+                    self.model.resizing = Some(sectors);
+                    resize(&self.sim, &cow_name(self.snapshots), sectors * 512, true)
+                        .map_err(|err| err.to_string())?;
+                    self.model.resized(sectors);
                     disk = self.open()?;
                 }
                 Op::Die => {
@@ -415,6 +520,10 @@ impl Run<'_> {
         content: Content,
         change: impl FnOnce(&SimFile, ByteOffset, &[u8]) -> std::io::Result<()>,
     ) -> Result<(), String> {
+        let range = range.clipped_to(Sector::new(self.model.capacity));
+        if range.is_empty() {
+            return Ok(());
+        }
         let data = content.repeat(usize::try_from(range.count().get()).unwrap());
         self.model.begin(range, content);
         self.new_bits |= !disk.is_present(range);
@@ -445,12 +554,16 @@ impl Run<'_> {
 
 fn make_base(sim: &Sim) {
     let file = sim.create_new(Path::new(BASE)).unwrap();
-    for sector in AREAS.into_iter().flatten() {
+    for sector in AREAS.into_iter().flatten().filter(|sector| *sector < SECTORS) {
         file.write_all_at(&base_content(sector), ByteOffset::new(sector * 512)).unwrap();
     }
     file.set_len(SIZE).unwrap();
     file.sync().unwrap();
     sim.sync_parent(Path::new(BASE)).unwrap();
+}
+
+fn cow_name(number: u32) -> PathBuf {
+    PathBuf::from(format!("/cow{number}"))
 }
 
 /// Names of all lengths: they end in any of the first sectors of a header.
@@ -461,6 +574,9 @@ fn base_name(tag: u32) -> PathBuf {
 
 /// As a guest sees it: zeros after the end of the base.
 fn base_content(sector: u64) -> Content {
+    if sector >= SECTORS {
+        return [0; 512];
+    }
     let mut content = tagged(u32::try_from(sector + 1).unwrap());
     let held = usize::try_from(SIZE - sector * 512).unwrap().min(512);
     content[held..].fill(0);

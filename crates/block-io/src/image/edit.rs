@@ -1,0 +1,126 @@
+//! A COW file that is changed as a whole, without the files below it: locked, and brought to its durable state.
+
+use std::path::{Path, PathBuf};
+
+use cow_format::header::NativeHeader;
+use cow_format::{Bitmap, Header};
+
+use super::chain::{Opened, Opener};
+use super::flush::{FlushFailure, flush};
+use super::state::{load_live, mark_clean};
+use super::{DiskOptions, OpenError};
+use crate::storage::{Env, Storage};
+
+/// A change that was not made. Unless it says otherwise the file is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangeError {
+    /// A file could not be opened, written or made.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A size that a disk cannot have.
+    #[error("{}: size {size} is no multiple of 512 above 0", path.display())]
+    Size {
+        /// The file.
+        path: PathBuf,
+        /// The size in bytes.
+        size: u64,
+    },
+    /// A disk is to become smaller, and nobody said that this is meant.
+    #[error("{}: {size} bytes is less than the disk's {virtual_size}; what lies beyond would be lost: --shrink", path.display())]
+    Shrink {
+        /// The file.
+        path: PathBuf,
+        /// The size that was asked for, in bytes.
+        size: u64,
+        /// The size that the disk has, in bytes.
+        virtual_size: u64,
+    },
+    /// The new base cannot have the same content.
+    #[error("{}: has {found} bytes, but {} stands over {expected}; it cannot be the same image", base.display(), cow.display())]
+    OtherSize {
+        /// The COW file.
+        cow: PathBuf,
+        /// The new base.
+        base: PathBuf,
+        /// Its size in bytes.
+        found: u64,
+        /// The size in the header.
+        expected: u64,
+    },
+    /// The new base is another layer.
+    #[error("{}: is not the layer that {} stands over", base.display(), cow.display())]
+    OtherLayer {
+        /// The COW file.
+        cow: PathBuf,
+        /// The new base.
+        base: PathBuf,
+    },
+    /// Nothing proves that the base is unchanged.
+    #[error(
+        "{}: size or mtime of {} differ from the header's, and there is no digest to prove that the content is the \
+         same; if you know that it is: --trust",
+        cow.display(), base.display()
+    )]
+    NoDigest {
+        /// The COW file.
+        cow: PathBuf,
+        /// The new base.
+        base: PathBuf,
+    },
+    /// The base has other content.
+    #[error("{}: its content is not that over which {} was made: the BLAKE3 digests differ", base.display(), cow.display())]
+    OtherContent {
+        /// The COW file.
+        cow: PathBuf,
+        /// The new base.
+        base: PathBuf,
+    },
+    /// The base was written while it was being read.
+    #[error("{}: was written while its digest was taken", base.display())]
+    Moving {
+        /// The new base.
+        base: PathBuf,
+    },
+}
+
+/// A COW file under its exclusive lock.
+pub(crate) struct Edit<F> {
+    pub(crate) cow: Opened<F>,
+    pub(crate) header: Header,
+    pub(crate) bitmap: Bitmap,
+}
+
+impl<F: Storage> Edit<F> {
+    pub(crate) fn open<E: Env<File = F>>(env: &E, path: &Path) -> Result<Self, OpenError> {
+        let cow = Opener::new(env, &DiskOptions::default(), path).top()?;
+        let header = cow.header()?;
+        let bitmap = cow.bitmap(header.geometry())?;
+        load_live(env, &cow, &header, &bitmap)?;
+        cow.check_data(header.geometry(), &bitmap)?;
+        Ok(Edit { cow, header, bitmap })
+    }
+
+    /// Makes what only the live bitmap knows durable, and a native file's state clean: then the durable bitmap says
+    /// everything.
+    pub(crate) fn settle(&mut self) -> Result<(), OpenError> {
+        let flushed = flush(&self.cow.file, &self.bitmap, self.header.geometry());
+        flushed.map_err(|failure| match failure {
+            FlushFailure::Sync(err) => OpenError::io(&self.cow.path, "sync")(err),
+            FlushFailure::Write(err) => OpenError::io(&self.cow.path, "write the bitmap of")(err),
+        })?;
+        mark_clean(&self.cow.file, &mut self.header).map_err(|err| err.at(&self.cow.path))?;
+        Ok(())
+    }
+}
+
+/// The native header, for what UML's cannot do.
+pub(crate) fn native_of<'a>(
+    header: &'a mut Header,
+    path: &Path,
+    what: &'static str,
+) -> Result<&'a mut NativeHeader, OpenError> {
+    match header {
+        Header::Native(native) => Ok(native),
+        Header::Uml(_) => Err(OpenError::UmlCannot { path: path.to_owned(), what }),
+    }
+}

@@ -1,0 +1,129 @@
+//! Telling a COW file that its backing file was copied, moved or touched.
+
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use cow_format::Header;
+use cow_format::header::{Backing, BackingFormat};
+use cow_format::identity::{ActualIdentity, BackingIdentity};
+
+use super::chain::{Opened, Opener, path_to_store, reference, resolve};
+use super::edit::ChangeError;
+use super::state::{set_backing_path, write_native_synced};
+use super::{CowFormat, DiskOptions, OpenError};
+use crate::storage::{Env, Storage};
+
+/// What a rebind relies on when size or mtime differ.
+pub enum Proof<'a, F> {
+    /// The BLAKE3 digest of the new base's content, which this function takes, against the one in the header.
+    Digest(&'a mut dyn FnMut(&F) -> io::Result<[u8; 32]>),
+    /// The user's word.
+    Trust,
+}
+
+/// Writes into the header of `cow` that its backing file is `base` (by default the one that it names), if the content
+/// is the same. The header keeps its digest. A layer is known by its UUID and needs no proof; another size is never
+/// accepted. `cow` may be frozen. An interruption leaves the old or the new reference (in a UML header with very long
+/// paths perhaps one that leads nowhere).
+pub fn rebind<E: Env>(
+    env: &E,
+    cow: &Path,
+    base: Option<&Path>,
+    proof: Proof<'_, E::File>,
+) -> Result<(), ChangeError> {
+    let options = DiskOptions::default();
+    let mut opener = Opener::new(env, &options, cow);
+    let top = opener.top()?;
+    let mut header = top.header()?;
+    let Some(reference) = reference(&header) else {
+        let base = base.unwrap_or(Path::new("it")).to_owned();
+        return Err(OpenError::NoBacking { path: cow.to_owned(), base }.into());
+    };
+    let path = match base {
+        Some(base) => base.to_owned(),
+        None => resolve(env, cow, &reference.stored)?,
+    };
+    let opened = opener.backing(cow, path.clone())?;
+    let found = opened.identity(opened.header_as(reference.format, cow)?.as_ref());
+    if reference.identity.verify(&found).is_err() {
+        same_kind(&reference.identity, &found, cow, &path)?;
+        prove(&header, &opened, proof, cow)?;
+    }
+    write(env, &top, &mut header, &path, &found)?;
+    Ok(())
+}
+
+/// Refuses what no proof can help.
+fn same_kind(
+    stored: &BackingIdentity,
+    found: &ActualIdentity,
+    cow: &Path,
+    base: &Path,
+) -> Result<(), ChangeError> {
+    let (cow, base) = (cow.to_owned(), base.to_owned());
+    match *stored {
+        BackingIdentity::Layer { .. } => Err(ChangeError::OtherLayer { cow, base }),
+        BackingIdentity::Image { size, .. } | BackingIdentity::ImageSeconds { size, .. }
+            if size != found.size =>
+        {
+            Err(ChangeError::OtherSize { cow, base, found: found.size, expected: size })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn prove<F: Storage>(
+    header: &Header,
+    base: &Opened<F>,
+    proof: Proof<'_, F>,
+    cow: &Path,
+) -> Result<(), ChangeError> {
+    let Proof::Digest(take) = proof else { return Ok(()) };
+    let names = || (cow.to_owned(), base.path.clone());
+    let stored = match header {
+        Header::Native(native) => native.backing().and_then(Backing::digest),
+        Header::Uml(_) => None,
+    };
+    let Some(stored) = stored else {
+        let (cow, base) = names();
+        return Err(ChangeError::NoDigest { cow, base });
+    };
+    let digest = take(&base.file).map_err(OpenError::io(&base.path, "read"))?;
+    // It is locked, but not everybody asks for locks.
+    let now = base.file.stat().map_err(OpenError::io(&base.path, "stat"))?;
+    if (now.size, now.mtime) != (base.stat.size, base.stat.mtime) {
+        return Err(ChangeError::Moving { base: base.path.clone() });
+    }
+    if digest != *stored {
+        let (cow, base) = names();
+        return Err(ChangeError::OtherContent { cow, base });
+    }
+    Ok(())
+}
+
+fn write<E: Env>(
+    env: &E,
+    top: &Opened<E::File>,
+    header: &mut Header,
+    base: &Path,
+    found: &ActualIdentity,
+) -> Result<(), OpenError> {
+    let format = CowFormat::of(header);
+    let path = path_to_store(env, &top.path, base, format)?;
+    let path = path.as_os_str().as_bytes();
+    let written = match header {
+        Header::Uml(_) => set_backing_path(&top.file, header, path, found.mtime),
+        Header::Native(native) => {
+            let Some(old) = native.backing() else { return Ok(()) };
+            let identity = match old.format() {
+                BackingFormat::Native => *old.identity(),
+                _ => BackingIdentity::Image { size: found.size, mtime: found.mtime },
+            };
+            let new = Backing::new(path, old.format(), identity, old.digest().copied());
+            native.set_backing(Some(new.map_err(OpenError::header(&top.path))?));
+            write_native_synced(&top.file, native)
+        }
+    };
+    written.map_err(|err| err.at(&top.path))
+}

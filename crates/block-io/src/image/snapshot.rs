@@ -1,0 +1,60 @@
+//! Freezing a COW file and putting a new one on top of it.
+
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use cow_format::header::{Backing, BackingFormat, NativeHeader, NativeState};
+use cow_format::identity::BackingIdentity;
+use uuid::Uuid;
+
+use super::chain::path_to_store;
+use super::create::{create_file, write_new_native};
+use super::edit::{ChangeError, Edit, native_of};
+use super::state::write_native_synced;
+use super::{CowFormat, OpenError};
+use crate::storage::{Env, Storage};
+
+/// Freezes the native COW file `cow` for ever and makes `new`, which must not exist, on top of it. An interruption
+/// leaves `cow` as it was, or frozen without `new`; then the same call makes `new`.
+pub fn snapshot<E: Env>(env: &E, cow: &Path, new: &Path) -> Result<(), ChangeError> {
+    if env.exists(new).map_err(OpenError::io(new, "look for"))? {
+        Err(OpenError::io(new, "create")(io::ErrorKind::AlreadyExists.into()))?;
+    }
+    let mut edit = Edit::open(env, cow)?;
+    let frozen = native_of(&mut edit.header, cow, "be frozen")?.state() == NativeState::Frozen;
+    if !frozen {
+        edit.settle()?;
+    }
+    let native = native_of(&mut edit.header, cow, "be frozen")?;
+    let mut header = header_above(env, new, cow, native)?;
+    create_file(env, new, false, |file| {
+        write_new_native(file, new, &mut header)?;
+        // What can fail for the new file has not failed by the time the old one is frozen.
+        file.sync().map_err(OpenError::io(new, "sync"))?;
+        if frozen {
+            // By a call that was interrupted, perhaps before its sync.
+            return edit.cow.file.sync().map_err(OpenError::io(cow, "sync"));
+        }
+        native.freeze();
+        write_native_synced(&edit.cow.file, native).map_err(|err| err.at(cow))
+    })?;
+    Ok(())
+}
+
+/// The header of a new file on top of a layer.
+fn header_above<E: Env>(
+    env: &E,
+    new: &Path,
+    cow: &Path,
+    layer: &NativeHeader,
+) -> Result<NativeHeader, OpenError> {
+    let path = path_to_store(env, new, cow, CowFormat::Native)?;
+    let (uuid, content_generation) = (layer.uuid(), layer.content_generation());
+    let identity = BackingIdentity::Layer { uuid, content_generation };
+    Backing::new(path.as_os_str().as_bytes(), BackingFormat::Native, identity, None)
+        .and_then(|backing| {
+            NativeHeader::create(layer.geometry().virtual_size(), Uuid::new_v4(), Some(backing))
+        })
+        .map_err(OpenError::header(new))
+}

@@ -7,8 +7,10 @@ pub mod cli;
 pub mod config;
 pub mod connection;
 pub mod daemon;
+pub mod fault;
 #[cfg(test)]
 mod guest;
+pub mod inflight;
 pub mod logger;
 pub mod memory;
 pub mod memory_table;

@@ -27,6 +27,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{self, Backend, GpuBackend, VhostUserBackendReqHandlerMut};
 
 use crate::config::{self, DeviceConfig, DiskShape};
+use crate::inflight::{Area, AreaInfo, InflightError};
 use crate::memory::{Memory, MemoryError, REGIONS_MAX, RegionInfo};
 use crate::vring::{RingAddresses, RunningRing, StartCommon, Vring};
 use crate::worker::RingStart;
@@ -38,6 +39,7 @@ const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::
     .union(VhostUserProtocolFeatures::REPLY_ACK)
     .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     .union(VhostUserProtocolFeatures::RESET_DEVICE);
 
 /// The disk, as a session sees it.
@@ -84,6 +86,10 @@ enum Refusal {
     Descriptor { queue: u32, source: io::Error },
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
+    #[error("cannot make an in-flight area: {0}")]
+    InflightFile(io::Error),
     #[error("cannot make the disk durable for the change to write-through: {0}")]
     Flush(io::Error),
     #[error(
@@ -93,7 +99,7 @@ enum Refusal {
     ConfigRange { offset: u32, size: usize },
     #[error("{0} was not offered")]
     NotOffered(&'static str),
-    #[error("the frontend has shortened the file of its memory")]
+    #[error("the frontend has shortened the file of its memory or of the in-flight area")]
     MemoryGone,
     #[error("postcopy migration was not offered")]
     Postcopy,
@@ -120,6 +126,8 @@ pub struct Session<D: Device> {
     /// Every write is durable before it completes. Shared with the workers.
     write_through: Arc<AtomicBool>,
     memory: Arc<Memory>,
+    /// SET_INFLIGHT_FD. It belongs to the connection: with the next one it comes again.
+    inflight: Option<Area>,
     vrings: Vec<Vring<D::Ring>>,
     /// The channel for requests to the frontend, kept open as long as the connection. Nothing has
     /// been asked for on it yet.
@@ -137,6 +145,7 @@ impl<D: Device> Session<D> {
             features: None,
             write_through: Arc::new(AtomicBool::new(true)),
             memory: Arc::new(Memory::empty()),
+            inflight: None,
             vrings: (0..shape.num_queues).map(|_| Vring::default()).collect(),
             requests: None,
         }
@@ -145,6 +154,7 @@ impl<D: Device> Session<D> {
     /// The frontend is gone: completes what is in flight on every ring, and forgets what it said.
     pub fn disconnect(&mut self) {
         self.reset_rings();
+        self.inflight = None;
         self.memory = Arc::new(Memory::empty());
         self.requests = None;
     }
@@ -163,6 +173,9 @@ impl<D: Device> Session<D> {
     /// RESET_DEVICE. Memory and protocol features belong to the connection and stay.
     fn reset(&mut self) {
         self.reset_rings();
+        if let Some(area) = &self.inflight {
+            area.clear();
+        }
         self.config.set_write_cache(true);
     }
 
@@ -190,6 +203,7 @@ impl<D: Device> Session<D> {
             memory: &self.memory,
             event_idx: self.has(config::F_EVENT_IDX),
             write_through: &self.write_through,
+            inflight: self.inflight.as_ref(),
         };
         let all_enabled = !self.has(config::F_PROTOCOL_FEATURES);
         for (queue, vring) in self.vrings.iter_mut().enumerate() {
@@ -201,7 +215,7 @@ impl<D: Device> Session<D> {
                     log::debug!(
                         "queue {queue}: {} descriptors from {}",
                         layout.size,
-                        vring.next_avail
+                        ring.next_avail
                     );
                     vring.set_running(self.device.start(ring).map_err(start)?);
                 }
@@ -251,7 +265,8 @@ impl<D: Device> Session<D> {
     pub fn check(&self) -> std::result::Result<(), impl std::error::Error + use<D>> {
         // Only to be readable for the next time; that it is not now is no harm.
         let _ = self.device.failure().read();
-        if self.memory.poisoned() { Err(Refusal::MemoryGone) } else { Ok(()) }
+        let gone = self.memory.poisoned() || self.inflight.as_ref().is_some_and(Area::poisoned);
+        if gone { Err(Refusal::MemoryGone) } else { Ok(()) }
     }
 }
 
@@ -476,13 +491,27 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
 
     fn get_inflight_fd(
         &mut self,
-        _inflight: &VhostUserInflight,
+        inflight: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File)> {
-        Err(Refusal::NotOffered("INFLIGHT_SHMFD").into())
+        let info = AreaInfo::new(inflight.num_queues, inflight.queue_size);
+        info.check(self.vrings.len(), self.queue_size_max).map_err(Refusal::Inflight)?;
+        let file = info.create().map_err(Refusal::InflightFile)?;
+        let AreaInfo { size, offset, num_queues, queue_size } = info;
+        Ok((VhostUserInflight::new(size, offset, num_queues, queue_size), file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        Err(Refusal::NotOffered("INFLIGHT_SHMFD").into())
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        let info = AreaInfo {
+            size: inflight.mmap_size,
+            offset: inflight.mmap_offset,
+            num_queues: inflight.num_queues,
+            queue_size: inflight.queue_size,
+        };
+        info.check(self.vrings.len(), self.queue_size_max).map_err(Refusal::Inflight)?;
+        let area = Area::map(&info, file).map_err(Refusal::Inflight)?;
+        self.vrings.iter_mut().for_each(Vring::pause);
+        self.inflight = Some(area);
+        self.reconcile()
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {

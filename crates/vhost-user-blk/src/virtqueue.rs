@@ -16,6 +16,8 @@ use virtio_bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
 };
 
+use crate::fault;
+use crate::inflight::{RingIndices, Tracker};
 use crate::memory::{GuestAddress, Memory, OutsideMemory, volatile_read_u64};
 
 /// Largest queue (virtio 1.2, 2.7): what 16-bit indices can tell full from empty.
@@ -103,6 +105,12 @@ pub enum RingError {
         /// Entries of the descriptor table.
         size: u16,
     },
+    /// A request was made available that is in flight (noticed with in-flight tracking only).
+    #[error("available ring names descriptor {head}, which is in flight")]
+    Twice {
+        /// What the guest wrote.
+        head: u16,
+    },
 }
 
 /// The first descriptor of a request that the guest made available and that is not answered yet.
@@ -139,6 +147,8 @@ pub struct SplitQueue {
     in_flight: u16,
     /// `used.flags` asks the guest not to kick (only without EVENT_IDX).
     quiet: bool,
+    /// Where a successor finds what is in flight, if the frontend keeps that for us.
+    inflight: Option<Tracker>,
 }
 
 // SAFETY: the pointers point into mappings that `memory` keeps, which do not belong to a thread.
@@ -181,6 +191,7 @@ impl SplitQueue {
             published: 0,
             in_flight: 0,
             quiet: false,
+            inflight: None,
         };
         queue.next_used = load(queue.used_idx_ptr(), Ordering::Acquire);
         queue.published = queue.next_used;
@@ -189,11 +200,24 @@ impl SplitQueue {
         Ok(queue)
     }
 
+    /// Keeps account of what is in flight from here on. What a predecessor left unfinished is
+    /// popped first. To be called before anything else is done with the ring.
+    pub fn track(&mut self, inflight: Tracker) {
+        self.next_avail = inflight.next_avail();
+        self.seen_avail = self.next_avail;
+        self.inflight = Some(inflight);
+    }
+
     /// Takes the next request that the guest made available.
     #[inline]
     pub fn pop(&mut self) -> Result<Option<Head>, RingError> {
-        if self.next_avail == self.seen_avail && !self.look()? {
-            return Ok(None);
+        if self.next_avail == self.seen_avail {
+            if let Some(head) = self.unfinished() {
+                return Ok(Some(head));
+            }
+            if !self.look()? {
+                return Ok(None);
+            }
         }
         if self.in_flight >= self.size {
             return Err(RingError::InFlight { size: self.size });
@@ -204,9 +228,23 @@ impl SplitQueue {
         if head >= self.size {
             return Err(RingError::Head { found: head, size: self.size });
         }
+        if let Some(inflight) = &mut self.inflight
+            && !inflight.fetched(head)
+        {
+            return Err(RingError::Twice { head });
+        }
         self.next_avail = self.next_avail.wrapping_add(1);
         self.in_flight += 1;
         Ok(Some(Head(head)))
+    }
+
+    /// The next request that a predecessor did not answer. There are as many as descriptors at
+    /// most.
+    fn unfinished(&mut self) -> Option<Head> {
+        let head = self.inflight.as_mut()?.unfinished()?;
+        self.in_flight += 1;
+        fault::reached("resubmit");
+        Some(Head(head))
     }
 
     /// Reads `avail.idx` again. True: there is something to take.
@@ -227,6 +265,7 @@ impl SplitQueue {
     pub fn has_work(&self) -> bool {
         self.next_avail != self.seen_avail
             || load(self.avail_ptr(1), Ordering::Relaxed) != self.next_avail
+            || self.inflight.as_ref().is_some_and(Tracker::has_unfinished)
     }
 
     /// The descriptors of a request. Walk it once: the guest may change it between two walks.
@@ -254,6 +293,10 @@ impl SplitQueue {
             element.write_volatile(u32::from(head.0).to_le());
             element.add(1).write_volatile(written.to_le());
         }
+        fault::reached("used-element");
+        if let Some(inflight) = &mut self.inflight {
+            inflight.answered(head.0);
+        }
         self.next_used = self.next_used.wrapping_add(1);
         // Saturating: a head of another queue is a bug, but none that may corrupt this one's count.
         self.in_flight = self.in_flight.saturating_sub(1);
@@ -274,6 +317,10 @@ impl SplitQueue {
         // The guest arms its notification, then looks at used.idx; the index goes first here
         // (2.7.7.2, 2.7.14).
         fence(Ordering::SeqCst);
+        fault::reached("used-idx");
+        if let Some(inflight) = &mut self.inflight {
+            inflight.published(new);
+        }
         if self.event_idx {
             let event = load(self.avail_ptr(2 + usize::from(self.size)), Ordering::Relaxed);
             // One of the entries old..new went to place `event`.
@@ -325,6 +372,13 @@ impl SplitQueue {
         self.in_flight
     }
 
+    /// Whether what the ring stands in, or the account of what is in flight, was lost because its
+    /// file was shortened: nothing read from it may be published.
+    #[inline]
+    pub fn poisoned(&self) -> bool {
+        self.memory.poisoned() || self.inflight.as_ref().is_some_and(Tracker::poisoned)
+    }
+
     /// 16-bit field `index` of the available ring: flags, idx, `size` entries, used_event.
     #[inline]
     fn avail_ptr(&self, index: usize) -> *mut u16 {
@@ -349,6 +403,19 @@ impl SplitQueue {
         // SAFETY: the part has 6 bytes and 8 for each entry; this field is the last 2 of them.
         unsafe { self.used.add(4 + 8 * usize::from(self.size)).cast() }
     }
+}
+
+/// Reads where the ring at `layout` stands.
+///
+/// # Errors
+/// Where [`SplitQueue::new`] fails too.
+pub fn indices(memory: &Memory, layout: &RingLayout) -> Result<RingIndices, RingError> {
+    let idx = |part, at| place(memory, part, at, 4, 2).map(|part| part.wrapping_add(2).cast());
+    Ok(RingIndices {
+        size: layout.size,
+        avail: load(idx("available ring", layout.avail)?, Ordering::Acquire),
+        used: load(idx("used ring", layout.used)?, Ordering::Acquire),
+    })
 }
 
 /// Resolves a part of the ring.

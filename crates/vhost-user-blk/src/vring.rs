@@ -8,9 +8,10 @@ use std::sync::atomic::AtomicBool;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::inflight::{Area, Tracker};
 use crate::memory::Memory;
 use crate::notify::Doorbell;
-use crate::virtqueue::RingLayout;
+use crate::virtqueue::{RingLayout, indices};
 use crate::worker::RingStart;
 
 /// A ring that is being served.
@@ -48,7 +49,8 @@ pub struct Vring<R> {
     pub size: u16,
     /// Where the ring stands.
     pub addresses: Option<RingAddresses>,
-    /// Next entry of the available ring to be taken; out of date while the ring runs.
+    /// Next entry of the available ring to be taken; out of date while the ring runs, and of no
+    /// concern where there is an in-flight area, which knows better.
     pub next_avail: u16,
     /// SET_VRING_ENABLE.
     pub enabled: bool,
@@ -102,18 +104,26 @@ impl<R: RunningRing> Vring<R> {
     }
 
     /// What a worker needs to serve the ring at `layout`.
+    ///
+    /// # Errors
+    /// If a descriptor cannot be had, or the in-flight area contradicts the ring.
     pub fn start_with(
         &self,
         queue: usize,
         layout: RingLayout,
         common: &StartCommon<'_>,
     ) -> io::Result<RingStart> {
+        let inflight = match (common.inflight, indices(common.memory, &layout)) {
+            (Some(area), Ok(ring)) => Some(area.recover(queue, ring).map_err(io::Error::other)?),
+            // A ring that cannot be read is the guest's fault, and the worker's to give up.
+            _ => None,
+        };
         Ok(RingStart {
             queue,
             memory: Arc::clone(common.memory),
             layout,
             event_idx: common.event_idx,
-            next_avail: self.next_avail,
+            next_avail: inflight.as_ref().map_or(self.next_avail, Tracker::next_avail),
             write_through: Arc::clone(common.write_through),
             kick: match &self.kick {
                 Some(Kick::Fd(fd)) => fd.try_clone()?,
@@ -122,6 +132,7 @@ impl<R: RunningRing> Vring<R> {
             },
             call: self.call.as_ref().map(OwnedFd::try_clone).transpose()?,
             err: self.err.as_ref().map(OwnedFd::try_clone).transpose()?,
+            inflight,
         })
     }
 
@@ -207,4 +218,6 @@ pub struct StartCommon<'a> {
     pub event_idx: bool,
     /// See [`RingStart`].
     pub write_through: &'a Arc<AtomicBool>,
+    /// What the frontend keeps for the time after this process.
+    pub inflight: Option<&'a Area>,
 }

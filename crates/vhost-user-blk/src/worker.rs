@@ -18,6 +18,8 @@ use block_io::{Committer, Disk, Waiter};
 use cow_format::SectorRange;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::fault;
+use crate::inflight::Tracker;
 use crate::memory::Memory;
 use crate::notify::{Doorbell, Kick};
 use crate::request::{
@@ -84,6 +86,8 @@ pub struct RingStart {
     pub call: Option<OwnedFd>,
     /// Tells the frontend that the ring was given up.
     pub err: Option<OwnedFd>,
+    /// Where to keep what is in flight, and what a predecessor left there.
+    pub inflight: Option<Tracker>,
 }
 
 /// A queue that is being served.
@@ -98,14 +102,15 @@ pub struct WorkerHandle {
 /// # Errors
 /// What the system says to the eventfd or the thread. A ring that cannot be
 /// used is no error here: it is given up, and [`Shared::failure`] signalled.
-pub fn spawn(start: RingStart, shared: Arc<Shared>) -> io::Result<WorkerHandle> {
+pub fn spawn(mut start: RingStart, shared: Arc<Shared>) -> io::Result<WorkerHandle> {
     let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
     let stop = Arc::new(stop);
     let theirs = Arc::clone(&stop);
+    let inflight = start.inflight.take();
     let thread = std::thread::Builder::new()
         .name(format!("queue-{}", start.queue))
         .stack_size(STACK_BYTES)
-        .spawn(move || serve(&start, &shared, &theirs))?;
+        .spawn(move || serve(&start, inflight, &shared, &theirs))?;
     Ok(WorkerHandle { thread, stop })
 }
 
@@ -120,8 +125,8 @@ impl WorkerHandle {
     }
 }
 
-fn serve(start: &RingStart, shared: &Shared, stop: &EventFd) -> u16 {
-    match Worker::new(start, shared, stop) {
+fn serve(start: &RingStart, inflight: Option<Tracker>, shared: &Shared, stop: &EventFd) -> u16 {
+    match Worker::new(start, inflight, shared, stop) {
         Ok(worker) => worker.run(),
         Err(e) => {
             give_up(start, shared, e.as_ref());
@@ -184,12 +189,16 @@ struct Worker<'a> {
 impl<'a> Worker<'a> {
     fn new(
         start: &'a RingStart,
+        inflight: Option<Tracker>,
         shared: &'a Shared,
         stop: &'a EventFd,
     ) -> Result<Self, Box<dyn std::error::Error>> {
         let depth = start.layout.size;
         let memory = Arc::clone(&start.memory);
-        let queue = SplitQueue::new(memory, start.layout, start.event_idx, start.next_avail)?;
+        let mut queue = SplitQueue::new(memory, start.layout, start.event_idx, start.next_avail)?;
+        if let Some(inflight) = inflight {
+            queue.track(inflight);
+        }
         let router = Router::new(&shared.disk, &shared.mappings);
         let mut ring = Ring::new(usize::from(depth), &router.files())?;
         let kick = Kick::new(start.kick.as_fd())?;
@@ -373,12 +382,14 @@ impl<'a> Worker<'a> {
 
     /// The data stands in the COW file: says so to the disk, then to the guest.
     fn written(&mut self, head: Head, pending: Pending, ranges: &[SectorRange]) {
+        fault::reached("data");
         for range in ranges {
             if let Err(e) = self.shared.disk.written(*range) {
                 log::warn!("queue {}: {e}", self.start.queue);
                 return self.answer(head, pending.failed());
             }
         }
+        fault::reached("live-bit");
         if self.start.write_through.load(Ordering::Relaxed) {
             self.commit(head, pending);
         } else {
@@ -411,15 +422,16 @@ impl<'a> Worker<'a> {
 
     fn answer(&mut self, head: Head, reply: Reply) {
         let written = reply.finish(&self.start.memory);
+        fault::reached("status");
         self.queue.push(head, written);
     }
 
     /// Shows the guest the answers, unless its memory has gone: then nothing
     /// that was read from it can be trusted.
     fn publish(&mut self) {
-        if self.start.memory.poisoned() {
+        if self.queue.poisoned() {
             if self.open {
-                self.fail(&"the frontend has shrunk its memory file");
+                self.fail(&"the frontend has shrunk its memory file or the in-flight area");
             }
             return;
         }

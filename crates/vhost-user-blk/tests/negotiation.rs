@@ -9,13 +9,13 @@ use std::os::unix::net::UnixStream;
 
 use common::frontend::{
     F_CONFIG_WCE, F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, P_BACKEND_REQ, P_CONFIG,
-    P_CONFIGURE_MEM_SLOTS, P_MQ, P_REPLY_ACK, PROTOCOL_FEATURES, RawFrontend,
+    P_CONFIGURE_MEM_SLOTS, P_INFLIGHT_SHMFD, P_MQ, P_REPLY_ACK, PROTOCOL_FEATURES, RawFrontend,
 };
 use common::ring::{Call, GUEST_BASE, GuestMemory, MEMORY_LEN, Ring, VMM_BASE, set_memory};
 use common::{Daemon, SECTORS, sector};
 use vhost::vhost_user::message::{
     FrontendReq, VHOST_USER_CONFIG_OFFSET, VhostUserConfigFlags, VhostUserHeaderFlag,
-    VhostUserProtocolFeatures,
+    VhostUserInflight, VhostUserProtocolFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -128,7 +128,8 @@ fn cloud_hypervisor() {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::LOG_SHMFD);
-    assert_eq!(protocol.bits(), P_CONFIG | P_MQ | P_CONFIGURE_MEM_SLOTS | P_REPLY_ACK);
+    let expected = P_CONFIG | P_MQ | P_CONFIGURE_MEM_SLOTS | P_REPLY_ACK | P_INFLIGHT_SHMFD;
+    assert_eq!(protocol.bits(), expected);
     frontend.set_protocol_features(protocol).unwrap();
     frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     assert_eq!(frontend.get_queue_num().unwrap(), 4);
@@ -139,6 +140,9 @@ fn cloud_hypervisor() {
 
     frontend.set_features(features).unwrap();
     let (memory, mut ring) = (GuestMemory::new(), Ring::new(0));
+    let asked = VhostUserInflight::new(0, 0, 4, 16);
+    let (inflight, area) = frontend.get_inflight_fd(&asked).unwrap();
+    frontend.set_inflight_fd(&inflight, area.as_raw_fd()).unwrap();
     vhost_crate_start(&mut frontend, &memory, &ring, true);
     frontend.set_vring_enable(0, true).unwrap();
     assert_eq!(ring.read_sector(&memory, 5), sector(5));

@@ -1,5 +1,6 @@
 use std::io::{PipeReader, Read};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -407,7 +408,7 @@ fn what_was_not_offered_is_refused_with_the_reason() {
     let mut rig = Rig::new();
     let session = &mut rig.session;
     assert!(reason(session.set_features(1 << 34)).contains("0x400000000"));
-    assert!(reason(session.set_protocol_features(1 << 12)).contains("0x1000"));
+    assert!(reason(session.set_protocol_features(1 << 20)).contains("0x100000"));
     for size in [0, 3, 512, 1 << 16] {
         let why = reason(session.set_vring_num(0, size));
         assert!(why.contains("power of two up to 256"), "{why}");
@@ -454,5 +455,103 @@ fn shortened_memory_ends_the_session_and_a_spoilt_ring_does_not() {
     let memory = rig.started.lock().unwrap().take().unwrap().memory;
     // The access that a worker would make.
     memory.read(gpa(0), &mut [0; 8]).unwrap();
+    assert!(rig.session.check().unwrap_err().to_string().contains("shortened"));
+}
+
+fn inflight_area(session: &mut Session<FakeDevice>) -> (VhostUserInflight, File) {
+    session.get_inflight_fd(&VhostUserInflight::new(0, 0, 2, 128)).unwrap()
+}
+
+/// Queue 0's part of the area: where its header's used_idx and descriptor 3's mark are.
+const USED_IDX: u64 = 14;
+const MARK_3: u64 = 16 + 16 * 3;
+
+#[test]
+fn the_in_flight_area_says_where_a_ring_goes_on() {
+    let mut rig = Rig::new();
+    let (info, file) = inflight_area(&mut rig.session);
+    assert_eq!((info.mmap_size, { info.mmap_offset }), (2 * 2112, 0));
+    rig.session.set_inflight_fd(&info, file.try_clone().unwrap()).unwrap();
+    let memory = self::file();
+    let regions = [region(0)];
+    let ring = |avail: u16, used: u16| {
+        memory.write_all_at(&avail.to_le_bytes(), 0x1002).unwrap();
+        memory.write_all_at(&used.to_le_bytes(), 0x2002).unwrap();
+    };
+    ring(41, 40);
+    rig.session.set_vring_base(0, 12).unwrap();
+    for step in [Step::Features, Step::Num, Step::Addr, Step::Kick, Step::Enable] {
+        rig.step(step, WITH_PROTOCOL);
+    }
+    rig.session.set_mem_table(&regions, vec![memory.try_clone().unwrap()], None).unwrap();
+    // The base that the frontend believes in is of no concern.
+    assert_eq!(rig.take(), [start(40)]);
+
+    // A successor, to which the frontend gives what it kept: one request is in flight.
+    rig.session.disconnect();
+    rig.take();
+    file.write_all_at(&[1], MARK_3).unwrap();
+    rig.session.set_inflight_fd(&info, file.try_clone().unwrap()).unwrap();
+    rig.session.set_mem_table(&regions, vec![memory.try_clone().unwrap()], None).unwrap();
+    for step in [Step::Features, Step::Num, Step::Addr, Step::Kick, Step::Enable] {
+        rig.step(step, WITH_PROTOCOL);
+    }
+    assert_eq!(rig.take(), [start(41)]);
+
+    // A reset forgets it.
+    rig.session.reset_device().unwrap();
+    let mut bytes = [0; 2112];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    assert!(bytes.iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn an_in_flight_area_that_contradicts_the_ring_ends_the_session() {
+    let mut rig = Rig::new();
+    let (info, file) = inflight_area(&mut rig.session);
+    file.write_all_at(&[1], 8).unwrap();
+    file.write_all_at(&[128], 10).unwrap();
+    file.write_all_at(&[255, 255], USED_IDX).unwrap();
+    file.write_all_at(&[2], MARK_3).unwrap();
+    rig.session.set_inflight_fd(&info, file).unwrap();
+    for step in Step::ALL {
+        if !matches!(step, Step::Enable) {
+            rig.step(step, WITH_PROTOCOL);
+        }
+    }
+    let refused = reason(rig.session.set_vring_enable(0, true));
+    assert!(refused.contains("queue 0: cannot serve it: in-flight area: "), "{refused}");
+    assert_eq!(rig.take(), []);
+}
+
+#[test]
+fn in_flight_areas_of_wrong_sizes_are_refused() {
+    let mut rig = Rig::new();
+    let session = &mut rig.session;
+    for (queues, size) in [(3, 128), (2, 257)] {
+        let asked = VhostUserInflight::new(0, 0, queues, size);
+        let refused = reason(session.get_inflight_fd(&asked));
+        assert!(refused.contains("in-flight area for"), "{refused}");
+    }
+    let (info, area) = inflight_area(session);
+    let given = VhostUserInflight { mmap_size: info.mmap_size - 1, ..info };
+    let refused = reason(session.set_inflight_fd(&given, area.try_clone().unwrap()));
+    assert!(refused.contains("need 4224"), "{refused}");
+    let given = VhostUserInflight { mmap_size: info.mmap_size + 1, ..info };
+    let refused = reason(session.set_inflight_fd(&given, area));
+    assert!(refused.contains("its file has 4224 bytes, the region needs 4225"), "{refused}");
+}
+
+#[test]
+fn an_in_flight_area_that_is_shortened_ends_the_session() {
+    let mut rig = Rig::new();
+    let area = self::file();
+    let info = VhostUserInflight::new(MEMORY_LEN, 0, 2, 128);
+    rig.session.set_inflight_fd(&info, area.try_clone().unwrap()).unwrap();
+    rig.session.check().unwrap();
+    area.set_len(0).unwrap();
+    for step in Step::ALL {
+        rig.step(step, WITH_PROTOCOL);
+    }
     assert!(rig.session.check().unwrap_err().to_string().contains("shortened"));
 }

@@ -28,11 +28,17 @@ pub const P_MQ: u64 = 1 << 0;
 pub const P_REPLY_ACK: u64 = 1 << 3;
 pub const P_BACKEND_REQ: u64 = 1 << 5;
 pub const P_CONFIG: u64 = 1 << 9;
+pub const P_INFLIGHT_SHMFD: u64 = 1 << 12;
 pub const P_RESET_DEVICE: u64 = 1 << 13;
 pub const P_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 /// All that the daemon offers.
-pub const PROTOCOL_FEATURES: u64 =
-    P_MQ | P_REPLY_ACK | P_BACKEND_REQ | P_CONFIG | P_RESET_DEVICE | P_CONFIGURE_MEM_SLOTS;
+pub const PROTOCOL_FEATURES: u64 = P_MQ
+    | P_REPLY_ACK
+    | P_BACKEND_REQ
+    | P_CONFIG
+    | P_INFLIGHT_SHMFD
+    | P_RESET_DEVICE
+    | P_CONFIGURE_MEM_SLOTS;
 
 /// A frontend that sends what it is told to.
 pub struct RawFrontend {

@@ -126,6 +126,7 @@ fn options(args: &RunArgs) -> Options {
         refuse_features: refused.fold(0, |all, bit: u64| all | bit),
         hugepages: args.hugepages,
         stall_after: args.stall_after,
+        inflight: false,
     }
 }
 

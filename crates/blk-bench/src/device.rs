@@ -1,5 +1,6 @@
 //! The frontend's half of the vhost-user handshake: from a socket to running queues.
 
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{
     Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures,
 };
@@ -78,6 +79,9 @@ pub struct Options {
     pub hugepages: bool,
     /// Without any completion for so long a queue is given up.
     pub stall_after: Duration,
+    /// Keep account of what is in flight for the backend (INFLIGHT_SHMFD), so that a successor can
+    /// go on after a [`Device::reconnect`].
+    pub inflight: bool,
 }
 
 impl Options {
@@ -94,6 +98,7 @@ impl Options {
             refuse_features: 0,
             hugepages: false,
             stall_after: Duration::from_secs(30),
+            inflight: false,
         }
     }
 }
@@ -107,9 +112,24 @@ pub struct Device {
     protocol: Protocol,
     pid: i32,
     queues: Vec<Queue>,
-    queue_count: u16,
+    rings: Vec<Ring>,
+    inflight: Option<(VhostUserInflight, File)>,
     memory: Arc<SharedMemory>,
     watchdog: Watchdog,
+}
+
+/// What a backend is told about a queue.
+struct Ring {
+    layout: RingLayout,
+    kick: EventFd,
+    call: EventFd,
+}
+
+impl Ring {
+    fn of(queue: &Queue) -> Result<Self, Error> {
+        let (layout, [kick, call]) = (*queue.ring_layout(), queue.ends()?);
+        Ok(Self { layout, kick, call })
+    }
 }
 
 impl Device {
@@ -118,10 +138,7 @@ impl Device {
     /// # Errors
     /// Each step's own, see [`Error`].
     pub fn connect(options: &Options) -> Result<Self, Error> {
-        let stream = connect_stream(options)?;
-        let pid = getsockopt(&stream, PeerCredentials)
-            .map_err(Error::io("SO_PEERCRED of the backend's socket"))?
-            .pid();
+        let (stream, pid) = connect_stream(options)?;
         let watched = stream.try_clone().map_err(Error::io("dup of the socket"))?;
         let mut frontend = Frontend::from_stream(stream, MAX_QUEUES);
         let negotiated = negotiate(&mut frontend, options)?;
@@ -130,15 +147,16 @@ impl Device {
             SharedMemory::new(plan.memory_len(), options.hugepages)
                 .map_err(Error::io("memory to share with the backend"))?,
         );
-        share_memory(&mut frontend, negotiated.protocol, &memory)?;
-
         let link = Arc::new(Link::default());
         let queues = plan.queues(&memory, &link, options)?;
-        for queue in &queues {
-            start_queue(&mut frontend, queue, &memory)?;
-        }
-        let calls = queues.iter().map(|queue| queue.call_fd()).collect::<Result<_, _>>()?;
-        let watchdog = Watchdog::spawn(watched, calls, link)?;
+        let rings = queues.iter().map(Ring::of).collect::<Result<Vec<_>, _>>()?;
+        let inflight = if options.inflight {
+            Some(get_inflight(&mut frontend, options.queues, &rings)?)
+        } else {
+            None
+        };
+        start(&mut frontend, negotiated.protocol, inflight.as_ref(), &memory, &rings)?;
+        let watchdog = Watchdog::spawn(watched, calls(&rings)?, link)?;
         Ok(Self {
             frontend,
             config: negotiated.config,
@@ -146,11 +164,35 @@ impl Device {
             features: negotiated.features,
             protocol: negotiated.protocol,
             pid,
-            queue_count: options.queues,
             queues,
+            rings,
+            inflight,
             memory,
             watchdog,
         })
+    }
+
+    /// Connects to a backend that takes the place of one that has gone: the same memory, rings and
+    /// account of what is in flight. The queues, wherever they are, go on.
+    ///
+    /// # Errors
+    /// As [`Device::connect`]; [`Error::Options`] if the new backend's features are others.
+    pub fn reconnect(&mut self, options: &Options) -> Result<(), Error> {
+        let (stream, pid) = connect_stream(options)?;
+        let watched = stream.try_clone().map_err(Error::io("dup of the socket"))?;
+        let mut frontend = Frontend::from_stream(stream, MAX_QUEUES);
+        let negotiated = negotiate(&mut frontend, options)?;
+        let now = (negotiated.features, negotiated.protocol);
+        if now != (self.features, self.protocol) {
+            let before = (self.features, self.protocol);
+            return Err(Error::Options(format!("features were {before:x?} and are {now:x?}")));
+        }
+        let link = Arc::clone(&self.watchdog.link);
+        link.dead.store(false, Ordering::Relaxed);
+        start(&mut frontend, self.protocol, self.inflight.as_ref(), &self.memory, &self.rings)?;
+        self.watchdog = Watchdog::spawn(watched, calls(&self.rings)?, link)?;
+        (self.frontend, self.pid) = (frontend, pid);
+        Ok(())
     }
 
     /// The device's configuration space as it was at connect.
@@ -222,11 +264,9 @@ impl Device {
     /// # Errors
     /// A message failed, for example because the backend has gone.
     pub fn stop(&mut self) -> Result<Vec<u32>, Error> {
-        (0..self.queue_count)
+        (0..self.rings.len())
             .map(|queue| {
-                self.frontend
-                    .get_vring_base(usize::from(queue))
-                    .map_err(Error::message("GET_VRING_BASE"))
+                self.frontend.get_vring_base(queue).map_err(Error::message("GET_VRING_BASE"))
             })
             .collect()
     }
@@ -237,11 +277,16 @@ impl Device {
     }
 }
 
-fn connect_stream(options: &Options) -> Result<UnixStream, Error> {
+/// The connection, and the process at its other end.
+fn connect_stream(options: &Options) -> Result<(UnixStream, i32), Error> {
     let until = Instant::now() + options.connect_for;
     loop {
         match UnixStream::connect(&options.socket) {
-            Ok(stream) => return Ok(stream),
+            Ok(stream) => {
+                let peer = getsockopt(&stream, PeerCredentials)
+                    .map_err(Error::io("SO_PEERCRED of the backend's socket"))?;
+                return Ok((stream, peer.pid()));
+            }
             Err(source) if Instant::now() >= until => {
                 return Err(Error::Connect { path: options.socket.clone(), source });
             }
@@ -259,8 +304,9 @@ struct Negotiated {
 }
 
 fn negotiate(frontend: &mut Frontend, options: &Options) -> Result<Negotiated, Error> {
-    let wanted_protocol =
+    let mut wanted_protocol =
         Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK | Protocol::CONFIGURE_MEM_SLOTS;
+    wanted_protocol.set(Protocol::INFLIGHT_SHMFD, options.inflight);
     frontend.set_owner().map_err(Error::message("SET_OWNER"))?;
     let offered = frontend.get_features().map_err(Error::message("GET_FEATURES"))?;
     let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -324,9 +370,41 @@ fn share_memory(
     Ok(())
 }
 
-fn start_queue(frontend: &mut Frontend, queue: &Queue, memory: &SharedMemory) -> Result<(), Error> {
-    let index = usize::from(queue.index());
-    let layout = queue.ring_layout();
+fn get_inflight(
+    frontend: &mut Frontend,
+    queues: u16,
+    rings: &[Ring],
+) -> Result<(VhostUserInflight, File), Error> {
+    let queue_size = rings.iter().map(|ring| ring.layout.size).max().unwrap_or(0);
+    frontend
+        .get_inflight_fd(&VhostUserInflight::new(0, 0, queues, queue_size))
+        .map_err(Error::message("GET_INFLIGHT_FD"))
+}
+
+/// Gives the backend everything that it needs to serve the rings.
+fn start(
+    frontend: &mut Frontend,
+    protocol: Protocol,
+    inflight: Option<&(VhostUserInflight, File)>,
+    memory: &SharedMemory,
+    rings: &[Ring],
+) -> Result<(), Error> {
+    share_memory(frontend, protocol, memory)?;
+    if let Some((description, file)) = inflight {
+        frontend
+            .set_inflight_fd(description, file.as_raw_fd())
+            .map_err(Error::message("SET_INFLIGHT_FD"))?;
+    }
+    rings.iter().enumerate().try_for_each(|(index, ring)| start_ring(frontend, index, ring, memory))
+}
+
+fn start_ring(
+    frontend: &mut Frontend,
+    index: usize,
+    ring: &Ring,
+    memory: &SharedMemory,
+) -> Result<(), Error> {
+    let layout = &ring.layout;
     let addresses = VringConfigData {
         queue_max_size: layout.size,
         queue_size: layout.size,
@@ -336,12 +414,19 @@ fn start_queue(frontend: &mut Frontend, queue: &Queue, memory: &SharedMemory) ->
         avail_ring_addr: memory.user_address(layout.avail),
         log_addr: None,
     };
+    // A backend that was told nothing more goes on behind what it answered, as QEMU says it.
+    let base = u16::from_le(memory.atomic_u16(layout.used + 2).load(Ordering::Acquire));
     frontend.set_vring_num(index, layout.size).map_err(Error::message("SET_VRING_NUM"))?;
-    frontend.set_vring_base(index, 0).map_err(Error::message("SET_VRING_BASE"))?;
+    frontend.set_vring_base(index, base).map_err(Error::message("SET_VRING_BASE"))?;
     frontend.set_vring_addr(index, &addresses).map_err(Error::message("SET_VRING_ADDR"))?;
-    frontend.set_vring_call(index, queue.call()).map_err(Error::message("SET_VRING_CALL"))?;
-    frontend.set_vring_kick(index, queue.kick_fd()).map_err(Error::message("SET_VRING_KICK"))?;
+    frontend.set_vring_call(index, &ring.call).map_err(Error::message("SET_VRING_CALL"))?;
+    frontend.set_vring_kick(index, &ring.kick).map_err(Error::message("SET_VRING_KICK"))?;
     frontend.set_vring_enable(index, true).map_err(Error::message("SET_VRING_ENABLE"))
+}
+
+/// What wakes the threads that drive the queues.
+fn calls(rings: &[Ring]) -> Result<Vec<EventFd>, Error> {
+    rings.iter().map(|ring| ring.call.try_clone().map_err(Error::io("dup of an eventfd"))).collect()
 }
 
 /// The memory of all queues, planned before it is allocated.

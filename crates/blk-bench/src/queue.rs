@@ -291,16 +291,10 @@ impl Queue {
         self.ring.layout()
     }
 
-    pub(crate) fn kick_fd(&self) -> &EventFd {
-        &self.ends.kick
-    }
-
-    pub(crate) fn call(&self) -> &EventFd {
-        &self.ends.call
-    }
-
-    pub(crate) fn call_fd(&self) -> Result<EventFd, Error> {
-        self.ends.call.try_clone().map_err(Error::io("dup of an eventfd"))
+    /// The kick and the call eventfd, duplicated.
+    pub(crate) fn ends(&self) -> Result<[EventFd; 2], Error> {
+        let dup = |event: &EventFd| event.try_clone().map_err(Error::io("dup of an eventfd"));
+        Ok([dup(&self.ends.kick)?, dup(&self.ends.call)?])
     }
 
     /// Index of the queue in its device.

@@ -12,6 +12,8 @@ use cow_format::ByteOffset;
 use cow_format::identity::Timestamp;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, RenameFlags, fallocate, renameat2};
+use nix::sys::stat::futimens;
+use nix::sys::time::TimeSpec;
 use nix::unistd::{Whence, fdatasync, linkat, lseek64};
 
 use crate::lock::{LockRange, try_lock};
@@ -132,6 +134,13 @@ impl Storage for File {
 
     fn sync(&self) -> io::Result<()> {
         fdatasync(&self.buffered).map_err(Into::into)
+    }
+
+    fn stamp(&self, mtime: Timestamp) -> io::Result<()> {
+        let leave = TimeSpec::new(0, libc::UTIME_OMIT);
+        futimens(&self.buffered, &leave, &TimeSpec::new(mtime.secs(), mtime.nanos().into()))?;
+        // fdatasync leaves times out.
+        self.buffered.sync_all()
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

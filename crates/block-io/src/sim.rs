@@ -552,6 +552,15 @@ impl Storage for SimFile {
         })
     }
 
+    fn stamp(&self, mtime: Timestamp) -> io::Result<()> {
+        self.step(Operation::Sync, |inode, _, _, crash| {
+            inode.mtime = mtime.secs();
+            if crash.is_none() {
+                inode.sync();
+            }
+        })
+    }
+
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.step(Operation::SetLen, |inode, clock, _, crash| {
             if crash.is_none_or(CrashKind::does_it) {

@@ -110,6 +110,9 @@ pub trait Storage: Send + Sync {
     /// known of the writes since the last success, and calling again does not repair that.
     fn sync(&self) -> io::Result<()>;
 
+    /// Sets the time of the last change, and makes it outlive a power cut, with all that [`Storage::sync`] does.
+    fn stamp(&self, mtime: Timestamp) -> io::Result<()>;
+
     /// Sets the file's length in bytes.
     fn set_len(&self, len: u64) -> io::Result<()>;
 

@@ -28,7 +28,13 @@ pub(crate) struct Opener<'a, E: Env> {
     options: &'a DiskOptions,
     top: PathBuf,
     seen: Vec<(FileId, PathBuf)>,
+    /// The file below the top that is going to be written, counted from 0 for the nearest.
+    writing: Option<usize>,
+    excuse: Option<&'a Excuse<'a, E::File>>,
 }
+
+/// Says of a file that is not what the reference means that it is the right one all the same.
+pub(crate) type Excuse<'a, F> = dyn Fn(&Reference, &Opened<F>) -> bool + 'a;
 
 /// An opened and locked file of a chain.
 pub(crate) struct Opened<F> {
@@ -39,7 +45,13 @@ pub(crate) struct Opened<F> {
 
 impl<'a, E: Env> Opener<'a, E> {
     pub(crate) fn new(env: &'a E, options: &'a DiskOptions, top: &Path) -> Self {
-        Opener { env, options, top: top.to_owned(), seen: Vec::new() }
+        Opener { env, options, top: top.to_owned(), seen: Vec::new(), writing: None, excuse: None }
+    }
+
+    /// Opens the file at `index` below the top, counted from 0 for the nearest, for writing, and takes it as it is if
+    /// `excuse` says so.
+    pub(crate) fn writing(self, index: usize, excuse: &'a Excuse<'a, E::File>) -> Self {
+        Opener { writing: Some(index), excuse: Some(excuse), ..self }
     }
 
     /// Opens and locks the top.
@@ -79,11 +91,16 @@ impl<'a, E: Env> Opener<'a, E> {
         if self.seen.len() == CHAIN_DEPTH_MAX {
             return Err(OpenError::TooDeep { top: self.top.clone() });
         }
-        let file = match self.env.open(&path, Access::Read) {
+        // The top has been seen.
+        let (access, lock) = match self.writing.map(|index| index + 1) == Some(self.seen.len()) {
+            true => (Access::ReadWrite, LockKind::Exclusive),
+            false => (Access::Read, LockKind::Shared),
+        };
+        let file = match self.env.open(&path, access) {
             Ok(file) => file,
             Err(source) => return Err(OpenError::Backing { cow: cow.to_owned(), path, source }),
         };
-        self.admit(file, path, Access::Read, self.options.base_cache, LockKind::Shared)
+        self.admit(file, path, access, self.options.base_cache, lock)
     }
 
     fn admit(
@@ -217,6 +234,8 @@ fn real_dir<E: Env>(env: &E, path: &Path) -> Result<PathBuf, OpenError> {
 /// One file below the top.
 pub(crate) struct Lower<F> {
     pub(crate) opened: Opened<F>,
+    /// Of a COW file.
+    pub(crate) header: Option<Header>,
     pub(crate) content: Content,
 }
 
@@ -256,7 +275,9 @@ impl<E: Env> Opener<'_, E> {
             let opened = self.backing(&cow, path)?;
             let header = opened.header_as(reference.format, &cow)?;
             let identity = opened.identity(header.as_ref());
-            if let Err(source) = reference.identity.verify(&identity) {
+            if let Err(source) = reference.identity.verify(&identity)
+                && !self.excuse.is_some_and(|excuse| excuse(&reference, &opened))
+            {
                 return Err(OpenError::Identity { cow, path: opened.path, source });
             }
             let content = match &header {
@@ -265,7 +286,7 @@ impl<E: Env> Opener<'_, E> {
             };
             cow.clone_from(&opened.path);
             next = header.as_ref().and_then(self::reference);
-            lowers.push(Lower { opened, content });
+            lowers.push(Lower { opened, header, content });
         }
         Ok(lowers)
     }
@@ -418,6 +439,23 @@ pub(crate) fn open_chain<E: Env>(
         cow = Some(make_writable(env, &top, header, live_is_valid)?);
     }
     fold(top, below, geometry, bitmap, cow)
+}
+
+/// Folds what the files of a chain say of the disk.
+pub(crate) fn fold_map<F>(
+    top: &Opened<F>,
+    below: &[Lower<F>],
+    geometry: &Geometry,
+    bitmap: Bitmap,
+) -> Result<LayerMap, OpenError> {
+    let frozen = below.iter().filter_map(|lower| match &lower.content {
+        Content::Raw => None,
+        Content::Cow(geometry, bitmap) => Some(LowerLayer { geometry, bitmap }),
+    });
+    let frozen: Vec<_> = frozen.collect();
+    let base = below.last().filter(|lower| matches!(lower.content, Content::Raw));
+    LayerMap::new(geometry, bitmap, &frozen, base.map(|base| base.opened.stat.size))
+        .map_err(|_| OpenError::TooDeep { top: top.path.clone() })
 }
 
 /// Joins the files of a chain.

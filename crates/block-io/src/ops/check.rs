@@ -127,7 +127,7 @@ fn for_each_page<F: Storage>(
 }
 
 /// Bytes of the durable bitmap with its room for growth.
-fn room(header: &Header) -> u64 {
+pub(super) fn room(header: &Header) -> u64 {
     match header {
         Header::Uml(uml) => uml.geometry().bitmap_len(),
         Header::Native(native) => {

@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use cow_format::{ByteOffset, SectorRange};
 
 use super::walk::{Piece, Source, Walker};
-use super::zeroes::for_each_nonzero;
+use super::zeroes::for_each_run;
 use super::{OpError, parallel};
 use crate::disk::Disk;
 use crate::storage::{Env, Storage};
@@ -61,7 +61,10 @@ fn copy_piece<E: Env>(
         let bytes = &mut buf[..n];
         walker.read(layer, ByteOffset::new(at.get() + done), bytes)?;
         let place = target.at.get() + piece.at.get() + done;
-        for_each_nonzero(bytes, place, |run| {
+        for_each_run(bytes, place, |run, zero| {
+            if zero {
+                return Ok(());
+            }
             let at = place + run.start as u64;
             target
                 .file

@@ -49,6 +49,22 @@ pub enum OpError {
         /// The name of the input.
         input: PathBuf,
     },
+    /// There is no such file below.
+    #[error("{}: {depth} files below it there is nothing to merge into", path.display())]
+    NothingBelow {
+        /// The COW file.
+        path: PathBuf,
+        /// Which file below was asked for; 1 is the next one.
+        depth: usize,
+    },
+    /// A file below cannot take what is merged.
+    #[error("{}: cannot be merged into: it {why}; merge to a new image instead", path.display())]
+    CannotTake {
+        /// The file below.
+        path: PathBuf,
+        /// What keeps it from being written.
+        why: &'static str,
+    },
     /// The file that would be replaced is open elsewhere.
     #[error("{}: not replaced: {source}", path.display())]
     InUse {

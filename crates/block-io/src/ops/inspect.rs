@@ -6,10 +6,11 @@ use cow_format::header::{BackingFormat, NativeState};
 use cow_format::identity::{ActualIdentity, BackingIdentity, IdentityError};
 use cow_format::{Bitmap, Header, HeaderError, SectorCount};
 
+use super::note::note_path;
 use crate::image::chain::{Opened, Reference, reference, resolve};
 use crate::image::state::load_live;
 use crate::image::{CHAIN_DEPTH_MAX, OpenError};
-use crate::storage::{Access, Env, FileKind, FileStat, LockError, LockKind, Storage};
+use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};
 
 /// What was found.
 #[derive(Debug)]
@@ -29,6 +30,8 @@ pub struct FileFacts {
     pub stat: FileStat,
     /// Somebody has it open for writing.
     pub in_use: bool,
+    /// A merge of it into a file below was interrupted and can be run again.
+    pub merging: bool,
     /// What it holds.
     pub content: Content,
     /// What it refers to.
@@ -93,6 +96,17 @@ pub fn inspect<E: Env>(env: &E, path: &Path, base: Option<&Path>) -> Result<Insp
     Ok(found)
 }
 
+/// Whether the file at `path` is a COW file that refers to the file `backing`. Only its header is read.
+pub fn refers_to<E: Env>(env: &E, path: &Path, backing: FileId) -> bool {
+    let referred = || -> Option<FileId> {
+        let file = opened(env.open(path, Access::Read).ok()?, path.to_owned()).ok()?;
+        let reference = reference(&file.header().ok()?)?;
+        let path = resolve(env, path, &reference.stored).ok()?;
+        Some(env.open(&path, Access::Read).ok()?.stat().ok()?.id)
+    };
+    referred() == Some(backing)
+}
+
 fn opened<F: Storage>(file: F, path: PathBuf) -> Result<Opened<F>, OpenError> {
     let stat = file.stat().map_err(OpenError::io(&path, "stat"))?;
     if !matches!(stat.kind, FileKind::Regular | FileKind::BlockDevice) {
@@ -145,8 +159,10 @@ impl Inspection {
     ) -> Result<(), OpenError> {
         let path = opened.path.clone();
         let in_use = matches!(opened.file.try_lock(LockKind::Shared), Err(LockError::Held { .. }));
-        let stat = opened.stat;
-        self.files.push(FileFacts { path, stat, in_use, content: Content::Unknown, backing: None });
+        let real = env.canonical(&path).map_err(OpenError::io(&path, "resolve"))?;
+        let merging = env.exists(&note_path(&real)).map_err(OpenError::io(&path, "look beside"))?;
+        let (stat, content) = (opened.stat, Content::Unknown);
+        self.files.push(FileFacts { path, stat, in_use, merging, content, backing: None });
         let content = look_inside(env, opened, format, self.files.len() == 1)?;
         if let Some(facts) = self.files.last_mut() {
             facts.content = content;

@@ -2,10 +2,13 @@
 
 pub mod check;
 mod copy;
+mod empty;
 mod error;
 mod holes;
 pub mod inspect;
 mod merge;
+mod merge_in_place;
+mod note;
 mod output;
 mod parallel;
 mod walk;
@@ -13,6 +16,7 @@ mod zeroes;
 
 pub use error::OpError;
 pub use merge::{create_raw, merge_to};
+pub use merge_in_place::{Merged, merge_in_place};
 pub use output::{Output, check_target};
 pub use parallel::threads;
 

@@ -1,5 +1,7 @@
 //! Finding zeros, so that they need no space.
 
+use std::ops::Range;
+
 /// Zeros are kept as holes in whole blocks of this many bytes: what file systems allocate.
 pub const ZERO_BLOCK: usize = 4096;
 
@@ -11,28 +13,29 @@ pub fn is_zero(bytes: &[u8]) -> bool {
         && bytes.chunks_exact(64).remainder().iter().all(|byte| *byte == 0)
 }
 
-/// Calls `found` with each run of `bytes` that is to be written: whole blocks of `ZERO_BLOCK`, counted from `at` in
-/// the output, that are not all zeros. `found` gets the place in `bytes`.
-pub fn for_each_nonzero<E>(
+/// Calls `found` with each run of `bytes`, from the first to the last: its place in `bytes`, and whether it is all
+/// zeros. Runs are made of whole blocks of [`ZERO_BLOCK`], counted from `at` in the output.
+pub fn for_each_run<E>(
     bytes: &[u8],
     at: u64,
-    mut found: impl FnMut(std::ops::Range<usize>) -> Result<(), E>,
+    mut found: impl FnMut(Range<usize>, bool) -> Result<(), E>,
 ) -> Result<(), E> {
-    let mut start = None;
+    let mut run = None;
     let mut block = 0..first_block_len(at).min(bytes.len());
     while !block.is_empty() {
-        match (is_zero(&bytes[block.clone()]), start) {
-            (true, Some(from)) => {
-                found(from..block.start)?;
-                start = None;
+        let zero = is_zero(&bytes[block.clone()]);
+        run = match run {
+            Some((start, same)) if same == zero => Some((start, same)),
+            Some((start, other)) => {
+                found(start..block.start, other)?;
+                Some((block.start, zero))
             }
-            (false, None) => start = Some(block.start),
-            _ => {}
-        }
+            None => Some((block.start, zero)),
+        };
         block = block.end..(block.end + ZERO_BLOCK).min(bytes.len());
     }
-    match start {
-        Some(from) => found(from..bytes.len()),
+    match run {
+        Some((start, zero)) => found(start..bytes.len(), zero),
         None => Ok(()),
     }
 }
@@ -49,11 +52,17 @@ mod tests {
 
     fn nonzero(bytes: &[u8], at: u64) -> Vec<(usize, usize)> {
         let mut runs = Vec::new();
-        for_each_nonzero(bytes, at, |run| {
-            runs.push((run.start, run.end));
+        let mut end = 0;
+        for_each_run(bytes, at, |run, zero| {
+            assert_eq!(run.start, end);
+            end = run.end;
+            if !zero {
+                runs.push((run.start, run.end));
+            }
             Ok::<(), ()>(())
         })
         .unwrap();
+        assert_eq!(end, bytes.len());
         runs
     }
 

@@ -285,6 +285,13 @@ impl NativeHeader {
         self.state = NativeState::Frozen;
     }
 
+    /// Begins a change of a frozen layer's content, by a merge into it: the files over it mean the content that it had.
+    pub fn renew_content(&mut self) -> Result<(), HeaderError> {
+        self.content_generation =
+            check_generation(Field::ContentGeneration, self.content_generation + 1)?;
+        Ok(())
+    }
+
     /// Names another backing file, or the same one elsewhere. A frozen layer may be rebound: its content stays.
     pub fn set_backing(&mut self, backing: Option<Backing>) {
         self.backing = backing;

@@ -1,0 +1,41 @@
+//! Emptying a COW file: all that it holds is dropped, and its space given back.
+
+use cow_format::{ByteOffset, Header};
+
+use super::{OpError, check};
+use crate::image::chain::Opened;
+use crate::image::side_file;
+use crate::storage::{Env, Storage};
+
+/// What file systems allocate at a time.
+const BLOCK: u64 = 4096;
+
+/// Clears every bit and punches out all data of a COW file that is exclusively locked. The bits are durably clear before
+/// the first data goes: no set bit ever shows a hole. An interruption leaves some of the bits.
+pub(super) fn empty<E: Env>(
+    env: &E,
+    cow: &Opened<E::File>,
+    header: &Header,
+) -> Result<(), OpError> {
+    let geometry = header.geometry();
+    let path = &cow.path;
+    let punch =
+        |at: ByteOffset, len| cow.file.punch(at, len).map_err(OpError::write(path, at.get()));
+    let sync = || cow.file.sync().map_err(OpError::io(path, "sync"));
+    if let Header::Uml(_) = header {
+        let real = env.canonical(path).map_err(OpError::io(path, "resolve"))?;
+        match env.remove(&side_file::path_for(&real)) {
+            Err(err) if err.kind() != std::io::ErrorKind::NotFound => {
+                return Err(OpError::io(path, "remove the live bitmap of")(err));
+            }
+            _ => {}
+        }
+    }
+    // All of the room: what lies past the end must not come to life by growth. The live bitmap of a clean file is void.
+    punch(geometry.bitmap_offset(), check::room(header))?;
+    sync()?;
+    // The last block as a whole, though the file may end within it.
+    let end = cow.file.len().map_err(OpError::io(path, "stat"))?.next_multiple_of(BLOCK);
+    punch(geometry.data_offset(), end.saturating_sub(geometry.data_offset().get()))?;
+    sync()
+}

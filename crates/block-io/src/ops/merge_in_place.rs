@@ -1,0 +1,373 @@
+//! Merging a COW file into a file below it.
+//!
+//! Every step leaves a disk with the same content, whenever the power goes: until its last change the COW file holds all
+//! that it held, so that it does not matter how much of that the target has as well. What does matter is that the COW file
+//! matches its target again, or that a note says why it does not (see [`super::note`]); then the merge can be run again.
+//!
+//! 1. The COW file's bits are made durable; the note is written.
+//! 2. A layer gets its next content generation: other files over it become invalid. (A base becomes so by its mtime.)
+//! 3. The data is copied and synced; a layer's bits are set and synced; a base gets its new mtime.
+//! 4. The COW file's header refers to the target as it is now.
+//! 5. The COW file's bits are cleared, and when that is durable its data is punched out. The note goes.
+
+use std::num::NonZeroUsize;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use cow_format::header::{Backing, BackingFormat, NativeState};
+use cow_format::identity::{BackingIdentity, Timestamp};
+use cow_format::{
+    Bitmap, ByteOffset, Extent, Geometry, Header, LayerMap, SECTOR_SIZE, Sector, SectorCount,
+    SectorRange,
+};
+
+use super::empty::empty;
+use super::holes::Holes;
+use super::note::Note;
+use super::zeroes::for_each_run;
+use super::{OpError, Progress, parallel};
+use crate::image::chain::{
+    Content, Lower, Opened, Opener, Reference, fold_map, path_to_store, reference,
+};
+use crate::image::flush::{FlushFailure, flush};
+use crate::image::state::{load_live, mark_clean, set_backing_path, write_native_synced};
+use crate::image::{CowFormat, DiskOptions, OpenError};
+use crate::storage::{Env, FileKind, Storage};
+
+/// Bytes that a thread copies at once.
+const BUFFER: usize = 1 << 20;
+
+/// What a merge in place did.
+#[derive(Debug)]
+pub struct Merged {
+    /// The file that has it all now.
+    pub target: PathBuf,
+    /// The COW file is empty and stands over the target as it is now. If not (its header is of a version that is
+    /// never written) it is as it was and no longer matches.
+    pub emptied: bool,
+}
+
+/// Merges the COW file at `cow`, and what stands between, into the file `depth` files below it (1 is the next one).
+/// `base` stands in for the path in its header. Can be run again after an interruption.
+pub fn merge_in_place<E: Env>(
+    env: &E,
+    cow: &Path,
+    base: Option<&Path>,
+    depth: NonZeroUsize,
+    progress: Progress<'_>,
+) -> Result<Merged, OpError> {
+    let mut merge = Merge::open(env, cow, base, depth)?;
+    if merge.is_empty() {
+        // Nothing has to change, least of all the target; a note is from a merge that was all but over.
+        merge.note.remove(env)?;
+        return Ok(Merged { target: merge.target.opened.path.clone(), emptied: true });
+    }
+    merge.settle()?;
+    merge.note.write(env)?;
+    merge.renew_layer()?;
+    merge.make_room()?;
+    merge.copy(progress)?;
+    merge.publish()?;
+    let emptied = merge.refer()?;
+    if emptied {
+        empty(env, &merge.top, &merge.header)?;
+    }
+    merge.note.remove(env)?;
+    Ok(Merged { target: merge.target.opened.path.clone(), emptied })
+}
+
+/// A merge under way: all files open and locked, the COW file and the target exclusively.
+struct Merge<'a, E: Env> {
+    env: &'a E,
+    top: Opened<E::File>,
+    header: Header,
+    /// What stands between.
+    between: Vec<Lower<E::File>>,
+    target: Lower<E::File>,
+    /// How the header above the target knows it.
+    stored: BackingIdentity,
+    map: LayerMap,
+    note: Note,
+}
+
+impl<'a, E: Env> Merge<'a, E> {
+    fn open(
+        env: &'a E,
+        cow: &Path,
+        base: Option<&Path>,
+        depth: NonZeroUsize,
+    ) -> Result<Self, OpError> {
+        let options = DiskOptions::default();
+        let mut opener = Opener::new(env, &options, cow);
+        let top = opener.top()?;
+        let header = top.header()?;
+        if matches!(&header, Header::Native(native) if native.state() == NativeState::Frozen) {
+            return Err(OpenError::Frozen { path: cow.to_owned() }.into());
+        }
+        let real = env.canonical(cow).map_err(OpError::io(cow, "resolve"))?;
+        let note = |reference: &Reference, target: &Opened<E::File>| {
+            Note::new(&real, &top.stat, &target.stat, &reference.identity)
+        };
+        let interrupted = |reference: &Reference, target: &Opened<E::File>| {
+            note(reference, target).stands(env).unwrap_or(false)
+        };
+        let mut opener = opener.writing(depth.get() - 1, &interrupted);
+        let mut below = opener.below(cow, &header, base)?;
+        let bitmap = top.bitmap(header.geometry())?;
+        load_live(env, &top, &header, &bitmap)?;
+        top.check_data(header.geometry(), &bitmap)?;
+        let map = fold_map(&top, &below, header.geometry(), bitmap)?;
+        below.truncate(depth.get());
+        let above = below.len().checked_sub(2).and_then(|above| below.get(above));
+        let stored = match above {
+            Some(above) => above.header.as_ref().and_then(reference),
+            None => reference(&header),
+        };
+        let (true, Some(target), Some(stored)) = (below.len() == depth.get(), below.pop(), stored)
+        else {
+            return Err(OpError::NothingBelow { path: cow.to_owned(), depth: depth.get() });
+        };
+        check_target(&header, &target)?;
+        let note = note(&stored, &target.opened);
+        let stored = stored.identity;
+        Ok(Merge { env, top, header, between: below, target, stored, map, note })
+    }
+
+    /// Whether there is nothing to merge.
+    fn is_empty(&self) -> bool {
+        let none = |lower: &Lower<E::File>| match &lower.content {
+            Content::Raw => true,
+            Content::Cow(_, bitmap) => bitmap.present().get() == 0,
+        };
+        self.map.top().is_none_or(|top| top.present().get() == 0) && self.between.iter().all(none)
+    }
+
+    /// Makes everything that the COW file holds durable, and its state clean.
+    fn settle(&mut self) -> Result<(), OpError> {
+        if let Some(bitmap) = self.map.top()
+            && !is_read_only(&self.header)
+        {
+            make_durable(&self.top, bitmap, self.header.geometry())?;
+            mark_clean(&self.top.file, &mut self.header).map_err(|err| err.at(&self.top.path))?;
+        }
+        Ok(())
+    }
+
+    /// Tells the files over a layer that its content is about to change.
+    fn renew_layer(&mut self) -> Result<(), OpError> {
+        if let Some(Header::Native(native)) = &mut self.target.header {
+            let path = &self.target.opened.path;
+            native.renew_content().map_err(OpenError::header(path))?;
+            let written = write_native_synced(&self.target.opened.file, native);
+            written.map_err(|err| err.at(path))?;
+        }
+        Ok(())
+    }
+
+    /// Lengthens a base that is shorter than the disk.
+    fn make_room(&self) -> Result<(), OpError> {
+        let size = self.header.geometry().virtual_size();
+        let target = &self.target.opened;
+        if self.target.header.is_none() && target.stat.size < size {
+            target.file.set_len(size).map_err(OpError::io(&target.path, "lengthen"))?;
+        }
+        Ok(())
+    }
+
+    fn copy(&self, progress: Progress<'_>) -> Result<(), OpError> {
+        let state = || (vec![Holes::default(); self.between.len() + 1], vec![0; BUFFER]);
+        let work = |(holes, buf): &mut (Vec<Holes>, Vec<u8>), range: SectorRange| {
+            let mut at = range.start_bytes().get();
+            for extent in self.map.extents(range) {
+                let len = match extent {
+                    Extent::Data { layer, at: from, len } if layer.get() < holes.len() => {
+                        let source = (self.layer(layer.get()), &mut holes[layer.get()], from);
+                        self.copy_data(source, at, len, buf)?;
+                        len
+                    }
+                    Extent::Data { len, .. } => len,
+                    Extent::Zero { len } => {
+                        self.zero(at, len)?;
+                        len
+                    }
+                };
+                at += len;
+            }
+            progress(range.len_bytes());
+            Ok(())
+        };
+        parallel::for_each_piece(self.map.sectors(), parallel::threads(), state, work)
+    }
+
+    fn layer(&self, index: usize) -> &Opened<E::File> {
+        match index.checked_sub(1) {
+            None => &self.top,
+            Some(index) => &self.between[index].opened,
+        }
+    }
+
+    /// Copies `len` bytes to byte `at` of the disk.
+    fn copy_data(
+        &self,
+        (source, holes, from): (&Opened<E::File>, &mut Holes, ByteOffset),
+        at: u64,
+        len: u64,
+        buf: &mut [u8],
+    ) -> Result<(), OpError> {
+        let mut done = 0;
+        while done < len {
+            let place = from.get() + done;
+            let read = OpError::read(&source.path, place);
+            let (part, hole) = holes.stretch(&source.file, place, len - done).map_err(read)?;
+            if hole {
+                self.zero(at + done, part)?;
+                done += part;
+                continue;
+            }
+            let n = usize::try_from(part).map_or(buf.len(), |part| part.min(buf.len()));
+            let read = OpError::read(&source.path, place);
+            source.file.read_exact_at(&mut buf[..n], ByteOffset::new(place)).map_err(read)?;
+            for_each_run(&buf[..n], at + done, |run, zero| {
+                let at = at + done + run.start as u64;
+                if zero { self.zero(at, run.len() as u64) } else { self.write(at, &buf[run]) }
+            })?;
+            done += n as u64;
+        }
+        self.insert(at, len);
+        Ok(())
+    }
+
+    /// Where byte `at` of the disk stands in the target.
+    fn place(&self, at: u64) -> u64 {
+        match &self.target.content {
+            Content::Raw => at,
+            Content::Cow(geometry, _) => geometry.data_offset().get() + at,
+        }
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) -> Result<(), OpError> {
+        // The last sector may be partial: a base must not become longer.
+        let left = self.header.geometry().virtual_size().saturating_sub(at);
+        let len = usize::try_from(left).map_or(bytes.len(), |left| left.min(bytes.len()));
+        let (target, place) = (&self.target.opened, self.place(at));
+        let written = target.file.write_all_at(&bytes[..len], ByteOffset::new(place));
+        written.map_err(OpError::write(&target.path, place))
+    }
+
+    fn zero(&self, at: u64, len: u64) -> Result<(), OpError> {
+        let (target, place) = (&self.target.opened, self.place(at));
+        // What a base did not have before is zeros already.
+        let end = target.stat.size.saturating_sub(place).min(len);
+        let zeroed = target.file.punch(ByteOffset::new(place), end);
+        zeroed.map_err(OpError::write(&target.path, place))?;
+        self.insert(at, len);
+        Ok(())
+    }
+
+    /// Sets the bits of a layer, in memory.
+    fn insert(&self, at: u64, len: u64) {
+        if let Content::Cow(_, bitmap) = &self.target.content
+            && let Some(range) =
+                SectorRange::new(Sector::new(at / SECTOR_SIZE), SectorCount::covering(len))
+        {
+            bitmap.insert(range);
+        }
+    }
+
+    /// Makes the target durable, with what tells it from what it was.
+    fn publish(&mut self) -> Result<(), OpError> {
+        let target = &mut self.target.opened;
+        match &self.target.content {
+            Content::Cow(geometry, bitmap) => make_durable(target, bitmap, geometry)?,
+            Content::Raw => {
+                target.file.sync().map_err(OpError::io(&target.path, "sync"))?;
+                let now = target.file.stat().map_err(OpError::io(&target.path, "stat"))?.mtime;
+                let mtime = other_second(now, &self.stored);
+                target.file.stamp(mtime).map_err(OpError::io(&target.path, "set the mtime of"))?;
+            }
+        }
+        target.stat = target.file.stat().map_err(OpError::io(&target.path, "stat"))?;
+        Ok(())
+    }
+
+    /// Lets the COW file's header mean the target as it is now; false if such a header is never written.
+    fn refer(&mut self) -> Result<bool, OpError> {
+        if is_read_only(&self.header) {
+            return Ok(false);
+        }
+        let (top, target) = (&self.top, &self.target.opened);
+        let format = CowFormat::of(&self.header);
+        let path = path_to_store(self.env, &top.path, &target.path, format)?;
+        let path = path.as_os_str().as_bytes();
+        let found = target.identity(self.target.header.as_ref());
+        let written = match &mut self.header {
+            Header::Uml(_) => set_backing_path(&top.file, &mut self.header, path, found.mtime),
+            Header::Native(native) => {
+                let (format, identity) = match found.layer {
+                    Some((uuid, content_generation)) => {
+                        let layer = BackingIdentity::Layer { uuid, content_generation };
+                        (BackingFormat::Native, layer)
+                    }
+                    None => {
+                        let image = BackingIdentity::Image { size: found.size, mtime: found.mtime };
+                        (BackingFormat::Raw, image)
+                    }
+                };
+                // A digest would be that of the content before.
+                let backing = Backing::new(path, format, identity, None);
+                native.set_backing(Some(backing.map_err(OpenError::header(&top.path))?));
+                write_native_synced(&top.file, native)
+            }
+        };
+        written.map_err(|err| err.at(&top.path))?;
+        Ok(true)
+    }
+}
+
+/// Refuses a target that cannot be written so that it stays what it is.
+fn check_target<F: Storage>(header: &Header, target: &Lower<F>) -> Result<(), OpError> {
+    let refuse = |why| OpError::CannotTake { path: target.opened.path.clone(), why };
+    let size = header.geometry().virtual_size();
+    match &target.header {
+        Some(Header::Uml(_)) => {
+            Err(refuse("is a UML COW file, which others may know by its mtime"))
+        }
+        Some(Header::Native(native)) if native.geometry().virtual_size() < size => {
+            Err(refuse("is smaller than the disk"))
+        }
+        None if target.opened.stat.kind == FileKind::BlockDevice
+            && target.opened.stat.size < size =>
+        {
+            Err(refuse("is a block device that is smaller than the disk"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn is_read_only(header: &Header) -> bool {
+    matches!(header, Header::Uml(uml) if uml.is_read_only())
+}
+
+fn make_durable<F: Storage>(
+    file: &Opened<F>,
+    bitmap: &Bitmap,
+    geometry: &Geometry,
+) -> Result<(), OpError> {
+    flush(&file.file, bitmap, geometry).map_err(|failure| match failure {
+        FlushFailure::Sync(err) => OpError::io(&file.path, "sync")(err),
+        FlushFailure::Write(err) => OpError::io(&file.path, "write the bitmap of")(err),
+    })
+}
+
+/// `now`, or the second after it if a header that knows whole seconds could take it for the time that is stored.
+fn other_second(now: Timestamp, stored: &BackingIdentity) -> Timestamp {
+    let stored = match *stored {
+        BackingIdentity::ImageSeconds { mtime_secs, .. } => i64::from(mtime_secs),
+        BackingIdentity::Image { mtime, .. } => mtime.secs(),
+        BackingIdentity::Layer { .. } => return now,
+    };
+    match now.secs() == stored {
+        true => Timestamp::new(stored + 1, 0).unwrap_or(now),
+        false => now,
+    }
+}

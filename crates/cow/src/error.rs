@@ -1,6 +1,7 @@
 //! What can go wrong in the tool itself; what can go wrong with an image is said by block-io.
 
 use std::io;
+use std::path::PathBuf;
 
 use block_io::ops::OpError;
 use block_io::{DiskError, OpenError};
@@ -14,6 +15,26 @@ pub enum CowError {
     /// Options that do not go together.
     #[error("{0}")]
     Usage(String),
+    /// A change that others will notice was not confirmed.
+    #[error(
+        "{}: would be overwritten with the merged disk, and every other COW file over it would become invalid{}; \
+         say --yes if that is meant",
+        target.display(), known(others)
+    )]
+    NotConfirmed {
+        /// The file that would be written.
+        target: PathBuf,
+        /// The COW files over it that were found.
+        others: Vec<PathBuf>,
+    },
+    /// The file is no part of the chain.
+    #[error("{}: is not one of the files below {}", file.display(), cow.display())]
+    NotBelow {
+        /// As named.
+        file: PathBuf,
+        /// The COW file.
+        cow: PathBuf,
+    },
     /// Standard output was not taken.
     #[error("cannot write to standard output: {0}")]
     Output(io::Error),
@@ -29,4 +50,10 @@ impl From<DiskError> for CowError {
     fn from(err: DiskError) -> Self {
         CowError::Op(err.into())
     }
+}
+
+/// ` (known: a, b)`, or nothing.
+pub fn known(files: &[PathBuf]) -> String {
+    let names: Vec<_> = files.iter().map(|file| file.display().to_string()).collect();
+    if names.is_empty() { String::new() } else { format!(" (known: {})", names.join(", ")) }
 }

@@ -31,6 +31,11 @@ impl Ui {
         }
     }
 
+    /// Says what the user must know even if he wants quiet.
+    pub fn warn(self, text: impl std::fmt::Display) {
+        eprintln!("cow: warning: {text}");
+    }
+
     /// A progress line for work on `total` bytes; gone when dropped.
     pub fn progress(self, what: &'static str, total: u64) -> Progress {
         Progress {

@@ -181,7 +181,7 @@ impl CowPart {
             uuid: native.map(|native| native.uuid().to_string()),
             content_generation: native.map(|native| native.content_generation()),
             virtual_size_max: native.map(|native| native.virtual_size_max()),
-            interrupted_merge: false,
+            interrupted_merge: facts.merging,
         }
     }
 }

@@ -1,24 +1,45 @@
-//! `cow merge`: a COW file and what it stands over become one raw image.
+//! `cow merge`: a COW file and what it stands over become one image, new or in place.
 
-use std::path::PathBuf;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use block_io::ops::inspect::{inspect, refers_to};
+use block_io::storage::{FileId, FileStat};
 use block_io::{Disk, DiskOptions, Host, ops};
 
-use crate::error::CowError;
+use crate::error::{CowError, known};
 use crate::size::Human;
 use crate::ui::Ui;
 
-/// Make one raw image of a COW file and its base
+/// Make one image of a COW file and its base
 ///
-/// OUT gets the content of the disk, the last partial sector included; zeros become holes. It appears under its name only
-/// when it is complete and safely on the disk: whatever happens, there is never half an image. COW and its base
-/// are not changed.
+/// With OUT, a new raw image gets the content of the disk, a partial last sector included; zeros become holes. It
+/// appears under its name only when it is complete and safely on the disk: whatever happens, there is never half an
+/// image. COW and its base are not changed.
+///
+/// With --in-place, what COW holds is written into the file below it. That file is then the whole disk, and every other
+/// COW file over it becomes invalid. COW is emptied, gives its space back, and stays usable: it stands over the file
+/// as it is now. (A UML COW file of version 1 or 2 is left as it was and no longer matches: remove it.) If it is
+/// interrupted, the disk's content is safe and the same command finishes the work.
 #[derive(clap::Args, Debug)]
+#[command(visible_alias = "commit")]
 pub struct Args {
     /// The base image, instead of the path that COW names; its size and mtime must match what COW says
     #[arg(short, long, value_name = "BASE")]
     base: Option<PathBuf>,
+
+    /// Write into the file below COW instead of a new image
+    #[arg(long, conflicts_with_all = ["out", "force"])]
+    in_place: bool,
+
+    /// With --in-place: write into this file of the chain, and leave out those between
+    #[arg(long, value_name = "FILE", conflicts_with = "out")]
+    drop_to: Option<PathBuf>,
+
+    /// With --in-place: do it, although other COW files become invalid
+    #[arg(long, conflicts_with = "out")]
+    yes: bool,
 
     /// Replace OUT if it exists
     #[arg(long)]
@@ -28,17 +49,109 @@ pub struct Args {
     cow: PathBuf,
 
     /// The new image
-    out: PathBuf,
+    #[arg(required_unless_present = "in_place")]
+    out: Option<PathBuf>,
 }
 
 impl Args {
     pub fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
+        match &self.out {
+            Some(out) => self.to_new(out, ui)?,
+            None => self.in_place(ui)?,
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn to_new(&self, out: &Path, ui: Ui) -> Result<(), CowError> {
         let options = DiskOptions { read_only: true, ..DiskOptions::default() };
         let disk = Disk::open_cow(&self.cow, self.base.as_deref(), &options)?;
         let progress = ui.progress("merge", disk.size());
-        ops::merge_to(&Host, &disk, &self.out, self.force, &|bytes| progress.add(bytes))?;
+        ops::merge_to(&Host, &disk, out, self.force, &|bytes| progress.add(bytes))?;
         drop(progress);
-        ui.note(format_args!("{}: {}", self.out.display(), Human(disk.size())));
-        Ok(ExitCode::SUCCESS)
+        ui.note(format_args!("{}: {}", out.display(), Human(disk.size())));
+        Ok(())
+    }
+
+    fn in_place(&self, ui: Ui) -> Result<(), CowError> {
+        let found = inspect(&Host, &self.cow, self.base.as_deref())?;
+        let mut below = found.files.iter().skip(1).zip(1..);
+        let target = match &self.drop_to {
+            None => below.next(),
+            Some(file) => {
+                let id = id_of(file);
+                below.find(|(below, _)| Some(below.stat.id) == id)
+            }
+        };
+        let depth = match (target, &self.drop_to) {
+            (Some((target, depth)), _) => {
+                self.confirm(&target.path, &target.stat, ui)?;
+                NonZeroUsize::new(depth).unwrap_or(NonZeroUsize::MIN)
+            }
+            (None, Some(file)) => {
+                return Err(CowError::NotBelow { file: file.clone(), cow: self.cow.clone() });
+            }
+            // What is wrong with the chain is said when it is opened.
+            (None, None) => NonZeroUsize::MIN,
+        };
+        let size = found.files.first().map_or(0, |top| top.stat.size);
+        let progress = ui.progress("merge", size);
+        let base = self.base.as_deref();
+        let merged =
+            ops::merge_in_place(&Host, &self.cow, base, depth, &|bytes| progress.add(bytes))?;
+        drop(progress);
+        let (cow, target) = (self.cow.display(), merged.target.display());
+        match merged.emptied {
+            true => ui.note(format_args!("{target}: has it all; {cow} is empty and stands over it")),
+            false => ui.warn(format_args!(
+                "{target} has it all, but the header of {cow} is of a version that is never written: it no longer \
+                 matches; remove it"
+            )),
+        }
+        Ok(())
+    }
+
+    /// Refuses to go on unless the user has said that it is meant; says who will notice.
+    fn confirm(&self, target: &Path, stat: &FileStat, ui: Ui) -> Result<(), CowError> {
+        let others = others_over(target, stat.id, &self.cow);
+        if !self.yes {
+            return Err(CowError::NotConfirmed { target: target.to_owned(), others });
+        }
+        ui.warn(format_args!(
+            "{} is overwritten with the merged disk; every other COW file over it becomes invalid{}",
+            target.display(),
+            known(&others)
+        ));
+        Ok(())
+    }
+}
+
+fn id_of(file: &Path) -> Option<FileId> {
+    use std::os::unix::fs::MetadataExt;
+    let meta = std::fs::metadata(file).ok()?;
+    Some(FileId { dev: meta.dev(), ino: meta.ino() })
+}
+
+/// The COW files over `target`, beside it or beside `cow`, other than `cow`: as far as anyone can know.
+fn others_over(target: &Path, id: FileId, cow: &Path) -> Vec<PathBuf> {
+    let mut others = Vec::new();
+    let mut seen: Vec<FileId> = id_of(cow).into_iter().collect();
+    for dir in [target, cow].map(dir_of) {
+        let Ok(entries) = std::fs::read_dir(dir) else { continue };
+        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+            let Some(this) = id_of(&path).filter(|_| path.is_file()) else { continue };
+            if !seen.contains(&this) && refers_to(&Host, &path, id) {
+                seen.push(this);
+                others.push(path.strip_prefix("./").map(Path::to_owned).unwrap_or(path));
+            }
+        }
+    }
+    others.sort();
+    others
+}
+
+fn dir_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
     }
 }

@@ -55,6 +55,11 @@ pub fn cow() -> Command {
     Command::new(bin_dir().join("cow"))
 }
 
+/// The load generator of this workspace.
+pub fn blk_bench() -> Command {
+    Command::new(bin_dir().join("blk-bench"))
+}
+
 /// Where the workspace's programs are: BIN_DIR, else the directory of this test's own profile after
 /// one `cargo build` there, so that a test never meets an old program.
 fn bin_dir() -> &'static PathBuf {

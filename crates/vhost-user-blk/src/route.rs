@@ -1,7 +1,6 @@
 //! From a request's sectors to operations on files: the layer map's extents,
 //! cut out of guest memory.
 
-use std::io;
 use std::os::fd::BorrowedFd;
 
 use block_io::ring::{FileSlot, Plan};
@@ -19,13 +18,13 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 /// Finds the file and the place for each piece of a request.
 pub struct Router<'a> {
     disk: &'a Disk,
-    /// What the file system of the COW file has turned out not to know.
-    no_punch: bool,
-    no_zero_range: bool,
     /// Used again from one extent to the next.
     piece: Vec<libc::iovec>,
     resident: Resident<'a>,
 }
+
+/// The top layer, buffered.
+const TOP: FileSlot = FileSlot(0);
 
 /// The buffered and the direct description of each layer stand side by side.
 const FILES_PER_LAYER: u32 = 2;
@@ -34,7 +33,7 @@ impl<'a> Router<'a> {
     /// A router for one queue.
     pub fn new(disk: &'a Disk, mappings: &'a Mappings) -> Self {
         let resident = Resident::new(mappings);
-        Self { disk, no_punch: false, no_zero_range: false, piece: Vec::new(), resident }
+        Self { disk, piece: Vec::new(), resident }
     }
 
     /// What this queue knows of the page cache.
@@ -81,31 +80,25 @@ impl<'a> Router<'a> {
         plan.write(slot(self.disk, LayerIndex::TOP, at, buffers), at, buffers);
     }
 
-    /// Plans to turn `segments` into zeros, in the best way that the file
-    /// system is known to have.
+    /// Plans to turn `segments` into zeros: holes where their space may be given
+    /// back, else zeros that keep it. A file system that knows no such thing says
+    /// EOPNOTSUPP; then [`Self::plan_zeros_by_hand`].
     pub fn plan_zero(&self, segments: &[Segment], plan: &mut Plan) {
-        let top = FileSlot(0);
         for segment in segments {
             let (at, len) = (self.disk.write_at(segment.range), segment.range.len_bytes());
-            if segment.unmap && !self.no_punch {
-                plan.punch(top, at, len);
-            } else if !self.no_zero_range {
-                plan.zero(top, at, len);
+            if segment.unmap {
+                plan.punch(TOP, at, len);
             } else {
-                plan_zeros(at, len, plan);
+                plan.zero(TOP, at, len);
             }
         }
     }
 
-    /// After `error` from a plan of [`Self::plan_zero`]: there is another way,
-    /// which the next one will take.
-    pub fn zeroing_unsupported(&mut self, error: &io::Error) -> bool {
-        if error.raw_os_error() != Some(libc::EOPNOTSUPP) || self.no_zero_range {
-            return false;
+    /// Plans to write zeros to `segments`.
+    pub fn plan_zeros_by_hand(&self, segments: &[Segment], plan: &mut Plan) {
+        for segment in segments {
+            plan_zeros(self.disk.write_at(segment.range), segment.range.len_bytes(), plan);
         }
-        self.no_zero_range = self.no_punch;
-        self.no_punch = true;
-        true
     }
 }
 
@@ -137,7 +130,7 @@ fn plan_zeros(at: ByteOffset, len: u64, plan: &mut Plan) {
     if !len.is_multiple_of(chunk) {
         buffers.push(buffer(len % chunk));
     }
-    plan.write(FileSlot(0), at, &buffers);
+    plan.write(TOP, at, &buffers);
 }
 
 /// Cuts consecutive pieces out of a list of buffers.

@@ -38,6 +38,9 @@ const BATCH_MAX: usize = 32;
 /// The stack of a worker, in bytes. Its data is on the heap.
 const STACK_BYTES: usize = 256 << 10;
 
+/// How often a queue logs failed requests.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(1);
+
 const KICK: Watch = Watch(0);
 const STOP: Watch = Watch(1);
 const COMMIT: Watch = Watch(2);
@@ -155,8 +158,9 @@ struct InFlight {
 enum Work {
     Read,
     Write(SectorRange),
-    /// The ranges are being turned into zeros.
-    Zero(Vec<Segment>),
+    /// The ranges are being turned into zeros; whether by hand, which always
+    /// works.
+    Zero(Vec<Segment>, bool),
     /// A flush, for itself or for a write that must be durable.
     Commit,
 }
@@ -179,6 +183,9 @@ struct Worker<'a> {
     open: bool,
     /// [`TIDY`] will come.
     tidying: bool,
+    /// When a failed request was last logged, and how many were not since.
+    complained: Option<Instant>,
+    not_said: u64,
     // Used again from one request to the next.
     plan: Plan,
     iovecs: IoVecs,
@@ -218,6 +225,8 @@ impl<'a> Worker<'a> {
             spin: Spin::new(shared.poll),
             open: true,
             tidying: false,
+            complained: None,
+            not_said: 0,
             plan: Plan::default(),
             iovecs: IoVecs::new(),
             answers: Vec::new(),
@@ -321,7 +330,7 @@ impl<'a> Worker<'a> {
             segment.unmap |= discard;
         }
         self.router.plan_zero(&segments, &mut self.plan);
-        self.submit(InFlight { head, pending, work: Work::Zero(segments) });
+        self.submit(InFlight { head, pending, work: Work::Zero(segments, false) });
     }
 
     /// Starts what was planned. An empty plan is done already.
@@ -360,18 +369,18 @@ impl<'a> Worker<'a> {
     /// The data of a request has been moved, or could not be.
     fn completed(&mut self, request: InFlight, result: io::Result<()>) {
         let InFlight { head, pending, work } = request;
-        if let Err(e) = &result {
-            log::warn!("queue {}: I/O failed: {e}", self.start.queue);
-        }
         match (work, result) {
-            (Work::Zero(segments), Err(e)) if self.router.zeroing_unsupported(&e) => {
-                self.router.plan_zero(&segments, &mut self.plan);
-                self.submit(InFlight { head, pending, work: Work::Zero(segments) });
+            (Work::Zero(segments, false), Err(e)) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                self.router.plan_zeros_by_hand(&segments, &mut self.plan);
+                self.submit(InFlight { head, pending, work: Work::Zero(segments, true) });
             }
-            (_, Err(_)) => self.answer(head, pending.failed()),
+            (_, Err(e)) => {
+                self.complain("I/O failed", &e);
+                self.answer(head, pending.failed());
+            }
             (Work::Read | Work::Commit, Ok(())) => self.answer(head, pending.done()),
             (Work::Write(range), Ok(())) => self.written(head, pending, &[range]),
-            (Work::Zero(mut segments), Ok(())) => {
+            (Work::Zero(mut segments, _), Ok(())) => {
                 let ranges: Vec<_> = segments.iter().map(|s| s.range).collect();
                 self.written(head, pending, &ranges);
                 segments.clear();
@@ -385,7 +394,7 @@ impl<'a> Worker<'a> {
         fault::reached("data");
         for range in ranges {
             if let Err(e) = self.shared.disk.written(*range) {
-                log::warn!("queue {}: {e}", self.start.queue);
+                self.complain("write failed", &e);
                 return self.answer(head, pending.failed());
             }
         }
@@ -418,6 +427,22 @@ impl<'a> Worker<'a> {
             self.answer(head, if durable { pending.done() } else { pending.failed() });
         }
         self.answers = answers;
+    }
+
+    /// Logs that a request failed; not each one, for a full disk can fail many
+    /// thousands a second.
+    fn complain(&mut self, what: &str, why: &dyn std::fmt::Display) {
+        let quiet = self.complained.is_some_and(|last| last.elapsed() < COMPLAIN_EVERY);
+        if quiet {
+            self.not_said += 1;
+            return;
+        }
+        let queue = self.start.queue;
+        match std::mem::take(&mut self.not_said) {
+            0 => log::warn!("queue {queue}: {what}: {why}"),
+            n => log::warn!("queue {queue}: {what}: {why} ({n} more since the last message)"),
+        }
+        self.complained = Some(Instant::now());
     }
 
     fn answer(&mut self, head: Head, reply: Reply) {

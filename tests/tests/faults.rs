@@ -1,0 +1,117 @@
+//! The running daemon when the host fails it: no space, a base cut short. The guest is blk-bench,
+//! which knows what each sector must hold.
+
+use std::fs::OpenOptions;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use system_tests::{CowDisk, Process, blk_bench, cow, patterned, run, run_ok, vhost_user_blk};
+
+const MIB: usize = 1 << 20;
+
+/// What the daemon logs when a write has found no space.
+const FAILED: &str = "No space left on device";
+
+/// For everything that is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A mount namespace of its own in which `script` runs; with it a file system can be mounted whose
+/// end nobody else sees, and without being root.
+fn in_namespace(script: &str) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--user", "--map-root-user", "sh", "-euc", script]);
+    command
+}
+
+fn load(socket: &Path, more: &[&str]) -> Command {
+    let mut command = blk_bench();
+    command.arg("run").arg("--socket-path").arg(socket).args(["--verify", "--tolerate-errors"]);
+    command.args(more);
+    command
+}
+
+/// How many requests failed, by blk-bench's own account.
+fn failed_requests(json: &str) -> u64 {
+    let value: serde_json::Value = serde_json::from_str(json).expect("blk-bench prints JSON");
+    value["errors"].as_u64().expect("blk-bench counts errors")
+}
+
+#[test]
+fn a_full_file_system_fails_writes_and_serves_on_when_space_comes_back() {
+    if run(in_namespace("mount -t tmpfs none /mnt")).code != Some(0) {
+        println!("skipped: this user may not make a mount namespace");
+        return;
+    }
+    let disk = CowDisk::over(&patterned(64 * MIB, 1));
+    let (socket, mount) = (disk.dir.path("socket"), disk.dir.path("small"));
+    std::fs::create_dir(&mount).expect("a directory");
+    let cow_file = mount.join("disk.cow");
+    let (grow, end) = (disk.dir.path("grow"), disk.dir.path("end"));
+    // Only inside of the namespace can the file system be given more room, and the file be kept.
+    let script = format!(
+        "mount -t tmpfs -o size=4m none {mount}
+         {daemon} --socket-path={socket} {cow_file},{base} &
+         until [ -e {grow} ]; do sleep 0.05; done; mount -o remount,size=256m {mount}
+         until [ -e {end} ]; do sleep 0.05; done; kill $!; wait $!
+         cp --sparse=always {cow_file} {kept}",
+        mount = mount.display(),
+        daemon = Path::new(vhost_user_blk().get_program()).display(),
+        socket = socket.display(),
+        cow_file = cow_file.display(),
+        base = disk.base.display(),
+        grow = grow.display(),
+        end = end.display(),
+        kept = disk.cow.display(),
+    );
+    let daemon = Process::spawn("daemon in a small file system", in_namespace(&script));
+    daemon.wait_for("listening", PATIENCE);
+    let options = [
+        "--ops=read:1,write:4,discard:1,write-zeroes:1",
+        "--block-size=512..64k",
+        "--queues=2",
+        "--depth=8",
+        "--flush-every=16",
+        "--count=6000",
+        "--read-back",
+        "--discard-zeroes",
+        "--output=json",
+    ];
+    let mut command = load(&socket, &options);
+    command.arg("--base").arg(&disk.base);
+    let bench = Process::spawn("blk-bench", command);
+    daemon.wait_for(FAILED, PATIENCE);
+    std::fs::write(grow, "").expect("a file");
+    let (status, output) = bench.wait(PATIENCE);
+    assert!(status.success(), "{output}\n{}", daemon.output());
+    assert!(failed_requests(&output) > 0, "{output}");
+    std::fs::write(end, "").expect("a file");
+    let (status, output) = daemon.wait(PATIENCE);
+    assert!(status.success(), "{output}");
+    // What a failed write has allocated may be left over.
+    let mut check = cow();
+    check.arg("check").arg(&disk.cow);
+    let outcome = run(check);
+    assert!(matches!(outcome.code, Some(0 | 3)), "{}", outcome.output);
+}
+
+#[test]
+fn a_base_cut_short_fails_reads_and_no_one_dies() {
+    let disk = CowDisk::over(&patterned(8 * MIB, 2));
+    let daemon = disk.serve(&[]);
+    let warm = ["--ops=read", "--once", "--output=json", "--depth=4"];
+    let output = run_ok(load(daemon.socket(), &warm));
+    assert_eq!(failed_requests(&output), 0, "{output}");
+    let file = OpenOptions::new().write(true).open(&disk.base).expect("the base");
+    file.set_len(4096).expect("cutting the base short");
+    // Where the page cache had been read from a mapping it is gone as well.
+    let output = run_ok(load(daemon.socket(), &warm));
+    let (failed, all) = (failed_requests(&output), (8 * MIB / 4096) as u64);
+    assert!(failed >= all - 1, "{failed} of {all}: {output}");
+    // The disk takes writes, and gives them back.
+    let writes =
+        ["--ops=write", "--once", "--region=1M", "--read-back", "--output=json", "--depth=4"];
+    let output = run_ok(load(daemon.socket(), &writes));
+    assert_eq!(failed_requests(&output), 0, "{output}");
+    daemon.stop();
+}

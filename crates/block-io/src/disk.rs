@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cow_format::{
     Bitmap, ByteOffset, Extents, Geometry, Header, LayerMap, SectorCount, SectorRange,
@@ -180,8 +180,13 @@ impl<E: Env> Disk<E> {
         if self.read_only {
             return Ok(());
         }
-        let _one_pass = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
         self.check_writable()?;
+        self.flush_pass()
+    }
+
+    fn flush_pass(&self) -> Result<(), DiskError> {
+        let _one_pass = lock(&self.flushing);
+        self.check_not_failed()?;
         let top = &self.top().file;
         let flushed = match self.writable_cow() {
             Some((cow, bitmap)) => flush(top, bitmap, &cow.geometry),
@@ -193,17 +198,25 @@ impl<E: Env> Disk<E> {
         })
     }
 
-    /// Ends the disk's use: flushes, and marks the file clean. From then on writes are refused, and reads still work.
-    /// After an error the file stays marked as in use, and the next opening takes care of it.
+    /// Ends the disk's use: flushes, and marks the file clean. To be called when no write is under way; writes are
+    /// refused from then on, and reads still work. After an error the disk is as open as before, and the file stays
+    /// marked as in use.
     pub fn close(&self) -> Result<(), DiskError> {
-        if self.read_only || self.closed.load(Ordering::Acquire) {
+        if self.read_only || self.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
-        self.flush()?;
-        self.closed.store(true, Ordering::Release);
+        let closed = self.flush_pass().and_then(|()| self.end_use());
+        if closed.is_err() {
+            self.closed.store(false, Ordering::Release);
+        }
+        closed
+    }
+
+    /// Everything is durable: the live bitmap need not count any more.
+    fn end_use(&self) -> Result<(), DiskError> {
         let Some(cow) = &self.cow else { return Ok(()) };
-        let mut header = cow.header.lock().unwrap_or_else(PoisonError::into_inner);
-        mark_clean(&self.top().file, &mut header).map_err(|err| self.update_error(err))?;
+        mark_clean(&self.top().file, &mut lock(&cow.header))
+            .map_err(|err| self.update_error(err))?;
         let removed = cow.live.close(&self.env);
         removed.map_err(|(path, source)| DiskError::Io {
             path,
@@ -221,14 +234,18 @@ impl<E: Env> Disk<E> {
     }
 
     pub(crate) fn check_writable(&self) -> Result<(), DiskError> {
-        let path = || self.top().path.clone();
-        if self.is_failed() {
-            return Err(DiskError::Failed { path: path() });
-        }
+        self.check_not_failed()?;
         if self.read_only || self.closed.load(Ordering::Acquire) {
-            return Err(DiskError::ReadOnly { path: path() });
+            return Err(DiskError::ReadOnly { path: self.top().path.clone() });
         }
         Ok(())
+    }
+
+    fn check_not_failed(&self) -> Result<(), DiskError> {
+        match self.is_failed() {
+            true => Err(DiskError::Failed { path: self.top().path.clone() }),
+            false => Ok(()),
+        }
     }
 
     /// A sync has failed: nothing that this disk says about durability can be believed any more.
@@ -255,4 +272,8 @@ impl<E: Env> Disk<E> {
     fn io_error(&self, action: &'static str, source: std::io::Error) -> DiskError {
         DiskError::Io { path: self.top().path.clone(), action, source }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -65,7 +65,8 @@ impl<'a, E: Env> Opener<'a, E> {
         self.admit(file, path, access, self.options.cow_cache, lock)
     }
 
-    /// Opens the file that a new COW file `cow` is going to be over, as it would be opened below it.
+    /// Opens the file that a new COW file `cow` is going to be over and all that is below it, as they will be opened
+    /// with it.
     pub(crate) fn new_base(
         &mut self,
         path: &Path,
@@ -78,8 +79,18 @@ impl<'a, E: Env> Opener<'a, E> {
             self.frozen(&opened, header, cow)?;
             // That it is frozen has to be durable before anything builds on it.
             opened.file.sync().map_err(OpenError::io(path, "sync"))?;
+            self.room_above(path, header)?;
         }
         Ok((opened, header))
+    }
+
+    /// Opens the chain below `cow`, and refuses one that has no room for a file on top of it.
+    pub(crate) fn room_above(&mut self, cow: &Path, header: &Header) -> Result<(), OpenError> {
+        let below = self.below(cow, header, None)?.len();
+        if below + 2 > CHAIN_DEPTH_MAX {
+            return Err(OpenError::TooDeep { top: self.top.clone() });
+        }
+        Ok(())
     }
 
     /// Opens and locks the file at `path` that backs `cow`.

@@ -24,11 +24,11 @@ pub use snapshot::snapshot;
 
 use std::time::Duration;
 
-use cow_format::Header;
+use cow_format::{CHAIN_LAYERS_MAX, Header};
 
-/// The most files in a chain, base included: each costs descriptors and an entry in the layer map, whose indices are
-/// 8 bits wide. QEMU users seldom pass a dozen.
-pub const CHAIN_DEPTH_MAX: usize = 64;
+/// The most files in a chain: so many COW files over a base. Each costs descriptors and memory; QEMU's users seldom
+/// pass a dozen.
+pub const CHAIN_DEPTH_MAX: usize = CHAIN_LAYERS_MAX + 1;
 
 /// Whether data goes through the page cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

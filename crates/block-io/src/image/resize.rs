@@ -15,7 +15,7 @@ use cow_format::{
 
 use super::chain::Opener;
 use super::edit::{ChangeError, Edit, native_of};
-use super::state::write_native_synced;
+use super::state::{check_writable, write_native_synced};
 use super::{DiskOptions, OpenError};
 use crate::storage::{Env, Storage};
 
@@ -31,6 +31,7 @@ pub fn resize<E: Env>(
         return Err(ChangeError::Size { path: path.to_owned(), size });
     }
     let mut edit = Edit::open(env, path)?;
+    check_writable(path, &edit.header)?;
     let mut header = native_of(&mut edit.header, path, "be resized")?.clone();
     let old = *header.geometry();
     let virtual_size = old.virtual_size();

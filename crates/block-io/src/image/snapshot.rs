@@ -8,11 +8,11 @@ use cow_format::header::{Backing, BackingFormat, NativeHeader, NativeState};
 use cow_format::identity::BackingIdentity;
 use uuid::Uuid;
 
-use super::chain::path_to_store;
+use super::chain::{Opener, path_to_store};
 use super::create::{create_file, write_new_native};
 use super::edit::{ChangeError, Edit, native_of};
 use super::state::write_native_synced;
-use super::{CowFormat, OpenError};
+use super::{CowFormat, DiskOptions, OpenError};
 use crate::storage::{Env, Storage};
 
 /// Freezes the native COW file `cow` for ever and makes `new`, which must not exist, on top of it. An interruption
@@ -22,6 +22,8 @@ pub fn snapshot<E: Env>(env: &E, cow: &Path, new: &Path) -> Result<(), ChangeErr
         Err(OpenError::io(new, "create")(io::ErrorKind::AlreadyExists.into()))?;
     }
     let mut edit = Edit::open(env, cow)?;
+    let options = DiskOptions { read_only: true, ..DiskOptions::default() };
+    Opener::new(env, &options, new).room_above(cow, &edit.header)?;
     let frozen = native_of(&mut edit.header, cow, "be frozen")?.state() == NativeState::Frozen;
     if !frozen {
         edit.settle()?;

@@ -176,8 +176,12 @@ impl Device {
     /// account of what is in flight. The queues, wherever they are, go on.
     ///
     /// # Errors
-    /// As [`Device::connect`]; [`Error::Options`] if the new backend's features are others.
+    /// As [`Device::connect`], after which the device is dead; [`Error::Options`] if the new backend's features are
+    /// others.
     pub fn reconnect(&mut self, options: &Options) -> Result<(), Error> {
+        let link = Arc::clone(&self.watchdog.link);
+        self.watchdog.stop();
+        link.dead.store(true, Ordering::Relaxed);
         let (stream, pid) = connect_stream(options)?;
         let watched = stream.try_clone().map_err(Error::io("dup of the socket"))?;
         let mut frontend = Frontend::from_stream(stream, MAX_QUEUES);
@@ -187,9 +191,8 @@ impl Device {
             let before = (self.features, self.protocol);
             return Err(Error::Options(format!("features were {before:x?} and are {now:x?}")));
         }
-        let link = Arc::clone(&self.watchdog.link);
-        link.dead.store(false, Ordering::Relaxed);
         start(&mut frontend, self.protocol, self.inflight.as_ref(), &self.memory, &self.rings)?;
+        link.dead.store(false, Ordering::Relaxed);
         self.watchdog = Watchdog::spawn(watched, calls(&self.rings)?, link)?;
         (self.frontend, self.pid) = (frontend, pid);
         Ok(())
@@ -525,6 +528,14 @@ impl Watchdog {
             .map_err(Error::io("watchdog thread"))?;
         Ok(Self { link, stop, thread: Some(thread) })
     }
+
+    fn stop(&mut self) {
+        // Neither can fail in a way that anything could be done about: the thread ends at its next tick at worst.
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 fn watch(socket: &UnixStream, stop: &EventFd, calls: &[EventFd], link: &Link) {
@@ -557,10 +568,6 @@ fn watch(socket: &UnixStream, stop: &EventFd, calls: &[EventFd], link: &Link) {
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
-        // Neither can fail in a way that anything could be done about: the thread ends at its next tick at worst.
-        let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.stop();
     }
 }

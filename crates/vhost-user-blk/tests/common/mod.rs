@@ -5,6 +5,7 @@
 
 pub mod frontend;
 pub mod ring;
+pub mod soak;
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
@@ -110,6 +111,11 @@ impl Daemon {
 
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid().try_into().unwrap()), signal).unwrap();
+    }
+
+    /// Waits for its end, which was brought about.
+    pub fn reap(&mut self) {
+        self.child.wait().unwrap();
     }
 
     /// Waits for its end; the status and everything it logged.

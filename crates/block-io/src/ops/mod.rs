@@ -11,10 +11,11 @@ mod merge_in_place;
 mod note;
 mod output;
 mod parallel;
-mod walk;
+pub mod walk;
 mod zeroes;
 
 pub use error::OpError;
+pub use holes::Holes;
 pub use merge::{create_raw, merge_to};
 pub use merge_in_place::{Merged, merge_in_place};
 pub use output::{Output, check_target};

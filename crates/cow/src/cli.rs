@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
-use crate::commands::{check, create, info, merge};
+use crate::commands::{check, create, info, map, merge, rebind, resize, snapshot};
 use crate::error::CowError;
 use crate::ui::Ui;
 
@@ -39,8 +39,12 @@ pub struct Cli {
 enum Command {
     Create(create::Args),
     Info(info::Args),
+    Map(map::Args),
     Check(check::Args),
+    Resize(resize::Args),
+    Snapshot(snapshot::Args),
     Merge(merge::Args),
+    Rebind(rebind::Args),
 }
 
 /// Status for a wrong command line.
@@ -84,7 +88,11 @@ impl Command {
         match self {
             Command::Create(args) => args.run(ui),
             Command::Info(args) => args.run(ui),
+            Command::Map(args) => args.run(ui),
             Command::Check(args) => args.run(ui),
+            Command::Resize(args) => args.run(ui),
+            Command::Snapshot(args) => args.run(ui),
+            Command::Rebind(args) => args.run(ui),
             Command::Merge(args) => args.run(ui),
         }
     }

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use block_io::image::ChangeError;
 use block_io::ops::OpError;
 use block_io::{DiskError, OpenError};
 
@@ -12,6 +13,9 @@ pub enum CowError {
     /// An operation on images failed.
     #[error(transparent)]
     Op(#[from] OpError),
+    /// An image was not changed.
+    #[error(transparent)]
+    Change(#[from] ChangeError),
     /// Options that do not go together.
     #[error("{0}")]
     Usage(String),

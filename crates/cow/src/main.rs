@@ -2,6 +2,7 @@
 
 mod cli;
 mod commands;
+mod digest;
 mod error;
 mod output;
 mod size;

@@ -69,6 +69,43 @@ fn split_suffix(text: &str) -> (&str, u32) {
     }
 }
 
+/// A change of size: to a size, or by one (`+1G`, `-512M`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SizeChange {
+    /// To this size.
+    To(u64),
+    /// By so many bytes more.
+    Grow(u64),
+    /// By so many bytes fewer.
+    Shrink(u64),
+}
+
+impl SizeChange {
+    /// The size after the change; `None` below 0 or above 2^63.
+    pub fn apply(self, from: u64) -> Option<u64> {
+        match self {
+            SizeChange::To(size) => Some(size),
+            SizeChange::Grow(by) => {
+                from.checked_add(by).filter(|size| i64::try_from(*size).is_ok())
+            }
+            SizeChange::Shrink(by) => from.checked_sub(by),
+        }
+    }
+}
+
+impl FromStr for SizeChange {
+    type Err = SizeError;
+
+    fn from_str(text: &str) -> Result<Self, SizeError> {
+        let size = |text: &str| text.parse().map(|Size(bytes)| bytes);
+        match text.as_bytes().first() {
+            Some(b'+') => size(&text[1..]).map(SizeChange::Grow),
+            Some(b'-') => size(&text[1..]).map(SizeChange::Shrink),
+            _ => size(text).map(SizeChange::To),
+        }
+    }
+}
+
 /// Shows a number of bytes for people: `512 B`, `1 MiB`, `1.5 GiB`.
 pub struct Human(pub u64);
 
@@ -125,6 +162,16 @@ mod tests {
         for text in ["8E", "9223372036854775808", "99999999999999999999", "16777216T"] {
             assert_eq!(size(text), Err(SizeError::TooLarge), "{text}");
         }
+    }
+
+    #[test]
+    fn changes_go_up_and_down() {
+        let apply = |text: &str, from| text.parse::<SizeChange>().unwrap().apply(from);
+        assert_eq!(apply("1G", 5), Some(1 << 30));
+        assert_eq!(apply("+1K", 5), Some(1029));
+        assert_eq!(apply("-5", 5), Some(0));
+        assert_eq!(apply("-6", 5), None);
+        assert_eq!(apply("+7E", 2 << 60), None);
     }
 
     #[test]

@@ -5,12 +5,14 @@ use std::process::ExitCode;
 
 use block_io::ops::OpError;
 use block_io::ops::check::{Checked, check};
-use block_io::ops::inspect::{Content, inspect};
+use block_io::ops::inspect::{Content, Inspection, inspect};
 use block_io::{Host, OpenError};
 use cow_format::HeaderError;
 use cow_format::check::Severity;
+use cow_format::header::BackingFormat;
 use serde::Serialize;
 
+use crate::digest::digest_of;
 use crate::error::CowError;
 use crate::output::OutputArgs;
 use crate::ui::Ui;
@@ -26,6 +28,10 @@ pub struct Args {
     /// Put right what can be: never by guessing at data
     #[arg(long)]
     repair: bool,
+
+    /// Read the base and compare its content with the digest that the COW file has (see create --digest)
+    #[arg(long)]
+    base: bool,
 
     #[command(flatten)]
     output: OutputArgs,
@@ -58,11 +64,15 @@ const STATUS_CORRUPT: u8 = 2;
 const STATUS_LEAKS: u8 = 3;
 
 impl Args {
-    pub fn run(self, _ui: Ui) -> Result<ExitCode, CowError> {
+    pub fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
         let mut report =
             Report { filename: self.file.clone(), corruptions: 0, leaks: 0, findings: Vec::new() };
         report.add_file(&self.file, self.repair)?;
-        report.add_chain(&self.file)?;
+        let found = inspect(&Host, &self.file, None)?;
+        report.add_chain(&found)?;
+        if self.base {
+            report.add_digests(&found, ui)?;
+        }
         self.output.print(&report, Report::to_string)?;
         Ok(match (report.corruptions, report.leaks) {
             (0, 0) => ExitCode::SUCCESS,
@@ -87,8 +97,7 @@ impl Report {
     }
 
     /// Checks the frozen layers below, and that every file is the one that is meant.
-    fn add_chain(&mut self, path: &Path) -> Result<(), CowError> {
-        let found = inspect(&Host, path, None)?;
+    fn add_chain(&mut self, found: &Inspection) -> Result<(), CowError> {
         for facts in found.files.iter().skip(1) {
             if matches!(facts.content, Content::Cow(_)) {
                 self.add_file(&facts.path, false)?;
@@ -98,8 +107,33 @@ impl Report {
         let seen =
             matches!(found.problem, Some(OpenError::Header { .. } | OpenError::Data { .. }) | None);
         if let (Some(problem), false) = (&found.problem, seen) {
-            let last = found.files.last().map_or(path, |facts| &facts.path);
-            self.add_problem(last, problem);
+            let last = found.files.last().map(|facts| facts.path.clone());
+            self.add_problem(&last.unwrap_or_default(), problem);
+        }
+        Ok(())
+    }
+
+    /// Compares every base with its digest.
+    fn add_digests(&mut self, found: &Inspection, ui: Ui) -> Result<(), CowError> {
+        for facts in &found.files {
+            let Some(backing) = facts.backing.as_ref().filter(|backing| backing.found.is_some())
+            else {
+                continue;
+            };
+            let base = backing.path.display();
+            let (severity, message) = match backing.digest {
+                _ if backing.format == BackingFormat::Native => continue,
+                None => ("note", format!("there is no digest to compare {base} with")),
+                Some(stored) if digest_of(&backing.path, ui)? == stored => {
+                    ("note", format!("the content of {base} is that of the digest"))
+                }
+                Some(_) => {
+                    self.corruptions += 1;
+                    ("corruption", format!("the content of {base} is not that of the digest"))
+                }
+            };
+            let filename = facts.path.clone();
+            self.findings.push(Found { filename, severity, message, repaired: false });
         }
         Ok(())
     }

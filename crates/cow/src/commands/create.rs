@@ -10,6 +10,7 @@ use clap::ValueEnum;
 use cow_format::Header;
 use cow_format::header::BackingFormat;
 
+use crate::digest::digest_of;
 use crate::error::CowError;
 use crate::size::{Human, Size};
 use crate::ui::Ui;
@@ -40,6 +41,13 @@ pub struct Args {
     /// What lies past the end of BASE reads as zeros.
     #[arg(long, value_name = "SIZE", required_unless_present = "base")]
     size: Option<Size>,
+
+    /// Put a digest of BASE's content into the new file
+    ///
+    /// All of BASE is read for it (BLAKE3, on all cores). With it, `rebind` can later tell that a base that was copied,
+    /// moved or touched is the same, and `check --base` that it has not changed.
+    #[arg(long, requires = "base")]
+    digest: bool,
 
     /// Replace FILE if it exists
     #[arg(long)]
@@ -120,11 +128,7 @@ impl Args {
         let inputs: Vec<&Path> = self.base.as_deref().into_iter().collect();
         let path = ops::check_target(&Host, &self.file, self.force, &inputs)?;
         let base = match &self.base {
-            Some(base) => Some(BaseOptions {
-                path: base.clone(),
-                format: base_format(base, self.base_format)?,
-                digest: None,
-            }),
+            Some(base) => Some(self.base_options(base, ui)?),
             None => None,
         };
         let size = self.size.map(|Size(bytes)| bytes);
@@ -132,6 +136,12 @@ impl Args {
         create_cow(&Host, &path, &options)?;
         ui.note(self.describe(format));
         Ok(())
+    }
+
+    fn base_options(&self, base: &Path, ui: Ui) -> Result<BaseOptions, CowError> {
+        let format = base_format(base, self.base_format)?;
+        let digest = if self.digest { Some(digest_of(base, ui)?) } else { None };
+        Ok(BaseOptions { path: base.to_owned(), format, digest })
     }
 
     fn describe(&self, format: CowFormat) -> String {

@@ -3,4 +3,8 @@
 pub mod check;
 pub mod create;
 pub mod info;
+pub mod map;
 pub mod merge;
+pub mod rebind;
+pub mod resize;
+pub mod snapshot;

@@ -447,7 +447,7 @@ pub(crate) fn open_chain<E: Env>(
         if let (Some(base), Some(nearest)) = (base, below.first()) {
             adopt_base(env, &top, &mut header, base, &nearest.opened)?;
         }
-        cow = Some(make_writable(env, &top, header, live_is_valid)?);
+        cow = Some(make_writable(env, &top, header, &bitmap, live_is_valid)?);
     }
     fold(top, below, geometry, bitmap, cow)
 }

@@ -43,16 +43,17 @@ impl<F: Storage> LiveBitmap<F> {
         LiveBitmap { place, stripes: [const { Mutex::new(()) }; STRIPES] }
     }
 
-    /// The live bitmap at `at` in the COW file `cow`. If it is not `valid` it is emptied; the caller then tags the header
-    /// with the boot id, not earlier.
+    /// The live bitmap at `at` in the COW file `cow`. If it is not `valid`, all is taken out of it that `durable` does not
+    /// say as well; the caller then tags the header with the boot id, not earlier.
     pub(crate) fn native(
         cow: &F,
         at: ByteOffset,
         geometry: &Geometry,
+        durable: &Bitmap,
         valid: bool,
     ) -> io::Result<Self> {
         if !valid {
-            cow.punch(at, geometry.bitmap_len())?;
+            take_out_strange_bits(cow, at, geometry, durable)?;
         }
         Ok(Self::new(Place::Native(at)))
     }
@@ -135,6 +136,35 @@ impl<F: Storage> LiveBitmap<F> {
             Place::SideFile { path, .. } => env.remove(path).map_err(|err| (path.clone(), err)),
         }
     }
+}
+
+/// Punches out the pages of a void live bitmap that have bits which `durable` lacks. After a clean close there are none:
+/// looking is much cheaper than punching out everything, which gives back blocks only to take them again.
+fn take_out_strange_bits(
+    cow: &impl Storage,
+    at: ByteOffset,
+    geometry: &Geometry,
+    durable: &Bitmap,
+) -> io::Result<()> {
+    let mut strange: Vec<Range<u64>> = Vec::new();
+    let mut known = [0; BITMAP_PAGE];
+    read_pages(cow, at, geometry, |page, bytes| {
+        durable.render_page(page, &mut known);
+        if bytes.iter().zip(&known).all(|(live, known)| live & !known == 0) {
+            return;
+        }
+        match strange.last_mut() {
+            Some(run) if run.end == page => run.end += 1,
+            _ => strange.push(page..page + 1),
+        }
+    })?;
+    let page_len = BITMAP_PAGE as u64;
+    strange.iter().try_for_each(|run| {
+        cow.punch(
+            ByteOffset::new(at.get() + run.start * page_len),
+            (run.end - run.start) * page_len,
+        )
+    })
 }
 
 /// Adds the bits of the side file to `bitmap` if it is of this boot and COW file; says whether it is. Changes nothing.

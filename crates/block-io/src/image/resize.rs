@@ -86,6 +86,10 @@ fn clear_beyond(file: &impl Storage, header: &NativeHeader, geometry: &Geometry)
         let rest = (edge + 1) * page_len;
         file.punch(ByteOffset::new(bitmap + rest), room - rest)?;
     }
+    // The state is clean: nothing of the live bitmap counts.
+    if let Some(live) = geometry.live_bitmap_offset() {
+        file.punch(live, room)?;
+    }
     let end = geometry.sector_at(geometry.all().end());
     file.punch(end, file.len()?.saturating_sub(end.get()))
 }

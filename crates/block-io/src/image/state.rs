@@ -150,6 +150,7 @@ pub(crate) fn make_writable<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
     mut header: Header,
+    bitmap: &Bitmap,
     live_is_valid: bool,
 ) -> Result<WritableCow<E::File>, OpenError> {
     let geometry = *header.geometry();
@@ -164,7 +165,8 @@ pub(crate) fn make_writable<E: Env>(
             let Some(at) = geometry.live_bitmap_offset() else {
                 return Err(make(io::Error::other("the header gives it no place")));
             };
-            let live = LiveBitmap::native(&cow.file, at, &geometry, live_is_valid).map_err(make)?;
+            let live = LiveBitmap::native(&cow.file, at, &geometry, bitmap, live_is_valid);
+            let live = live.map_err(make)?;
             // Only now: under this boot's name it must say nothing that does not hold.
             let boot = native_boot(env)?;
             let set = native.set_in_use(boot).map_err(UpdateError::from);

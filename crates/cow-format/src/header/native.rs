@@ -264,7 +264,7 @@ impl NativeHeader {
     }
 
     /// Opens for writing. Before a header that names a boot is written, the live bitmap must say nothing but what
-    /// holds: all of it is a hole, or it belongs to this very boot.
+    /// holds: it has no bit that the durable one lacks, or it belongs to this very boot.
     pub fn set_in_use(&mut self, live: Option<BootId>) -> Result<(), HeaderError> {
         self.refuse_frozen()?;
         self.content_generation =
@@ -297,8 +297,8 @@ impl NativeHeader {
         self.backing = backing;
     }
 
-    /// Changes the size of the disk. When it shrinks, first clear the bits beyond the new end in the durable bitmap
-    /// and punch out their data: bits beyond the end would come back with the next growth.
+    /// Changes the size of the disk. Before it grows, clear the bits beyond the old end in both bitmaps and punch out
+    /// their data; the same beyond the new end after it has shrunk: bits there would come back with the next growth.
     pub fn resize(&mut self, virtual_size: u64) -> Result<(), HeaderError> {
         self.refuse_frozen()?;
         check_size(Field::VirtualSize, virtual_size)?;

@@ -10,98 +10,24 @@
 //! Every operation that changes something counts as a step, and a crash can be set at any of them.
 //! Nothing here is random by itself: [`Choices`] decides, from a seed or by enumeration.
 
+mod choices;
+mod env;
+mod file;
+mod inode;
+
 use std::collections::BTreeMap;
 use std::io;
-use std::ops::Range;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cow_format::ByteOffset;
-use cow_format::identity::Timestamp;
 
-use crate::mem::{SECTOR, SectorBytes, SparseBytes};
-use crate::storage::{
-    Access, BootId, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage,
-};
+use crate::storage::LockKind;
+use env::absolute;
+use inode::{Inode, NameChange};
 
-/// Decides what survives.
-#[derive(Clone, Debug)]
-pub struct Choices(Source);
-
-#[derive(Clone, Debug)]
-enum Source {
-    Seeded(u64),
-    Oldest,
-    Newest,
-    /// What was chosen so far, each with the number of options, and the place in it.
-    Enumerated {
-        path: Vec<(usize, usize)>,
-        at: usize,
-    },
-}
-
-impl Choices {
-    /// Choices from a seed.
-    pub fn seeded(seed: u64) -> Self {
-        Choices(Source::Seeded(seed))
-    }
-
-    /// Nothing survives that need not.
-    pub fn oldest() -> Self {
-        Choices(Source::Oldest)
-    }
-
-    /// Everything survives.
-    pub fn newest() -> Self {
-        Choices(Source::Newest)
-    }
-
-    /// The first of all combinations; [`Choices::advance`] goes to the next.
-    pub fn enumerated() -> Self {
-        Choices(Source::Enumerated { path: Vec::new(), at: 0 })
-    }
-
-    /// One of `0..options`, older states first; `options` is at least 1.
-    pub fn choose(&mut self, options: usize) -> usize {
-        match &mut self.0 {
-            Source::Seeded(state) => {
-                let limit = options as u64;
-                usize::try_from(split_mix(state) % limit).unwrap_or(0)
-            }
-            Source::Oldest => 0,
-            Source::Newest => options - 1,
-            Source::Enumerated { path, at } => {
-                if *at == path.len() {
-                    path.push((0, options));
-                }
-                *at += 1;
-                path[*at - 1].0
-            }
-        }
-    }
-
-    /// Goes to the next combination of an enumeration; false when that was the last one.
-    pub fn advance(&mut self) -> bool {
-        let Source::Enumerated { path, at } = &mut self.0 else { return false };
-        *at = 0;
-        while let Some((chosen, options)) = path.pop() {
-            if chosen + 1 < options {
-                path.push((chosen + 1, options));
-                return true;
-            }
-        }
-        false
-    }
-}
-
-/// SplitMix64: a small generator whose sequence is the same for ever.
-fn split_mix(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
+pub use choices::Choices;
+pub use file::SimFile;
 
 /// How it ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,35 +80,12 @@ pub enum Verdict {
 /// Sees every operation before it happens, with the inode number of its file (0 for names). It may block.
 pub type Hook = Arc<dyn Fn(u64, Operation<'_>) -> Verdict + Send + Sync>;
 
-#[derive(Clone, Debug, Default)]
-struct Inode {
-    /// What a running process sees.
-    current: SparseBytes,
-    /// What is on the disk whatever happens.
-    durable: SparseBytes,
-    /// Contents that sectors had since the last sync, oldest first.
-    pending: BTreeMap<u64, Vec<SectorBytes>>,
-    /// Lengths since the last sync.
-    pending_lens: Vec<u64>,
-    mtime: i64,
-}
-
-#[derive(Clone, Debug)]
-enum NameChange {
-    Set(PathBuf, u64),
-    Remove(PathBuf),
-    Rename { from: PathBuf, to: PathBuf, ino: u64 },
-}
-
-impl NameChange {
-    fn apply(&self, names: &mut BTreeMap<PathBuf, u64>) {
+impl CrashKind {
+    /// Whether the operation under way (not a write) happens as far as a running system could see.
+    fn does_it(self) -> bool {
         match self {
-            NameChange::Set(path, ino) => _ = names.insert(path.clone(), *ino),
-            NameChange::Remove(path) => _ = names.remove(path),
-            NameChange::Rename { from, to, ino } => {
-                names.remove(from);
-                names.insert(to.clone(), *ino);
-            }
+            CrashKind::PowerCut => true,
+            CrashKind::ProcessDeath { part } => part % 2 == 1,
         }
     }
 }
@@ -240,54 +143,14 @@ impl World {
         change.apply(&mut self.names);
         self.pending_names.push(change);
     }
-}
 
-impl Inode {
-    fn write(&mut self, buf: &[u8], at: u64, clock: i64) {
-        let len = self.current.len();
-        let pending = &mut self.pending;
-        self.current.write(buf, at, |sector, bytes| pending.entry(sector).or_default().push(bytes));
-        if self.current.len() != len {
-            self.pending_lens.push(self.current.len());
+    fn end_process(&mut self) {
+        if self.crashed {
+            self.crashed = false;
+            self.crash = None;
         }
-        self.mtime = clock;
-    }
-
-    fn zero(&mut self, at: u64, len: u64, clock: i64) {
-        let pending = &mut self.pending;
-        self.current.zero(at, len, |sector, bytes| pending.entry(sector).or_default().push(bytes));
-        self.mtime = clock;
-    }
-
-    fn set_len(&mut self, len: u64, clock: i64) {
-        let pending = &mut self.pending;
-        self.current.set_len(len, |sector, bytes| pending.entry(sector).or_default().push(bytes));
-        self.pending_lens.push(len);
-        self.mtime = clock;
-    }
-
-    fn sync(&mut self) {
-        self.durable = self.current.clone();
-        self.pending.clear();
-        self.pending_lens.clear();
-    }
-
-    /// What is left after a power cut.
-    fn cut(&mut self, choices: &mut Choices) {
-        for (sector, newer) in std::mem::take(&mut self.pending) {
-            let mut versions = vec![self.durable.sector(sector)];
-            versions.extend(newer);
-            versions.dedup();
-            let chosen = versions[choices.choose(versions.len())];
-            self.durable.set_sector(sector, chosen);
-        }
-        let mut lens = vec![self.durable.len()];
-        lens.append(&mut self.pending_lens);
-        lens.dedup();
-        let len = lens[choices.choose(lens.len())];
-        // Content past a length that did not survive is gone; it must not come back when the length grows again.
-        self.durable.set_len(len, |_, _| ());
-        self.current = self.durable.clone();
+        self.locks.clear();
+        self.life += 1;
     }
 }
 
@@ -427,289 +290,6 @@ impl Sim {
     }
 }
 
-impl World {
-    fn end_process(&mut self) {
-        if self.crashed {
-            self.crashed = false;
-            self.crash = None;
-        }
-        self.locks.clear();
-        self.life += 1;
-    }
-}
-
-impl CrashKind {
-    /// Whether the operation under way (not a write) happens as far as a running system could see.
-    fn does_it(self) -> bool {
-        match self {
-            CrashKind::PowerCut => true,
-            CrashKind::ProcessDeath { part } => part % 2 == 1,
-        }
-    }
-}
-
 fn crash_error() -> io::Error {
     io::Error::other("the simulated system has crashed")
-}
-
-/// An open file of a [`Sim`].
-pub struct SimFile {
-    sim: Sim,
-    ino: u64,
-    handle: u64,
-    life: u64,
-    access: Access,
-}
-
-impl SimFile {
-    fn new(sim: &Sim, world: &mut World, ino: u64, access: Access) -> Self {
-        world.next_handle += 1;
-        SimFile { sim: sim.clone(), ino, handle: world.next_handle, life: world.life, access }
-    }
-
-    /// The inode number, as hooks see it.
-    pub fn ino(&self) -> u64 {
-        self.ino
-    }
-
-    /// Does one change of the file, or crashes round it. `change` gets what may be done of it.
-    fn step(
-        &self,
-        operation: Operation<'_>,
-        change: impl FnOnce(&mut Inode, i64, Verdict, Option<CrashKind>),
-    ) -> io::Result<()> {
-        let verdict = self.sim.hooked(self.ino, operation)?;
-        if self.access == Access::Read && operation != Operation::Sync {
-            return Err(io::Error::from_raw_os_error(libc::EBADF));
-        }
-        let mut world = self.sim.world();
-        let go = world.step(self.life)?;
-        if verdict == Verdict::Skip && !matches!(go, Go::ThenCrash(_)) {
-            return Ok(());
-        }
-        world.clock += 1;
-        let clock = world.clock;
-        let inode = world.inode(self.ino);
-        match go {
-            Go::Fully => change(inode, clock, verdict, None),
-            Go::ThenCrash(kind) => {
-                if verdict != Verdict::Skip {
-                    change(inode, clock, verdict, Some(kind));
-                }
-                return Err(crash_error());
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Drop for SimFile {
-    fn drop(&mut self) {
-        let mut world = self.sim.world();
-        let handle = self.handle;
-        world.locks.retain(|(_, holder, _)| *holder != handle);
-    }
-}
-
-impl Storage for SimFile {
-    fn read_at(&self, buf: &mut [u8], at: ByteOffset) -> io::Result<usize> {
-        let mut world = self.sim.world();
-        world.alive(self.life)?;
-        Ok(world.inode(self.ino).current.read(buf, at.get()))
-    }
-
-    fn write_all_at(&self, buf: &[u8], at: ByteOffset) -> io::Result<()> {
-        self.step(Operation::Write { at, len: buf.len() }, |inode, clock, verdict, crash| {
-            let at = if let Verdict::WriteAt(other) = verdict { other } else { at };
-            let done = match crash {
-                Some(CrashKind::ProcessDeath { part }) => {
-                    part % (buf.len().div_ceil(SECTOR) + 1) * SECTOR
-                }
-                Some(CrashKind::PowerCut) | None => buf.len(),
-            };
-            inode.write(&buf[..done.min(buf.len())], at.get(), clock);
-        })
-    }
-
-    fn punch(&self, at: ByteOffset, len: u64) -> io::Result<()> {
-        self.step(Operation::Zero, |inode, clock, _, crash| {
-            if crash.is_none_or(CrashKind::does_it) {
-                inode.zero(at.get(), len, clock);
-            }
-        })
-    }
-
-    fn zero_keep_allocated(&self, at: ByteOffset, len: u64) -> io::Result<()> {
-        self.punch(at, len)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.step(Operation::Sync, |inode, _, _, crash| {
-            // A sync that the power cut interrupts may have done any part: that is what pending writes may do anyway.
-            if crash.is_none() {
-                inode.sync();
-            }
-        })
-    }
-
-    fn stamp(&self, mtime: Timestamp) -> io::Result<()> {
-        self.step(Operation::Sync, |inode, _, _, crash| {
-            inode.mtime = mtime.secs();
-            if crash.is_none() {
-                inode.sync();
-            }
-        })
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.step(Operation::SetLen, |inode, clock, _, crash| {
-            if crash.is_none_or(CrashKind::does_it) {
-                inode.set_len(len, clock);
-            }
-        })
-    }
-
-    fn next_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>> {
-        let mut world = self.sim.world();
-        world.alive(self.life)?;
-        Ok(world.inode(self.ino).current.next_data(from.get()))
-    }
-
-    fn stat(&self) -> io::Result<FileStat> {
-        let mut world = self.sim.world();
-        world.alive(self.life)?;
-        let ino = self.ino;
-        let inode = world.inode(ino);
-        Ok(FileStat {
-            id: FileId { dev: 1, ino },
-            kind: FileKind::Regular,
-            size: inode.current.len(),
-            mtime: Timestamp::new(inode.mtime, 0).ok_or(io::ErrorKind::InvalidData)?,
-            born: None,
-            allocated: (inode.current.sectors_present() * SECTOR) as u64,
-        })
-    }
-
-    fn try_lock(&self, kind: LockKind) -> Result<(), LockError> {
-        let mut world = self.sim.world();
-        world.alive(self.life)?;
-        let (ino, handle) = (self.ino, self.handle);
-        let conflict = world.locks.iter().any(|(locked, holder, held)| {
-            *locked == ino
-                && *holder != handle
-                && (kind == LockKind::Exclusive || *held == LockKind::Exclusive)
-        });
-        if conflict {
-            return Err(LockError::Held { pid: None });
-        }
-        world.locks.retain(|(locked, holder, _)| (*locked, *holder) != (ino, handle));
-        world.locks.push((ino, handle, kind));
-        Ok(())
-    }
-}
-
-impl Env for Sim {
-    type File = SimFile;
-
-    fn open(&self, path: &Path, access: Access) -> io::Result<SimFile> {
-        let mut world = self.world();
-        world.alive(world.life)?;
-        let ino = *world.names.get(&absolute(path)).ok_or(io::ErrorKind::NotFound)?;
-        Ok(SimFile::new(self, &mut world, ino, access))
-    }
-
-    fn with_direct(&self, file: SimFile, _access: Access) -> io::Result<SimFile> {
-        Ok(file)
-    }
-
-    fn create_new(&self, path: &Path) -> io::Result<SimFile> {
-        let path = absolute(path);
-        let mut ino = 0;
-        self.name_step(&path, |world| {
-            if world.names.contains_key(&path) {
-                return Err(io::ErrorKind::AlreadyExists.into());
-            }
-            world.inodes.push(Inode::default());
-            ino = world.inodes.len() as u64;
-            world.change_names(NameChange::Set(path.clone(), ino));
-            Ok(())
-        })?;
-        let mut world = self.world();
-        Ok(SimFile::new(self, &mut world, ino, Access::ReadWrite))
-    }
-
-    fn create_unpublished(&self, near: &Path) -> io::Result<(SimFile, Option<PathBuf>)> {
-        let mut name = near.as_os_str().to_owned();
-        name.push(format!(".{}.new", self.steps()));
-        Ok((self.create_new(Path::new(&name))?, Some(name.into())))
-    }
-
-    fn publish(&self, _file: &SimFile, temporary: Option<&Path>, to: &Path) -> io::Result<()> {
-        self.rename(temporary, to, false)
-    }
-
-    fn publish_over(&self, _file: &SimFile, temporary: Option<&Path>, to: &Path) -> io::Result<()> {
-        self.rename(temporary, to, true)
-    }
-
-    fn remove(&self, path: &Path) -> io::Result<()> {
-        let path = absolute(path);
-        self.name_step(&path.clone(), |world| {
-            if !world.names.contains_key(&path) {
-                return Err(io::ErrorKind::NotFound.into());
-            }
-            world.change_names(NameChange::Remove(path));
-            Ok(())
-        })
-    }
-
-    fn sync_parent(&self, _path: &Path) -> io::Result<()> {
-        if self.hooked(0, Operation::SyncNames)? == Verdict::Skip {
-            return Ok(());
-        }
-        let mut world = self.world();
-        let life = world.life;
-        match world.step(life)? {
-            Go::Fully => {
-                world.durable_names = world.names.clone();
-                world.pending_names.clear();
-                Ok(())
-            }
-            _ => Err(crash_error()),
-        }
-    }
-
-    fn canonical(&self, path: &Path) -> io::Result<PathBuf> {
-        Ok(absolute(path))
-    }
-
-    fn absolute(&self, path: &Path) -> io::Result<PathBuf> {
-        Ok(absolute(path))
-    }
-
-    fn exists(&self, path: &Path) -> io::Result<bool> {
-        let world = self.world();
-        world.alive(world.life)?;
-        Ok(world.names.contains_key(&absolute(path)))
-    }
-
-    fn boot_id(&self) -> io::Result<BootId> {
-        let mut id = [0; 16];
-        id[..8].copy_from_slice(&self.world().boot.to_le_bytes());
-        id[8] = 1; // never all zeros
-        Ok(BootId(id))
-    }
-}
-
-/// `path` from the root on, without `.` and `..`; there are no symbolic links here.
-fn absolute(path: &Path) -> PathBuf {
-    let mut absolute = PathBuf::from("/");
-    for component in path.components() {
-        match component {
-            Component::Normal(name) => absolute.push(name),
-            Component::ParentDir => _ = absolute.pop(),
-            Component::CurDir | Component::RootDir | Component::Prefix(_) => {}
-        }
-    }
-    absolute
 }

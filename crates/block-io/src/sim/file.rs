@@ -1,0 +1,168 @@
+//! Open files of the simulated disk.
+
+use std::io;
+use std::ops::Range;
+
+use cow_format::ByteOffset;
+use cow_format::identity::Timestamp;
+
+use super::inode::Inode;
+use super::{CrashKind, Go, Operation, Sim, Verdict, World, crash_error};
+use crate::mem::SECTOR;
+use crate::storage::{Access, FileId, FileKind, FileStat, LockError, LockKind, Storage};
+
+/// An open file of a [`Sim`].
+pub struct SimFile {
+    sim: Sim,
+    ino: u64,
+    handle: u64,
+    life: u64,
+    access: Access,
+}
+
+impl SimFile {
+    pub(super) fn new(sim: &Sim, world: &mut World, ino: u64, access: Access) -> Self {
+        world.next_handle += 1;
+        SimFile { sim: sim.clone(), ino, handle: world.next_handle, life: world.life, access }
+    }
+
+    /// The inode number, as hooks see it.
+    pub fn ino(&self) -> u64 {
+        self.ino
+    }
+
+    /// Does one change of the file, or crashes round it. `change` gets what may be done of it.
+    fn step(
+        &self,
+        operation: Operation<'_>,
+        change: impl FnOnce(&mut Inode, i64, Verdict, Option<CrashKind>),
+    ) -> io::Result<()> {
+        let verdict = self.sim.hooked(self.ino, operation)?;
+        if self.access == Access::Read && operation != Operation::Sync {
+            return Err(io::Error::from_raw_os_error(libc::EBADF));
+        }
+        let mut world = self.sim.world();
+        let go = world.step(self.life)?;
+        if verdict == Verdict::Skip && !matches!(go, Go::ThenCrash(_)) {
+            return Ok(());
+        }
+        world.clock += 1;
+        let clock = world.clock;
+        let inode = world.inode(self.ino);
+        match go {
+            Go::Fully => change(inode, clock, verdict, None),
+            Go::ThenCrash(kind) => {
+                if verdict != Verdict::Skip {
+                    change(inode, clock, verdict, Some(kind));
+                }
+                return Err(crash_error());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for SimFile {
+    fn drop(&mut self) {
+        let mut world = self.sim.world();
+        let handle = self.handle;
+        world.locks.retain(|(_, holder, _)| *holder != handle);
+    }
+}
+
+impl Storage for SimFile {
+    fn read_at(&self, buf: &mut [u8], at: ByteOffset) -> io::Result<usize> {
+        let mut world = self.sim.world();
+        world.alive(self.life)?;
+        Ok(world.inode(self.ino).current.read(buf, at.get()))
+    }
+
+    fn write_all_at(&self, buf: &[u8], at: ByteOffset) -> io::Result<()> {
+        self.step(Operation::Write { at, len: buf.len() }, |inode, clock, verdict, crash| {
+            let at = if let Verdict::WriteAt(other) = verdict { other } else { at };
+            let done = match crash {
+                Some(CrashKind::ProcessDeath { part }) => {
+                    part % (buf.len().div_ceil(SECTOR) + 1) * SECTOR
+                }
+                Some(CrashKind::PowerCut) | None => buf.len(),
+            };
+            inode.write(&buf[..done.min(buf.len())], at.get(), clock);
+        })
+    }
+
+    fn punch(&self, at: ByteOffset, len: u64) -> io::Result<()> {
+        self.step(Operation::Zero, |inode, clock, _, crash| {
+            if crash.is_none_or(CrashKind::does_it) {
+                inode.zero(at.get(), len, clock);
+            }
+        })
+    }
+
+    fn zero_keep_allocated(&self, at: ByteOffset, len: u64) -> io::Result<()> {
+        self.punch(at, len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.step(Operation::Sync, |inode, _, _, crash| {
+            // A sync that the power cut interrupts may have done any part: that is what pending writes may do anyway.
+            if crash.is_none() {
+                inode.sync();
+            }
+        })
+    }
+
+    fn stamp(&self, mtime: Timestamp) -> io::Result<()> {
+        self.step(Operation::Sync, |inode, _, _, crash| {
+            inode.mtime = mtime.secs();
+            if crash.is_none() {
+                inode.sync();
+            }
+        })
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.step(Operation::SetLen, |inode, clock, _, crash| {
+            if crash.is_none_or(CrashKind::does_it) {
+                inode.set_len(len, clock);
+            }
+        })
+    }
+
+    fn next_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>> {
+        let mut world = self.sim.world();
+        world.alive(self.life)?;
+        Ok(world.inode(self.ino).current.next_data(from.get()))
+    }
+
+    fn stat(&self) -> io::Result<FileStat> {
+        let mut world = self.sim.world();
+        world.alive(self.life)?;
+        let ino = self.ino;
+        let inode = world.inode(ino);
+        Ok(FileStat {
+            id: FileId { dev: 1, ino },
+            kind: FileKind::Regular,
+            size: inode.current.len(),
+            mtime: Timestamp::new(inode.mtime, 0).ok_or(io::ErrorKind::InvalidData)?,
+            born: None,
+            allocated: (inode.current.sectors_present() * SECTOR) as u64,
+        })
+    }
+
+    fn try_lock(&self, kind: LockKind) -> Result<(), LockError> {
+        let mut world = self.sim.world();
+        world.alive(self.life)?;
+        let (ino, handle) = (self.ino, self.handle);
+        let conflict = world.locks.iter().any(|(locked, holder, held)| {
+            *locked == ino
+                && *holder != handle
+                && (kind == LockKind::Exclusive || *held == LockKind::Exclusive)
+        });
+        if conflict {
+            return Err(LockError::Held { pid: None });
+        }
+        world.locks.retain(|(locked, holder, _)| (*locked, *holder) != (ino, handle));
+        world.locks.push((ino, handle, kind));
+        Ok(())
+    }
+}

@@ -70,6 +70,12 @@ impl Backend {
         self.process.wait_for(text, BACKEND_TIMEOUT);
     }
 
+    /// Kills it, and waits until it is gone.
+    pub fn kill(self) {
+        self.process.signal(Signal::SIGKILL);
+        self.process.wait(BACKEND_TIMEOUT);
+    }
+
     /// Ends it with SIGTERM, after which it must exit with status 0; returns its output.
     pub fn stop(self) -> String {
         self.process.signal(Signal::SIGTERM);

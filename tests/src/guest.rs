@@ -50,13 +50,24 @@ pub struct Guest {
     script: String,
     queues: u16,
     fio: bool,
+    reconnect: bool,
+    timeout: Duration,
 }
 
 impl Guest {
     /// A guest that runs `script`, a shell script with the helpers of `ci/guest-lib.sh`.
     pub fn new(kernel: Kernel, script: &str) -> Self {
         let script = script.to_owned();
-        Self { kernel, sockets: vec![], ubd: vec![], script, queues: 1, fio: false }
+        Self {
+            kernel,
+            sockets: vec![],
+            ubd: vec![],
+            script,
+            queues: 1,
+            fio: false,
+            reconnect: false,
+            timeout: GUEST_TIMEOUT,
+        }
     }
 
     /// Attaches a vhost-user disk: `/dev/vda`, the next `/dev/vdb`, ...
@@ -85,6 +96,19 @@ impl Guest {
         self
     }
 
+    /// Has it connect again when a daemon has gone (QEMU only).
+    pub fn reconnecting(mut self) -> Self {
+        assert_eq!(self.kernel, Kernel::Qemu, "virtio_uml connects once");
+        self.reconnect = true;
+        self
+    }
+
+    /// Gives it more time than other guests.
+    pub fn with_time(mut self, more: Duration) -> Self {
+        self.timeout += more;
+        self
+    }
+
     /// Boots it. Its files are in `dir` under names that begin with `name`.
     pub fn boot(&self, dir: &TestDir, name: &str) -> Running {
         let initrd = dir.path(&format!("{name}.initrd"));
@@ -93,7 +117,8 @@ impl Guest {
             Kernel::Qemu => self.qemu(&initrd),
             Kernel::Uml => self.uml(&initrd, &dir.path(&format!("{name}.uml"))),
         };
-        Running { process: Process::spawn(&format!("{:?} guest {name}", self.kernel), command) }
+        let process = Process::spawn(&format!("{:?} guest {name}", self.kernel), command);
+        Running { process, timeout: self.timeout }
     }
 
     /// Boots it and waits until its script has ended, with status 0, and it has powered off.
@@ -126,7 +151,9 @@ impl Guest {
         command.args(["-serial", "stdio"]);
         for (index, socket) in self.sockets.iter().enumerate() {
             command.arg("-chardev");
-            command.arg(format!("socket,id=c{index},path={}", socket.display()));
+            // So spelt since QEMU 9.2.
+            let reconnect = if self.reconnect { ",reconnect-ms=20" } else { "" };
+            command.arg(format!("socket,id=c{index},path={}{reconnect}", socket.display()));
             command.arg("-device");
             command.arg(format!("vhost-user-blk-pci,chardev=c{index},num-queues={}", self.queues));
         }
@@ -157,17 +184,23 @@ impl Guest {
 /// A guest that was booted.
 pub struct Running {
     process: Process,
+    timeout: Duration,
 }
 
 impl Running {
     /// Waits until the console shows `text`.
     pub fn wait_for(&self, text: &str) {
-        self.process.wait_for(text, GUEST_TIMEOUT);
+        self.process.wait_for(text, self.timeout);
+    }
+
+    /// Whether the console shows `text` already.
+    pub fn shows(&self, text: &str) -> bool {
+        self.process.output().contains(text)
     }
 
     /// Waits until its script has ended, with status 0, and it has powered off.
     pub fn finish(self) -> Console {
-        let (status, text) = self.process.wait(GUEST_TIMEOUT);
+        let (status, text) = self.process.wait(self.timeout);
         let console = Console::parse(text);
         console.expect("END", "0");
         assert!(status.success(), "the guest's process: {status}\n{}", console.text);

@@ -233,6 +233,11 @@ impl Device {
         self.memory.len()
     }
 
+    /// The memory shared with the backend.
+    pub fn memory(&self) -> &SharedMemory {
+        &self.memory
+    }
+
     /// The queues, to be moved to their threads. Empty the second time.
     pub fn take_queues(&mut self) -> Vec<Queue> {
         std::mem::take(&mut self.queues)

@@ -111,6 +111,12 @@ impl SharedMemory {
         unsafe { field.read_volatile() }
     }
 
+    /// The byte at `offset`, whoever may be writing it.
+    pub fn byte(&self, offset: usize) -> u8 {
+        // SAFETY: in bounds; volatile, because others write it.
+        unsafe { self.at(offset, 1).read_volatile() }
+    }
+
     /// The bytes of a range.
     ///
     /// # Safety

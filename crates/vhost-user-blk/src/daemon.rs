@@ -29,6 +29,10 @@ use crate::worker::{self, RingStart, Shared, WorkerHandle};
 /// what is short then (descriptors, memory) is short in the whole system.
 const ACCEPT_RETRY_MS: u16 = 1000;
 
+/// How long to wait until the I/O of a daemon that was killed has ended and its locks fall. Usually
+/// that is some ten milliseconds; a sync on a busy disk takes seconds.
+const PREDECESSOR_WAIT: Duration = Duration::from_secs(20);
+
 /// Why the daemon ended with a failure.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -126,6 +130,7 @@ fn open_disk(options: &Options) -> Result<Disk, DaemonError> {
         read_only: options.read_only,
         base_cache: policy(options.base_cache),
         cow_cache: policy(options.cow_cache),
+        lock_wait: PREDECESSOR_WAIT,
         ..DiskOptions::default()
     };
     let disk = match &options.image {

@@ -459,9 +459,9 @@ impl Tracker {
         self.unfinished.pop()
     }
 
-    /// Whether there is anything left to be done again.
-    pub fn has_unfinished(&self) -> bool {
-        !self.unfinished.is_empty()
+    /// How many requests are left to be done again.
+    pub fn unfinished_count(&self) -> usize {
+        self.unfinished.len()
     }
 
     /// A request was fetched. False: the descriptor is in flight already, or there is none such.

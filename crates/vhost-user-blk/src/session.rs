@@ -27,7 +27,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{self, Backend, GpuBackend, VhostUserBackendReqHandlerMut};
 
 use crate::config::{self, DeviceConfig, DiskShape};
-use crate::inflight::{Area, AreaInfo, InflightError};
+use crate::inflight::{Area, AreaInfo, InflightError, Tracker};
 use crate::memory::{Memory, MemoryError, REGIONS_MAX, RegionInfo};
 use crate::vring::{RingAddresses, RunningRing, StartCommon, Vring};
 use crate::worker::RingStart;
@@ -212,6 +212,10 @@ impl<D: Device> Session<D> {
                 Some(layout) if allowed && !vring.is_running() => {
                     let start = |source| Refusal::Start { queue, source };
                     let ring = vring.start_with(queue, layout, &common).map_err(start)?;
+                    let again = ring.inflight.as_ref().map_or(0, Tracker::unfinished_count);
+                    if again > 0 {
+                        log::info!("queue {queue}: {again} requests in flight are done again");
+                    }
                     log::debug!(
                         "queue {queue}: {} descriptors from {}",
                         layout.size,

@@ -265,7 +265,7 @@ impl SplitQueue {
     pub fn has_work(&self) -> bool {
         self.next_avail != self.seen_avail
             || load(self.avail_ptr(1), Ordering::Relaxed) != self.next_avail
-            || self.inflight.as_ref().is_some_and(Tracker::has_unfinished)
+            || self.inflight.as_ref().is_some_and(|inflight| inflight.unfinished_count() > 0)
     }
 
     /// The descriptors of a request. Walk it once: the guest may change it between two walks.

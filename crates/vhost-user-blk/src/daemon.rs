@@ -30,8 +30,8 @@ use crate::worker::{self, RingStart, Shared, WorkerHandle};
 const ACCEPT_RETRY_MS: u16 = 1000;
 
 /// How long to wait until the I/O of a daemon that was killed has ended and its locks fall. Usually
-/// that is some ten milliseconds; a sync on a busy disk takes seconds.
-const PREDECESSOR_WAIT: Duration = Duration::from_secs(20);
+/// that is some ten milliseconds; a sync on a busy disk can take more than a second.
+const PREDECESSOR_WAIT: Duration = Duration::from_secs(5);
 
 /// Why the daemon ended with a failure.
 #[derive(Debug, thiserror::Error)]

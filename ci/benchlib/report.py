@@ -3,7 +3,7 @@
 import html
 import math
 
-from .summary import median, number, values
+from .summary import median, number, rank, values
 
 STYLE = """
 :root { --ink:#1c2430; --soft:#5b6675; --line:#d9dee5; --page:#f6f7f9; --card:#fff;
@@ -37,13 +37,6 @@ LABEL_WIDTH, BAR_WIDTH, ROW = 158, 140, 22
 
 def escape(text):
     return html.escape(str(text))
-
-
-def rank(entry):
-    """Class of a verdict: the aim is met; at least no worse than the peer; worse."""
-    if entry["met"]:
-        return "good"
-    return "fair" if (entry["ratio"] or 0) >= 1 else "bad"
 
 
 def overview(document):

@@ -2,15 +2,21 @@
 
 import dataclasses
 import os
+import subprocess
 import time
 
 from . import servers
-from .cases import Aim
+from .cases import READS_BASE, Aim
 
 TIB = 1 << 40
-# Writes of 4 KiB: 1 GiB, which is 0.1 % of a 1 TiB disk; and 1 % of it with --full.
-SCATTERED = (1 << 30) // 4096
+# Scattered writes of 4 KiB before a 1 TiB overlay is opened: 256 MiB, or with --full 1 %. What limits them is the host's
+# file system: ext4 took 100 s to sync 1 GiB in 262,144 extents all over a sparse file of 1 TiB.
+SCATTERED = (128 << 20) // 4096
 SCATTERED_FULL = TIB // 100 // 4096
+# The memory case: 1 GiB in writes of 4 KiB on a disk of 100 GiB.
+MEMORY_DISK, MEMORY_WRITES = 100 << 30, (1 << 30) // 4096
+# A flush of all that takes its time.
+PATIENCE = "--stall-after=3600s"
 # Writes of the space case.
 SPACE_WRITES = 10_000
 
@@ -79,17 +85,31 @@ def idle(context, server):
     }
 
 
-def large_base(context):
-    """A sparse base of 1 TiB, shared by the rounds."""
-    base = context.work / "base-1T"
+def sparse_base(context, size):
+    """A base without data, shared by the rounds."""
+    base = context.work / f"base-sparse-{size >> 30}G"
     if not base.exists():
-        servers.sparse(base, TIB)
+        servers.sparse(base, size)
     return base
+
+
+def memory(context, server):
+    """Memory with 1 GiB of scattered writes on a disk of 100 GiB."""
+    base = sparse_base(context, MEMORY_DISK)
+    directory = context.fresh_directory()
+    server.create(context.tools, directory, base, MEMORY_DISK)
+    running = server.start(context.tools, directory, base)
+    try:
+        context.bench(running, ["--ops=write", "--depth=32", f"--count={MEMORY_WRITES}", "--seed=1"])
+        after = running.memory()
+    finally:
+        running.kill()
+    return {"rss": after["rss"], "anon": after["anon"]}
 
 
 def large_disk(context, server):
     """A disk of 1 TiB: start, reads of holes, scattered first writes, memory."""
-    base = large_base(context)
+    base = sparse_base(context, TIB)
     directory = context.fresh_directory()
     server.create(context.tools, directory, base, TIB)
     running, start_ms = timed_start(context, server, directory, base)
@@ -124,7 +144,8 @@ def forget(path):
 def cold_base(context, server):
     """Reads of a base that is not in the page cache."""
     directory = context.fresh_directory()
-    server.create(context.tools, directory, context.base, context.size)
+    if server.name not in READS_BASE:
+        server.create(context.tools, directory, context.base, context.size)
     values = {}
     loads = {
         "random": ["--depth=32"],
@@ -144,14 +165,10 @@ def cold_base(context, server):
     return values
 
 
-def page_cache_mib():
-    """File pages in the page cache; shared memory, which counts among them, left out."""
-    fields = {}
-    with open("/proc/meminfo", encoding="ascii") as meminfo:
-        for line in meminfo:
-            name, value = line.split(":")
-            fields[name] = int(value.split()[0]) / 1024
-    return fields["Cached"] - fields["Shmem"]
+def page_cache_bytes(paths):
+    """What the page cache holds of files."""
+    argv = ["fincore", "--bytes", "--noheadings", "--output", "RES", *map(str, paths)]
+    return sum(map(int, subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()))
 
 
 def fleet(context, server):
@@ -161,7 +178,6 @@ def fleet(context, server):
     for directory in directories:
         server.create(context.tools, directory, context.base, context.size)
     forget(context.base)
-    cached_before = page_cache_mib()
     running = []
     try:
         started = time.monotonic()
@@ -174,7 +190,8 @@ def fleet(context, server):
         for each in running:
             read = ["--pattern=sequential", "--block-size=1M", "--once", f"--region={read_mib}M"]
             context.bench(each, read)
-        cached = page_cache_mib() - cached_before
+        files = [context.base, *(server.image(directory) for directory in directories)]
+        cached = page_cache_bytes(files)
         pss = sum(each.memory()["pss"] for each in running)
         for each in running:
             each.stop()
@@ -184,7 +201,7 @@ def fleet(context, server):
         for directory in directories:
             servers.remove_tree(directory)
     context.warm_base()
-    return {"pss": idle_pss / count, "pss_after": pss / count, "cached": cached / read_mib, "start": start_ms / count}
+    return {"pss": idle_pss / count, "pss_after": pss / count, "cached": cached / (read_mib << 20), "start": start_ms / count}
 
 
 def space(context, server):
@@ -205,7 +222,7 @@ def space(context, server):
 
 def opening(context, server):
     """Opening a 1 TiB overlay with scattered writes: after a clean end, with a cold cache, after SIGKILL."""
-    base = large_base(context)
+    base = sparse_base(context, TIB)
     directory = context.fresh_directory()
     server.create(context.tools, directory, base, TIB)
     count = SCATTERED_FULL if context.full else SCATTERED
@@ -213,7 +230,7 @@ def opening(context, server):
     values = {}
     try:
         load = ["--ops=write", "--depth=64", f"--count={count}", f"--flush-every={count}", "--seed=1"]
-        context.bench(running, load)
+        context.bench(running, [*load, PATIENCE])
         values["rss_written"] = running.memory()["rss"]
         running.stop()
         running, values["clean"] = timed_start(context, server, directory, base)
@@ -254,6 +271,11 @@ SPECIALS = [
         large_disk, (Aim("write_iops", 1, "qcow2"), Aim("read_iops", 1, "qcow2"), Aim("start", 1, "qcow2")),
     ),
     Special(
+        "memory-100g", "Memory for scattered writes", "1 GiB of random 4 KiB writes on a sparse disk of 100 GiB.",
+        (("rss", "memory (RSS) after the writes", "MiB", "less"), ("anon", "of it anonymous", "MiB", "less")),
+        memory, (Aim("rss", 1, at_most=16),), only=("ours", "ours-uml", "sub"),
+    ),
+    Special(
         "cold", "A base that is not in the page cache", "Each block once, so that none is read twice.",
         (
             ("random", "random 4 KiB, depth 32", "IOPS", "more"),
@@ -261,14 +283,14 @@ SPECIALS = [
             ("random_cpu", "server CPU per random read", "µs", "less"),
             ("sequential_cpu", "server CPU per sequential read", "µs", "less"),
         ),
-        cold_base, (Aim("random", 1), Aim("sequential", 1)), only=("ours", "ours-raw", "raw", "raw-direct", "qcow2", "sub"),
+        cold_base, (Aim("random", 1, "qcow2"), Aim("sequential", 1, "qcow2")), only=("ours", "ours-raw", "raw", "raw-direct", "qcow2", "sub"),
     ),
     Special(
         "fleet", "Many daemons on one base", "Per daemon; then each reads the same 64 MiB of the base.",
         (
             ("pss", "memory (PSS) when started", "MiB", "less"),
             ("pss_after", "memory (PSS) after the reads", "MiB", "less"),
-            ("cached", "times that the page cache holds the base", "×", "less"),
+            ("cached", "times that the page cache holds what is read", "×", "less"),
             ("start", "start to first answer, each", "ms", "less"),
         ),
         fleet, (Aim("pss", 1, "qcow2"), Aim("cached", 1, at_most=1.5)),
@@ -283,7 +305,7 @@ SPECIALS = [
     ),
     Special(
         "open-1t", "Opening a 1 TiB overlay with scattered writes",
-        "1 GiB of random 4 KiB writes (with --full 1 % of the disk); from start to first answer.",
+        "128 MiB of random 4 KiB writes (with --full 1 % of the disk); from start to first answer.",
         (
             ("clean", "after a clean end", "ms", "less"),
             ("cold", "… with the overlay not in the page cache", "ms", "less"),
@@ -292,6 +314,6 @@ SPECIALS = [
             ("rss_written", "memory after the writes", "MiB", "less"),
             ("disk", "disk space per byte written", "×", "less"),
         ),
-        opening, (Aim("clean", 1, "sub"), Aim("killed", 1, "sub"), Aim("rss_written", 1, at_most=16)), only=("ours", "sub"),
+        opening, (Aim("clean", 1, "sub"), Aim("killed", 1, "sub")), only=("ours", "sub"),
     ),
 ]

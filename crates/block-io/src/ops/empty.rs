@@ -1,14 +1,28 @@
 //! Emptying a COW file: all that it holds is dropped, and its space given back.
 
+use std::path::Path;
+
 use cow_format::{ByteOffset, Header};
 
 use super::{OpError, check};
-use crate::image::chain::Opened;
-use crate::image::side_file;
+use crate::image::chain::{Opened, Opener};
+use crate::image::state::{check_writable, mark_clean};
+use crate::image::{DiskOptions, side_file};
 use crate::storage::{Env, Storage};
 
 /// What file systems allocate at a time.
 const BLOCK: u64 = 4096;
+
+/// Empties the COW file at `path`: the disk is again what it stands over. An interruption leaves some of the changes, so
+/// run it again then.
+pub fn reset<E: Env>(env: &E, path: &Path) -> Result<(), OpError> {
+    let cow = Opener::new(env, &DiskOptions::default(), path).top()?;
+    let mut header = cow.header()?;
+    check_writable(path, &header)?;
+    // Closed in order: then the live bitmap is void, and nobody brings its bits back.
+    mark_clean(&cow.file, &mut header).map_err(|err| err.at(path))?;
+    empty(env, &cow, &header)
+}
 
 /// Clears every bit and punches out all data of a COW file that is exclusively locked. The bits are durably clear before
 /// the first data goes: no set bit ever shows a hole. An interruption leaves some of the bits.

@@ -1,6 +1,7 @@
 //! Operations on whole images, for the tool: crash-safe, and on any [`crate::storage::Env`].
 
 pub mod check;
+mod compare;
 mod copy;
 mod empty;
 mod error;
@@ -14,6 +15,8 @@ mod parallel;
 pub mod walk;
 mod zeroes;
 
+pub use compare::first_difference;
+pub use empty::reset;
 pub use error::OpError;
 pub use holes::Holes;
 pub use merge::{create_raw, merge_to};

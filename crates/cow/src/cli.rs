@@ -6,9 +6,13 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
-use crate::commands::{check, create, info, map, merge, rebind, resize, snapshot};
+use crate::commands::{
+    bench, check, compare, create, fork, info, man, map, measure, merge, rebind, reset, resize,
+    snapshot,
+};
 use crate::error::CowError;
 use crate::ui::Ui;
+use crate::uml_names;
 
 const ABOUT: &str = "\
 Handles copy-on-write disk images.
@@ -21,7 +25,8 @@ A file that a virtual machine uses is locked, and refused here, except by `info`
 
 const EXIT_STATUS: &str = "\
 Exit status: 0 after success, 1 after a failure, 2 for a wrong command line. `check` ends as qemu-img check does: \
-0 if all is well, 1 if it could not check, 2 if the image is corrupt, 3 if it only holds space that nothing uses.";
+0 if all is well, 1 if it could not check, 2 if the image is corrupt, 3 if it only holds space that nothing uses. \
+`compare` ends with 0 if the disks are the same, 1 if they differ, 2 if it could not compare.";
 
 /// `cow`.
 #[derive(Parser, Debug)]
@@ -40,11 +45,18 @@ enum Command {
     Create(create::Args),
     Info(info::Args),
     Map(map::Args),
+    Measure(measure::Args),
     Check(check::Args),
+    Compare(compare::Args),
     Resize(resize::Args),
     Snapshot(snapshot::Args),
+    Fork(fork::Args),
+    Reset(reset::Args),
     Merge(merge::Args),
     Rebind(rebind::Args),
+    Bench(bench::Args),
+    #[command(hide = true)]
+    Man(man::Args),
 }
 
 /// Status for a wrong command line.
@@ -54,33 +66,42 @@ const STATUS_FAILURE: u8 = 1;
 
 /// Runs the command line `args`, the program's name included.
 pub fn run(args: Vec<OsString>) -> ExitCode {
-    let usage_status = usage_status(&args);
-    let cli = match Cli::try_parse_from(args) {
+    let statuses = Statuses::of(&args);
+    let cli = match uml_names::translate(args).and_then(Cli::try_parse_from) {
         Ok(cli) => cli,
         Err(err) => {
             // Where the terminal is gone there is nobody to tell.
             _ = err.print();
             let asked = matches!(err.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
-            return if asked { ExitCode::SUCCESS } else { ExitCode::from(usage_status) };
+            return if asked { ExitCode::SUCCESS } else { ExitCode::from(statuses.usage) };
         }
     };
     match cli.command.run(Ui::new(cli.quiet)) {
         Ok(status) => status,
         Err(err) => {
             eprintln!("cow: {err}");
-            ExitCode::from(if matches!(err, CowError::Usage(_)) {
-                usage_status
-            } else {
-                STATUS_FAILURE
-            })
+            let usage = matches!(err, CowError::Usage(_));
+            ExitCode::from(if usage { statuses.usage } else { statuses.failure })
         }
     }
 }
 
-/// `check` says with status 2 that an image is corrupt: there a wrong command line is a failure to check.
-fn usage_status(args: &[OsString]) -> u8 {
-    let command = args.iter().skip(1).find(|arg| !arg.as_encoded_bytes().starts_with(b"-"));
-    if command.is_some_and(|command| command == "check") { STATUS_FAILURE } else { STATUS_USAGE }
+/// How a command ends that does not do what was asked for. Two of them say something else with 1 or 2, as qemu-img's
+/// do: `check` that the image is corrupt, `compare` that the disks differ.
+struct Statuses {
+    usage: u8,
+    failure: u8,
+}
+
+impl Statuses {
+    fn of(args: &[OsString]) -> Self {
+        let words = args.iter().skip(1).filter_map(|arg| arg.to_str());
+        match words.into_iter().find(|word| !word.starts_with('-')) {
+            Some("check") => Statuses { usage: STATUS_FAILURE, failure: STATUS_FAILURE },
+            Some("compare") => Statuses { usage: STATUS_USAGE, failure: STATUS_USAGE },
+            _ => Statuses { usage: STATUS_USAGE, failure: STATUS_FAILURE },
+        }
+    }
 }
 
 impl Command {
@@ -89,11 +110,29 @@ impl Command {
             Command::Create(args) => args.run(ui),
             Command::Info(args) => args.run(ui),
             Command::Map(args) => args.run(ui),
+            Command::Measure(args) => args.run(ui),
             Command::Check(args) => args.run(ui),
+            Command::Compare(args) => args.run(ui),
+            Command::Fork(args) => args.run(ui),
+            Command::Reset(args) => args.run(ui),
+            Command::Bench(args) => args.run(ui),
+            Command::Man(args) => args.run(ui),
             Command::Resize(args) => args.run(ui),
             Command::Snapshot(args) => args.run(ui),
             Command::Rebind(args) => args.run(ui),
             Command::Merge(args) => args.run(ui),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
     }
 }

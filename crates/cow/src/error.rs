@@ -16,6 +16,9 @@ pub enum CowError {
     /// An image was not changed.
     #[error(transparent)]
     Change(#[from] ChangeError),
+    /// A file without a COW header, where a COW file is needed or a raw image has to be said to be one.
+    #[error("{}: not a COW file; if it is a raw image, say so: --format raw", .0.display())]
+    NotCow(PathBuf),
     /// Options that do not go together.
     #[error("{0}")]
     Usage(String),

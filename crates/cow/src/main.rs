@@ -6,7 +6,9 @@ mod digest;
 mod error;
 mod output;
 mod size;
+mod source;
 mod ui;
+mod uml_names;
 
 use std::process::ExitCode;
 

@@ -21,7 +21,13 @@ pub enum OutputFormat {
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct OutputArgs {
     /// How the facts are printed
-    #[arg(long = "output", value_name = "FORMAT", default_value = "human", value_enum)]
+    #[arg(
+        id = "output",
+        long = "output",
+        value_name = "FORMAT",
+        default_value = "human",
+        value_enum
+    )]
     pub format: OutputFormat,
 }
 

@@ -13,6 +13,7 @@ use cow_format::header::BackingFormat;
 use crate::digest::digest_of;
 use crate::error::CowError;
 use crate::size::{Human, Size};
+use crate::source::FileFormat;
 use crate::ui::Ui;
 
 /// Make a new COW file over a base, or an image of zeros
@@ -30,7 +31,7 @@ pub struct Args {
     /// This is never guessed, because a guest can write anything to the start of a raw image, the header of a COW file
     /// too. It need not be said for a raw image that does not begin like a COW file. A native file must be frozen.
     #[arg(short = 'F', long, value_name = "FORMAT", value_enum, requires = "base")]
-    base_format: Option<BaseFormat>,
+    base_format: Option<FileFormat>,
 
     /// What the new file is
     #[arg(short, long, value_name = "FORMAT", value_enum, default_value = "native")]
@@ -68,24 +69,10 @@ enum Format {
     Raw,
 }
 
-/// What a base is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum BaseFormat {
-    /// The bytes of a disk and nothing else
-    Raw,
-    /// COW file of User Mode Linux
-    Uml,
-    /// Frozen COW file of this project
-    Native,
-}
-
 /// The format of a base as it was said; raw if nothing was said and nothing speaks against it.
-pub fn base_format(base: &Path, said: Option<BaseFormat>) -> Result<BackingFormat, CowError> {
-    match said {
-        Some(BaseFormat::Raw) => return Ok(BackingFormat::Raw),
-        Some(BaseFormat::Uml) => return Ok(BackingFormat::Uml),
-        Some(BaseFormat::Native) => return Ok(BackingFormat::Native),
-        None => {}
+pub fn base_format(base: &Path, said: Option<FileFormat>) -> Result<BackingFormat, CowError> {
+    if let Some(said) = said {
+        return Ok(said.into());
     }
     let looks_like = match inspect(&Host, base, None) {
         // What is wrong with it is said when it is opened.

@@ -1,10 +1,16 @@
 //! One file for each command.
 
+pub mod bench;
 pub mod check;
+pub mod compare;
 pub mod create;
+pub mod fork;
 pub mod info;
+pub mod man;
 pub mod map;
+pub mod measure;
 pub mod merge;
 pub mod rebind;
+pub mod reset;
 pub mod resize;
 pub mod snapshot;

@@ -1,0 +1,77 @@
+//! `cow measure`: what a merged image of a disk would take.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use block_io::ops::walk::{Source, Walker};
+use cow_format::{Sector, SectorCount, SectorRange};
+use serde::Serialize;
+
+use crate::error::CowError;
+use crate::output::OutputArgs;
+use crate::size::Human;
+use crate::source::{FileFormat, open};
+use crate::ui::Ui;
+
+/// Say how much space a raw image of a disk takes
+///
+/// Holes are counted as such; zeros that stand in a file are not looked for, so that it can be less.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// What FILE is; a raw image must be said to be one
+    #[arg(short, long, value_name = "FORMAT", value_enum)]
+    format: Option<FileFormat>,
+
+    #[command(flatten)]
+    output: OutputArgs,
+
+    /// A disk
+    file: PathBuf,
+}
+
+/// Keys as those of qemu-img measure.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Measured {
+    /// Bytes of space, whole blocks.
+    required: u64,
+    /// Bytes without any hole.
+    fully_allocated: u64,
+}
+
+/// What file systems allocate at a time.
+const BLOCK: u64 = 4096;
+/// Sectors that are looked at at once (1 GiB).
+const STEP: u64 = 1 << 21;
+
+impl Args {
+    pub fn run(self, _ui: Ui) -> Result<ExitCode, CowError> {
+        let disk = open(&self.file, self.format)?;
+        let mut walker = Walker::new(&disk);
+        let (mut required, mut counted_to) = (0, 0);
+        let (mut start, end) = (0, disk.capacity().get());
+        while start < end {
+            let count = SectorCount::new(STEP.min(end - start));
+            let Some(range) = SectorRange::new(Sector::new(start), count) else { break };
+            for piece in walker.pieces(range)? {
+                if let Source::Data { .. } = piece.source {
+                    // Blocks, each once.
+                    let from = (piece.at.get() / BLOCK * BLOCK).max(counted_to);
+                    counted_to = (piece.at.get() + piece.len).next_multiple_of(BLOCK);
+                    required += counted_to.saturating_sub(from);
+                }
+            }
+            start += count.get();
+        }
+        let measured = Measured { required, fully_allocated: disk.size() };
+        self.output.print(&measured, |measured| {
+            let Measured { required, fully_allocated } = measured;
+            format!(
+                "required size: {required} bytes ({})\nfully allocated size: {fully_allocated} bytes ({})\n",
+                Human(*required),
+                Human(*fully_allocated)
+            )
+        })?;
+        Ok(ExitCode::SUCCESS)
+    }
+}

@@ -1,0 +1,27 @@
+//! `cow reset`: drop all changes.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use block_io::{Host, ops};
+
+use crate::error::CowError;
+use crate::ui::Ui;
+
+/// Drop everything that a COW file holds
+///
+/// The disk is again what the COW file stands over, and the space is free. There is no way back. If it is interrupted, some
+/// of the changes are left: run it again.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The COW file
+    cow: PathBuf,
+}
+
+impl Args {
+    pub fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
+        ops::reset(&Host, &self.cow)?;
+        ui.note(format_args!("{}: empty", self.cow.display()));
+        Ok(ExitCode::SUCCESS)
+    }
+}

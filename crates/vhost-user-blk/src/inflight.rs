@@ -27,12 +27,17 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::fault;
 use crate::memory::{GuestAddress, Memory, MemoryError, RegionInfo};
+use crate::state::{DeviceState, STATE_LEN};
 
 /// The version of the layout.
 const VERSION: u16 = 1;
 
 /// Each queue's part begins at a multiple of this.
 const ALIGN: u64 = 64;
+
+/// Behind the parts of the queues, in an area that was made here, is room for a [`DeviceState`], in
+/// bytes. The specification knows nothing of it; a frontend keeps what it was given.
+const STATE_ROOM: u64 = ALIGN;
 
 /// `QueueRegionSplit` without its descriptors; host-endian. All zeros: not initialised.
 #[repr(C)]
@@ -183,9 +188,10 @@ pub struct AreaInfo {
 }
 
 impl AreaInfo {
-    /// The area for `num_queues` queues of `queue_size` descriptors, at the beginning of a file.
+    /// The area for `num_queues` queues of `queue_size` descriptors and the state of the device, at
+    /// the beginning of a file.
     pub fn new(num_queues: u16, queue_size: u16) -> Self {
-        let size = u64::from(num_queues) * stride(queue_size);
+        let size = queues_len(num_queues, queue_size) + STATE_ROOM;
         AreaInfo { size, offset: 0, num_queues, queue_size }
     }
 
@@ -204,7 +210,7 @@ impl AreaInfo {
         if !offset.is_multiple_of(ALIGN) {
             return Err(InflightError::Offset { found: offset });
         }
-        let needed = AreaInfo::new(num_queues, queue_size).size;
+        let needed = queues_len(num_queues, queue_size);
         if size < needed {
             return Err(InflightError::Size { found: size, needed, num_queues, queue_size });
         }
@@ -223,6 +229,11 @@ impl AreaInfo {
         fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(seals))?;
         Ok(file)
     }
+}
+
+/// Bytes of the parts of all queues.
+fn queues_len(num_queues: u16, queue_size: u16) -> u64 {
+    u64::from(num_queues) * stride(queue_size)
 }
 
 /// Bytes of one queue's part.
@@ -266,14 +277,32 @@ impl Area {
         Ok(Area { memory: Arc::new(memory), num_queues, queue_size })
     }
 
-    /// Forgets everything that is in flight: the device was reset.
+    /// Forgets everything: the device was reset.
     pub fn clear(&self) {
-        let len = u64::from(self.num_queues) * stride(self.queue_size);
-        if let (Some(start), Ok(len)) =
-            (self.memory.contiguous(GuestAddress(0), len), usize::try_from(len))
-        {
-            self.memory.zero_host(start, len);
+        for region in self.memory.regions() {
+            if let (Some(start), Ok(len)) =
+                (self.memory.contiguous(GuestAddress(0), region.size), usize::try_from(region.size))
+            {
+                self.memory.zero_host(start, len);
+            }
         }
+    }
+
+    /// Keeps the state of the device for a successor, if the area has room for it.
+    pub fn keep(&self, state: DeviceState) {
+        // One that was made elsewhere may have none.
+        let _ = self.memory.write(self.state_at(), &state.encode());
+    }
+
+    /// The state that a predecessor kept.
+    pub fn kept(&self) -> Option<DeviceState> {
+        let mut bytes = [0; STATE_LEN];
+        self.memory.read(self.state_at(), &mut bytes).ok()?;
+        DeviceState::decode(&bytes).ok()
+    }
+
+    fn state_at(&self) -> GuestAddress {
+        GuestAddress(queues_len(self.num_queues, self.queue_size))
     }
 
     /// Whether its file was shortened.

@@ -23,6 +23,7 @@ pub mod sigbus;
 pub mod signals;
 pub mod socket;
 pub mod spin;
+pub mod state;
 pub mod virtqueue;
 pub mod vring;
 pub mod worker;

@@ -29,6 +29,7 @@ use vhost::vhost_user::{self, Backend, GpuBackend, VhostUserBackendReqHandlerMut
 use crate::config::{self, DeviceConfig, DiskShape};
 use crate::inflight::{Area, AreaInfo, InflightError, Tracker};
 use crate::memory::{Memory, MemoryError, REGIONS_MAX, RegionInfo};
+use crate::state::{DeviceState, StateError};
 use crate::vring::{RingAddresses, RunningRing, StartCommon, Vring};
 use crate::worker::RingStart;
 
@@ -40,6 +41,7 @@ const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::
     .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    .union(VhostUserProtocolFeatures::DEVICE_STATE)
     .union(VhostUserProtocolFeatures::RESET_DEVICE);
 
 /// The disk, as a session sees it.
@@ -61,6 +63,13 @@ pub trait Device {
 
     /// Signalled when a ring had to be given up.
     fn failure(&self) -> &EventFd;
+}
+
+/// A device state on its way.
+enum Transfer {
+    Saved(std::result::Result<(), StateError>),
+    /// From here it comes; the frontend writes it after SET_DEVICE_STATE_FD.
+    Load(File),
 }
 
 /// Why a message is refused.
@@ -88,6 +97,10 @@ enum Refusal {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Inflight(#[from] InflightError),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("device state: to be transferred only while no ring is running")]
+    StateWhileRunning,
     #[error("cannot make an in-flight area: {0}")]
     InflightFile(io::Error),
     #[error("cannot make the disk durable for the change to write-through: {0}")]
@@ -126,6 +139,8 @@ pub struct Session<D: Device> {
     /// Every write is durable before it completes. Shared with the workers.
     write_through: Arc<AtomicBool>,
     memory: Arc<Memory>,
+    /// SET_DEVICE_STATE_FD, until CHECK_DEVICE_STATE.
+    transfer: Option<Transfer>,
     /// SET_INFLIGHT_FD. It belongs to the connection: with the next one it comes again.
     inflight: Option<Area>,
     vrings: Vec<Vring<D::Ring>>,
@@ -145,6 +160,7 @@ impl<D: Device> Session<D> {
             features: None,
             write_through: Arc::new(AtomicBool::new(true)),
             memory: Arc::new(Memory::empty()),
+            transfer: None,
             inflight: None,
             vrings: (0..shape.num_queues).map(|_| Vring::default()).collect(),
             requests: None,
@@ -154,6 +170,7 @@ impl<D: Device> Session<D> {
     /// The frontend is gone: completes what is in flight on every ring, and forgets what it said.
     pub fn disconnect(&mut self) {
         self.reset_rings();
+        self.transfer = None;
         self.inflight = None;
         self.memory = Arc::new(Memory::empty());
         self.requests = None;
@@ -242,6 +259,24 @@ impl<D: Device> Session<D> {
             self.device.flush().map_err(Refusal::Flush)?;
         }
         Ok(())
+    }
+
+    fn state(&self) -> DeviceState {
+        DeviceState { write_cache: self.config.write_cache() }
+    }
+
+    /// Takes on what a predecessor was told.
+    fn adopt(&mut self, state: DeviceState) -> Result<()> {
+        self.config.set_write_cache(state.write_cache);
+        self.keep_state();
+        self.update_write_through()
+    }
+
+    /// Keeps what the guest has set for a successor.
+    fn keep_state(&self) {
+        if let Some(area) = &self.inflight {
+            area.keep(self.state());
+        }
     }
 
     /// Has every ring use `memory`, after what is in flight on the old one is complete.
@@ -466,6 +501,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         // nothing.
         if self.has(config::F_CONFIG_WCE) {
             self.config.write(offset, data).ok_or(Refusal::ConfigRange { offset, size })?;
+            self.keep_state();
         }
         self.update_write_through()
     }
@@ -478,15 +514,34 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
 
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
-        _phase: VhostTransferStatePhase,
-        _fd: File,
+        direction: VhostTransferStateDirection,
+        phase: VhostTransferStatePhase,
+        fd: File,
     ) -> Result<Option<File>> {
-        Err(Refusal::NotOffered("DEVICE_STATE").into())
+        if phase != VhostTransferStatePhase::STOPPED || self.vrings.iter().any(Vring::is_running) {
+            return Err(Refusal::StateWhileRunning.into());
+        }
+        self.transfer = Some(match direction {
+            VhostTransferStateDirection::SAVE => Transfer::Saved(self.state().save(fd)),
+            VhostTransferStateDirection::LOAD => Transfer::Load(fd),
+        });
+        Ok(None)
     }
 
     fn check_device_state(&mut self) -> Result<()> {
-        Err(Refusal::NotOffered("DEVICE_STATE").into())
+        let result = match self.transfer.take() {
+            None => Err(StateError::Nothing),
+            Some(Transfer::Saved(result)) => result.map(|()| None),
+            Some(Transfer::Load(pipe)) => DeviceState::load(pipe),
+        };
+        match result {
+            Ok(Some(state)) => self.adopt(state),
+            Ok(None) => Ok(()),
+            Err(error) => {
+                log::warn!("{error}");
+                Err(Refusal::State(error).into())
+            }
+        }
     }
 
     fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
@@ -514,7 +569,9 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         info.check(self.vrings.len(), self.queue_size_max).map_err(Refusal::Inflight)?;
         let area = Area::map(&info, file).map_err(Refusal::Inflight)?;
         self.vrings.iter_mut().for_each(Vring::pause);
+        let kept = area.kept().unwrap_or(self.state());
         self.inflight = Some(area);
+        self.adopt(kept)?;
         self.reconcile()
     }
 

@@ -65,7 +65,7 @@ impl Rig {
     }
 
     fn bytes(&self) -> Vec<u8> {
-        let mut bytes = vec![0; usize::try_from(2 * stride(SIZE)).unwrap()];
+        let mut bytes = vec![0; usize::try_from(AreaInfo::new(2, SIZE).size).unwrap()];
         self.file.read_exact_at(&mut bytes, 0).unwrap();
         bytes
     }
@@ -309,7 +309,7 @@ fn numbers_of_an_area_are_checked() {
     }
     let short = AreaInfo::new(1, 8).create().unwrap();
     let error = Area::map(&AreaInfo::new(2, 8), short).unwrap_err().to_string();
-    assert!(error.contains("its file has 192 bytes"), "{error}");
+    assert!(error.contains("its file has 256 bytes"), "{error}");
 }
 
 #[test]
@@ -318,6 +318,16 @@ fn the_file_keeps_its_length_and_clearing_leaves_nothing() {
     assert!(rig.file.set_len(0).is_err());
     assert!(rig.file.set_len(1 << 20).is_err());
     assert!(rig.bytes().iter().any(|&byte| byte != 0));
+    let state = DeviceState { write_cache: false };
+    rig.area().keep(state);
+    assert_eq!(rig.area().kept(), Some(state));
     rig.area().clear();
     assert!(rig.bytes().iter().all(|&byte| byte == 0));
+    assert_eq!(rig.area().kept(), None);
+    // An area that was made elsewhere has no room for it.
+    let mut info = AreaInfo::new(2, SIZE);
+    info.size = 2 * stride(SIZE);
+    let area = Area::map(&info, rig.file.try_clone().unwrap()).unwrap();
+    area.keep(state);
+    assert_eq!(area.kept(), None);
 }

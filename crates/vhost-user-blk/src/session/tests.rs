@@ -1,5 +1,5 @@
-use std::io::{PipeReader, Read};
-use std::os::fd::AsFd;
+use std::io::{PipeReader, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 
@@ -470,7 +470,7 @@ const MARK_3: u64 = 16 + 16 * 3;
 fn the_in_flight_area_says_where_a_ring_goes_on() {
     let mut rig = Rig::new();
     let (info, file) = inflight_area(&mut rig.session);
-    assert_eq!((info.mmap_size, { info.mmap_offset }), (2 * 2112, 0));
+    assert_eq!((info.mmap_size, { info.mmap_offset }), (2 * 2112 + 64, 0));
     rig.session.set_inflight_fd(&info, file.try_clone().unwrap()).unwrap();
     let memory = self::file();
     let regions = [region(0)];
@@ -534,12 +534,12 @@ fn in_flight_areas_of_wrong_sizes_are_refused() {
         assert!(refused.contains("in-flight area for"), "{refused}");
     }
     let (info, area) = inflight_area(session);
-    let given = VhostUserInflight { mmap_size: info.mmap_size - 1, ..info };
+    let given = VhostUserInflight { mmap_size: 4223, ..info };
     let refused = reason(session.set_inflight_fd(&given, area.try_clone().unwrap()));
     assert!(refused.contains("need 4224"), "{refused}");
     let given = VhostUserInflight { mmap_size: info.mmap_size + 1, ..info };
     let refused = reason(session.set_inflight_fd(&given, area));
-    assert!(refused.contains("its file has 4224 bytes, the region needs 4225"), "{refused}");
+    assert!(refused.contains("its file has 4288 bytes, the region needs 4289"), "{refused}");
 }
 
 #[test]
@@ -554,4 +554,96 @@ fn an_in_flight_area_that_is_shortened_ends_the_session() {
         rig.step(step, WITH_PROTOCOL);
     }
     assert!(rig.session.check().unwrap_err().to_string().contains("shortened"));
+}
+
+/// The guest of `rig` switches its write cache off.
+fn write_through(rig: &mut Rig) {
+    let features = WITH_PROTOCOL | config::F_CONFIG_WCE;
+    rig.session.set_features(features).unwrap();
+    assert!(!rig.write_through());
+    rig.session.set_config(32, &[0], VhostUserConfigFlags::empty()).unwrap();
+    assert!(rig.write_through());
+}
+
+fn write_cache(rig: &mut Rig) -> u8 {
+    rig.session.get_config(32, 1, VhostUserConfigFlags::empty()).unwrap()[0]
+}
+
+#[test]
+fn a_write_cache_that_is_off_is_off_for_the_next_daemon_too() {
+    let mut rig = Rig::new();
+    let (info, area) = inflight_area(&mut rig.session);
+    rig.session.set_inflight_fd(&info, area.try_clone().unwrap()).unwrap();
+    write_through(&mut rig);
+
+    let mut next = Rig::new();
+    next.session.set_inflight_fd(&info, area.try_clone().unwrap()).unwrap();
+    next.session.set_features(WITH_PROTOCOL | config::F_CONFIG_WCE).unwrap();
+    assert!(next.write_through());
+    assert_eq!(write_cache(&mut next), 0);
+    next.session.reset_device().unwrap();
+    assert_eq!(write_cache(&mut next), 1);
+    let mut after_reset = Rig::new();
+    after_reset.session.set_inflight_fd(&info, area).unwrap();
+    assert_eq!(write_cache(&mut after_reset), 1);
+}
+
+const SAVE: VhostTransferStateDirection = VhostTransferStateDirection::SAVE;
+const LOAD: VhostTransferStateDirection = VhostTransferStateDirection::LOAD;
+const STOPPED: VhostTransferStatePhase = VhostTransferStatePhase::STOPPED;
+
+fn pipe() -> (File, File) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    (File::from(OwnedFd::from(reader)), File::from(OwnedFd::from(writer)))
+}
+
+#[test]
+fn the_state_of_a_device_is_saved_and_loaded() {
+    let mut rig = Rig::new();
+    write_through(&mut rig);
+    let (mut reader, writer) = pipe();
+    assert!(rig.session.set_device_state_fd(SAVE, STOPPED, writer).unwrap().is_none());
+    rig.session.check_device_state().unwrap();
+    // What follows is the end: the daemon has closed its descriptor.
+    let mut saved = Vec::new();
+    reader.read_to_end(&mut saved).unwrap();
+
+    let load = |bytes: &[u8]| {
+        let mut rig = Rig::new();
+        let (reader, mut writer) = pipe();
+        rig.session.set_device_state_fd(LOAD, STOPPED, reader).unwrap();
+        writer.write_all(bytes).unwrap();
+        drop(writer);
+        let result = rig.session.check_device_state();
+        (result, write_cache(&mut rig))
+    };
+    let (result, cache) = load(&saved);
+    result.unwrap();
+    assert_eq!(cache, 0);
+    let (result, cache) = load(&[]);
+    result.unwrap();
+    assert_eq!(cache, 1);
+    for bad in [&saved[1..], &[7; 4000]] {
+        let (result, cache) = load(bad);
+        assert!(reason(result).contains("not one of vhost-user-blk"));
+        assert_eq!(cache, 1);
+    }
+}
+
+#[test]
+fn a_state_is_transferred_between_the_two_messages_and_while_the_rings_rest() {
+    let mut rig = Rig::new();
+    assert!(reason(rig.session.check_device_state()).contains("no device state"));
+    // The frontend has not closed its end: not waited for.
+    let (reader, _writer) = pipe();
+    rig.session.set_device_state_fd(LOAD, STOPPED, reader).unwrap();
+    assert!(reason(rig.session.check_device_state()).contains("cannot read"));
+    let (reader, writer) = pipe();
+    drop(reader);
+    rig.session.set_device_state_fd(SAVE, STOPPED, writer).unwrap();
+    assert!(reason(rig.session.check_device_state()).contains("cannot write"));
+
+    let mut rig = Rig::running(WITH_PROTOCOL);
+    let (_reader, writer) = pipe();
+    assert!(reason(rig.session.set_device_state_fd(SAVE, STOPPED, writer)).contains("no ring"));
 }

@@ -29,6 +29,7 @@ pub const P_REPLY_ACK: u64 = 1 << 3;
 pub const P_BACKEND_REQ: u64 = 1 << 5;
 pub const P_CONFIG: u64 = 1 << 9;
 pub const P_INFLIGHT_SHMFD: u64 = 1 << 12;
+pub const P_DEVICE_STATE: u64 = 1 << 19;
 pub const P_RESET_DEVICE: u64 = 1 << 13;
 pub const P_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 /// All that the daemon offers.
@@ -37,6 +38,7 @@ pub const PROTOCOL_FEATURES: u64 = P_MQ
     | P_BACKEND_REQ
     | P_CONFIG
     | P_INFLIGHT_SHMFD
+    | P_DEVICE_STATE
     | P_RESET_DEVICE
     | P_CONFIGURE_MEM_SLOTS;
 

@@ -11,6 +11,7 @@ use clap::{ArgGroup, CommandFactory, Parser, ValueEnum};
 use log::LevelFilter;
 
 use crate::socket::Endpoint;
+use crate::systemd;
 
 /// Most queues: a message that passes a queue's descriptor names the queue in eight bits.
 pub const QUEUES_MAX: u16 = 256;
@@ -65,7 +66,7 @@ Examples:
     about = "Serves a copy-on-write disk to a virtual machine over vhost-user",
     long_about = ABOUT,
     after_help = EXAMPLES,
-    group(ArgGroup::new("endpoint").required(true).args(["socket_path", "fd"])),
+    group(ArgGroup::new("endpoint").required(systemd::listen_fd().is_none()).args(["socket_path", "fd"])),
     group(ArgGroup::new("disk").required(true).args(["image", "blk_file"])),
 )]
 struct Args {
@@ -87,7 +88,8 @@ struct Args {
 
     /// Use this open descriptor, a listening or connected unix stream socket
     ///
-    /// With a connected socket the daemon ends when the frontend disconnects.
+    /// With a connected socket the daemon ends when the frontend disconnects. Neither this nor
+    /// --socket-path is needed where systemd passes the socket (LISTEN_FDS=1).
     #[arg(long, value_name = "FDNUM")]
     fd: Option<RawFd>,
 
@@ -267,7 +269,14 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
         }
         (Some(path), None) => Endpoint::Path(path),
         (None, Some(fd)) => Endpoint::Fd(fd),
-        _ => return Err(usage(ErrorKind::MissingRequiredArgument, "give --socket-path or --fd")),
+        (None, None) => {
+            let missing =
+                || usage(ErrorKind::MissingRequiredArgument, "give --socket-path or --fd");
+            Endpoint::Fd(systemd::listen_fd().ok_or_else(missing)?)
+        }
+        (Some(_), Some(_)) => {
+            return Err(usage(ErrorKind::ArgumentConflict, "give --socket-path or --fd, not both"));
+        }
     };
     Ok(Command::Serve(Box::new(Options {
         endpoint,

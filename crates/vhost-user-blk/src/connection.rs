@@ -12,7 +12,7 @@ use vhost::vhost_user::{self, BackendReqHandler, VhostUserBackendReqHandlerMut};
 
 use crate::memory_table;
 use crate::session::{Device, Session};
-use crate::signals;
+use crate::{signals, systemd};
 
 /// How often a ring is looked at whose frontend has announced not to kick.
 const POLLING_INTERVAL_MS: u8 = 1;
@@ -141,11 +141,17 @@ pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: PollTimeout) -> io::Result
     let all = fds.iter().copied().chain(signals::wake_fd());
     let mut all: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
     loop {
+        // Shorter than the caller asks if the service manager wants a sign of life before.
+        let (timeout, watched) = match systemd::alive().map(PollTimeout::try_from) {
+            Some(Ok(watch)) if timeout.is_none() || watch < timeout => (watch, true),
+            _ => (timeout, false),
+        };
         let result = poll(&mut all, timeout);
         if signals::stopping() {
             return Ok(Readable::Stop);
         }
         match result {
+            Ok(0) if watched => {}
             Ok(0) => return Ok(Readable::Timeout),
             // The wake descriptor comes last, and was dealt with above.
             Ok(_) => {

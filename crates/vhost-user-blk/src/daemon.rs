@@ -20,10 +20,10 @@ use crate::connection::{self, Readable, wait_readable};
 use crate::request::ParseLimits;
 use crate::resident::Mappings;
 use crate::session::{Device, Session};
-use crate::signals;
 use crate::socket::{Listener, Socket, SocketError};
 use crate::vring::RunningRing;
 use crate::worker::{self, RingStart, Shared, WorkerHandle};
+use crate::{signals, systemd};
 
 /// How long to wait before the next try when a connection could not be accepted, in milliseconds:
 /// what is short then (descriptors, memory) is short in the whole system.
@@ -96,6 +96,7 @@ impl DaemonError {
 /// # Errors
 /// [`DaemonError`]. Whatever it is, the socket file is gone and the disk is as whole as it can be.
 pub fn run(options: &Options) -> Result<(), DaemonError> {
+    systemd::install();
     signals::install().map_err(|e| DaemonError::system("take over signals")(e.into()))?;
     raise_fd_limit();
     // The socket first: a command line with a bad one must not make a COW file. Frontends that come
@@ -104,7 +105,9 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     let disk = Arc::new(open_disk(options)?);
 
     let session = session(options, &disk).map_err(DaemonError::system("start a thread"))?;
+    systemd::ready();
     let served = serve(&socket, &session).map_err(DaemonError::system("use the socket"));
+    systemd::stopping();
     // The workers have ended with the last connection; the committer ends here.
     drop(session);
     disk.close()?;

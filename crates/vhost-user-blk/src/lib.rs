@@ -24,6 +24,7 @@ pub mod signals;
 pub mod socket;
 pub mod spin;
 pub mod state;
+pub mod systemd;
 pub mod virtqueue;
 pub mod vring;
 pub mod worker;

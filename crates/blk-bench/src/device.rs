@@ -1,15 +1,13 @@
 //! The frontend's half of the vhost-user handshake: from a socket to running queues.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{
@@ -30,6 +28,7 @@ use crate::error::Error;
 use crate::memory::{GUEST_BASE, SharedMemory};
 use crate::queue::{Link, Queue, QueueEnds, SlotLayout};
 use crate::ring::RingLayout;
+use crate::watchdog::Watchdog;
 
 /// Virtio features that this driver knows what to do with.
 const KNOWN_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
@@ -53,8 +52,6 @@ const MAX_QUEUE_SIZE: u16 = 32768;
 const DEFAULT_QUEUE_SIZE: u16 = 128;
 /// While a backend is not there yet, it is tried again this often.
 const RETRY: Duration = Duration::from_millis(5);
-/// The watchdog lets every queue look at the clock once in this time.
-const WATCHDOG_TICK_MS: u16 = 1000;
 
 /// What to connect to, and how.
 #[derive(Clone, Debug)]
@@ -179,7 +176,7 @@ impl Device {
     /// As [`Device::connect`], after which the device is dead; [`Error::Options`] if the new backend's features are
     /// others.
     pub fn reconnect(&mut self, options: &Options) -> Result<(), Error> {
-        let link = Arc::clone(&self.watchdog.link);
+        let link = Arc::clone(self.watchdog.link());
         self.watchdog.stop();
         link.dead.store(true, Ordering::Relaxed);
         let (stream, pid) = connect_stream(options)?;
@@ -281,7 +278,7 @@ impl Device {
 
     /// Whether the backend has closed the connection.
     pub fn is_dead(&self) -> bool {
-        self.watchdog.link.dead.load(Ordering::Relaxed)
+        self.watchdog.is_dead()
     }
 }
 
@@ -510,69 +507,5 @@ impl Plan {
             Ok(Queue::new(Arc::clone(memory), ring, self.event_idx, slots, ends))
         };
         (0..).zip(&self.layouts).map(queue).collect()
-    }
-}
-
-/// Looks for the end of the connection, so that a thread that sleeps on its eventfd needs one system call and not two;
-/// and wakes every queue now and then, so that it can find that nothing comes any more.
-struct Watchdog {
-    link: Arc<Link>,
-    stop: EventFd,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Watchdog {
-    fn spawn(socket: UnixStream, calls: Vec<EventFd>, link: Arc<Link>) -> Result<Self, Error> {
-        let stop = EventFd::new(EFD_CLOEXEC).map_err(Error::io("eventfd"))?;
-        let stopped = stop.try_clone().map_err(Error::io("dup of an eventfd"))?;
-        let shared = Arc::clone(&link);
-        let run = move || watch(&socket, &stopped, &calls, &shared);
-        let thread = std::thread::Builder::new()
-            .name("watchdog".into())
-            .spawn(run)
-            .map_err(Error::io("watchdog thread"))?;
-        Ok(Self { link, stop, thread: Some(thread) })
-    }
-
-    fn stop(&mut self) {
-        // Neither can fail in a way that anything could be done about: the thread ends at its next tick at worst.
-        let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-fn watch(socket: &UnixStream, stop: &EventFd, calls: &[EventFd], link: &Link) {
-    // SAFETY: the eventfd outlives this borrow of its number.
-    let stop_fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(stop.as_raw_fd()) };
-    loop {
-        // A hang-up is reported without being asked for.
-        let mut fds = [
-            PollFd::new(socket.as_fd(), PollFlags::empty()),
-            PollFd::new(stop_fd, PollFlags::POLLIN),
-        ];
-        // An interrupted poll is a tick like another.
-        let _ = poll(&mut fds, PollTimeout::from(WATCHDOG_TICK_MS));
-        if fds[1].any() == Some(true) {
-            return;
-        }
-        let hung_up = fds[0].any() == Some(true);
-        if hung_up {
-            link.dead.store(true, Ordering::Relaxed);
-        }
-        for call in calls {
-            // It fails only if the counter is full, and then the queue is awake.
-            let _ = call.write(1);
-        }
-        if hung_up {
-            return;
-        }
-    }
-}
-
-impl Drop for Watchdog {
-    fn drop(&mut self) {
-        self.stop();
     }
 }

@@ -139,7 +139,7 @@ fn read_only_in_uml() {
 }
 
 /// Single sectors round the borders of pages and of the disk, discards and zeroes, against a model.
-fn sectors(kernel: Kernel) {
+fn sectors(kernel: Kernel, options: &[&str]) {
     require!(kernel.available());
     const WRITTEN: [usize; 9] = [0, 1, 3, 7, 8, 63, 64, 1001, 8191];
     const DISCARDED: std::ops::Range<usize> = 96..160;
@@ -169,7 +169,7 @@ fn sectors(kernel: Kernel) {
         ZEROED.len() * 512,
         WRITTEN.map(|sector| sector.to_string()).join(" "),
     );
-    let daemon = disk.serve(&[]);
+    let daemon = disk.serve(options);
     let console = Guest::new(kernel, &script).disk(&daemon).run(&disk.dir, "guest");
     daemon.stop();
     console.expect("size", &(model.len() / 512).to_string());
@@ -182,12 +182,22 @@ fn sectors(kernel: Kernel) {
 
 #[test]
 fn single_sectors_in_qemu() {
-    sectors(Kernel::Qemu);
+    sectors(Kernel::Qemu, &[]);
+}
+
+#[test]
+fn single_sectors_with_direct_caches_in_qemu() {
+    sectors(Kernel::Qemu, &["--base-cache=direct", "--cow-cache=direct"]);
 }
 
 #[test]
 fn single_sectors_in_uml() {
-    sectors(Kernel::Uml);
+    sectors(Kernel::Uml, &[]);
+}
+
+#[test]
+fn single_sectors_in_a_uml_cow_file() {
+    sectors(Kernel::Uml, &["--format=uml"]);
 }
 
 /// A base whose size is no multiple of 512: the last sector is filled up with zeros.

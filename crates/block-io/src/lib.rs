@@ -12,6 +12,7 @@ pub mod ops;
 pub mod ring;
 pub mod sim;
 pub mod storage;
+pub mod watch;
 
 pub use committer::{Committer, Waiter};
 pub use disk::{Disk, Layer};

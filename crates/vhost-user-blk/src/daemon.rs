@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use block_io::watch::BaseWatch;
 use block_io::{CachePolicy, Committer, CowFormat, Disk, DiskError, DiskOptions, OpenError};
 use cow_format::{HEADER_PREFIX_LEN, Header, HeaderError};
 use nix::poll::PollTimeout;
@@ -103,6 +104,9 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     // early wait in its queue.
     let socket = Socket::open(&options.endpoint)?;
     let disk = Arc::new(open_disk(options)?);
+    // Without it the disk works as well; it only cannot say when somebody spoils it.
+    let _watch = BaseWatch::spawn(&disk)
+        .inspect_err(|e| log::warn!("the files below the disk are not watched: {e}"));
 
     let session = session(options, &disk).map_err(DaemonError::system("start a thread"))?;
     systemd::ready();

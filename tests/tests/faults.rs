@@ -115,3 +115,16 @@ fn a_base_cut_short_fails_reads_and_no_one_dies() {
     assert_eq!(failed_requests(&output), 0, "{output}");
     daemon.stop();
 }
+
+#[test]
+fn a_base_that_is_opened_for_writing_is_reported_and_nobody_waits() {
+    let disk = CowDisk::over(&patterned(MIB, 3));
+    let daemon = disk.serve(&[]);
+    daemon.wait_for("listening");
+    // Looking at it is no news.
+    std::fs::read(&disk.base).expect("the base");
+    assert!(!daemon.output().contains("open for writing"));
+    OpenOptions::new().write(true).open(&disk.base).expect("the base");
+    daemon.wait_for("was open for writing in another program");
+    daemon.stop();
+}

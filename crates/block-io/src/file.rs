@@ -11,7 +11,9 @@ use std::time::UNIX_EPOCH;
 use cow_format::ByteOffset;
 use cow_format::identity::Timestamp;
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, RenameFlags, fallocate, renameat2};
+use nix::fcntl::{
+    AT_FDCWD, AtFlags, FallocateFlags, FcntlArg, OFlag, RenameFlags, fallocate, fcntl, renameat2,
+};
 use nix::sys::stat::futimens;
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Whence, fdatasync, linkat, lseek64};
@@ -201,8 +203,12 @@ impl Env for Host {
     type File = File;
 
     fn open(&self, path: &Path, access: Access) -> io::Result<File> {
-        // O_NONBLOCK: opening a pipe by mistake must not wait for its other end. It means nothing to files and disks.
-        File::new(open_options(access).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?)
+        // O_NONBLOCK: opening a pipe by mistake must not wait for its other end.
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        let file = open_options(access).custom_flags(flags).open(path)?;
+        // It means nothing to files and disks, but io_uring on some kernels would not wait for them.
+        fcntl(&file, FcntlArg::F_SETFL(OFlag::empty()))?;
+        File::new(file)
     }
 
     fn with_direct(&self, mut file: File, access: Access) -> io::Result<File> {

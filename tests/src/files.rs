@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use crate::backend::Backend;
+use crate::guest::{Console, Guest};
 use crate::programs::{cow, run_ok};
 
 /// A directory that is removed with its test.
@@ -124,6 +125,14 @@ impl CowDisk {
         let spec = self.spec();
         args.push(&spec);
         Backend::daemon(&self.dir.path("socket"), &args)
+    }
+
+    /// Runs `guest` to its end with this disk at a daemon with further options, which must end well.
+    pub fn run(&self, guest: Guest, options: &[&str]) -> Console {
+        let daemon = self.serve(options);
+        let console = guest.disk(&daemon).run(&self.dir, "guest");
+        daemon.stop();
+        console
     }
 
     /// The disk's content, merged by `cow merge` into a new file.

@@ -52,9 +52,7 @@ fn ext4(kernel: Kernel) {
         umount /mnt
         result digest $(digest /dev/vda)
     ";
-    let daemon = disk.serve(&[]);
-    let console = Guest::new(kernel, script).disk(&daemon).run(&disk.dir, "guest");
-    daemon.stop();
+    let console = disk.run(Guest::new(kernel, script), &[]);
     console.expect_ok(&["mkfs", "mount", "fsync", "sync", "fstrim", "umount", "fsck"]);
     console.expect_ok(&["remount", "files"]);
     console.expect("digest", &sha256(&disk.merged()));
@@ -76,9 +74,7 @@ const FIO: &str = "fio --name=verify --filename=/dev/vda --direct=1 --ioengine=l
     --rw=randwrite --bsrange=512-64k --blockalign=512 --verify=crc32c --verify_fatal=1 --group_reporting";
 
 fn fio(guest: Guest, disk: &CowDisk, options: &[&str]) {
-    let daemon = disk.serve(options);
-    let console = guest.with_fio().disk(&daemon).run(&disk.dir, "guest");
-    daemon.stop();
+    let console = disk.run(guest.with_fio(), options);
     console.expect_ok(&["fio"]);
     console.expect("digest", &sha256(&disk.merged()));
 }
@@ -117,9 +113,7 @@ fn read_only(kernel: Kernel) {
         result hello \"$(cat /mnt/hello)\"
         umount /mnt
     ";
-    let daemon = disk.serve(&["--read-only"]);
-    let console = Guest::new(kernel, script).disk(&daemon).run(&disk.dir, "guest");
-    daemon.stop();
+    let console = disk.run(Guest::new(kernel, script), &["--read-only"]);
     console.expect("ro", "1");
     console.expect("write", "failed: 1");
     console.expect_ok(&["mount"]);
@@ -169,9 +163,7 @@ fn sectors(kernel: Kernel, options: &[&str]) {
         ZEROED.len() * 512,
         WRITTEN.map(|sector| sector.to_string()).join(" "),
     );
-    let daemon = disk.serve(options);
-    let console = Guest::new(kernel, &script).disk(&daemon).run(&disk.dir, "guest");
-    daemon.stop();
+    let console = disk.run(Guest::new(kernel, &script), options);
     console.expect("size", &(model.len() / 512).to_string());
     console.expect_ok(&["discard", "zero"]);
     let merged = disk.merged();
@@ -213,9 +205,7 @@ fn odd_size(kernel: Kernel) {
         result size $(cat /sys/block/vda/size)
         result digest $(digest /dev/vda 512)
     ";
-    let daemon = disk.serve(&[]);
-    let console = Guest::new(kernel, script).disk(&daemon).run(&disk.dir, "guest");
-    daemon.stop();
+    let console = disk.run(Guest::new(kernel, script), &[]);
     console.expect("size", &(model.len() / 512).to_string());
     console.expect("digest", &sha256(&whole));
 }
@@ -245,9 +235,7 @@ fn reboot(kernel: Kernel) {
             reboot -f
         fi
     ";
-    let daemon = disk.serve(&[]);
-    let console = Guest::new(kernel, script).disk(&daemon).run(&disk.dir, "guest");
-    daemon.stop();
+    let console = disk.run(Guest::new(kernel, script), &[]);
     console.expect("booted", "twice");
     console.expect("digest", &sha256(&disk.merged()));
 }
@@ -336,9 +324,7 @@ fn features_in_qemu() {
         check zeroes test $(cat queue/write_zeroes_max_bytes) -gt 0
         result digest $(digest /dev/vda)
     ";
-    let daemon = disk.serve(&["--serial=guest-disk-7"]);
-    let console = Guest::new(Kernel::Qemu, script).disk(&daemon).run(&disk.dir, "guest");
-    daemon.stop();
+    let console = disk.run(Guest::new(Kernel::Qemu, script), &["--serial=guest-disk-7"]);
     console.expect("serial", "guest-disk-7");
     console.expect("cache-at-first", "write back");
     console.expect("cache-off", "write through");

@@ -33,11 +33,7 @@ fn uml_programs() -> Result<(), String> {
 
 /// Boots a guest with the disk at the daemon.
 fn under_daemon(kernel: Kernel, disk: &CowDisk, script: &str) -> Console {
-    let daemon = disk.serve(&[]);
-    let script = format!("disk=/dev/vda\n{script}");
-    let console = Guest::new(kernel, &script).disk(&daemon).run(&disk.dir, "daemon-guest");
-    daemon.stop();
-    console
+    disk.run(Guest::new(kernel, &format!("disk=/dev/vda\n{script}")), &[])
 }
 
 /// Boots a guest with the disk at UML's own driver.

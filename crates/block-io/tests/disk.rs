@@ -7,7 +7,7 @@ use std::time::Duration;
 use block_io::file::Host;
 use block_io::image::{CreateOptions, create_cow};
 use block_io::{CowFormat, Disk, DiskOptions, OpenError};
-use cow_format::{Sector, SectorCount, SectorRange};
+use cow_format::{Extent, Sector, SectorCount, SectorRange};
 
 const FORMATS: [CowFormat; 2] = [CowFormat::Uml, CowFormat::Native];
 
@@ -212,4 +212,32 @@ fn raw_images() {
     disk.write(range(1, 1), &[6; 512]).unwrap();
     disk.close().unwrap();
     assert_eq!(fs::read(&place.base).unwrap(), [[5; 512], [6; 512]].concat());
+}
+
+/// As UML's driver leaves it when it discards the last sector of a disk of no whole number of sectors.
+#[test]
+fn a_partial_last_sector_can_be_present_in_a_file_that_ends_with_the_disk() {
+    use std::os::unix::fs::FileExt;
+    let place = Place::with_base(&[5; 1000]);
+    create_cow(&Host, &place.cow, &CreateOptions::over(CowFormat::Uml, &place.base)).unwrap();
+    let len = fs::metadata(&place.cow).unwrap().len();
+    let file = fs::File::options().write(true).open(&place.cow).unwrap();
+    file.write_all_at(&[0b10], 8192).unwrap();
+    file.write_all_at(&[6; 4], len - 4).unwrap();
+    let mut expected = [[5; 512], [0; 512]].concat();
+    expected[996..1000].fill(6);
+
+    let disk = Disk::open_cow(&place.cow, None, &read_only(CowFormat::Uml)).unwrap();
+    assert_eq!(sectors(&disk, range(0, 2)), expected);
+    let last = disk.extents(range(1, 1)).last();
+    assert_eq!(last, Some(Extent::Zero { len: 24 }), "nobody reads past the end of a file");
+    drop(disk);
+    assert_eq!(fs::metadata(&place.cow).unwrap().len(), len);
+
+    // Whoever may write finds room for the whole sector.
+    let disk = Disk::open_cow(&place.cow, None, &options(CowFormat::Uml)).unwrap();
+    assert_eq!(fs::metadata(&place.cow).unwrap().len(), len + 24);
+    assert_eq!(disk.extents(range(1, 1)).count(), 1);
+    disk.write(range(1, 1), &[7; 512]).unwrap();
+    assert_eq!(sectors(&disk, range(1, 1)), [7; 512]);
 }

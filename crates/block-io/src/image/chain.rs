@@ -8,15 +8,11 @@ use std::time::{Duration, Instant};
 
 use cow_format::header::{BackingFormat, NativeState};
 use cow_format::identity::{ActualIdentity, BackingIdentity};
-use cow_format::{
-    Bitmap, ByteOffset, Geometry, HEADER_PREFIX_LEN, Header, LayerMap, LowerLayer, SECTOR_SIZE,
-};
+use cow_format::{Bitmap, ByteOffset, Geometry, HEADER_PREFIX_LEN, Header};
 
-use super::create::{CreateOptions, create_cow};
 use super::pages::read_pages;
-use super::state::{check_writable, load_live, make_writable, set_backing_path};
+use super::state::load_live;
 use super::{CHAIN_DEPTH_MAX, CachePolicy, CowFormat, DiskOptions, OpenError};
-use crate::disk::{Layer, WritableCow};
 use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};
 
 /// Between two attempts to get a lock.
@@ -188,12 +184,8 @@ impl<F: Storage> Opened<F> {
 
 impl<F> Opened<F> {
     /// Bytes of disk that the file can hold by its length.
-    fn disk_bytes(&self, geometry: &Geometry) -> u64 {
+    pub(crate) fn disk_bytes(&self, geometry: &Geometry) -> u64 {
         self.stat.size.saturating_sub(geometry.data_offset().get())
-    }
-
-    fn into_layer(self) -> Layer<F> {
-        Layer { file: self.file, path: self.path }
     }
 }
 
@@ -379,144 +371,6 @@ impl<F: Storage> Opened<F> {
         let checked = geometry.check_data(bitmap, self.stat.size);
         checked.map_err(|source| OpenError::Data { path: self.path.clone(), source })
     }
-}
-
-/// Everything that an open disk consists of.
-pub(crate) struct Chain<F> {
-    pub(crate) layers: Vec<Layer<F>>,
-    pub(crate) map: LayerMap,
-    pub(crate) data_offset: ByteOffset,
-    pub(crate) size: u64,
-    pub(crate) cow: Option<WritableCow<F>>,
-}
-
-/// Opens a raw image.
-pub(crate) fn open_single<E: Env>(
-    env: &E,
-    path: &Path,
-    options: &DiskOptions,
-) -> Result<Chain<E::File>, OpenError> {
-    let top = Opener::new(env, options, path).top()?;
-    let len = top.stat.size;
-    if len == 0 || (!options.read_only && !len.is_multiple_of(SECTOR_SIZE)) {
-        return Err(OpenError::RawLength { path: top.path, len });
-    }
-    let layers = vec![top.into_layer()];
-    Ok(Chain {
-        layers,
-        map: LayerMap::raw(len),
-        data_offset: ByteOffset::new(0),
-        size: len,
-        cow: None,
-    })
-}
-
-/// Opens the COW file at `path` and everything below it. Makes it first if it does not exist and `base` is given.
-/// Nothing is changed on disk before every file has been found to be right.
-pub(crate) fn open_chain<E: Env>(
-    env: &E,
-    path: &Path,
-    base: Option<&Path>,
-    options: &DiskOptions,
-) -> Result<Chain<E::File>, OpenError> {
-    if let Some(base) = base
-        && !options.read_only
-        && !env.exists(path).map_err(OpenError::io(path, "look for"))?
-    {
-        create_cow(env, path, &CreateOptions::over(options.format, base))?;
-    }
-    let mut opener = Opener::new(env, options, path);
-    let top = opener.top()?;
-    let mut header = top.header()?;
-    if !options.read_only {
-        check_writable(path, &header)?;
-    }
-    if let Some(base) = base
-        && reference(&header).is_none()
-    {
-        return Err(OpenError::NoBacking { path: path.to_owned(), base: base.to_owned() });
-    }
-    let below = opener.below(path, &header, base)?;
-    let geometry = *header.geometry();
-    let bitmap = top.bitmap(&geometry)?;
-    let live_is_valid = load_live(env, &top, &header, &bitmap)?;
-    top.check_data(&geometry, &bitmap)?;
-
-    let mut cow = None;
-    if !options.read_only {
-        if let (Some(base), Some(nearest)) = (base, below.first()) {
-            adopt_base(env, &top, &mut header, base, &nearest.opened)?;
-        }
-        cow = Some(make_writable(env, &top, header, &bitmap, live_is_valid)?);
-    }
-    fold(top, below, geometry, bitmap, cow)
-}
-
-/// Folds what the files of a chain say of the disk.
-pub(crate) fn fold_map<F>(
-    top: &Opened<F>,
-    below: &[Lower<F>],
-    geometry: &Geometry,
-    bitmap: Bitmap,
-) -> Result<LayerMap, OpenError> {
-    let frozen = below.iter().filter_map(|lower| match &lower.content {
-        Content::Raw => None,
-        Content::Cow(geometry, bitmap) => Some(LowerLayer { geometry, bitmap }),
-    });
-    let frozen: Vec<_> = frozen.collect();
-    let base = below.last().filter(|lower| matches!(lower.content, Content::Raw));
-    LayerMap::new(geometry, bitmap, &frozen, base.map(|base| base.opened.stat.size))
-        .map_err(|_| OpenError::TooDeep { top: top.path.clone() })
-}
-
-/// Joins the files of a chain.
-fn fold<F>(
-    top: Opened<F>,
-    below: Vec<Lower<F>>,
-    geometry: Geometry,
-    bitmap: Bitmap,
-    cow: Option<WritableCow<F>>,
-) -> Result<Chain<F>, OpenError> {
-    let frozen = below.iter().filter_map(|lower| match &lower.content {
-        Content::Raw => None,
-        Content::Cow(geometry, bitmap) => Some(LowerLayer { geometry, bitmap }),
-    });
-    let frozen: Vec<_> = frozen.collect();
-    let base = below.last().filter(|lower| matches!(lower.content, Content::Raw));
-    let map = LayerMap::new(&geometry, bitmap, &frozen, base.map(|base| base.opened.stat.size));
-    let mut map = map.map_err(|_| OpenError::TooDeep { top: top.path.clone() })?;
-    // A top that can be written holds its last sector.
-    if cow.is_none() {
-        map.ends_after(0, top.disk_bytes(&geometry));
-    }
-    for (layer, lower) in (1..).zip(&below) {
-        if let Content::Cow(geometry, _) = &lower.content {
-            map.ends_after(layer, lower.opened.disk_bytes(geometry));
-        }
-    }
-    let below = below.into_iter().map(|lower| lower.opened.into_layer());
-    let layers = std::iter::once(top.into_layer()).chain(below).collect();
-    let (data_offset, size) = (geometry.data_offset(), geometry.virtual_size());
-    Ok(Chain { layers, map, data_offset, size, cow })
-}
-
-/// Where the header leads elsewhere than to the base that was named, it gets the new path, as with UML.
-fn adopt_base<E: Env>(
-    env: &E,
-    top: &Opened<E::File>,
-    header: &mut Header,
-    base: &Path,
-    found: &Opened<E::File>,
-) -> Result<(), OpenError> {
-    let Some(reference) = reference(header) else { return Ok(()) };
-    let stored = resolve(env, &top.path, &reference.stored)?;
-    let same = env.open(&stored, Access::Read).and_then(|file| file.stat());
-    if same.is_ok_and(|stat| stat.id == found.stat.id) {
-        return Ok(());
-    }
-    let path = path_to_store(env, &top.path, base, CowFormat::of(header))?;
-    set_backing_path(&top.file, header, path.as_os_str().as_bytes(), found.stat.mtime)
-        .map_err(|err| err.at(&top.path))
 }
 
 /// How `cow` refers to `base`: UML's way is absolute. A native header's path is relative where the base stands in the

@@ -24,7 +24,7 @@ pub enum OpenError {
         source: io::Error,
     },
     /// The file is open elsewhere.
-    #[error("{}: {source}; a COW file can be open for writing only once, and a file below it not at all", path.display())]
+    #[error("{}: {source}; a COW file has one user at a time, and the files below it are only read", path.display())]
     Locked {
         /// The file.
         path: PathBuf,

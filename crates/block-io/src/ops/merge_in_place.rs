@@ -26,10 +26,9 @@ use super::holes::Holes;
 use super::note::Note;
 use super::zeroes::for_each_run;
 use super::{OpError, Progress, parallel};
-use crate::image::chain::{
-    Content, Lower, Opened, Opener, Reference, fold_map, path_to_store, reference,
-};
+use crate::image::chain::{Content, Lower, Opened, Opener, Reference, path_to_store, reference};
 use crate::image::flush::{FlushFailure, flush};
+use crate::image::open::fold_map;
 use crate::image::state::{load_live, mark_clean, set_backing_path, write_native_synced};
 use crate::image::{CowFormat, DiskOptions, OpenError};
 use crate::storage::{Env, FileKind, Storage};
@@ -116,7 +115,7 @@ impl<'a, E: Env> Merge<'a, E> {
         let bitmap = top.bitmap(header.geometry())?;
         load_live(env, &top, &header, &bitmap)?;
         top.check_data(header.geometry(), &bitmap)?;
-        let map = fold_map(&top, &below, header.geometry(), bitmap)?;
+        let map = fold_map(&top, &below, header.geometry(), bitmap, false)?;
         below.truncate(depth.get());
         let above = below.len().checked_sub(2).and_then(|above| below.get(above));
         let stored = match above {

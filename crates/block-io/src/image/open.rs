@@ -1,0 +1,146 @@
+//! Opening a disk: every file of its chain, the map of them all, and the state that writing needs.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use cow_format::{Bitmap, ByteOffset, Geometry, Header, LayerMap, LowerLayer, SECTOR_SIZE};
+
+use super::chain::{Content, Lower, Opened, Opener, path_to_store, reference, resolve};
+use super::create::{CreateOptions, create_cow};
+use super::state::{check_writable, load_live, make_writable, set_backing_path};
+use super::{CowFormat, DiskOptions, OpenError};
+use crate::disk::{Layer, WritableCow};
+use crate::storage::{Access, Env, Storage};
+
+/// Everything that an open disk consists of.
+pub(crate) struct Chain<F> {
+    pub(crate) layers: Vec<Layer<F>>,
+    pub(crate) map: LayerMap,
+    pub(crate) data_offset: ByteOffset,
+    pub(crate) size: u64,
+    pub(crate) cow: Option<WritableCow<F>>,
+}
+
+/// Opens a raw image.
+pub(crate) fn open_single<E: Env>(
+    env: &E,
+    path: &Path,
+    options: &DiskOptions,
+) -> Result<Chain<E::File>, OpenError> {
+    let top = Opener::new(env, options, path).top()?;
+    let len = top.stat.size;
+    if len == 0 || (!options.read_only && !len.is_multiple_of(SECTOR_SIZE)) {
+        return Err(OpenError::RawLength { path: top.path, len });
+    }
+    let layers = vec![Layer { file: top.file, path: top.path }];
+    Ok(Chain {
+        layers,
+        map: LayerMap::raw(len),
+        data_offset: ByteOffset::new(0),
+        size: len,
+        cow: None,
+    })
+}
+
+/// Opens the COW file at `path` and everything below it. Makes it first if it does not exist and `base` is given.
+/// Nothing is changed on disk before every file has been found to be right.
+pub(crate) fn open_chain<E: Env>(
+    env: &E,
+    path: &Path,
+    base: Option<&Path>,
+    options: &DiskOptions,
+) -> Result<Chain<E::File>, OpenError> {
+    if let Some(base) = base
+        && !options.read_only
+        && !env.exists(path).map_err(OpenError::io(path, "look for"))?
+    {
+        create_cow(env, path, &CreateOptions::over(options.format, base))?;
+    }
+    let mut opener = Opener::new(env, options, path);
+    let top = opener.top()?;
+    let mut header = top.header()?;
+    if !options.read_only {
+        check_writable(path, &header)?;
+    }
+    if let Some(base) = base
+        && reference(&header).is_none()
+    {
+        return Err(OpenError::NoBacking { path: path.to_owned(), base: base.to_owned() });
+    }
+    let below = opener.below(path, &header, base)?;
+    let geometry = *header.geometry();
+    let bitmap = top.bitmap(&geometry)?;
+    let live_is_valid = load_live(env, &top, &header, &bitmap)?;
+    top.check_data(&geometry, &bitmap)?;
+
+    let mut cow = None;
+    if !options.read_only {
+        if let (Some(base), Some(nearest)) = (base, below.first()) {
+            adopt_base(env, &top, &mut header, base, &nearest.opened)?;
+        }
+        cow = Some(make_writable(env, &top, header, &bitmap, live_is_valid)?);
+    }
+    fold(top, below, geometry, bitmap, cow)
+}
+
+/// Folds what the files of a chain say of the disk. `complete`: the top holds its last sector whole, as one does that
+/// is open for writing.
+pub(crate) fn fold_map<F>(
+    top: &Opened<F>,
+    below: &[Lower<F>],
+    geometry: &Geometry,
+    bitmap: Bitmap,
+    complete: bool,
+) -> Result<LayerMap, OpenError> {
+    let frozen = below.iter().filter_map(|lower| match &lower.content {
+        Content::Raw => None,
+        Content::Cow(geometry, bitmap) => Some(LowerLayer { geometry, bitmap }),
+    });
+    let frozen: Vec<_> = frozen.collect();
+    let base = below.last().filter(|lower| matches!(lower.content, Content::Raw));
+    let map = LayerMap::new(geometry, bitmap, &frozen, base.map(|base| base.opened.stat.size));
+    let mut map = map.map_err(|_| OpenError::TooDeep { top: top.path.clone() })?;
+    if !complete {
+        map.ends_after(0, top.disk_bytes(geometry));
+    }
+    for (layer, lower) in (1..).zip(below) {
+        if let Content::Cow(geometry, _) = &lower.content {
+            map.ends_after(layer, lower.opened.disk_bytes(geometry));
+        }
+    }
+    Ok(map)
+}
+
+/// Joins the files of a chain.
+fn fold<F>(
+    top: Opened<F>,
+    below: Vec<Lower<F>>,
+    geometry: Geometry,
+    bitmap: Bitmap,
+    cow: Option<WritableCow<F>>,
+) -> Result<Chain<F>, OpenError> {
+    let map = fold_map(&top, &below, &geometry, bitmap, cow.is_some())?;
+    let files = std::iter::once(top).chain(below.into_iter().map(|lower| lower.opened));
+    let layers = files.map(|opened| Layer { file: opened.file, path: opened.path }).collect();
+    let (data_offset, size) = (geometry.data_offset(), geometry.virtual_size());
+    Ok(Chain { layers, map, data_offset, size, cow })
+}
+
+/// Where the header leads elsewhere than to the base that was named, it gets the new path, as with UML.
+fn adopt_base<E: Env>(
+    env: &E,
+    top: &Opened<E::File>,
+    header: &mut Header,
+    base: &Path,
+    found: &Opened<E::File>,
+) -> Result<(), OpenError> {
+    let Some(reference) = reference(header) else { return Ok(()) };
+    let stored = resolve(env, &top.path, &reference.stored)?;
+    let same = env.open(&stored, Access::Read).and_then(|file| file.stat());
+    if same.is_ok_and(|stat| stat.id == found.stat.id) {
+        return Ok(());
+    }
+    let path = path_to_store(env, &top.path, base, CowFormat::of(header))?;
+    set_backing_path(&top.file, header, path.as_os_str().as_bytes(), found.stat.mtime)
+        .map_err(|err| err.at(&top.path))
+}

@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::backend::Backend;
 use crate::files::TestDir;
 use crate::process::Process;
-use crate::programs::available;
+use crate::programs::{available, run_ok};
 
 /// Long enough for the slowest script under TCG on a busy machine; only a hang gets there.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(240);
@@ -151,8 +151,7 @@ impl Guest {
         command.args(["-serial", "stdio"]);
         for (index, socket) in self.sockets.iter().enumerate() {
             command.arg("-chardev");
-            // So spelt since QEMU 9.2.
-            let reconnect = if self.reconnect { ",reconnect-ms=20" } else { "" };
+            let reconnect = if self.reconnect { reconnect_option() } else { "" };
             command.arg(format!("socket,id=c{index},path={}{reconnect}", socket.display()));
             command.arg("-device");
             command.arg(format!("vhost-user-blk-pci,chardev=c{index},num-queues={}", self.queues));
@@ -253,6 +252,17 @@ fn cache() -> PathBuf {
         Some(dir) => PathBuf::from(dir),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cache"),
     }
+}
+
+/// How QEMU's socket is told to connect again: in milliseconds since 9.2, in seconds before.
+fn reconnect_option() -> &'static str {
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.arg("--version");
+    let output = run_ok(qemu);
+    let version = output.split_ascii_whitespace().skip_while(|word| *word != "version").nth(1);
+    let mut numbers = version.unwrap_or("").split('.').map(|n| n.parse::<u32>().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version >= (9, 2) { ",reconnect-ms=20" } else { ",reconnect=1" }
 }
 
 /// The accelerator under which `ci/setup` saw a guest boot since the host did: "kvm" or "tcg".

@@ -145,6 +145,12 @@ impl LayerMap {
         self.top.as_ref()
     }
 
+    /// The piece `pos..end`, in bytes of the disk, of layer `from` as far as its file goes; zeros after that.
+    fn held(&self, from: u8, pos: u64, end: u64) -> Piece {
+        let held = self.places.get(usize::from(from)).map_or(0, |place| place.end);
+        if pos < held { Piece { from, end: end.min(held) } } else { Piece { from: NOWHERE, end } }
+    }
+
     /// Where `range` comes from, in order; the lengths add up to the range's. What lies past the end of the disk is
     /// zeros. Neighbouring extents are merged, except where a sector is written meanwhile.
     pub fn extents(&self, range: SectorRange) -> Extents<'_> {
@@ -188,7 +194,7 @@ impl Extents<'_> {
             Some(top) if sector >= self.absent_until => {
                 let run_end = top.run_end(sector, end, true);
                 if run_end > sector {
-                    return Piece { from: 0, end: run_end * SECTOR_SIZE };
+                    return self.map.held(0, pos, run_end * SECTOR_SIZE);
                 }
                 // A bit set since the look above is absent as of that look.
                 self.absent_until = top.run_end(sector, end, false).max(sector + 1);
@@ -198,13 +204,7 @@ impl Extents<'_> {
             None => end,
         };
         let (from, below_end) = self.map.below.lookup(sector, self.map.sectors);
-        let piece_end = top_end.min(below_end).min(end) * SECTOR_SIZE;
-        let held = self.map.places.get(usize::from(from)).map_or(0, |place| place.end);
-        if pos < held {
-            Piece { from, end: piece_end.min(held) }
-        } else {
-            Piece { from: NOWHERE, end: piece_end }
-        }
+        self.map.held(from, pos, top_end.min(below_end).min(end) * SECTOR_SIZE)
     }
 }
 

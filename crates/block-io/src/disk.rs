@@ -225,6 +225,16 @@ impl<E: Env> Disk<E> {
         })
     }
 
+    /// What is present in the COW file.
+    pub(crate) fn top_bitmap(&self) -> Option<&Bitmap> {
+        self.map.top()
+    }
+
+    /// The header of the COW file, if it is open for writing.
+    pub(crate) fn header(&self) -> Option<MutexGuard<'_, Header>> {
+        Some(self.cow.as_ref()?.header.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     fn top(&self) -> &Layer<E::File> {
         &self.layers[0]
     }

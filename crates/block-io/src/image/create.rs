@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use std::time::Duration;
 
-use cow_format::ByteOffset;
 use cow_format::header::{Backing, BackingFormat, NativeHeader, UmlHeader};
 use cow_format::identity::{ActualIdentity, BackingIdentity};
+use cow_format::{ByteOffset, Header, HeaderError};
 use uuid::Uuid;
 
 use super::chain::{Opened, Opener, path_to_store};
@@ -109,45 +109,82 @@ pub fn create_file<E: Env>(
 
 /// Makes the COW file `path`. It is sparse.
 pub fn create_cow<E: Env>(env: &E, path: &Path, options: &CreateOptions) -> Result<(), OpenError> {
-    let lock = DiskOptions { read_only: true, lock_wait: Duration::ZERO, ..DiskOptions::default() };
-    let mut opener = Opener::new(env, &lock, path);
-    let base = match &options.base {
-        None => None,
-        Some(base) => {
-            let (opened, header) = opener.new_base(&base.path, base.format, path)?;
-            let stored = path_to_store(env, path, &base.path, options.format)?;
-            Some(NewBase {
-                options: base,
-                stored,
-                identity: opened.identity(header.as_ref()),
-                size: opened.disk_size(header.as_ref()),
-                _locked: opened,
-            })
+    let mut new = NewCow::new(env, path, options)?;
+    create_file(env, path, options.replace, |file| new.write(file, path))
+}
+
+/// The header of a COW file that is going to be.
+pub(crate) struct NewCow<F> {
+    pub(crate) header: Header,
+    /// Nobody writes it meanwhile.
+    _base: Option<Opened<F>>,
+}
+
+impl<F: Storage> NewCow<F> {
+    /// Opens the backing file and makes the header.
+    pub(crate) fn new<E: Env<File = F>>(
+        env: &E,
+        path: &Path,
+        options: &CreateOptions,
+    ) -> Result<Self, OpenError> {
+        let lock =
+            DiskOptions { read_only: true, lock_wait: Duration::ZERO, ..DiskOptions::default() };
+        let mut opener = Opener::new(env, &lock, path);
+        let Some(base) = &options.base else {
+            return Ok(NewCow { header: new_header(path, options, None)?, _base: None });
+        };
+        let (opened, header) = opener.new_base(&base.path, base.format, path)?;
+        let found = NewBase {
+            options: base,
+            stored: path_to_store(env, path, &base.path, options.format)?,
+            identity: opened.identity(header.as_ref()),
+            size: opened.disk_size(header.as_ref()),
+        };
+        Ok(NewCow { header: new_header(path, options, Some(found))?, _base: Some(opened) })
+    }
+
+    /// Fills the new file, which has no content yet.
+    pub(crate) fn write(&mut self, file: &F, path: &Path) -> Result<(), OpenError> {
+        match &mut self.header {
+            Header::Native(native) => write_new_native(file, path, native),
+            Header::Uml(uml) => {
+                let bytes = uml.encode().map_err(OpenError::header(path))?;
+                let written = file.write_all_at(&bytes, ByteOffset::new(0));
+                written
+                    .and_then(|()| file.set_len(uml.geometry().full_len()))
+                    .map_err(OpenError::io(path, "write"))
+            }
         }
-    };
-    match options.format {
-        CowFormat::Uml => create_uml(env, path, options, base),
-        CowFormat::Native => create_native(env, path, options, base),
     }
 }
 
 /// A backing file as it was found.
-struct NewBase<'a, F> {
+struct NewBase<'a> {
     options: &'a BaseOptions,
     stored: PathBuf,
     identity: ActualIdentity,
     /// Bytes of disk.
     size: u64,
-    /// Nobody writes it meanwhile.
-    _locked: Opened<F>,
 }
 
-fn create_uml<E: Env>(
-    env: &E,
+fn new_header(
     path: &Path,
     options: &CreateOptions,
-    base: Option<NewBase<'_, E::File>>,
-) -> Result<(), OpenError> {
+    base: Option<NewBase<'_>>,
+) -> Result<Header, OpenError> {
+    match options.format {
+        CowFormat::Uml => new_uml_header(path, options, base).map(Header::Uml),
+        CowFormat::Native => {
+            new_native_header(path, options, base).map(|header| Header::Native(Box::new(header)))
+        }
+    }
+}
+
+fn new_uml_header(
+    path: &Path,
+    options: &CreateOptions,
+    base: Option<NewBase<'_>>,
+) -> Result<UmlHeader, OpenError> {
     let unable = |what| OpenError::UmlCannot { path: path.to_owned(), what };
     let base = base.ok_or_else(|| unable("be without a backing file"))?;
     if base.options.format != BackingFormat::Raw {
@@ -159,44 +196,40 @@ fn create_uml<E: Env>(
     if options.size.is_some_and(|size| size != base.size) {
         return Err(unable("be of another size than its backing file"));
     }
-    let header =
-        UmlHeader::create(base.stored.as_os_str().as_bytes(), base.size, base.identity.mtime);
-    let header = header.map_err(OpenError::header(path))?;
-    let bytes = header.encode().map_err(OpenError::header(path))?;
-    create_file(env, path, options.replace, |file| {
-        let written = file.write_all_at(&bytes, ByteOffset::new(0));
-        written
-            .and_then(|()| file.set_len(header.geometry().full_len()))
-            .map_err(OpenError::io(path, "write"))
-    })
+    let stored = base.stored.as_os_str().as_bytes();
+    UmlHeader::create(stored, base.size, base.identity.mtime).map_err(OpenError::header(path))
 }
 
-fn create_native<E: Env>(
-    env: &E,
+fn new_native_header(
     path: &Path,
     options: &CreateOptions,
-    base: Option<NewBase<'_, E::File>>,
-) -> Result<(), OpenError> {
+    base: Option<NewBase<'_>>,
+) -> Result<NativeHeader, OpenError> {
     let size = options
         .size
         .or(base.as_ref().map(|base| base.size))
         .ok_or_else(|| OpenError::NoSize { path: path.to_owned() })?;
-    let backing = base.map(|base| {
-        let identity = match base.identity.layer {
-            Some((uuid, content_generation)) => BackingIdentity::Layer { uuid, content_generation },
-            None => BackingIdentity::Image { size: base.identity.size, mtime: base.identity.mtime },
-        };
-        Backing::new(
-            base.stored.as_os_str().as_bytes(),
-            base.options.format,
-            identity,
-            base.options.digest,
-        )
-    });
-    let header =
-        backing.transpose().and_then(|backing| NativeHeader::create(size, Uuid::new_v4(), backing));
-    let mut header = header.map_err(OpenError::header(path))?;
-    create_file(env, path, options.replace, |file| write_new_native(file, path, &mut header))
+    let backing = match base {
+        Some(base) => Some(native_backing(&base.stored, base.options, &base.identity)),
+        None => None,
+    };
+    backing
+        .transpose()
+        .and_then(|backing| NativeHeader::create(size, Uuid::new_v4(), backing))
+        .map_err(OpenError::header(path))
+}
+
+/// How a native header refers to a backing file that was found to be `identity`.
+pub(crate) fn native_backing(
+    stored: &Path,
+    options: &BaseOptions,
+    identity: &ActualIdentity,
+) -> Result<Backing, HeaderError> {
+    let identity = match identity.layer {
+        Some((uuid, content_generation)) => BackingIdentity::Layer { uuid, content_generation },
+        None => BackingIdentity::Image { size: identity.size, mtime: identity.mtime },
+    };
+    Backing::new(stored.as_os_str().as_bytes(), options.format, identity, options.digest)
 }
 
 /// Fills a new file: its length and both copies of the header, so that one broken block never costs it.

@@ -14,8 +14,8 @@ pub(crate) mod side_file;
 mod snapshot;
 pub(crate) mod state;
 
-pub(crate) use create::Unpublished;
 pub use create::{BaseOptions, CreateOptions, create_cow, create_file};
+pub(crate) use create::{NewCow, Unpublished, native_backing};
 pub use edit::ChangeError;
 pub use error::{DiskError, OpenError};
 pub(crate) use open::{Chain, open_chain, open_single};

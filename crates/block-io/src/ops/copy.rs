@@ -1,57 +1,44 @@
-//! Copying a whole disk into a new file, sparse.
+//! Copying a whole disk to where it reads as zeros.
 
 use std::num::NonZeroUsize;
 
-use cow_format::{ByteOffset, SectorRange};
+use cow_format::{ByteOffset, SectorCount, SectorRange};
 
-use super::walk::{Piece, Source, Walker};
+use super::walk::{Image, Piece, Reader, Source};
 use super::zeroes::for_each_run;
-use super::{OpError, parallel};
-use crate::disk::Disk;
-use crate::storage::{Env, Storage};
+use super::{OpError, Progress, parallel};
 
 /// Bytes that a thread reads at once.
 const BUFFER: usize = 1 << 20;
 
-/// Where a disk is copied to: `at` is the place of the disk's first byte in `file`, which reads as zeros from there on.
-pub struct Target<'a, S> {
-    /// The file.
-    pub file: &'a S,
-    /// Its name, for errors.
-    pub path: &'a std::path::Path,
-    /// Where the disk begins in it.
-    pub at: ByteOffset,
-}
+/// Where copied bytes go: told their place in the disk. Called from every thread.
+pub type Write<'a> = &'a (dyn Fn(u64, &[u8]) -> Result<(), OpError> + Sync);
 
-/// Copies the first `len` bytes of `disk` to `target`. Zeros are not written, whether they are holes or only look like
-/// them. `progress` gets the number of bytes that are done since its last call. Nothing is synced.
-pub fn copy<E: Env>(
-    disk: &Disk<E>,
-    len: u64,
-    target: &Target<'_, impl Storage>,
+/// Copies `image` by giving `write` all bytes but zeros, whether those are holes or only look like them. `progress` gets
+/// the number of bytes that are done since its last call.
+pub fn copy<I: Image>(
+    image: &I,
+    write: Write<'_>,
     threads: NonZeroUsize,
-    progress: &(dyn Fn(u64) + Sync),
+    progress: Progress<'_>,
 ) -> Result<(), OpError> {
-    let state = || (Walker::new(disk), vec![0; BUFFER]);
-    let work = |(walker, buf): &mut (Walker<'_, E>, Vec<u8>), range: SectorRange| {
-        for piece in walker.pieces(range)? {
-            copy_piece(walker, clip(piece, len), target, buf)?;
+    let size = image.size();
+    let state = || (image.reader(), vec![0; BUFFER]);
+    let work = |(reader, buf): &mut (I::Reader<'_>, Vec<u8>), range: SectorRange| {
+        for piece in reader.pieces(range)? {
+            // The last sector may be partial.
+            copy_piece(reader, piece.before(size), write, buf)?;
         }
-        progress(range.len_bytes().min(len - range.start_bytes().get()));
+        progress(range.len_bytes().min(size - range.start_bytes().get()));
         Ok(())
     };
-    parallel::for_each_piece(cow_format::SectorCount::covering(len), threads, state, work)
+    parallel::for_each_piece(SectorCount::covering(size), threads, state, work)
 }
 
-/// The part of `piece` that is within the first `len` bytes: the last sector of a disk may be partial.
-fn clip(piece: Piece, len: u64) -> Piece {
-    Piece { len: piece.len.min(len.saturating_sub(piece.at.get())), ..piece }
-}
-
-fn copy_piece<E: Env>(
-    walker: &Walker<'_, E>,
+fn copy_piece(
+    reader: &impl Reader,
     piece: Piece,
-    target: &Target<'_, impl Storage>,
+    write: Write<'_>,
     buf: &mut [u8],
 ) -> Result<(), OpError> {
     let Source::Data { layer, at } = piece.source else { return Ok(()) };
@@ -59,17 +46,11 @@ fn copy_piece<E: Env>(
     while done < piece.len {
         let n = usize::try_from(piece.len - done).map_or(buf.len(), |left| left.min(buf.len()));
         let bytes = &mut buf[..n];
-        walker.read(layer, ByteOffset::new(at.get() + done), bytes)?;
-        let place = target.at.get() + piece.at.get() + done;
-        for_each_run(bytes, place, |run, zero| {
-            if zero {
-                return Ok(());
-            }
-            let at = place + run.start as u64;
-            target
-                .file
-                .write_all_at(&bytes[run], ByteOffset::new(at))
-                .map_err(OpError::write(target.path, at))
+        reader.read(layer, ByteOffset::new(at.get() + done), bytes)?;
+        let place = piece.at.get() + done;
+        for_each_run(bytes, place, |run, zero| match zero {
+            true => Ok(()),
+            false => write(place + run.start as u64, &bytes[run]),
         })?;
         done += n as u64;
     }

@@ -12,17 +12,20 @@ mod merge_in_place;
 mod note;
 mod output;
 mod parallel;
+mod rebase;
 pub mod walk;
 mod zeroes;
 
-pub use compare::first_difference;
+pub use compare::{Pair, first_difference};
+pub use copy::copy;
 pub use empty::reset;
 pub use error::OpError;
 pub use holes::Holes;
-pub use merge::{create_raw, merge_to};
+pub use merge::{convert_to_cow, convert_to_raw, create_raw, merge_to};
 pub use merge_in_place::{Merged, merge_in_place};
 pub use output::{Output, check_target};
 pub use parallel::threads;
+pub use rebase::{rebase, rebase_unsafe};
 
 /// Told the number of bytes that are done since its last call; from any thread.
 pub type Progress<'a> = &'a (dyn Fn(u64) + Sync);

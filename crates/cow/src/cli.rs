@@ -7,8 +7,8 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    bench, check, compare, create, fork, info, man, map, measure, merge, rebind, reset, resize,
-    snapshot,
+    bench, check, compare, convert, create, fork, info, man, map, measure, merge, rebase, rebind,
+    reset, resize, snapshot,
 };
 use crate::error::CowError;
 use crate::ui::Ui;
@@ -53,6 +53,8 @@ enum Command {
     Fork(fork::Args),
     Reset(reset::Args),
     Merge(merge::Args),
+    Convert(convert::Args),
+    Rebase(rebase::Args),
     Rebind(rebind::Args),
     Bench(bench::Args),
     #[command(hide = true)]
@@ -119,6 +121,8 @@ impl Command {
             Command::Man(args) => args.run(ui),
             Command::Resize(args) => args.run(ui),
             Command::Snapshot(args) => args.run(ui),
+            Command::Convert(args) => args.run(ui),
+            Command::Rebase(args) => args.run(ui),
             Command::Rebind(args) => args.run(ui),
             Command::Merge(args) => args.run(ui),
         }

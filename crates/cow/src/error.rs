@@ -19,6 +19,16 @@ pub enum CowError {
     /// A file without a COW header, where a COW file is needed or a raw image has to be said to be one.
     #[error("{}: not a COW file; if it is a raw image, say so: --format raw", .0.display())]
     NotCow(PathBuf),
+    /// Neither way to read a qcow2 image worked.
+    #[error("{}: cannot be read as qcow2: {imago}; and by qemu-img: {qemu_img}", path.display())]
+    Qcow2 {
+        /// The image.
+        path: PathBuf,
+        /// What the library said.
+        imago: String,
+        /// What qemu-img said.
+        qemu_img: String,
+    },
     /// Options that do not go together.
     #[error("{0}")]
     Usage(String),

@@ -5,6 +5,7 @@ mod commands;
 mod digest;
 mod error;
 mod output;
+mod qcow2;
 mod size;
 mod source;
 mod ui;

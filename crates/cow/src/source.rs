@@ -2,11 +2,38 @@
 
 use std::path::Path;
 
-use block_io::{Disk, DiskOptions, OpenError};
+use block_io::ops::OpError;
+use block_io::ops::walk::{Image, Piece, Reader, Walker};
+use block_io::storage::FileId;
+use block_io::{Disk, DiskOptions, Host, OpenError};
 use clap::ValueEnum;
 use cow_format::header::BackingFormat;
+use cow_format::{ByteOffset, HeaderError, LayerIndex, SectorRange};
 
 use crate::error::CowError;
+use crate::qcow2::{Qcow2, open_with_qemu_img};
+use crate::ui::Ui;
+
+/// What a base is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BaseFormat {
+    /// The bytes of a disk and nothing else
+    Raw,
+    /// COW file of User Mode Linux
+    Uml,
+    /// Frozen COW file of this project
+    Native,
+}
+
+impl From<BaseFormat> for BackingFormat {
+    fn from(format: BaseFormat) -> Self {
+        match format {
+            BaseFormat::Raw => BackingFormat::Raw,
+            BaseFormat::Uml => BackingFormat::Uml,
+            BaseFormat::Native => BackingFormat::Native,
+        }
+    }
+}
 
 /// What a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -17,35 +44,92 @@ pub enum FileFormat {
     Uml,
     /// COW file of this project
     Native,
+    /// Image of QEMU, with its backing chain
+    Qcow2,
 }
 
-impl From<FileFormat> for BackingFormat {
-    fn from(format: FileFormat) -> Self {
-        match format {
-            FileFormat::Raw => BackingFormat::Raw,
-            FileFormat::Uml => BackingFormat::Uml,
-            FileFormat::Native => BackingFormat::Native,
+/// An open disk.
+pub enum AnyImage {
+    /// Raw, UML or native.
+    Disk(Box<Disk>),
+    /// qcow2.
+    Qcow2(Qcow2),
+}
+
+/// The reader of an [`AnyImage`].
+pub enum AnyReader<'a> {
+    Disk(Walker<'a, Host>),
+    Qcow2(&'a Qcow2),
+}
+
+impl Image for AnyImage {
+    type Reader<'a> = AnyReader<'a>;
+
+    fn size(&self) -> u64 {
+        match self {
+            AnyImage::Disk(disk) => disk.size(),
+            AnyImage::Qcow2(qcow2) => qcow2.size(),
+        }
+    }
+
+    fn reader(&self) -> AnyReader<'_> {
+        match self {
+            AnyImage::Disk(disk) => AnyReader::Disk(disk.reader()),
+            AnyImage::Qcow2(qcow2) => AnyReader::Qcow2(qcow2),
         }
     }
 }
 
-/// Opens a disk for reading. A raw image must be said to be one: its first bytes are the guest's, who could make it look
-/// like a COW file over any file of the host.
-pub fn open(path: &Path, format: Option<FileFormat>) -> Result<Disk, CowError> {
-    let options = DiskOptions { read_only: true, ..DiskOptions::default() };
-    let disk = match format {
-        Some(FileFormat::Raw) => Disk::open_raw(path, &options)?,
-        Some(FileFormat::Uml | FileFormat::Native) | None => {
-            Disk::open_cow(path, None, &options).map_err(|err| hint(path, err))?
+impl Reader for AnyReader<'_> {
+    fn pieces(&mut self, range: SectorRange) -> Result<Vec<Piece>, OpError> {
+        match self {
+            AnyReader::Disk(walker) => walker.pieces(range),
+            AnyReader::Qcow2(qcow2) => qcow2.pieces(range),
         }
-    };
-    Ok(disk)
+    }
+
+    fn read(&self, layer: LayerIndex, at: ByteOffset, buf: &mut [u8]) -> Result<(), OpError> {
+        match self {
+            AnyReader::Disk(walker) => walker.read(layer, at, buf),
+            AnyReader::Qcow2(qcow2) => qcow2.read(layer, at, buf),
+        }
+    }
+
+    fn file(&self, layer: LayerIndex) -> Option<FileId> {
+        match self {
+            AnyReader::Disk(walker) => walker.file(layer),
+            AnyReader::Qcow2(qcow2) => qcow2.file(layer),
+        }
+    }
+}
+
+/// Opens a disk for reading. What is no COW file must be said: the first bytes of a raw image are the guest's, who could
+/// make it look like an overlay over any file of the host.
+pub fn open(path: &Path, format: Option<FileFormat>, ui: Ui) -> Result<AnyImage, CowError> {
+    let options = DiskOptions { read_only: true, ..DiskOptions::default() };
+    Ok(match format {
+        Some(FileFormat::Raw) => AnyImage::Disk(Disk::open_raw(path, &options)?.into()),
+        Some(FileFormat::Qcow2) => open_qcow2(path, ui)?,
+        Some(FileFormat::Uml | FileFormat::Native) | None => {
+            let disk = Disk::open_cow(path, None, &options).map_err(|err| hint(path, err))?;
+            AnyImage::Disk(disk.into())
+        }
+    })
+}
+
+fn open_qcow2(path: &Path, ui: Ui) -> Result<AnyImage, CowError> {
+    match Qcow2::open(path) {
+        Ok(image) => Ok(AnyImage::Qcow2(image)),
+        // Nor could anybody else.
+        Err(err) if !path.is_file() => Err(OpError::io(path, "open")(err).into()),
+        Err(refused) => Ok(AnyImage::Disk(open_with_qemu_img(path, &refused, ui)?.into())),
+    }
 }
 
 /// Says what to do where the file is perhaps a raw image.
 fn hint(path: &Path, err: OpenError) -> CowError {
     match err {
-        OpenError::Header { source: cow_format::HeaderError::NotCow { .. }, path: refused }
+        OpenError::Header { source: HeaderError::NotCow { .. }, path: refused }
             if refused == path =>
         {
             CowError::NotCow(refused)

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use block_io::ops;
+use block_io::ops::walk::Image;
 
 use crate::error::CowError;
 use crate::output::print;
@@ -16,11 +17,11 @@ use crate::ui::Ui;
 /// if they differ (it prints where first), 2 if they could not be compared.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// What FIRST is; a raw image must be said to be one
+    /// What FIRST is; need not be said for a COW file
     #[arg(short = 'f', long, value_name = "FORMAT", value_enum)]
     first_format: Option<FileFormat>,
 
-    /// What SECOND is; a raw image must be said to be one
+    /// What SECOND is; need not be said for a COW file
     #[arg(short = 'F', long, value_name = "FORMAT", value_enum)]
     second_format: Option<FileFormat>,
 
@@ -40,8 +41,8 @@ const STATUS_DIFFER: u8 = 1;
 
 impl Args {
     pub fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
-        let first = open(&self.first, self.first_format)?;
-        let second = open(&self.second, self.second_format)?;
+        let first = open(&self.first, self.first_format, ui)?;
+        let second = open(&self.second, self.second_format, ui)?;
         if self.strict && first.size() != second.size() {
             print(&format!("The sizes differ: {} and {} bytes.\n", first.size(), second.size()))?;
             return Ok(ExitCode::from(STATUS_DIFFER));

@@ -13,7 +13,7 @@ use cow_format::header::BackingFormat;
 use crate::digest::digest_of;
 use crate::error::CowError;
 use crate::size::{Human, Size};
-use crate::source::FileFormat;
+use crate::source::BaseFormat;
 use crate::ui::Ui;
 
 /// Make a new COW file over a base, or an image of zeros
@@ -31,7 +31,7 @@ pub struct Args {
     /// This is never guessed, because a guest can write anything to the start of a raw image, the header of a COW file
     /// too. It need not be said for a raw image that does not begin like a COW file. A native file must be frozen.
     #[arg(short = 'F', long, value_name = "FORMAT", value_enum, requires = "base")]
-    base_format: Option<FileFormat>,
+    base_format: Option<BaseFormat>,
 
     /// What the new file is
     #[arg(short, long, value_name = "FORMAT", value_enum, default_value = "native")]
@@ -70,7 +70,7 @@ enum Format {
 }
 
 /// The format of a base as it was said; raw if nothing was said and nothing speaks against it.
-pub fn base_format(base: &Path, said: Option<FileFormat>) -> Result<BackingFormat, CowError> {
+pub fn base_format(base: &Path, said: Option<BaseFormat>) -> Result<BackingFormat, CowError> {
     if let Some(said) = said {
         return Ok(said.into());
     }

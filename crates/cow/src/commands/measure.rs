@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use block_io::ops::walk::{Source, Walker};
+use block_io::ops::walk::{Image, Reader, Source};
 use cow_format::{Sector, SectorCount, SectorRange};
 use serde::Serialize;
 
@@ -18,7 +18,7 @@ use crate::ui::Ui;
 /// Holes are counted as such; zeros that stand in a file are not looked for, so that it can be less.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// What FILE is; a raw image must be said to be one
+    /// What FILE is; need not be said for a COW file
     #[arg(short, long, value_name = "FORMAT", value_enum)]
     format: Option<FileFormat>,
 
@@ -45,15 +45,15 @@ const BLOCK: u64 = 4096;
 const STEP: u64 = 1 << 21;
 
 impl Args {
-    pub fn run(self, _ui: Ui) -> Result<ExitCode, CowError> {
-        let disk = open(&self.file, self.format)?;
-        let mut walker = Walker::new(&disk);
+    pub fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
+        let disk = open(&self.file, self.format, ui)?;
+        let mut reader = disk.reader();
         let (mut required, mut counted_to) = (0, 0);
-        let (mut start, end) = (0, disk.capacity().get());
+        let (mut start, end) = (0, SectorCount::covering(disk.size()).get());
         while start < end {
             let count = SectorCount::new(STEP.min(end - start));
             let Some(range) = SectorRange::new(Sector::new(start), count) else { break };
-            for piece in walker.pieces(range)? {
+            for piece in reader.pieces(range)? {
                 if let Source::Data { .. } = piece.source {
                     // Blocks, each once.
                     let from = (piece.at.get() / BLOCK * BLOCK).max(counted_to);

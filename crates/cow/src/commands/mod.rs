@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod check;
 pub mod compare;
+pub mod convert;
 pub mod create;
 pub mod fork;
 pub mod info;
@@ -10,6 +11,7 @@ pub mod man;
 pub mod map;
 pub mod measure;
 pub mod merge;
+pub mod rebase;
 pub mod rebind;
 pub mod reset;
 pub mod resize;

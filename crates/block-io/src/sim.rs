@@ -9,6 +9,9 @@
 //!
 //! Every operation that changes something counts as a step, and a crash can be set at any of them.
 //! Nothing here is random by itself: [`Choices`] decides, from a seed or by enumeration.
+//!
+//! [`Storage::sync`]: crate::storage::Storage::sync
+//! [`Env::sync_parent`]: crate::storage::Env::sync_parent
 
 mod choices;
 mod env;

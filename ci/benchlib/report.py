@@ -134,6 +134,11 @@ def card(document, case):
         against = "" if entry["against"] == "limit" else f" {number(entry['ratio'])}× {entry['against']}"
         chips.append(f'<span class="chip {rank(entry)}">{escape(entry["label"])}: {number(entry["ours"])} '
                      f"{escape(entry['unit'])},{escape(against)} ({escape(aim)})</span>")
+    best = case["against_best"]
+    if best:
+        colour = "soft" if best["ratio"] >= 1 else "bad"
+        chips.append(f'<span class="chip {colour}">{escape(best["label"])}: {number(best["ratio"])}× the best peer '
+                     f"({escape(best['peer'])})</span>")
     command = f"<code>{escape(case['command'])}</code>" if "command" in case else ""
     panels = "".join(f"<div>{panel(document, case, metric)}</div>" for metric in case["metrics"])
     return (f'<section class=card id="{escape(case["name"])}"><h3>{escape(case["title"])}</h3>'

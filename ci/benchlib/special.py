@@ -67,22 +67,19 @@ def timed_start(context, server, directory, base):
 
 
 def idle(context, server):
-    """Memory of a daemon that has a frontend but no load, and what it uses while nothing happens."""
+    """Memory of a daemon that has a frontend and no load; and how long a start takes."""
     directory = context.fresh_directory()
     server.create(context.tools, directory, context.base, context.size)
-    running, start_ms = timed_start(context, server, directory, context.base)
+    running = server.start(context.tools, directory, context.base)
     try:
-        info = context.info(running)
+        memory = context.info(running)["memory"]
+        running.stop()
+        running, start_ms = timed_start(context, server, directory, context.base)
         running.stop()
     finally:
         running.kill()
-    memory = info["memory"]
-    return {
-        "rss": memory["rss_kib"] / 1024,
-        "anon": memory["anon_kib"] / 1024,
-        "pss": memory["pss_kib"] / 1024,
-        "start": start_ms,
-    }
+    values = {key: memory[f"{key}_kib"] / 1024 for key in ("rss", "anon", "pss")}
+    return {**values, "start": start_ms}
 
 
 def sparse_base(context, size):

@@ -60,9 +60,18 @@ def verdict(document, case, aim):
             "ratios": paired, "met": ratio >= aim["factor"] * (1 - NOISE)}
 
 
+def against_best(document, case):
+    """Ours beside the best peer in what the case is about; None if one of them was not measured."""
+    metric = next(entry for entry in case["metrics"] if entry["key"] == case["primary"])
+    peer = best_peer(document, case, metric["key"], metric["better"])
+    paired = ratios(case, "ours", peer, metric["key"], metric["better"]) if peer else []
+    return {"peer": peer, "label": metric["label"], "ratio": statistics.median(paired)} if paired else None
+
+
 def add_verdicts(document):
-    """Adds to every case what came of its aims."""
+    """Adds to every case what came of its aims, and how ours does beside the best peer."""
     for case in document["cases"]:
+        case["against_best"] = against_best(document, case)
         found = (verdict(document, case, aim) for aim in case["aims"])
         case["verdicts"] = [entry for entry in found if entry]
 

@@ -41,6 +41,9 @@ fn small_programs_survive_every_outcome_of_every_crash() {
         vec![write(8, 2), Op::Discard { start: 8, count: 1 }, Op::Flush, write(8, 1)],
         vec![write(3, 1), Op::Die, write(4, 1), Op::Flush],
         vec![Op::WriteZeroes { start: 5, count: 1 }, Op::Reopen, write(5, 1), Op::Reopen],
+        vec![write(0, 1), Op::Rebind, write(1, 1)],
+        vec![write(0, 1), Op::Snapshot, write(0, 1), Op::Flush],
+        vec![Op::Resize { sectors: 69_998 }, Op::Resize { sectors: 70_004 }, write(69_999, 1)],
     ];
     for format in FORMATS {
         for ops in &programs {

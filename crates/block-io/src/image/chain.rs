@@ -136,7 +136,7 @@ impl<'a, E: Env> Opener<'a, E> {
                 .with_direct(file, access)
                 .map_err(OpenError::io(&path, "open for direct I/O"))?,
         };
-        if let Err(source) = wait_for_lock(&file, lock, self.options.lock_wait) {
+        if let Err(source) = wait_for_lock(&file, &path, lock, self.options.lock_wait) {
             return Err(OpenError::Locked { path, source });
         }
         self.seen.push((stat.id, path.clone()));
@@ -147,12 +147,24 @@ impl<'a, E: Env> Opener<'a, E> {
 }
 
 /// A dead predecessor's lock falls when its I/O has ended, so this waits a moment for it.
-fn wait_for_lock(file: &impl Storage, kind: LockKind, patience: Duration) -> Result<(), LockError> {
+fn wait_for_lock(
+    file: &impl Storage,
+    path: &Path,
+    kind: LockKind,
+    patience: Duration,
+) -> Result<(), LockError> {
     let deadline = Instant::now() + patience;
+    let mut said = false;
     loop {
         match file.try_lock(kind) {
             Err(LockError::Held { .. }) if Instant::now() < deadline => {
-                std::thread::sleep(LOCK_RETRY)
+                if !std::mem::replace(&mut said, true) {
+                    log::info!(
+                        "{}: in use; waiting up to {patience:?} for its end",
+                        path.display()
+                    );
+                }
+                std::thread::sleep(LOCK_RETRY);
             }
             result => return result,
         }

@@ -32,6 +32,8 @@ th:first-child,td:first-child { text-align:left } summary { cursor:pointer; colo
 .scroll { overflow-x:auto } .key span { display:inline-block; width:11px; height:11px; border-radius:3px; margin:0 5px 0 14px }
 """
 
+# A load average above this before the run is worth a warning.
+BUSY_LOAD = 0.5
 LABEL_WIDTH, BAR_WIDTH, ROW = 158, 140, 22
 
 
@@ -167,6 +169,11 @@ def page(document):
         f"<tr><td>{escape(server['label'])}</td><td style='text-align:left'>{escape(server['detail'])}</td></tr>"
         for server in document["servers"] if server["name"] in used
     )
+    crowd = ""
+    if meta["load_before"] > BUSY_LOAD:
+        shielded = ", but the benchmark had priority" if meta["priority"] else ": take the figures with care"
+        crowd = (f"<p class={'fair' if meta['priority'] else 'bad'}>The machine had other things to do (load average "
+                 f"{meta['load_before']:.1f}){shielded}.</p>")
     cards = "".join(card(document, case) for case in document["cases"])
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1"><title>vhost-user-blk: benchmark</title>
@@ -174,7 +181,7 @@ def page(document):
 <h1>vhost-user-blk beside qemu-storage-daemon</h1>
 <p class=soft>{escape(meta["date"])} · revision {escape(meta["revision"])} · {escape(meta["cpus"])} × {escape(meta["cpu"])},
 {escape(meta["memory_gib"])} GiB, Linux {escape(meta["kernel"])} · {escape(meta["qemu"])}</p>
-<div class=tiles>{tiles(document)}</div>
+{crowd}<div class=tiles>{tiles(document)}</div>
 <h2>Aims</h2><p class=soft>How many times better than the peer, in pairs of the same round: the dot is the median, the line
 spans the rounds, the upright mark is the aim.</p>
 <div class=card>{overview(document)}</div>

@@ -87,6 +87,8 @@ def number(value):
     """Three digits that matter."""
     if value is None:
         return "–"
+    if value >= 1_000_000:
+        return f"{value / 1e6:.2f}M"
     if value >= 10_000:
         return f"{value / 1000:.0f}k"
     if value >= 1000:

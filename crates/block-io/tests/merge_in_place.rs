@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
-use block_io::image::{CreateOptions, OpenError, create_cow};
+use block_io::image::{CreateOptions, OpenError, create_cow, snapshot};
 use block_io::ops::merge_in_place;
 use block_io::sim::{Choices, CrashKind, Operation, Sim, Verdict};
 use block_io::storage::{Access, Env, Storage};
@@ -17,6 +17,8 @@ const BASE: &str = "/base";
 const COW: &str = "/cow";
 /// Another COW file over the same base.
 const OTHER: &str = "/other";
+/// The layer between, where there is one.
+const LAYER: &str = "/layer";
 /// The last sector is partial.
 const SIZE: usize = 40 * 512 - 100;
 /// Random outcomes of a power cut that are tried at each step, besides everything lost and everything kept.
@@ -45,6 +47,8 @@ struct World {
     expected: Vec<u8>,
     /// Nothing is lost by a power cut.
     flushed: bool,
+    /// The merge goes into a layer, not into the base.
+    layered: bool,
 }
 
 impl World {
@@ -61,6 +65,23 @@ impl World {
             create_cow(&sim, Path::new(cow), &CreateOptions::over(format, Path::new(BASE)))
                 .unwrap();
         }
+        Self::filled(sim, closed, false)
+    }
+
+    /// The COW file and the other one stand over a frozen layer that has some of the same sectors.
+    fn layered() -> Self {
+        let world = World::new(CowFormat::Native, true);
+        let sim = world.sim;
+        sim.move_durably(Path::new(COW), Path::new(LAYER));
+        sim.remove(Path::new(OTHER)).unwrap();
+        for cow in [COW, OTHER] {
+            snapshot(&sim, Path::new(LAYER), Path::new(cow)).unwrap();
+        }
+        Self::filled(sim, true, true)
+    }
+
+    /// Writes to the COW file.
+    fn filled(sim: Sim, closed: bool, layered: bool) -> Self {
         let disk = open(&sim, COW, false).unwrap();
         disk.write(range(3, 5), &[0xa1; 5 * 512]).unwrap();
         // Zeros that are written, and zeros that are a hole.
@@ -74,11 +95,11 @@ impl World {
         }
         drop(disk);
         sim.process_death();
-        World { sim, expected, flushed: closed }
+        World { sim, expected, flushed: closed, layered }
     }
 
     fn fork(&self) -> Self {
-        World { sim: self.sim.fork(), expected: self.expected.clone(), flushed: self.flushed }
+        World { sim: self.sim.fork(), expected: self.expected.clone(), ..*self }
     }
 
     fn merge(&self) -> Result<(), String> {
@@ -91,28 +112,49 @@ impl World {
     fn check_between(&self) -> Result<(), String> {
         let disk = match open(&self.sim, COW, true) {
             Ok(disk) => disk,
-            Err(OpenError::Identity { source: IdentityError::Mtime { .. }, .. }) => return Ok(()),
+            Err(OpenError::Identity { source, .. }) if self.is_expected(&source) => return Ok(()),
             Err(err) => return Err(err.to_string()),
         };
         if content(&disk) == self.expected { Ok(()) } else { Err("the content changed".into()) }
     }
 
-    /// After a merge that came to its end.
-    fn check_end(&self) -> Result<(), String> {
+    /// Whether this is how a file that was merged into shows itself.
+    fn is_expected(&self, err: &IdentityError) -> bool {
+        match err {
+            IdentityError::Mtime { .. } => !self.layered,
+            IdentityError::Generation { .. } => self.layered,
+            _ => false,
+        }
+    }
+
+    fn check_base(&self) -> Result<(), String> {
         let base = self.sim.open(Path::new(BASE), Access::Read).unwrap();
         let mut bytes = vec![0; SIZE];
         base.read_exact_at(&mut bytes, ByteOffset::new(0)).map_err(|err| err.to_string())?;
         if base.len().unwrap() != SIZE as u64 || bytes != self.expected {
             return Err("the base is not what was merged".into());
         }
-        drop(base);
+        Ok(())
+    }
+
+    /// After a merge that came to its end.
+    fn check_end(&self) -> Result<(), String> {
+        match self.layered {
+            false => self.check_base()?,
+            true => {
+                let layer = open(&self.sim, LAYER, true).map_err(|err| err.to_string())?;
+                if content(&layer) != self.expected || !layer.is_present(range(3, 1)) {
+                    return Err("the layer is not what was merged".into());
+                }
+            }
+        }
         let disk = open(&self.sim, COW, false).map_err(|err| err.to_string())?;
         if content(&disk) != self.expected || disk.is_present(range(3, 1)) {
             return Err("the COW file is not empty over the merged base".into());
         }
         drop(disk);
         match open(&self.sim, OTHER, true) {
-            Err(OpenError::Identity { source: IdentityError::Mtime { .. }, .. }) => {}
+            Err(OpenError::Identity { source, .. }) if self.is_expected(&source) => {}
             _ => return Err("the other COW file still takes the base".into()),
         }
         match self.sim.names().iter().find(|name| name.to_str().unwrap().ends_with(".merging")) {
@@ -213,6 +255,13 @@ fn a_merge_outlives_every_crash() {
 }
 
 #[test]
+fn a_merge_into_a_layer_outlives_every_crash() {
+    let world = World::layered();
+    every_crash(&world, false, None).unwrap_or_else(|err| panic!("{err}"));
+    every_crash(&world, true, None).unwrap_or_else(|err| panic!("{err}"));
+}
+
+#[test]
 fn a_merge_that_is_run_again_outlives_the_next_crash() {
     for format in [CowFormat::Uml, CowFormat::Native] {
         let world = World::new(format, true);
@@ -234,9 +283,14 @@ fn without_syncs(
 
 #[test]
 fn it_is_noticed_if_the_base_is_not_synced_or_the_bits_or_the_names_are_not() {
-    for format in [CowFormat::Uml, CowFormat::Native] {
-        let world = World::new(format, true);
-        let base: &Fault = &|sim| without_syncs(sim, BASE);
+    let worlds = [
+        ("uml", World::new(CowFormat::Uml, true)),
+        ("native", World::new(CowFormat::Native, true)),
+        ("layer", World::layered()),
+    ];
+    for (name, world) in worlds {
+        let target = if world.layered { LAYER } else { BASE };
+        let base: &Fault = &move |sim| without_syncs(sim, target);
         let cow: &Fault = &|sim| without_syncs(sim, COW);
         let names: &Fault = &|_| {
             Arc::new(|_, operation| match operation {
@@ -244,10 +298,10 @@ fn it_is_noticed_if_the_base_is_not_synced_or_the_bits_or_the_names_are_not() {
                 _ => Verdict::Proceed,
             })
         };
-        for (what, fault) in [("base", base), ("cow", cow), ("names", names)] {
+        for (what, fault) in [("target", base), ("cow", cow), ("names", names)] {
             let noticed = every_crash(&world, false, Some(fault));
-            println!("{format:?}, no sync of {what}: {noticed:?}");
-            assert!(noticed.is_err(), "{format:?}: nobody noticed that there is no sync of {what}");
+            println!("{name}, no sync of {what}: {noticed:?}");
+            assert!(noticed.is_err(), "{name}: nobody noticed that there is no sync of {what}");
         }
     }
 }

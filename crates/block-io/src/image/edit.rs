@@ -6,7 +6,7 @@ use cow_format::header::NativeHeader;
 use cow_format::{Bitmap, Header};
 
 use super::chain::{Opened, Opener};
-use super::flush::{FlushFailure, flush};
+use super::flush::flush;
 use super::state::{load_live, mark_clean};
 use super::{DiskOptions, OpenError};
 use crate::storage::{Env, Storage};
@@ -104,10 +104,7 @@ impl<F: Storage> Edit<F> {
     /// everything.
     pub(crate) fn settle(&mut self) -> Result<(), OpenError> {
         let flushed = flush(&self.cow.file, &self.bitmap, self.header.geometry());
-        flushed.map_err(|failure| match failure {
-            FlushFailure::Sync(err) => OpenError::io(&self.cow.path, "sync")(err),
-            FlushFailure::Write(err) => OpenError::io(&self.cow.path, "write the bitmap of")(err),
-        })?;
+        flushed.map_err(|failure| failure.at(&self.cow.path))?;
         mark_clean(&self.cow.file, &mut self.header).map_err(|err| err.at(&self.cow.path))?;
         Ok(())
     }

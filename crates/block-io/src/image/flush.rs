@@ -1,9 +1,11 @@
 //! One flush of a COW file: the ordering machine of cow-format, driven over a file.
 
 use std::io;
+use std::path::Path;
 
 use cow_format::{Bitmap, FlushPass, Geometry, Next};
 
+use super::OpenError;
 use crate::storage::Storage;
 
 /// What stopped a flush.
@@ -13,6 +15,16 @@ pub(crate) enum FlushFailure {
     Sync(io::Error),
     /// A write of the bitmap: its pages are dirty again and may be written later.
     Write(io::Error),
+}
+
+impl FlushFailure {
+    /// The error of the file at `path`.
+    pub(crate) fn at(self, path: &Path) -> OpenError {
+        match self {
+            FlushFailure::Sync(err) => OpenError::io(path, "sync")(err),
+            FlushFailure::Write(err) => OpenError::io(path, "write the bitmap of")(err),
+        }
+    }
 }
 
 /// Makes everything durable that was written and inserted into `bitmap` before the call.

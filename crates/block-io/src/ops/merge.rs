@@ -11,7 +11,7 @@ use super::{OpError, Output, Progress, parallel};
 use crate::disk::{Disk, Layer};
 use crate::image::CreateOptions;
 use crate::image::NewCow;
-use crate::image::flush::{FlushFailure, flush};
+use crate::image::flush::flush;
 use crate::storage::{Env, Storage};
 
 /// Writes the content of `disk`, its last partial sector included, to a raw image that gets the name `out` when it is
@@ -106,10 +106,7 @@ pub fn convert_to_cow<E: Env>(
             )?;
         }
     }
-    flush(output.file(), &bitmap, &geometry).map_err(|failure| match failure {
-        FlushFailure::Sync(err) => OpError::io(out, "sync")(err),
-        FlushFailure::Write(err) => OpError::io(out, "write the bitmap of")(err),
-    })?;
+    flush(output.file(), &bitmap, &geometry).map_err(|failure| failure.at(out))?;
     output.place()
 }
 

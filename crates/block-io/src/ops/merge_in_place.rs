@@ -27,7 +27,7 @@ use super::note::Note;
 use super::zeroes::for_each_run;
 use super::{OpError, Progress, parallel};
 use crate::image::chain::{Content, Lower, Opened, Opener, Reference, path_to_store, reference};
-use crate::image::flush::{FlushFailure, flush};
+use crate::image::flush::flush;
 use crate::image::open::fold_map;
 use crate::image::state::{load_live, mark_clean, set_backing_path, write_native_synced};
 use crate::image::{CowFormat, DiskOptions, OpenError};
@@ -352,10 +352,7 @@ fn make_durable<F: Storage>(
     bitmap: &Bitmap,
     geometry: &Geometry,
 ) -> Result<(), OpError> {
-    flush(&file.file, bitmap, geometry).map_err(|failure| match failure {
-        FlushFailure::Sync(err) => OpError::io(&file.path, "sync")(err),
-        FlushFailure::Write(err) => OpError::io(&file.path, "write the bitmap of")(err),
-    })
+    Ok(flush(&file.file, bitmap, geometry).map_err(|failure| failure.at(&file.path))?)
 }
 
 /// `now`, or the second after it if a header that knows whole seconds could take it for the time that is stored.

@@ -7,8 +7,8 @@ use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    bench, check, compare, convert, create, fork, info, man, map, measure, merge, rebase, rebind,
-    reset, resize, snapshot,
+    apply_delta, bench, check, compare, convert, create, export_delta, fork, info, man, map,
+    measure, merge, rebase, rebind, reset, resize, snapshot,
 };
 use crate::error::CowError;
 use crate::ui::Ui;
@@ -56,6 +56,8 @@ enum Command {
     Convert(convert::Args),
     Rebase(rebase::Args),
     Rebind(rebind::Args),
+    ExportDelta(export_delta::Args),
+    ApplyDelta(apply_delta::Args),
     Bench(bench::Args),
     #[command(hide = true)]
     Man(man::Args),
@@ -117,6 +119,8 @@ impl Command {
             Command::Compare(args) => args.run(ui),
             Command::Fork(args) => args.run(ui),
             Command::Reset(args) => args.run(ui),
+            Command::ExportDelta(args) => args.run(ui),
+            Command::ApplyDelta(args) => args.run(ui),
             Command::Bench(args) => args.run(ui),
             Command::Man(args) => args.run(ui),
             Command::Resize(args) => args.run(ui),

@@ -7,6 +7,8 @@ use block_io::image::ChangeError;
 use block_io::ops::OpError;
 use block_io::{DiskError, OpenError};
 
+use crate::delta::DeltaError;
+
 /// A failure of a command: one message.
 #[derive(Debug, thiserror::Error)]
 pub enum CowError {
@@ -19,6 +21,24 @@ pub enum CowError {
     /// A file without a COW header, where a COW file is needed or a raw image has to be said to be one.
     #[error("{}: not a COW file; if it is a raw image, say so: --format raw", .0.display())]
     NotCow(PathBuf),
+    /// A delta could not be read to its end.
+    #[error("{}: {source}", path.display())]
+    Delta {
+        /// The stream.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: DeltaError,
+    },
+    /// A delta is over another base.
+    #[error("{}: is not what {} is over: {why}", base.display(), delta.display())]
+    OtherBase {
+        /// The base that was named.
+        base: PathBuf,
+        /// The stream.
+        delta: PathBuf,
+        /// What differs.
+        why: String,
+    },
     /// Neither way to read a qcow2 image worked.
     #[error("{}: cannot be read as qcow2: {imago}; and by qemu-img: {qemu_img}", path.display())]
     Qcow2 {

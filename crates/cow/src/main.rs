@@ -2,6 +2,7 @@
 
 mod cli;
 mod commands;
+mod delta;
 mod digest;
 mod error;
 mod output;

@@ -1,12 +1,13 @@
 //! A whole disk into one new file: a raw image, or a COW file of its own.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use cow_format::{Bitmap, ByteOffset, SECTOR_SIZE, Sector, SectorCount, SectorRange};
+use cow_format::{Bitmap, ByteOffset, Geometry, SECTOR_SIZE, Sector, SectorCount, SectorRange};
 
 use super::compare::Pair;
 use super::copy::copy;
 use super::walk::Image;
+use super::zeroes::is_zero;
 use super::{OpError, Output, Progress, parallel};
 use crate::disk::{Disk, Layer};
 use crate::image::CreateOptions;
@@ -64,55 +65,84 @@ pub fn convert_to_cow<E: Env>(
     base: Option<&Disk<E>>,
     progress: Progress<'_>,
 ) -> Result<(), OpError> {
-    let inputs: Vec<_> = inputs
-        .iter()
-        .copied()
-        .chain(base.iter().flat_map(|base| base.layers()).map(Layer::path))
-        .collect();
-    let output = Output::create(env, out, options.replace, &inputs)?;
-    let options = CreateOptions { size: options.size.or(Some(image.size())), ..options.clone() };
-    let mut new = NewCow::new(env, out, &options)?;
-    new.write(output.file(), out)?;
-    let geometry = *new.header.geometry();
-    let bitmap = Bitmap::new(geometry.sectors());
-    let write = |at: u64, bytes: &[u8]| {
-        let place = geometry.data_offset().get() + at;
-        let written = output.file().write_all_at(bytes, ByteOffset::new(place));
-        written.map_err(OpError::write(out, place))?;
-        insert(&bitmap, at, bytes.len() as u64);
-        Ok(())
+    let size = options.size.or(Some(image.size()));
+    let new = CowWriter::create(env, out, &CreateOptions { size, ..options.clone() }, inputs)?;
+    let Some(base) = base else {
+        copy(image, &|at, bytes| new.write(at, bytes), parallel::threads(), progress)?;
+        return new.finish();
     };
-    match base {
-        None => copy(image, &write, parallel::threads(), progress)?,
-        Some(base) => {
-            let sectors = SectorCount::covering(image.size().max(geometry.virtual_size()));
-            let work = |pair: &mut Pair<_, _>, range: SectorRange| {
-                pair.differences(range, |at, bytes| {
-                    // Zeros where the base has something: the bit says so, the file has a hole.
-                    match super::zeroes::is_zero(bytes) {
-                        true => insert(&bitmap, at, bytes.len() as u64),
-                        false => write(at, bytes)?,
-                    }
-                    Ok(())
-                })?;
-                progress(range.len_bytes());
-                Ok::<(), OpError>(())
-            };
-            parallel::for_each_piece(
-                sectors,
-                parallel::threads(),
-                || Pair::new(image, base),
-                work,
-            )?;
-        }
-    }
-    flush(output.file(), &bitmap, &geometry).map_err(|failure| failure.at(out))?;
-    output.place()
+    let work = |pair: &mut Pair<_, _>, range: SectorRange| {
+        pair.differences(range, |at, bytes| match is_zero(bytes) {
+            // Where the base has something.
+            true => {
+                new.zero(at, bytes.len() as u64);
+                Ok(())
+            }
+            false => new.write(at, bytes),
+        })?;
+        progress(range.len_bytes());
+        Ok::<(), OpError>(())
+    };
+    let sectors = SectorCount::covering(new.size());
+    parallel::for_each_piece(sectors, parallel::threads(), || Pair::new(image, base), work)?;
+    new.finish()
 }
 
-fn insert(bitmap: &Bitmap, at: u64, len: u64) {
-    let (start, count) = (Sector::new(at / SECTOR_SIZE), SectorCount::covering(len));
-    if let Some(range) = SectorRange::new(start, count) {
-        bitmap.insert(range);
+/// A COW file that is being filled, from any number of threads, and appears under its name only when it is complete and
+/// durable. Dropping it leaves nothing.
+pub struct CowWriter<E: Env> {
+    output: Output<E>,
+    path: PathBuf,
+    geometry: Geometry,
+    bitmap: Bitmap,
+    /// The base stays locked.
+    _new: NewCow<E::File>,
+}
+
+impl<E: Env> CowWriter<E> {
+    /// Begins the file that will be `out`; see [`Output::create`] for `inputs`, which the base is one of anyway.
+    pub fn create(
+        env: &E,
+        out: &Path,
+        options: &CreateOptions,
+        inputs: &[&Path],
+    ) -> Result<Self, OpError> {
+        let base = options.base.as_ref().map(|base| &*base.path);
+        let inputs: Vec<_> = inputs.iter().copied().chain(base).collect();
+        let output = Output::create(env, out, options.replace, &inputs)?;
+        let mut new = NewCow::new(env, out, options)?;
+        new.write(output.file(), out)?;
+        let geometry = *new.header.geometry();
+        let bitmap = Bitmap::new(geometry.sectors());
+        Ok(CowWriter { output, path: out.to_owned(), geometry, bitmap, _new: new })
+    }
+
+    /// The size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.geometry.virtual_size()
+    }
+
+    /// Writes whole sectors (the last one of the disk may be partial) at byte `at`, which begins one.
+    pub fn write(&self, at: u64, bytes: &[u8]) -> Result<(), OpError> {
+        let place = self.geometry.data_offset().get() + at;
+        let written = self.output.file().write_all_at(bytes, ByteOffset::new(place));
+        written.map_err(OpError::write(&self.path, place))?;
+        self.zero(at, bytes.len() as u64);
+        Ok(())
+    }
+
+    /// Lets sectors that are not written read as zeros, whatever the base has there.
+    pub fn zero(&self, at: u64, len: u64) {
+        let (start, count) = (Sector::new(at / SECTOR_SIZE), SectorCount::covering(len));
+        if let Some(range) = SectorRange::new(start, count) {
+            self.bitmap.insert(range);
+        }
+    }
+
+    /// Makes it durable and gives it its name.
+    pub fn finish(self) -> Result<(), OpError> {
+        let flushed = flush(self.output.file(), &self.bitmap, &self.geometry);
+        flushed.map_err(|failure| failure.at(&self.path))?;
+        self.output.place()
     }
 }

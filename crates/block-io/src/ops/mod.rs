@@ -21,7 +21,7 @@ pub use copy::copy;
 pub use empty::reset;
 pub use error::OpError;
 pub use holes::Holes;
-pub use merge::{convert_to_cow, convert_to_raw, create_raw, merge_to};
+pub use merge::{CowWriter, convert_to_cow, convert_to_raw, create_raw, merge_to};
 pub use merge_in_place::{Merged, merge_in_place};
 pub use output::{Output, check_target};
 pub use parallel::threads;

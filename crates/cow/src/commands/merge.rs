@@ -125,7 +125,8 @@ impl Args {
     }
 }
 
-fn id_of(file: &Path) -> Option<FileId> {
+/// Which file it is, if it is there.
+pub fn id_of(file: &Path) -> Option<FileId> {
     use std::os::unix::fs::MetadataExt;
     let meta = std::fs::metadata(file).ok()?;
     Some(FileId { dev: meta.dev(), ino: meta.ino() })

@@ -1,0 +1,167 @@
+//! `cow apply-delta`: a COW file of a stream.
+
+use std::fs;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use block_io::image::{BaseOptions, CreateOptions};
+use block_io::ops::inspect::{Content, inspect};
+use block_io::ops::{CowWriter, OpError};
+use block_io::{CowFormat, Host};
+use cow_format::Header as CowHeader;
+use cow_format::identity::{ActualIdentity, BackingIdentity};
+
+use super::create::base_format;
+use crate::delta::{Header, Reader, Record};
+use crate::digest::digest_of;
+use crate::error::CowError;
+use crate::source::BaseFormat;
+use crate::ui::Ui;
+
+/// Make a COW file of the changes in a stream
+///
+/// BASE must be a copy of the file that the stream was exported over: it is known by its digest, if the stream has one, or
+/// by size and time of modification; a layer by its UUID. NEW appears under its name only when the whole stream was read
+/// and its checksums were right.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The base; none for a stream of a disk without one
+    #[arg(short, long, value_name = "BASE")]
+    base: Option<PathBuf>,
+
+    /// What BASE is; need not be said for a raw image that does not begin like a COW file
+    #[arg(short = 'F', long, value_name = "FORMAT", value_enum, requires = "base")]
+    base_format: Option<BaseFormat>,
+
+    /// Take BASE without proof that its content is the same: if it is not, the disk is garbage
+    #[arg(long)]
+    trust: bool,
+
+    /// Replace NEW if it exists
+    #[arg(long)]
+    force: bool,
+
+    /// The stream, or - for standard input
+    delta: PathBuf,
+
+    /// The new COW file
+    new: PathBuf,
+}
+
+impl Args {
+    pub fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
+        if self.delta.as_os_str() == "-" {
+            self.apply(io::stdin().lock(), Path::new("standard input"), 0, ui)?;
+        } else {
+            let file = fs::File::open(&self.delta).map_err(OpError::io(&self.delta, "open"))?;
+            let len = file.metadata().map_err(OpError::io(&self.delta, "stat"))?.len();
+            self.apply(file, &self.delta, len, ui)?;
+        }
+        ui.note(format_args!("{}: complete", self.new.display()));
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn apply(&self, input: impl Read, path: &Path, len: u64, ui: Ui) -> Result<(), CowError> {
+        let broken = |source| CowError::Delta { path: path.to_owned(), source };
+        let progress = ui.progress("apply", len);
+        let input = Counted { input, count: &|bytes| progress.add(bytes) };
+        let mut reader = Reader::new(input).map_err(broken)?;
+        let base = self.checked_base(reader.header(), path, ui)?;
+        let size = Some(reader.header().virtual_size);
+        let options = CreateOptions { format: CowFormat::Native, base, size, replace: self.force };
+        let new = CowWriter::create(&Host, &self.new, &options, &[path])?;
+        while let Some(record) = reader.record().map_err(broken)? {
+            match record {
+                Record::Data { at, bytes } => new.write(at, bytes)?,
+                Record::Zero { at, len } => new.zero(at, len),
+            }
+        }
+        Ok(new.finish()?)
+    }
+
+    /// The base, if it is the one that the stream means.
+    fn checked_base(
+        &self,
+        header: &Header,
+        delta: &Path,
+        ui: Ui,
+    ) -> Result<Option<BaseOptions>, CowError> {
+        let (base, identity) = match (&self.base, &header.base) {
+            (None, None) => return Ok(None),
+            (Some(base), Some(identity)) => (base, identity),
+            (Some(base), None) => {
+                let (delta, base) = (delta.display(), base.display());
+                let why = format!("{delta}: is of a disk without a base, so {base} cannot be it");
+                return Err(CowError::Usage(why));
+            }
+            (None, Some(_)) => {
+                let why = format!("{}: name the base that it is over: --base", delta.display());
+                return Err(CowError::Usage(why));
+            }
+        };
+        let format = base_format(base, self.base_format)?;
+        let digest = header.digest;
+        let options = BaseOptions { path: base.clone(), format, digest };
+        let found = actual(base)?;
+        let wrong =
+            |why: String| CowError::OtherBase { base: base.clone(), delta: delta.to_owned(), why };
+        match identity.verify(&found) {
+            Ok(()) => return Ok(Some(options)),
+            Err(err) => match identity {
+                BackingIdentity::Layer { .. } => return Err(wrong(err.to_string())),
+                BackingIdentity::ImageSeconds { size, .. }
+                | BackingIdentity::Image { size, .. }
+                    if *size != found.size =>
+                {
+                    return Err(wrong(err.to_string()));
+                }
+                _ => {}
+            },
+        }
+        match digest {
+            _ if self.trust => ui.warn(format_args!(
+                "{}: taken without proof that its content is the same",
+                base.display()
+            )),
+            Some(digest) if digest_of(base, ui)? == digest => {}
+            Some(_) => return Err(wrong("its content has another digest".into())),
+            None => {
+                let why = "its mtime differs, and the stream has no digest to prove that the content is the same; \
+                           if you know that it is: --trust";
+                return Err(wrong(why.into()));
+            }
+        }
+        Ok(Some(options))
+    }
+}
+
+/// What the file at `path` is found to be.
+fn actual(path: &Path) -> Result<ActualIdentity, CowError> {
+    let found = inspect(&Host, path, None)?;
+    let Some(top) = found.files.first() else {
+        return Err(CowError::NotCow(path.to_owned()));
+    };
+    let layer = match &top.content {
+        Content::Cow(cow) => match &cow.header {
+            CowHeader::Native(native) => Some((native.uuid(), native.content_generation())),
+            CowHeader::Uml(_) => None,
+        },
+        Content::Raw | Content::Unknown => None,
+    };
+    Ok(ActualIdentity { size: top.stat.size, mtime: top.stat.mtime, layer })
+}
+
+/// Tells how much was read.
+struct Counted<'a, R> {
+    input: R,
+    count: &'a dyn Fn(u64),
+}
+
+impl<R: Read> Read for Counted<'_, R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = self.input.read(buf)?;
+        (self.count)(n as u64);
+        Ok(n)
+    }
+}

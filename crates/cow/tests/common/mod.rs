@@ -151,6 +151,8 @@ pub fn mtime_secs(path: &Path) -> u64 {
 
 /// Bytes that the file really takes.
 pub fn allocated(path: &Path) -> u64 {
+    // While the kernel writes it back the count of its blocks can be anything.
+    fs::File::open(path).unwrap().sync_all().unwrap();
     fs::metadata(path).unwrap().blocks() * 512
 }
 

@@ -9,7 +9,7 @@ use super::zeroes::for_each_run;
 use super::{OpError, Progress, parallel};
 
 /// Bytes that a thread reads at once.
-const BUFFER: usize = 1 << 20;
+const BUFFER: usize = 256 << 10;
 
 /// Where copied bytes go: told their place in the disk. Called from every thread.
 pub type Write<'a> = &'a (dyn Fn(u64, &[u8]) -> Result<(), OpError> + Sync);

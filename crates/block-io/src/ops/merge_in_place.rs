@@ -23,6 +23,7 @@ use cow_format::{
 
 use super::empty::empty;
 use super::holes::Holes;
+use super::merge::WRITERS;
 use super::note::Note;
 use super::zeroes::for_each_run;
 use super::{OpError, Progress, parallel};
@@ -33,7 +34,7 @@ use crate::image::state::{load_live, mark_clean, set_backing_path, write_native_
 use crate::image::{CowFormat, DiskOptions, OpenError};
 use crate::storage::{Env, FileKind, Storage};
 
-/// Bytes that a thread copies at once.
+/// Bytes that are copied at once.
 const BUFFER: usize = 1 << 20;
 
 /// What a merge in place did.
@@ -195,7 +196,7 @@ impl<'a, E: Env> Merge<'a, E> {
             progress(range.len_bytes());
             Ok(())
         };
-        parallel::for_each_piece(self.map.sectors(), parallel::threads(), state, work)
+        parallel::for_each_piece(self.map.sectors(), WRITERS, state, work)
     }
 
     fn layer(&self, index: usize) -> &Opened<E::File> {

@@ -128,3 +128,46 @@ fn a_base_that_is_opened_for_writing_is_reported_and_nobody_waits() {
     daemon.wait_for("was open for writing in another program");
     daemon.stop();
 }
+
+/// The load of one half of the disk, and what the whole disk holds after it.
+fn write_half(socket: &Path, base: &Path, offset: &str, more: &[&str], expected: &Path) {
+    let mut command = blk_bench();
+    command.arg("run").arg("--socket-path").arg(socket).arg("--base").arg(base);
+    command.args(["--verify", "--ops=write", "--once", "--region=4M", "--offset"]);
+    command.arg(offset).args(more).arg("--write-expected").arg(expected);
+    run_ok(command);
+}
+
+#[test]
+fn a_live_bitmap_of_another_boot_is_void_and_what_was_flushed_is_there() {
+    if run(in_namespace("mount -t tmpfs none /mnt")).code != Some(0) {
+        println!("skipped: this user may not make a mount namespace");
+        return;
+    }
+    for format in ["--format=native", "--format=uml"] {
+        let disk = CowDisk::over(&patterned(8 * MIB, 4));
+        let [flushed, all, out, boot] =
+            ["flushed", "all", "out", "boot_id"].map(|name| disk.dir.path(name));
+        let daemon = disk.serve(&[format]);
+        write_half(daemon.socket(), &disk.base, "0", &["--depth=1", "--flush-every=64"], &flushed);
+        write_half(daemon.socket(), &flushed, "4M", &["--depth=8"], &all);
+        // Dropped, and so killed: the second half was acknowledged, and never flushed.
+        drop(daemon);
+        // The host is still the same: everything is there.
+        let mut merge = cow();
+        merge.arg("merge").args([&disk.cow, &out]);
+        run_ok(merge);
+        assert!(std::fs::read(&out).unwrap() == std::fs::read(&all).unwrap(), "{format}");
+        // Under another boot id only what was flushed is, and nothing in between.
+        std::fs::remove_file(&out).expect("removing a file");
+        std::fs::write(&boot, "01234567-89ab-cdef-0123-456789abcdef\n").expect("a file");
+        run_ok(in_namespace(&format!(
+            "mount --bind {} /proc/sys/kernel/random/boot_id; {} merge {} {}",
+            boot.display(),
+            Path::new(cow().get_program()).display(),
+            disk.cow.display(),
+            out.display()
+        )));
+        assert!(std::fs::read(&out).unwrap() == std::fs::read(&flushed).unwrap(), "{format}");
+    }
+}

@@ -58,8 +58,12 @@ pub fn merge_in_place<E: Env>(
 ) -> Result<Merged, OpError> {
     let mut merge = Merge::open(env, cow, base, depth)?;
     if merge.is_empty() {
-        // Nothing has to change, least of all the target; a note is from a merge that was all but over.
+        // The target does not change; a note is from a merge that was all but over.
         merge.note.remove(env)?;
+        if !merge.between.is_empty() {
+            merge.settle()?;
+            merge.refer()?;
+        }
         return Ok(Merged { target: merge.target.opened.path.clone(), emptied: true });
     }
     merge.settle()?;

@@ -127,6 +127,17 @@ fn a_merge_goes_to_the_layer_below_or_to_a_given_one() {
         write(&scratch, "top.cow", 10, &[9; 512]);
         assert_eq!(content(&scratch, "top.cow")[10 * 512..11 * 512], [9; 512]);
     }
+    // Where nothing has to be copied, the files between are left out all the same.
+    let scratch = Scratch::new();
+    let base = base_image('B', 64);
+    scratch.write("base.img", &base);
+    scratch.cow_ok("create -b base.img l0.cow");
+    scratch.cow_ok("snapshot l0.cow top.cow");
+    scratch.cow_ok("merge --in-place --yes --drop-to base.img top.cow");
+    let backing = scratch.json("info top.cow")["backing"].clone();
+    assert_eq!((&backing["filename"], &backing["matches"]), (&"base.img".into(), &true.into()));
+    assert_eq!(content(&scratch, "l0.cow"), base, "it stays valid");
+
     let scratch = Scratch::new();
     three(&scratch);
     scratch.write("stranger.img", &[0; 512]);

@@ -166,6 +166,31 @@ impl Storage for File {
         Ok(Some(start.unsigned_abs()..end.unsigned_abs()))
     }
 
+    fn share_from(
+        &self,
+        from: &Self,
+        at: ByteOffset,
+        len: u64,
+        to: ByteOffset,
+    ) -> io::Result<bool> {
+        let range = libc::file_clone_range {
+            src_fd: from.buffered.as_raw_fd().into(),
+            src_offset: at.get(),
+            src_length: len,
+            dest_offset: to.get(),
+        };
+        // SAFETY: the request reads one `file_clone_range`, which `range` is, and both descriptors are open.
+        match unsafe {
+            libc::ioctl(self.buffered.as_raw_fd(), libc::FICLONERANGE, &raw const range)
+        } {
+            0 => Ok(true),
+            _ => match Errno::last() {
+                Errno::EOPNOTSUPP | Errno::EXDEV | Errno::EINVAL | Errno::ENOTTY => Ok(false),
+                errno => Err(errno.into()),
+            },
+        }
+    }
+
     fn stat(&self) -> io::Result<FileStat> {
         let meta = self.buffered.metadata()?;
         let size = match self.kind {

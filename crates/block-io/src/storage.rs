@@ -119,6 +119,16 @@ pub trait Storage: Send + Sync {
     /// The next range of bytes at or after `from` that may be other than zeros; `None` when only a hole follows.
     fn next_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>>;
 
+    /// Lets `len` bytes at `to` share the space of those at `at` in `from`, which costs no copy and no space; false if the
+    /// file system cannot do that for these two (another file system, another alignment).
+    fn share_from(&self, from: &Self, at: ByteOffset, len: u64, to: ByteOffset) -> io::Result<bool>
+    where
+        Self: Sized,
+    {
+        _ = (from, at, len, to);
+        Ok(false)
+    }
+
     /// Which file this is; asks the system anew each time.
     fn stat(&self) -> io::Result<FileStat>;
 

@@ -94,7 +94,7 @@ pub fn convert_to_qcow2(
     let new = create(output.file(), image.size()).map_err(OpError::io(out, "create"))?;
     let write = |at: u64, bytes: &[u8]| new.write(bytes, at).map_err(OpError::write(out, at));
     // One thread: clusters are allocated in the order in which they are written.
-    copy(image, &write, std::num::NonZeroUsize::MIN, progress)?;
+    copy(image, &write, &|_| Ok(0), std::num::NonZeroUsize::MIN, progress)?;
     new.flush().map_err(OpError::io(out, "write"))?;
     drop(new);
     Ok(output.place()?)

@@ -147,7 +147,7 @@ impl<'a, E: Env> Opener<'a, E> {
 }
 
 /// A dead predecessor's lock falls when its I/O has ended, so this waits a moment for it.
-fn wait_for_lock(
+pub(crate) fn wait_for_lock(
     file: &impl Storage,
     path: &Path,
     kind: LockKind,

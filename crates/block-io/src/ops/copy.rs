@@ -14,11 +14,15 @@ const BUFFER: usize = 256 << 10;
 /// Where copied bytes go: told their place in the disk. Called from every thread.
 pub type Write<'a> = &'a (dyn Fn(u64, &[u8]) -> Result<(), OpError> + Sync);
 
-/// Copies `image` by giving `write` all bytes but zeros, whether those are holes or only look like them. `progress` gets
+/// Tries to have the bytes of a piece without a copy; says how many of them, from its beginning on, that did.
+pub type Share<'a> = &'a (dyn Fn(&Piece) -> Result<u64, OpError> + Sync);
+
+/// Copies `image` by giving `write` all bytes that `share` leaves but zeros, whether those are holes or only look like them. `progress` gets
 /// the number of bytes that are done since its last call.
 pub fn copy<I: Image>(
     image: &I,
     write: Write<'_>,
+    share: Share<'_>,
     threads: NonZeroUsize,
     progress: Progress<'_>,
 ) -> Result<(), OpError> {
@@ -27,7 +31,10 @@ pub fn copy<I: Image>(
     let work = |(reader, buf): &mut (I::Reader<'_>, Vec<u8>), range: SectorRange| {
         for piece in reader.pieces(range)? {
             // The last sector may be partial.
-            copy_piece(reader, piece.before(size), write, buf)?;
+            let piece = piece.before(size);
+            if let Some(rest) = piece.after(share(&piece)?) {
+                copy_piece(reader, rest, write, buf)?;
+            }
         }
         progress(range.len_bytes().min(size - range.start_bytes().get()));
         Ok(())

@@ -2,12 +2,13 @@
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use cow_format::{Bitmap, ByteOffset, Geometry, SECTOR_SIZE, Sector, SectorCount, SectorRange};
 
 use super::compare::Pair;
-use super::copy::copy;
-use super::walk::Image;
+use super::copy::{Share, copy};
+use super::walk::{Image, Piece, Source};
 use super::zeroes::is_zero;
 use super::{OpError, Output, Progress, parallel};
 use crate::disk::{Disk, Layer};
@@ -22,7 +23,7 @@ pub(super) const WRITERS: NonZeroUsize = NonZeroUsize::MIN;
 
 /// Writes the content of `disk`, its last partial sector included, to a raw image that gets the name `out` when it is
 /// complete and durable. A file that has the name is replaced only if `replace` says so, and never if it is a file of
-/// `disk`.
+/// `disk`. What can share the space of the disk's files does.
 pub fn merge_to<E: Env>(
     env: &E,
     disk: &Disk<E>,
@@ -31,8 +32,38 @@ pub fn merge_to<E: Env>(
     progress: Progress<'_>,
 ) -> Result<(), OpError> {
     let inputs: Vec<_> = disk.layers().iter().map(Layer::path).collect();
-    convert_to_raw(env, disk, &inputs, out, replace, progress)
+    let output = Output::create(env, out, replace, &inputs)?;
+    let able = AtomicBool::new(true);
+    let share = |piece: &Piece| match piece.source {
+        Source::Data { layer, at } if able.load(Relaxed) => {
+            let file = disk.layers()[layer.get()].file();
+            let len = shareable(piece, at);
+            if len == 0 {
+                return Ok(0);
+            }
+            let shared = output.file().share_from(file, at, len, piece.at);
+            let shared = shared.map_err(OpError::write(out, piece.at.get()))?;
+            able.store(shared, Relaxed);
+            Ok(if shared { len } else { 0 })
+        }
+        Source::Data { .. } | Source::Zero => Ok(0),
+    };
+    fill_raw(disk, &output, out, &share, progress)?;
+    output.place()
 }
+
+/// How many bytes of a piece are worth sharing: whole blocks, if it begins one in both files, and not few.
+fn shareable(piece: &Piece, at: ByteOffset) -> u64 {
+    let len = piece.len / SHARE_BLOCK * SHARE_BLOCK;
+    let aligned =
+        at.get().is_multiple_of(SHARE_BLOCK) && piece.at.get().is_multiple_of(SHARE_BLOCK);
+    if aligned && len >= SHARE_MIN { len } else { 0 }
+}
+
+/// What file systems share at a time.
+const SHARE_BLOCK: u64 = 4096;
+/// Fewer bytes are copied: each shared piece is an extent that the file system keeps books of.
+const SHARE_MIN: u64 = 64 << 10;
 
 /// [`merge_to`] for any image; `inputs` are its files.
 pub fn convert_to_raw<E: Env>(
@@ -44,13 +75,23 @@ pub fn convert_to_raw<E: Env>(
     progress: Progress<'_>,
 ) -> Result<(), OpError> {
     let output = Output::create(env, out, replace, inputs)?;
+    fill_raw(image, &output, out, &|_| Ok(0), progress)?;
+    output.place()
+}
+
+fn fill_raw<E: Env>(
+    image: &impl Image,
+    output: &Output<E>,
+    out: &Path,
+    share: Share<'_>,
+    progress: Progress<'_>,
+) -> Result<(), OpError> {
     output.file().set_len(image.size()).map_err(OpError::io(out, "set the length"))?;
     let write = |at: u64, bytes: &[u8]| {
         let written = output.file().write_all_at(bytes, ByteOffset::new(at));
         written.map_err(OpError::write(out, at))
     };
-    copy(image, &write, WRITERS, progress)?;
-    output.place()
+    copy(image, &write, share, WRITERS, progress)
 }
 
 /// Makes a raw image of `size` zeros, which take no space.
@@ -73,7 +114,7 @@ pub fn convert_to_cow<E: Env>(
     let size = options.size.or(Some(image.size()));
     let new = CowWriter::create(env, out, &CreateOptions { size, ..options.clone() }, inputs)?;
     let Some(base) = base else {
-        copy(image, &|at, bytes| new.write(at, bytes), WRITERS, progress)?;
+        copy(image, &|at, bytes| new.write(at, bytes), &|_| Ok(0), WRITERS, progress)?;
         return new.finish();
     };
     let work = |pair: &mut Pair<_, _>, range: SectorRange| {

@@ -4,7 +4,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::OpError;
-use crate::image::Unpublished;
+use crate::image::chain::wait_for_lock;
+use crate::image::{DiskOptions, Unpublished};
 use crate::storage::{Access, Env, FileKind, LockKind, Storage};
 
 /// A new file that appears under its name only when it is complete and durable. Dropping it leaves nothing.
@@ -78,7 +79,7 @@ pub fn check_target<E: Env>(
     // Whoever may replace it may open it for writing, which the lock that finds readers asks for.
     let old =
         env.open(target, Access::ReadWrite).map_err(OpError::io(target, "open for writing"))?;
-    old.try_lock(LockKind::Exclusive)
+    wait_for_lock(&old, target, LockKind::Exclusive, DiskOptions::default().lock_wait)
         .map_err(|source| OpError::InUse { path: target.to_owned(), source })?;
     env.canonical(target).map_err(OpError::io(target, "find"))
 }

@@ -64,10 +64,13 @@ impl Args {
             }
             FileFormat::Raw => {
                 let progress = ui.progress("convert", image.size());
-                let inputs = self.inputs(&image);
-                ops::convert_to_raw(&Host, &image, &inputs, &self.out, self.force, &|n| {
-                    progress.add(n)
-                })?;
+                let (out, force, add) = (&self.out, self.force, |n| progress.add(n));
+                match &image {
+                    AnyImage::Disk(disk) => ops::merge_to(&Host, disk, out, force, &add)?,
+                    AnyImage::Qcow2(_) => {
+                        ops::convert_to_raw(&Host, &image, &self.inputs(&image), out, force, &add)?;
+                    }
+                }
             }
             FileFormat::Qcow2 => {
                 let progress = ui.progress("convert", image.size());

@@ -28,18 +28,22 @@ use crate::sigbus::Registration;
 
 const PAGE: usize = 4096;
 
-/// Pages that one call of mincore asks about: 2 MiB of a file.
-const WINDOW_PAGES: usize = 512;
-const WINDOW: u64 = (WINDOW_PAGES * PAGE) as u64;
+/// Pages that one call of mincore asks about. It costs about a microsecond where
+/// they are not mapped yet, so that a place which is read only now and then is
+/// not worth more.
+const GROUP_PAGES: usize = 64;
 
-/// Windows that a queue remembers: 8 GiB of files, in 320 KiB of memory once all
+/// Groups of a window, which ages as a whole: 2 MiB of a file.
+const GROUPS: usize = 8;
+const WINDOW_PAGES: usize = GROUP_PAGES * GROUPS;
+
+/// Windows that a queue remembers: 8 GiB of files, in 352 KiB of memory once all
 /// are in use. Where two fall on one place the later one wins.
 const WINDOWS: usize = 4096;
 
-/// How long an answer of mincore counts. Asking costs a few microseconds for
-/// 2 MiB; ten times a second for each GiB in use that is one or two percent of a
-/// core.
-const FRESH_NS: u64 = 100_000_000;
+/// How long an answer of mincore counts. Asking four times a second about each
+/// GiB in use is about one percent of a core.
+const FRESH_NS: u64 = 250_000_000;
 
 /// The longest read that is copied. Beyond it the kernel's copy is as fast, and
 /// it needs no page tables.
@@ -140,24 +144,23 @@ impl Mapping {
         }
     }
 
-    /// Which pages of the window at `at` are in the page cache.
-    fn residency(&self, at: u64) -> [u64; WINDOW_PAGES / 64] {
-        let mut bits = [0; WINDOW_PAGES / 64];
-        let Ok(at) = usize::try_from(at) else { return bits };
-        let pages = (self.map.len.saturating_sub(at) / PAGE).min(WINDOW_PAGES);
-        let mut answer = [0u8; WINDOW_PAGES];
+    /// Which pages of the group that begins at `page` are in the page cache, one
+    /// bit for each.
+    fn residency(&self, page: u64) -> u64 {
+        let first = usize::try_from(page).unwrap_or(usize::MAX).saturating_mul(PAGE);
+        let pages = (self.map.len.saturating_sub(first) / PAGE).min(GROUP_PAGES);
+        let mut answer = [0u8; GROUP_PAGES];
         // SAFETY: `pages` whole pages of the mapping, of which the answer has a
         // byte each.
         let status = unsafe {
-            let start = self.map.start.as_ptr().byte_add(at.min(self.map.len));
+            let start = self.map.start.as_ptr().byte_add(first.min(self.map.len));
             libc::mincore(start, pages * PAGE, answer.as_mut_ptr())
         };
-        if status == 0 {
-            for (page, answer) in answer[..pages].iter().enumerate() {
-                bits[page / 64] |= u64::from(answer & 1) << (page % 64);
-            }
+        if status != 0 {
+            return 0;
         }
-        bits
+        let bits = answer[..pages].iter().zip(0..).map(|(byte, bit)| u64::from(byte & 1) << bit);
+        bits.sum()
     }
 }
 
@@ -171,10 +174,10 @@ fn residency_is_told(fd: BorrowedFd<'_>, owner: u32) -> bool {
         || nix::unistd::access(path.as_str(), AccessFlags::W_OK).is_ok()
 }
 
-/// What is known of a window: its tag (layer and number; 0 for none), when it was
-/// learnt, and a bit for each page. Plain numbers, so that a table of them is
-/// memory that nobody has touched yet.
-type Window = [u64; 2 + WINDOW_PAGES / 64];
+/// What is known of a window: its tag (layer and number; 0 for none), since when,
+/// a bit for each group that is known, and the groups' pages. Plain numbers, so
+/// that a table of them is memory that nobody has touched yet.
+type Window = [u64; 3 + GROUPS];
 
 /// One queue's view of the mappings.
 pub struct Resident<'a> {
@@ -193,7 +196,7 @@ impl<'a> Resident<'a> {
         let windows = if mappings.layers.iter().any(Option::is_some) { WINDOWS } else { 0 };
         Self {
             mappings,
-            windows: vec![[0; 2 + WINDOW_PAGES / 64]; windows],
+            windows: vec![[0; 3 + GROUPS]; windows],
             epoch: Instant::now(),
             now: 0,
             used: false,
@@ -266,17 +269,22 @@ impl<'a> Resident<'a> {
         let number = page / WINDOW_PAGES as u64;
         // No two windows share a tag: files are far shorter than 2^56 windows.
         let tag = number << 8 | (layer.get() as u64 + 1);
-        // A remainder of something below the table's length.
-        #[expect(clippy::cast_possible_truncation)]
-        let place = (number.wrapping_add((layer.get() as u64) << 9) % WINDOWS as u64) as usize;
-        let [found, learnt, pages @ ..] = &mut self.windows[place];
-        if *found != tag || self.now - *learnt >= FRESH_NS {
-            (*found, *learnt) = (tag, self.now);
-            *pages = mapping.residency(number * WINDOW);
+        // Fibonacci hashing: neither layers nor windows in step share places.
+        let hash = tag.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - WINDOWS.ilog2());
+        let window = usize::try_from(hash).ok().and_then(|place| self.windows.get_mut(place));
+        let Some([found, since, known, groups @ ..]) = window else { return false };
+        if *found != tag || self.now - *since >= FRESH_NS {
+            (*found, *since, *known) = (tag, self.now, 0);
         }
-        let bit = page % WINDOW_PAGES as u64;
-        let word = pages[(bit / 64) as usize];
-        word >> (bit % 64) & 1 != 0
+        let (group, bit) = (page / GROUP_PAGES as u64 % GROUPS as u64, page % GROUP_PAGES as u64);
+        // Less than GROUPS.
+        #[expect(clippy::cast_possible_truncation)]
+        let word = &mut groups[group as usize];
+        if *known >> group & 1 == 0 {
+            *known |= 1 << group;
+            *word = mapping.residency(page - bit);
+        }
+        *word >> bit & 1 != 0
     }
 }
 

@@ -141,6 +141,12 @@ fn a_killed_merge_is_run_again() {
         (&info["interrupted-merge"], &info["backing"]["matches"]),
         (&json!(true), &json!(false))
     );
+    let check = scratch.cow("check uml-1m.cow");
+    assert!(
+        check.stdout.contains("note: uml-1m.cow: a merge of it was interrupted"),
+        "{}",
+        check.stdout
+    );
     // Only the merge goes on: for all others the base is not what it was.
     scratch.cow_fails("merge -b base-1m.img uml-1m.cow out.img", 1, &["base-1m.img", "mtime"]);
     scratch.cow_ok("merge --in-place --yes -b base-1m.img uml-1m.cow");

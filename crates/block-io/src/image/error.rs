@@ -59,7 +59,7 @@ pub enum OpenError {
     },
     /// The backing file that a header names cannot be opened.
     #[error(
-        "{}: cannot open the backing file of {}: {source}; if it is elsewhere, name it: COW,BASE",
+        "{}: cannot open the backing file of {}: {source}; if it is elsewhere, name it (daemon: COW,BASE; cow: -b BASE)",
         path.display(), cow.display()
     )]
     Backing {

@@ -50,7 +50,7 @@ pub enum OpError {
         input: PathBuf,
     },
     /// There is no such file below.
-    #[error("{}: {depth} files below it there is nothing to merge into", path.display())]
+    #[error("{}: nothing to merge into: it does not have {depth} files below it", path.display())]
     NothingBelow {
         /// The COW file.
         path: PathBuf,

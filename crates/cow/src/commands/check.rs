@@ -103,6 +103,12 @@ impl Report {
                 self.add_file(&facts.path, false)?;
             }
         }
+        for facts in found.files.iter().filter(|facts| facts.merging) {
+            let message =
+                "a merge of it was interrupted; it can be run again: cow merge --in-place";
+            let (filename, message) = (facts.path.clone(), message.to_owned());
+            self.findings.push(Found { filename, severity: "note", message, repaired: false });
+        }
         // A broken header has been reported above; with data past the end, the check of the file has found that.
         let seen =
             matches!(found.problem, Some(OpenError::Header { .. } | OpenError::Data { .. }) | None);

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use block_io::image::{CreateOptions, OpenError, create_cow, snapshot};
+use block_io::ops::check::check;
 use block_io::ops::merge_in_place;
 use block_io::sim::{Choices, CrashKind, Operation, Sim, Verdict};
 use block_io::storage::{Access, Env, Storage};
@@ -83,7 +84,7 @@ impl World {
     /// Writes to the COW file.
     fn filled(sim: Sim, closed: bool, layered: bool) -> Self {
         let disk = open(&sim, COW, false).unwrap();
-        disk.write(range(3, 5), &[0xa1; 5 * 512]).unwrap();
+        disk.write(range(3, 13), &[0xa1; 13 * 512]).unwrap();
         // Zeros that are written, and zeros that are a hole.
         disk.write(range(16, 9), &[0; 9 * 512]).unwrap();
         disk.discard(range(30, 2)).unwrap();
@@ -152,7 +153,12 @@ impl World {
         if content(&disk) != self.expected || disk.is_present(range(3, 1)) {
             return Err("the COW file is not empty over the merged base".into());
         }
+        disk.close().map_err(|err| err.to_string())?;
         drop(disk);
+        let found = check(&self.sim, Path::new(COW), false).map_err(|err| err.to_string())?;
+        if !found.is_empty() {
+            return Err(format!("the COW file is not clean: {found:?}"));
+        }
         match open(&self.sim, OTHER, true) {
             Err(OpenError::Identity { source, .. }) if self.is_expected(&source) => {}
             _ => return Err("the other COW file still takes the base".into()),

@@ -58,12 +58,15 @@ pub fn merge_in_place<E: Env>(
 ) -> Result<Merged, OpError> {
     let mut merge = Merge::open(env, cow, base, depth)?;
     if merge.is_empty() {
-        // The target does not change; a note is from a merge that was all but over.
-        merge.note.remove(env)?;
+        // The target does not change; a note, and data that no bit speaks of, are from a merge that was all but over.
+        merge.settle()?;
         if !merge.between.is_empty() {
-            merge.settle()?;
             merge.refer()?;
         }
+        if !is_read_only(&merge.header) {
+            empty(env, &merge.top, &merge.header)?;
+        }
+        merge.note.remove(env)?;
         return Ok(Merged { target: merge.target.opened.path.clone(), emptied: true });
     }
     merge.settle()?;

@@ -18,6 +18,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::cli::{Cache, Format, Image, Options};
 use crate::config::DiskShape;
 use crate::connection::{self, Readable, wait_readable};
+use crate::holes::Holes;
 use crate::request::ParseLimits;
 use crate::resident::Mappings;
 use crate::session::{Device, Session};
@@ -205,6 +206,7 @@ fn session(options: &Options, disk: &Arc<Disk>) -> io::Result<Arc<Mutex<Session<
     let shared = Shared {
         disk: Arc::clone(disk),
         mappings: Mappings::new(disk),
+        holes: Holes::new(disk),
         committer: Committer::spawn(Arc::clone(disk), options.num_queues.into())?,
         serial: options.serial,
         limits: ParseLimits { capacity: disk.capacity(), read_only: disk.read_only() },

@@ -10,6 +10,7 @@ pub mod daemon;
 pub mod fault;
 #[cfg(test)]
 mod guest;
+pub mod holes;
 pub mod inflight;
 pub mod logger;
 pub mod memory;

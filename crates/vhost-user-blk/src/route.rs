@@ -7,6 +7,7 @@ use block_io::ring::{FileSlot, Plan};
 use block_io::{Disk, Layer};
 use cow_format::{ByteOffset, Extent, LayerIndex, SectorRange};
 
+use crate::holes::Holes;
 use crate::memory::Memory;
 use crate::request::Segment;
 use crate::resident::{Mappings, READ_MAX, Resident};
@@ -21,6 +22,7 @@ pub struct Router<'a> {
     /// Used again from one extent to the next.
     piece: Vec<libc::iovec>,
     resident: Resident<'a>,
+    holes: &'a Holes,
 }
 
 /// The top layer, buffered.
@@ -31,9 +33,9 @@ const FILES_PER_LAYER: u32 = 2;
 
 impl<'a> Router<'a> {
     /// A router for one queue.
-    pub fn new(disk: &'a Disk, mappings: &'a Mappings) -> Self {
+    pub fn new(disk: &'a Disk, mappings: &'a Mappings, holes: &'a Holes) -> Self {
         let resident = Resident::new(mappings);
-        Self { disk, piece: Vec::new(), resident }
+        Self { disk, piece: Vec::new(), resident, holes }
     }
 
     /// What this queue knows of the page cache.
@@ -61,15 +63,16 @@ impl<'a> Router<'a> {
             match extent {
                 Extent::Data { layer, at, len } => {
                     let piece = cursor.take(len, &mut self.piece);
-                    if len > READ_MAX || !self.resident.copy(layer, at, len, memory, piece) {
+                    if len <= READ_MAX && self.resident.copy(layer, at, len, memory, piece) {
+                        continue;
+                    }
+                    if self.holes.cover(layer, at, len) {
+                        zero(memory, piece);
+                    } else {
                         plan.read(slot(self.disk, layer, at, piece), at, piece);
                     }
                 }
-                Extent::Zero { len } => {
-                    for v in cursor.take(len, &mut self.piece) {
-                        memory.zero_host(v.iov_base.cast(), v.iov_len);
-                    }
-                }
+                Extent::Zero { len } => zero(memory, cursor.take(len, &mut self.piece)),
             }
         }
     }
@@ -116,6 +119,13 @@ fn slot(disk: &Disk, layer: LayerIndex, at: ByteOffset, buffers: &[libc::iovec])
                 && (v.iov_len as u64).is_multiple_of(offset)
         });
     if aligned { FileSlot(buffered.0 + 1) } else { buffered }
+}
+
+/// Fills guest memory with zeros.
+fn zero(memory: &Memory, buffers: &[libc::iovec]) {
+    for v in buffers {
+        memory.zero_host(v.iov_base.cast(), v.iov_len);
+    }
 }
 
 /// Plans to write zeros to `len` bytes of the top layer.

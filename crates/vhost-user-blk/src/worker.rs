@@ -19,6 +19,7 @@ use cow_format::SectorRange;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::fault;
+use crate::holes::Holes;
 use crate::inflight::Tracker;
 use crate::memory::Memory;
 use crate::notify::{Doorbell, Kick};
@@ -56,6 +57,8 @@ pub struct Shared {
     pub disk: Arc<Disk>,
     /// Its layers as they are read without system calls.
     pub mappings: Mappings,
+    /// What of its base is a hole.
+    pub holes: Holes,
     /// Flushes it.
     pub committer: Committer,
     /// The answer to GET_ID.
@@ -206,7 +209,7 @@ impl<'a> Worker<'a> {
         if let Some(inflight) = inflight {
             queue.track(inflight);
         }
-        let router = Router::new(&shared.disk, &shared.mappings);
+        let router = Router::new(&shared.disk, &shared.mappings, &shared.holes);
         let mut ring = Ring::new(usize::from(depth), &router.files())?;
         let kick = Kick::new(start.kick.as_fd())?;
         ring.watch(start.kick.as_fd(), KICK);

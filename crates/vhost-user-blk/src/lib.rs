@@ -13,6 +13,7 @@ mod guest;
 pub mod holes;
 pub mod inflight;
 pub mod logger;
+pub mod lone_write;
 pub mod memory;
 pub mod memory_table;
 pub mod notify;

@@ -1,0 +1,93 @@
+//! A small write with nothing else in its queue is done by the queue's thread.
+//!
+//! io_uring leaves every buffered write to a kernel thread. That costs two context
+//! switches, which only matter when nothing else is going on meanwhile. The price
+//! of saving them is that the queue stands still as long as the kernel makes the
+//! writer wait, because too much memory is dirty, say. So after one write that
+//! took long the next ones go through io_uring again, for a while.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use cow_format::ByteOffset;
+
+/// The longest write that is done at once. Copying more takes longer than the
+/// context switches.
+const LEN_MAX: usize = 32 << 10;
+
+/// A write that took longer than this was held up: copying takes a few
+/// microseconds, a context switch to somebody else and back tens.
+const HELD_UP: Duration = Duration::from_micros(500);
+
+/// How long to leave writes to io_uring after one was held up: then one in
+/// hundreds of milliseconds can be held up again, not each.
+const CAUTION: Duration = Duration::from_millis(250);
+
+/// The lone writes of one queue.
+#[derive(Debug, Default)]
+pub struct LoneWrites {
+    cautious_until: Option<Instant>,
+}
+
+impl LoneWrites {
+    /// Writes `buffers`, in order, to `fd` at byte `at`, if that is likely to be
+    /// quick. Whether all was written; if not, it is to be done again, and whoever
+    /// does that finds out why.
+    ///
+    /// # Safety
+    /// The buffers are memory that stays mapped during the call; no reference to
+    /// them exists.
+    pub unsafe fn write(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        at: ByteOffset,
+        buffers: &[libc::iovec],
+    ) -> bool {
+        let len: usize = buffers.iter().map(|buffer| buffer.iov_len).sum();
+        let (Ok(count), Ok(at)) = (i32::try_from(buffers.len()), i64::try_from(at.get())) else {
+            return false;
+        };
+        if len > LEN_MAX {
+            return false;
+        }
+        let begun = Instant::now();
+        if self.cautious_until.is_some_and(|until| begun < until) {
+            return false;
+        }
+        // SAFETY: the caller vouches for the buffers; the kernel only reads them.
+        let written = unsafe { libc::pwritev64(fd.as_raw_fd(), buffers.as_ptr(), count, at) };
+        self.cautious_until = (begun.elapsed() > HELD_UP).then(|| begun + CAUTION);
+        usize::try_from(written) == Ok(len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    fn write(lone: &mut LoneWrites, file: &std::fs::File, bytes: &[u8]) -> bool {
+        let iovec = |part: &[u8]| libc::iovec {
+            iov_base: part.as_ptr().cast_mut().cast(),
+            iov_len: part.len(),
+        };
+        let (head, tail) = bytes.split_at(bytes.len() / 3);
+        // SAFETY: the slices live, and are only read.
+        unsafe { lone.write(file.as_fd(), ByteOffset::new(512), &[iovec(head), iovec(tail)]) }
+    }
+
+    #[test]
+    fn small_writes_are_done_and_others_left() {
+        let file = tempfile::tempfile().unwrap();
+        let mut lone = LoneWrites::default();
+        assert!(write(&mut lone, &file, &[7; 1536]));
+        assert_eq!(file.metadata().unwrap().len(), 2048);
+        lone.cautious_until = None;
+        assert!(!write(&mut lone, &file, &[7; LEN_MAX + 1]), "too long");
+        assert!(!write(&mut lone, &std::fs::File::open("/dev/null").unwrap(), &[7; 512]), "failed");
+        lone.cautious_until = Some(Instant::now() + Duration::from_secs(3600));
+        assert!(!write(&mut lone, &file, &[7; 512]), "after one that was held up");
+        assert_eq!(file.metadata().unwrap().len(), 2048);
+    }
+}

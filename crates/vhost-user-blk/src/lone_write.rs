@@ -19,9 +19,9 @@ const LEN_MAX: usize = 32 << 10;
 /// microseconds, a context switch to somebody else and back tens.
 const HELD_UP: Duration = Duration::from_micros(500);
 
-/// How long to leave writes to io_uring after one was held up: then one in
-/// hundreds of milliseconds can be held up again, not each.
-const CAUTION: Duration = Duration::from_millis(250);
+/// How many times as long as the last one was held up writes are then left to
+/// io_uring: the queue stands still for a few percent of the time at most.
+const CAUTION: u32 = 20;
 
 /// The lone writes of one queue.
 #[derive(Debug, Default)]
@@ -56,7 +56,8 @@ impl LoneWrites {
         }
         // SAFETY: the caller vouches for the buffers; the kernel only reads them.
         let written = unsafe { libc::pwritev64(fd.as_raw_fd(), buffers.as_ptr(), count, at) };
-        self.cautious_until = (begun.elapsed() > HELD_UP).then(|| begun + CAUTION);
+        let took = begun.elapsed();
+        self.cautious_until = (took > HELD_UP).then(|| begun + took * CAUTION);
         usize::try_from(written) == Ok(len)
     }
 }

@@ -27,6 +27,7 @@ class Tools:
     def __init__(self, target):
         self.daemon = target / "vhost-user-blk"
         self.bench = target / "blk-bench"
+        self.guest = target / "examples" / "guest"
 
     def run(self, argv):
         """Runs a program to its end; gives what it printed."""

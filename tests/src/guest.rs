@@ -71,8 +71,13 @@ impl Guest {
     }
 
     /// Attaches a vhost-user disk: `/dev/vda`, the next `/dev/vdb`, ...
-    pub fn disk(mut self, backend: &Backend) -> Self {
-        self.sockets.push(backend.socket().to_owned());
+    pub fn disk(self, backend: &Backend) -> Self {
+        self.socket(backend.socket())
+    }
+
+    /// Attaches the vhost-user disk of a backend that listens on `socket`.
+    pub fn socket(mut self, socket: &Path) -> Self {
+        self.sockets.push(socket.to_owned());
         self
     }
 
@@ -222,6 +227,11 @@ impl Console {
         };
         let results = text.lines().filter_map(result).collect();
         Self { text, results }
+    }
+
+    /// All of it.
+    pub fn text(&self) -> &str {
+        &self.text
     }
 
     /// The result `key`; panics with the whole console if there is none.

@@ -33,6 +33,8 @@ def script(disk, seconds):
             f"fio --name={name} --filename={disk} --direct=1 --time_based --runtime={seconds} --ramp_time=0.5 "
             f"--output-format=terse --terse-version=3 {options} >/tmp/{name}"
         )
+        # What this job leaves unwritten is not for the next one to write.
+        lines.append(f"fsync {disk}")
         lines.append(f"result {name} $(tail -n 1 /tmp/{name} | awk -F';' '{{print ${field} / {divisor}}}')")
     return "\n".join(lines) + "\n"
 

@@ -92,12 +92,30 @@ fn fio_verifies_in_qemu_on_four_queues() {
     fio(guest, &disk, &["--num-queues=4"]);
 }
 
-#[test]
-fn fio_verifies_in_uml() {
-    require!(Kernel::Uml.available());
+/// One queue, with the daemon's ways of waiting and of caching that are not the default.
+fn fio_on_one_queue(kernel: Kernel, options: &[&str]) {
+    require!(kernel.available());
     let disk = CowDisk::over(&patterned(32 * MIB, 3));
     let script = format!("check fio {FIO} --size=16M; result digest $(digest /dev/vda)");
-    fio(Guest::new(Kernel::Uml, &script), &disk, &[]);
+    fio(Guest::new(kernel, &script), &disk, options);
+}
+
+#[test]
+fn fio_verifies_in_uml() {
+    fio_on_one_queue(Kernel::Uml, &[]);
+}
+
+const DIRECT_WITHOUT_POLLING: [&str; 3] =
+    ["--poll-us=0", "--base-cache=direct", "--cow-cache=direct"];
+
+#[test]
+fn fio_verifies_in_uml_with_direct_caches_and_no_polling() {
+    fio_on_one_queue(Kernel::Uml, &DIRECT_WITHOUT_POLLING);
+}
+
+#[test]
+fn fio_verifies_in_qemu_with_direct_caches_and_no_polling() {
+    fio_on_one_queue(Kernel::Qemu, &DIRECT_WITHOUT_POLLING);
 }
 
 fn read_only(kernel: Kernel) {

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use blk_bench::device::{Device, Options};
@@ -13,6 +14,7 @@ use blk_bench::load::{self, RunError};
 use blk_bench::model::{Base, Content, Expectation, Expected};
 use blk_bench::queue::{SECTOR_SIZE, Wait};
 use blk_bench::region::Region;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use system_tests::{Backend, TestDir, cow, patterned, run_ok, sha256, write_image};
@@ -64,10 +66,12 @@ impl Disk {
     }
 }
 
-fn connect(backend: &Backend) -> Device {
+const DEPTH: u16 = 16;
+
+fn connect(backend: &Backend, depth: u16) -> Device {
     let options = Options {
         queues: QUEUES,
-        depth: 16,
+        depth,
         stall_after: Duration::from_secs(120),
         ..Options::new(backend.socket())
     };
@@ -97,7 +101,12 @@ fn job() -> Job {
 }
 
 fn run(backend: &Backend, job: &Job, expectation: Expectation) -> Expected {
-    let mut device = connect(backend);
+    run_at(DEPTH, backend, job, expectation)
+}
+
+/// As [`run`], with `depth` requests in flight in each queue.
+fn run_at(depth: u16, backend: &Backend, job: &Job, expectation: Expectation) -> Expected {
+    let mut device = connect(backend, depth);
     let outcome = load::run(device.take_queues(), job, &expectation, None)
         .unwrap_or_else(|error| panic!("{error} (seed {SEED})"));
     Expected { region: job.region, models: outcome.models, expectation }
@@ -105,7 +114,7 @@ fn run(backend: &Backend, job: &Job, expectation: Expectation) -> Expected {
 
 /// Reads every sector; gives how many were of known content.
 fn read_back(backend: &Backend, expected: &Expected) -> Result<u64, RunError> {
-    let mut device = connect(backend);
+    let mut device = connect(backend, DEPTH);
     load::read_back(&mut device.take_queues(), expected, 0..SECTORS, Wait::Eventfd)
 }
 
@@ -170,6 +179,63 @@ fn with_a_client_that_polls() {
     holds_what_was_written(&["--poll-us=1000"], Wait::Poll);
 }
 
+/// Small writes that are alone in their queue take a way of their own.
+#[test]
+fn one_request_at_a_time() {
+    for args in [["--format=native", "--poll-us=0"], ["--format=uml", "--poll-us=100"]] {
+        let disk = Disk::new();
+        let backend = disk.serve(&args);
+        let expected = run_at(1, &backend, &job(), disk.expectation());
+        assert_eq!(read_back(&backend, &expected).unwrap(), SECTORS);
+        backend.stop();
+        let image = disk.dir.path("expected");
+        expected.write_image(&image, SECTORS).unwrap();
+        assert_same(&disk.merge(), &image);
+    }
+}
+
+/// Says that it is over, also when a test fails.
+struct AtEnd<'a>(&'a AtomicBool);
+
+impl Drop for AtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// Pages leave the cache all the time, as when memory is short: between the question whether they are there and the
+/// copy, too.
+#[test]
+fn pages_are_evicted_under_the_load() {
+    let disk = Disk::new();
+    let backend = disk.serve(&[]);
+    let done = AtomicBool::new(false);
+    let (expected, evictions) = std::thread::scope(|scope| {
+        let evicting = scope.spawn(|| {
+            let files = [&disk.base, &disk.cow].map(|path| File::open(path).unwrap());
+            let mut evictions = 0;
+            while !done.load(Ordering::Acquire) {
+                for file in &files {
+                    let all = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+                    posix_fadvise(file, 0, 0, all).unwrap();
+                }
+                evictions += 1;
+            }
+            evictions
+        });
+        let at_end = AtEnd(&done);
+        let expected = run(&backend, &job(), disk.expectation());
+        assert_eq!(read_back(&backend, &expected).unwrap(), SECTORS);
+        drop(at_end);
+        (expected, evicting.join().unwrap())
+    });
+    println!("evicted {evictions} times");
+    backend.stop();
+    let image = disk.dir.path("expected");
+    expected.write_image(&image, SECTORS).unwrap();
+    assert_same(&disk.merge(), &image);
+}
+
 #[test]
 fn writes_of_one_sector_side_by_side_from_all_queues() {
     let disk = Disk::new();
@@ -191,7 +257,7 @@ fn acknowledged_writes_outlive_the_daemon() {
     for format in ["--format=native", "--format=uml"] {
         let disk = Disk::new();
         let backend = disk.serve(&[format]);
-        let mut device = connect(&backend);
+        let mut device = connect(&backend, DEPTH);
         let pid = Pid::from_raw(device.pid());
         let job =
             Job { flush_every: None, count: Some(1_000_000), survive_disconnect: true, ..job() };

@@ -34,6 +34,8 @@ pub const RANGES_MAX: u32 = 32;
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`: not a virtio feature, but travels among them.
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
+/// `VHOST_F_LOG_ALL`: what is written into guest memory is logged. No virtio feature either.
+pub const F_LOG_ALL: u64 = 1 << 26;
 /// `VIRTIO_BLK_F_FLUSH`.
 pub const F_FLUSH: u64 = 1 << blk::VIRTIO_BLK_F_FLUSH;
 /// `VIRTIO_BLK_F_CONFIG_WCE`.
@@ -42,6 +44,7 @@ pub const F_CONFIG_WCE: u64 = 1 << blk::VIRTIO_BLK_F_CONFIG_WCE;
 pub const F_EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 const F_COMMON: u64 = F_PROTOCOL_FEATURES
+    | F_LOG_ALL
     | F_EVENT_IDX
     | 1 << virtio_config::VIRTIO_F_VERSION_1
     | 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC

@@ -230,6 +230,10 @@ impl Device for Served {
         self.0.disk.flush().map_err(io::Error::other)
     }
 
+    fn let_go(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     fn failure(&self) -> &EventFd {
         &self.0.failure
     }

@@ -7,6 +7,7 @@ pub mod cli;
 pub mod config;
 pub mod connection;
 pub mod daemon;
+pub mod dirty_log;
 pub mod fault;
 #[cfg(test)]
 mod guest;

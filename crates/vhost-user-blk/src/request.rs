@@ -306,6 +306,12 @@ impl Reply {
         Self { status_at, status: fault.status(), room, filled: 0, fault: Some(fault) }
     }
 
+    /// Where the status byte goes; `None` if it has no place.
+    #[inline]
+    pub fn status_at(&self) -> Option<GuestAddress> {
+        self.status_at
+    }
+
     /// Why the request was refused, if it never was a [`Request`].
     pub fn fault(&self) -> Option<Fault> {
         self.fault

@@ -12,6 +12,8 @@
 //! which is the same for a ring without work, and loses no kick of a ring that was kicked too
 //! early.
 
+mod migration;
+
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -27,6 +29,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{self, Backend, GpuBackend, VhostUserBackendReqHandlerMut};
 
 use crate::config::{self, DeviceConfig, DiskShape};
+use crate::dirty_log::{DirtyLog, LogError};
 use crate::inflight::{Area, AreaInfo, InflightError, Tracker};
 use crate::memory::{Memory, MemoryError, REGIONS_MAX, RegionInfo};
 use crate::state::{DeviceState, StateError};
@@ -41,6 +44,7 @@ const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::
     .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    .union(VhostUserProtocolFeatures::LOG_SHMFD)
     .union(VhostUserProtocolFeatures::DEVICE_STATE)
     .union(VhostUserProtocolFeatures::RESET_DEVICE);
 
@@ -49,10 +53,10 @@ pub trait Device {
     /// A ring that is being served.
     type Ring: RunningRing;
 
-    /// Begins to serve a ring.
+    /// Begins to serve a ring; opens the disk first if that has not been done yet or it was let go.
     ///
     /// # Errors
-    /// If the ring cannot be trusted or a thread or the like cannot be had.
+    /// If the ring cannot be trusted, the disk cannot be opened, or a thread or the like cannot be had.
     fn start(&self, ring: RingStart) -> io::Result<Self::Ring>;
 
     /// Makes everything durable that was written before the call.
@@ -60,6 +64,12 @@ pub trait Device {
     /// # Errors
     /// If that failed, and so for good.
     fn flush(&self) -> io::Result<()>;
+
+    /// Closes the disk, so that it can be opened elsewhere. No ring is running.
+    ///
+    /// # Errors
+    /// If not all of it could be made durable. Then it is not closed.
+    fn let_go(&self) -> io::Result<()>;
 
     /// Signalled when a ring had to be given up.
     fn failure(&self) -> &EventFd;
@@ -87,8 +97,6 @@ enum Refusal {
     NextAvail { queue: u32, found: u32 },
     #[error("queue {queue}: its {part} at {address:#x} is in no memory region")]
     RingOutside { queue: u32, part: &'static str, address: u64 },
-    #[error("queue {queue}: logging of writes was asked for, but LOG_SHMFD was not offered")]
-    RingLog { queue: u32 },
     #[error("queue {queue}: cannot serve it: {source}")]
     Start { queue: usize, source: io::Error },
     #[error("queue {queue}: cannot use its descriptor: {source}")]
@@ -97,6 +105,10 @@ enum Refusal {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Inflight(#[from] InflightError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error("cannot let go of the disk: {0}")]
+    LetGo(io::Error),
     #[error(transparent)]
     State(#[from] StateError),
     #[error("device state: to be transferred only while no ring is running")]
@@ -112,7 +124,9 @@ enum Refusal {
     ConfigRange { offset: u32, size: usize },
     #[error("{0} was not offered")]
     NotOffered(&'static str),
-    #[error("the frontend has shortened the file of its memory or of the in-flight area")]
+    #[error(
+        "the frontend has shortened the file of its memory, of the in-flight area or of the dirty log"
+    )]
     MemoryGone,
     #[error("postcopy migration was not offered")]
     Postcopy,
@@ -136,6 +150,8 @@ pub struct Session<D: Device> {
     queue_size_max: u16,
     /// What SET_FEATURES said; `None` before it.
     features: Option<u64>,
+    /// SET_PROTOCOL_FEATURES.
+    protocol_features: u64,
     /// Every write is durable before it completes. Shared with the workers.
     write_through: Arc<AtomicBool>,
     memory: Arc<Memory>,
@@ -143,6 +159,10 @@ pub struct Session<D: Device> {
     transfer: Option<Transfer>,
     /// SET_INFLIGHT_FD. It belongs to the connection: with the next one it comes again.
     inflight: Option<Area>,
+    /// SET_LOG_BASE.
+    log: Option<Arc<DirtyLog>>,
+    /// A ring has run since the disk was last let go.
+    served: bool,
     vrings: Vec<Vring<D::Ring>>,
     /// The channel for requests to the frontend, kept open as long as the connection. Nothing has
     /// been asked for on it yet.
@@ -158,10 +178,13 @@ impl<D: Device> Session<D> {
             offered: config::features(shape.read_only),
             queue_size_max: shape.queue_size_max,
             features: None,
+            protocol_features: 0,
             write_through: Arc::new(AtomicBool::new(true)),
             memory: Arc::new(Memory::empty()),
             transfer: None,
             inflight: None,
+            log: None,
+            served: false,
             vrings: (0..shape.num_queues).map(|_| Vring::default()).collect(),
             requests: None,
         }
@@ -170,8 +193,10 @@ impl<D: Device> Session<D> {
     /// The frontend is gone: completes what is in flight on every ring, and forgets what it said.
     pub fn disconnect(&mut self) {
         self.reset_rings();
+        self.protocol_features = 0;
         self.transfer = None;
         self.inflight = None;
+        self.log = None;
         self.memory = Arc::new(Memory::empty());
         self.requests = None;
     }
@@ -216,15 +241,22 @@ impl<D: Device> Session<D> {
 
     /// Starts the rings that can be served and are not, and pauses those that are and must not be.
     fn reconcile(&mut self) -> Result<()> {
+        let logging = self.is_logging();
+        if logging {
+            self.check_log()?;
+        }
         let common = StartCommon {
             memory: &self.memory,
             event_idx: self.has(config::F_EVENT_IDX),
             write_through: &self.write_through,
             inflight: self.inflight.as_ref(),
+            log: self.log.as_ref().filter(|_| logging),
         };
+        // Nothing may be written that the log should have and cannot.
+        let ready = self.features.is_some() && logging == common.log.is_some();
         let all_enabled = !self.has(config::F_PROTOCOL_FEATURES);
         for (queue, vring) in self.vrings.iter_mut().enumerate() {
-            let allowed = self.features.is_some() && (vring.enabled || all_enabled);
+            let allowed = ready && (vring.enabled || all_enabled);
             match vring.layout(&self.memory) {
                 Some(layout) if allowed && !vring.is_running() => {
                     let start = |source| Refusal::Start { queue, source };
@@ -239,12 +271,13 @@ impl<D: Device> Session<D> {
                         ring.next_avail
                     );
                     vring.set_running(self.device.start(ring).map_err(start)?);
+                    self.served = true;
                 }
                 Some(_) if allowed => {}
                 _ => vring.pause(),
             }
         }
-        Ok(())
+        Ok(self.let_go_if_idle()?)
     }
 
     /// Decides anew whether writes must be durable before they complete.
@@ -304,8 +337,7 @@ impl<D: Device> Session<D> {
     pub fn check(&self) -> std::result::Result<(), impl std::error::Error + use<D>> {
         // Only to be readable for the next time; that it is not now is no harm.
         let _ = self.device.failure().read();
-        let gone = self.memory.poisoned() || self.inflight.as_ref().is_some_and(Area::poisoned);
-        if gone { Err(Refusal::MemoryGone) } else { Ok(()) }
+        self.check_intact()
     }
 }
 
@@ -346,10 +378,14 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
             return Err(Refusal::Features { found: features, unknown }.into());
         }
         let changed = self.features.replace(features).unwrap_or(features) ^ features;
-        if changed & config::F_EVENT_IDX != 0 {
+        if changed & (config::F_EVENT_IDX | config::F_LOG_ALL) != 0 {
             self.vrings.iter_mut().for_each(Vring::pause);
+            self.check_intact()?;
         }
         log::debug!("features {features:#x}");
+        if self.is_logging() && self.log.is_none() {
+            log::info!("no ring is served before the dirty log has come");
+        }
         self.update_write_through()?;
         self.reconcile()
     }
@@ -408,11 +444,8 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> Result<()> {
-        if !flags.is_empty() {
-            return Err(Refusal::RingLog { queue }.into());
-        }
         let addresses = RingAddresses { desc: descriptor, avail: available, used };
         // Before there is any memory the addresses may come first.
         if self.memory.regions().next().is_some()
@@ -420,10 +453,17 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         {
             return Err(Refusal::RingOutside { queue, part, address }.into());
         }
+        let (memory, logging) = (Arc::clone(&self.memory), self.is_logging());
         let vring = self.vring(queue)?;
+        let logged_at = vring.logged_at(&memory);
         if vring.addresses != Some(addresses) {
             vring.stop_if_running();
             vring.addresses = Some(addresses);
+        }
+        vring.log_address =
+            flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        if logging && vring.logged_at(&memory) != logged_at {
+            vring.pause();
         }
         self.reconcile()
     }
@@ -440,7 +480,10 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
     fn get_vring_base(&mut self, queue: u32) -> Result<VhostUserVringState> {
         let vring = self.vring(queue)?;
         vring.stop();
-        Ok(VhostUserVringState::new(queue, vring.next_avail.into()))
+        let next_avail = vring.next_avail;
+        self.check_intact()?;
+        self.let_go_if_idle()?;
+        Ok(VhostUserVringState::new(queue, next_avail.into()))
     }
 
     fn set_vring_kick(&mut self, queue: u8, file: Option<File>) -> Result<()> {
@@ -469,6 +512,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         if unknown != 0 {
             return Err(Refusal::ProtocolFeatures { found: features, unknown }.into());
         }
+        self.protocol_features = features;
         Ok(())
     }
 
@@ -579,8 +623,9 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         Err(Refusal::NotOffered("SHMEM").into())
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        Err(Refusal::NotOffered("LOG_SHMFD").into())
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        self.change_log(log, file)?;
+        self.reconcile()
     }
 }
 

@@ -16,6 +16,7 @@ use virtio_bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
 };
 
+use crate::dirty_log::RingLog;
 use crate::fault;
 use crate::inflight::{RingIndices, Tracker};
 use crate::memory::{GuestAddress, Memory, OutsideMemory, volatile_read_u64};
@@ -149,6 +150,8 @@ pub struct SplitQueue {
     quiet: bool,
     /// Where a successor finds what is in flight, if the frontend keeps that for us.
     inflight: Option<Tracker>,
+    /// Where all that is written into guest memory is marked, while a migration wants it.
+    log: Option<RingLog>,
 }
 
 // SAFETY: the pointers point into mappings that `memory` keeps, which do not belong to a thread.
@@ -177,7 +180,7 @@ impl SplitQueue {
         )?;
         // The event fields are counted in even when EVENT_IDX is off, as section 2.7 does.
         let avail = place(&memory, "available ring", layout.avail, 6 + 2 * entries, 2)?;
-        let used = place(&memory, "used ring", layout.used, 6 + 8 * entries, 4)?;
+        let used = place(&memory, "used ring", layout.used, used_ring_len(size) as u64, 4)?;
         let mut queue = Self {
             memory,
             size,
@@ -192,6 +195,7 @@ impl SplitQueue {
             in_flight: 0,
             quiet: false,
             inflight: None,
+            log: None,
         };
         queue.next_used = load(queue.used_idx_ptr(), Ordering::Acquire);
         queue.published = queue.next_used;
@@ -206,6 +210,46 @@ impl SplitQueue {
         self.next_avail = inflight.next_avail();
         self.seen_avail = self.next_avail;
         self.inflight = Some(inflight);
+    }
+
+    /// Marks from here on what is written into guest memory; of the used ring also what was written
+    /// before, for a predecessor may have died between a store and its mark. To be called before
+    /// anything else is done with the ring.
+    pub fn log(&mut self, log: RingLog) {
+        log.mark_used(0, used_ring_len(self.size));
+        self.log = Some(log);
+    }
+
+    /// Marks what may have been written for a request: its device-writable buffers and the status. To
+    /// be called when all of that is there. (What the kernel writes marks nothing itself, and the
+    /// guest leaves the descriptors alone until it gets the answer.)
+    #[inline]
+    pub fn mark_buffers(&self, head: &Head, status: Option<GuestAddress>) {
+        if let Some(log) = &self.log {
+            self.mark_chain(log, head, status);
+        }
+    }
+
+    #[cold]
+    fn mark_chain(&self, log: &RingLog, head: &Head, status: Option<GuestAddress>) {
+        if let Some(status) = status {
+            log.log.mark(status.0, 1);
+        }
+        // A request with more is refused: nothing but its status was written.
+        let mut left = u32::MAX;
+        for descriptor in self.chain(head).map_while(Result::ok).filter(|found| found.writable) {
+            let Some(rest) = left.checked_sub(descriptor.len) else { return };
+            left = rest;
+            log.log.mark(descriptor.address.0, descriptor.len.into());
+        }
+    }
+
+    /// Marks `len` bytes at `offset` of the used ring, which were written.
+    #[inline]
+    fn mark_used(&self, offset: usize, len: usize) {
+        if let Some(log) = &self.log {
+            log.mark_used(offset, len);
+        }
     }
 
     /// Takes the next request that the guest made available.
@@ -293,6 +337,7 @@ impl SplitQueue {
             element.write_volatile(u32::from(head.0).to_le());
             element.add(1).write_volatile(written.to_le());
         }
+        self.mark_used(4 + 8 * entry, 8);
         fault::reached("used-element");
         if let Some(inflight) = &mut self.inflight {
             inflight.answered(head.0);
@@ -313,6 +358,7 @@ impl SplitQueue {
         // Release: the elements, and the data and status bytes before them, are visible before the
         // index.
         store(self.used_idx_ptr(), new, Ordering::Release);
+        self.mark_used(2, 2);
         self.published = new;
         // The guest arms its notification, then looks at used.idx; the index goes first here
         // (2.7.7.2, 2.7.14).
@@ -337,6 +383,7 @@ impl SplitQueue {
         if !self.event_idx && !self.quiet {
             self.quiet = true;
             store(self.used_flags_ptr(), NO_NOTIFY, Ordering::Relaxed);
+            self.mark_used(0, 2);
         }
     }
 
@@ -347,9 +394,11 @@ impl SplitQueue {
         if self.event_idx {
             // Not `avail.idx`: what was made available since is to be noticed below.
             store(self.avail_event_ptr(), self.next_avail, Ordering::Relaxed);
+            self.mark_used(4 + 8 * usize::from(self.size), 2);
         } else if self.quiet {
             self.quiet = false;
             store(self.used_flags_ptr(), 0, Ordering::Relaxed);
+            self.mark_used(0, 2);
         }
         // The guest writes avail.idx, then looks whether to kick; the wish goes first here
         // (2.7.13.4.1).
@@ -372,11 +421,13 @@ impl SplitQueue {
         self.in_flight
     }
 
-    /// Whether what the ring stands in, or the account of what is in flight, was lost because its
-    /// file was shortened: nothing read from it may be published.
+    /// Whether what the ring stands in, the account of what is in flight, or the log was lost because
+    /// its file was shortened: nothing read from it may be published.
     #[inline]
     pub fn poisoned(&self) -> bool {
-        self.memory.poisoned() || self.inflight.as_ref().is_some_and(Tracker::poisoned)
+        self.memory.poisoned()
+            || self.inflight.as_ref().is_some_and(Tracker::poisoned)
+            || self.log.as_ref().is_some_and(|log| log.log.poisoned())
     }
 
     /// 16-bit field `index` of the available ring: flags, idx, `size` entries, used_event.
@@ -403,6 +454,11 @@ impl SplitQueue {
         // SAFETY: the part has 6 bytes and 8 for each entry; this field is the last 2 of them.
         unsafe { self.used.add(4 + 8 * usize::from(self.size)).cast() }
     }
+}
+
+/// Length of a used ring of `size` entries, in bytes.
+pub fn used_ring_len(size: u16) -> usize {
+    6 + 8 * usize::from(size)
 }
 
 /// Reads where the ring at `layout` stands.

@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicBool;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::dirty_log::{DirtyLog, RingLog};
 use crate::inflight::{Area, Tracker};
 use crate::memory::Memory;
 use crate::notify::Doorbell;
@@ -49,6 +50,9 @@ pub struct Vring<R> {
     pub size: u16,
     /// Where the ring stands.
     pub addresses: Option<RingAddresses>,
+    /// The guest address under which the frontend wants the used ring logged
+    /// (`VHOST_VRING_F_LOG`).
+    pub log_address: Option<u64>,
     /// Next entry of the available ring to be taken; out of date while the ring runs, and of no
     /// concern where there is an in-flight area, which knows better.
     pub next_avail: u16,
@@ -72,6 +76,7 @@ impl<R> Default for Vring<R> {
         Vring {
             size: 0,
             addresses: None,
+            log_address: None,
             next_avail: 0,
             enabled: false,
             kick: None,
@@ -101,6 +106,13 @@ impl<R: RunningRing> Vring<R> {
             avail: memory.vmm_va_to_gpa(addresses.avail)?,
             used: memory.vmm_va_to_gpa(addresses.used)?,
         })
+    }
+
+    /// Where the used ring is logged, if all is known that is needed to say so: where it was asked for,
+    /// else at its own place. (A frontend that wants the log at all wants all that changes.)
+    pub fn logged_at(&self, memory: &Memory) -> Option<u64> {
+        let own = || memory.vmm_va_to_gpa(self.addresses?.used).map(|at| at.0);
+        self.log_address.or_else(own)
     }
 
     /// What a worker needs to serve the ring at `layout`.
@@ -133,6 +145,10 @@ impl<R: RunningRing> Vring<R> {
             call: self.call.as_ref().map(OwnedFd::try_clone).transpose()?,
             err: self.err.as_ref().map(OwnedFd::try_clone).transpose()?,
             inflight,
+            log: common.log.map(|log| RingLog {
+                log: Arc::clone(log),
+                used: self.log_address.unwrap_or(layout.used.0),
+            }),
         })
     }
 
@@ -220,4 +236,6 @@ pub struct StartCommon<'a> {
     pub write_through: &'a Arc<AtomicBool>,
     /// What the frontend keeps for the time after this process.
     pub inflight: Option<&'a Area>,
+    /// The dirty log, if it is to be kept.
+    pub log: Option<&'a Arc<DirtyLog>>,
 }

@@ -18,6 +18,7 @@ use block_io::{Committer, Disk, Waiter};
 use cow_format::SectorRange;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::dirty_log::RingLog;
 use crate::fault;
 use crate::holes::Holes;
 use crate::inflight::Tracker;
@@ -94,6 +95,8 @@ pub struct RingStart {
     pub err: Option<OwnedFd>,
     /// Where to keep what is in flight, and what a predecessor left there.
     pub inflight: Option<Tracker>,
+    /// Where to mark what is written into guest memory.
+    pub log: Option<RingLog>,
 }
 
 /// A queue that is being served.
@@ -208,6 +211,9 @@ impl<'a> Worker<'a> {
         let mut queue = SplitQueue::new(memory, start.layout, start.event_idx, start.next_avail)?;
         if let Some(inflight) = inflight {
             queue.track(inflight);
+        }
+        if let Some(log) = &start.log {
+            queue.log(log.clone());
         }
         let router = Router::new(&shared.disk, &shared.mappings, &shared.holes);
         let mut ring = Ring::new(usize::from(depth), &router.files())?;
@@ -460,8 +466,10 @@ impl<'a> Worker<'a> {
     }
 
     fn answer(&mut self, head: Head, reply: Reply) {
+        let status = reply.status_at();
         let written = reply.finish(&self.start.memory);
         fault::reached("status");
+        self.queue.mark_buffers(&head, status);
         self.queue.push(head, written);
     }
 
@@ -470,7 +478,9 @@ impl<'a> Worker<'a> {
     fn publish(&mut self) {
         if self.queue.poisoned() {
             if self.open {
-                self.fail(&"the frontend has shrunk its memory file or the in-flight area");
+                self.fail(
+                    &"the frontend has shrunk its memory file, the in-flight area or the log",
+                );
             }
             return;
         }

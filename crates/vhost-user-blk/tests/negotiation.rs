@@ -8,8 +8,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use common::frontend::{
-    F_CONFIG_WCE, F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, P_BACKEND_REQ, P_CONFIG,
-    P_CONFIGURE_MEM_SLOTS, P_INFLIGHT_SHMFD, P_MQ, P_REPLY_ACK, PROTOCOL_FEATURES, RawFrontend,
+    F_CONFIG_WCE, F_FLUSH, F_LOG_ALL, F_PROTOCOL_FEATURES, F_VERSION_1, P_BACKEND_REQ, P_CONFIG,
+    P_CONFIGURE_MEM_SLOTS, P_INFLIGHT_SHMFD, P_LOG_SHMFD, P_MQ, P_REPLY_ACK, PROTOCOL_FEATURES,
+    RawFrontend,
 };
 use common::ring::{Call, GUEST_BASE, GuestMemory, MEMORY_LEN, Ring, VMM_BASE, set_memory};
 use common::{Daemon, SECTORS, sector};
@@ -24,7 +25,7 @@ use vmm_sys_util::eventfd::EventFd;
 /// RING_INDIRECT_DESC, RING_EVENT_IDX, SEG_MAX, BLK_SIZE, TOPOLOGY, MQ, DISCARD, WRITE_ZEROES.
 const F_MORE: u64 = 1 << 28 | 1 << 29 | 1 << 2 | 1 << 6 | 1 << 10 | 1 << 12 | 1 << 13 | 1 << 14;
 /// What a writable disk offers.
-const F_ALL: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH | F_CONFIG_WCE | F_MORE;
+const F_ALL: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH | F_CONFIG_WCE | F_LOG_ALL | F_MORE;
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
@@ -55,7 +56,7 @@ fn qemu() {
     assert_eq!((capacity(&config), config[32]), (SECTORS, 1));
     assert_eq!(u16::from_le_bytes([config[34], config[35]]), 2);
     // vhost_dev_start; only some messages ask for an acknowledgement.
-    frontend.send_u64(FrontendReq::SET_FEATURES, F_ALL);
+    frontend.send_u64(FrontendReq::SET_FEATURES, F_ALL & !F_LOG_ALL);
     let memory = GuestMemory::new();
     frontend.need_reply = true;
     let fds = [memory.0.as_raw_fd()];
@@ -117,7 +118,7 @@ fn cloud_hypervisor() {
     let daemon = Daemon::with_image(directory.path(), &["--num-queues=4"]);
     let mut frontend = Frontend::from_stream(daemon.connect(), 4);
     frontend.set_owner().unwrap();
-    let wanted = F_ALL | 1 << 1 | 1 << 5;
+    let wanted = F_ALL & !F_LOG_ALL | 1 << 1 | 1 << 5;
     let features = frontend.get_features().unwrap() & wanted;
     frontend.set_features(features).unwrap();
     let offered = frontend.get_protocol_features().unwrap();
@@ -128,7 +129,8 @@ fn cloud_hypervisor() {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::LOG_SHMFD);
-    let expected = P_CONFIG | P_MQ | P_CONFIGURE_MEM_SLOTS | P_REPLY_ACK | P_INFLIGHT_SHMFD;
+    let tracking = P_INFLIGHT_SHMFD | P_LOG_SHMFD;
+    let expected = P_CONFIG | P_MQ | P_CONFIGURE_MEM_SLOTS | P_REPLY_ACK | tracking;
     assert_eq!(protocol.bits(), expected);
     frontend.set_protocol_features(protocol).unwrap();
     frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);

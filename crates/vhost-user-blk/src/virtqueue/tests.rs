@@ -2,6 +2,7 @@ use super::*;
 use crate::guest::{BORDER, DATA, Desc, END, Guest, INDIRECT, NEXT, RING, WRITE};
 
 mod differential;
+mod logged;
 mod two_threads;
 
 fn desc(address: u64, len: u32, flags: u16, next: u16) -> Desc {

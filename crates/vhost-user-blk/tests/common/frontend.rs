@@ -18,6 +18,12 @@ pub const NO_FD: u64 = 0x100;
 pub const F_VERSION_1: u64 = 1 << 32;
 /// `VHOST_USER_F_PROTOCOL_FEATURES`
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
+/// `VHOST_F_LOG_ALL`
+pub const F_LOG_ALL: u64 = 1 << 26;
+/// `VIRTIO_F_EVENT_IDX`
+pub const F_EVENT_IDX: u64 = 1 << 29;
+/// `VIRTIO_F_INDIRECT_DESC`
+pub const F_INDIRECT_DESC: u64 = 1 << 28;
 /// `VIRTIO_BLK_F_FLUSH`
 pub const F_FLUSH: u64 = 1 << 9;
 /// `VIRTIO_BLK_F_CONFIG_WCE`
@@ -25,6 +31,7 @@ pub const F_CONFIG_WCE: u64 = 1 << 11;
 
 /// Protocol features.
 pub const P_MQ: u64 = 1 << 0;
+pub const P_LOG_SHMFD: u64 = 1 << 1;
 pub const P_REPLY_ACK: u64 = 1 << 3;
 pub const P_BACKEND_REQ: u64 = 1 << 5;
 pub const P_CONFIG: u64 = 1 << 9;
@@ -34,6 +41,7 @@ pub const P_RESET_DEVICE: u64 = 1 << 13;
 pub const P_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 /// All that the daemon offers.
 pub const PROTOCOL_FEATURES: u64 = P_MQ
+    | P_LOG_SHMFD
     | P_REPLY_ACK
     | P_BACKEND_REQ
     | P_CONFIG
@@ -136,6 +144,18 @@ impl RawFrontend {
         let mut body = vec![0; word(8) as usize];
         self.stream.read_exact(&mut body).unwrap();
         body
+    }
+
+    /// Gives the dirty log: `len` bytes of a file at `offset`. The daemon answers that by itself.
+    pub fn set_log_base(&mut self, len: u64, offset: u64, file: &impl AsRawFd) {
+        self.send_log_base(len, offset, &[file.as_raw_fd()]);
+        self.reply(FrontendReq::SET_LOG_BASE);
+    }
+
+    /// The same without the answer.
+    pub fn send_log_base(&mut self, len: u64, offset: u64, fds: &[RawFd]) {
+        let body = [len, offset].map(u64::to_ne_bytes).concat();
+        self.send_raw(&message(FrontendReq::SET_LOG_BASE.into(), VERSION, &body), fds);
     }
 
     /// Waits for the daemon to close the connection. What it still sent is skipped.

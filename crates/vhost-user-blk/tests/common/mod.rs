@@ -3,6 +3,7 @@
 // Each test file is a program of its own and uses a part of this.
 #![allow(dead_code)]
 
+pub mod chains;
 pub mod frontend;
 pub mod ring;
 pub mod soak;

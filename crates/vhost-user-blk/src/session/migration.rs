@@ -1,0 +1,75 @@
+//! Live migration: the log of dirty pages, and when the disk is let go.
+//!
+//! The log is switched on and off, and exchanged for a larger one, in the middle of I/O. Rings are
+//! paused for that, which the guest sees as a short delay: what was begun without the log is
+//! complete before the frontend hears that the log is on, and all marks are there before it hears
+//! that it is off.
+//!
+//! While the log is on, the disk is held only as long as a ring runs. The frontend stops the rings
+//! when it is about to hand the guest over, and what has then been let go can be opened at the other
+//! end as soon as the frontend has its answer. If the guest stays after all, the rings start again,
+//! and with them the disk is opened again.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::{VhostUserLog, VhostUserProtocolFeatures};
+
+use super::{Device, Refusal, Session};
+use crate::config;
+use crate::dirty_log::DirtyLog;
+use crate::inflight::Area;
+use crate::virtqueue::used_ring_len;
+use crate::vring::Vring;
+
+type Result<T> = std::result::Result<T, Refusal>;
+
+impl<D: Device> Session<D> {
+    /// Whether what is written into guest memory is to be logged. A frontend that takes every feature
+    /// and could not pass a log does not mean it.
+    pub(super) fn is_logging(&self) -> bool {
+        self.has(config::F_LOG_ALL)
+            && self.protocol_features & VhostUserProtocolFeatures::LOG_SHMFD.bits() != 0
+    }
+
+    /// SET_LOG_BASE. Once it is answered nothing is marked in an earlier log.
+    pub(super) fn change_log(&mut self, info: &VhostUserLog, file: File) -> Result<()> {
+        let log = DirtyLog::map(info.mmap_size, info.mmap_offset, file)?;
+        if self.is_logging() {
+            self.vrings.iter_mut().for_each(Vring::pause);
+            self.check_intact()?;
+        }
+        self.log = Some(Arc::new(log));
+        self.check_log()
+    }
+
+    /// Whether the log has a bit for everything that is written.
+    pub(super) fn check_log(&self) -> Result<()> {
+        let Some(log) = &self.log else { return Ok(()) };
+        let memory = self.memory.regions().map(|region| region.guest_address + region.size);
+        let used = self.vrings.iter().filter_map(|vring| {
+            Some(vring.log_address?.saturating_add(used_ring_len(vring.size) as u64))
+        });
+        log.check(memory.chain(used).max().unwrap_or(0))?;
+        Ok(())
+    }
+
+    /// Whether everything that the frontend shares is as long as it was.
+    pub(super) fn check_intact(&self) -> Result<()> {
+        let gone = self.memory.poisoned()
+            || self.inflight.as_ref().is_some_and(Area::poisoned)
+            || self.log.as_ref().is_some_and(|log| log.poisoned());
+        if gone { Err(Refusal::MemoryGone) } else { Ok(()) }
+    }
+
+    /// Lets go of the disk if a migration has stopped its last ring.
+    pub(super) fn let_go_if_idle(&mut self) -> Result<()> {
+        let idle = !self.vrings.iter().any(Vring::is_running);
+        // Without a log it may be coming still.
+        if self.served && idle && self.is_logging() && self.log.is_some() {
+            self.device.let_go().map_err(Refusal::LetGo)?;
+            self.served = false;
+        }
+        Ok(())
+    }
+}

@@ -65,12 +65,9 @@ impl<'a> Router<'a> {
             match extent {
                 Extent::Data { layer, at, len } => {
                     let piece = cursor.take(len, &mut self.piece);
-                    if len <= READ_MAX && self.resident.copy(layer, at, len, memory, piece) {
-                        continue;
-                    }
                     if self.holes.cover(layer, at, len) {
                         zero(memory, piece);
-                    } else {
+                    } else if len > READ_MAX || !self.resident.copy(layer, at, len, memory, piece) {
                         plan.read(slot(self.disk, layer, at, piece), at, piece);
                     }
                 }

@@ -37,10 +37,6 @@ use crate::virtqueue::{Head, RingLayout, SplitQueue};
 /// last.
 const BATCH_MAX: usize = 32;
 
-/// Bytes to be read or written in one turn, about: copying so much takes some ten
-/// microseconds, and the guest gets on with the first of them meanwhile.
-const BATCH_BYTES: u64 = 256 << 10;
-
 /// The stack of a worker, in bytes. Its data is on the heap.
 const STACK_BYTES: usize = 256 << 10;
 
@@ -196,8 +192,6 @@ struct Worker<'a> {
     /// When a failed request was last logged, and how many were not since.
     complained: Option<Instant>,
     not_said: u64,
-    /// What the present turn moves.
-    batch_bytes: u64,
     // Used again from one request to the next.
     plan: Plan,
     iovecs: IoVecs,
@@ -242,7 +236,6 @@ impl<'a> Worker<'a> {
             tidying: false,
             complained: None,
             not_said: 0,
-            batch_bytes: 0,
             plan: Plan::default(),
             iovecs: IoVecs::new(),
             answers: Vec::new(),
@@ -285,9 +278,8 @@ impl<'a> Worker<'a> {
     /// Takes and starts a batch of requests; whether there was one.
     fn take(&mut self) -> bool {
         self.router.resident().tick();
-        self.batch_bytes = 0;
         for taken in 0..BATCH_MAX {
-            if !self.can_take() || self.batch_bytes >= BATCH_BYTES {
+            if !self.can_take() {
                 return taken > 0;
             }
             match self.queue.pop() {
@@ -313,9 +305,6 @@ impl<'a> Worker<'a> {
             }
         };
         let (operation, pending) = request.start();
-        if let Operation::In(range) | Operation::Out(range) = operation {
-            self.batch_bytes += range.len_bytes();
-        }
         match operation {
             Operation::In(range) => self.read(head, pending, range),
             Operation::Out(range) => self.write(head, pending, range),

@@ -27,6 +27,7 @@ class Tools:
     def __init__(self, target):
         self.daemon = target / "vhost-user-blk"
         self.bench = target / "blk-bench"
+        self.cow = target / "cow"
         self.guest = target / "examples" / "guest"
 
     def run(self, argv):
@@ -147,6 +148,30 @@ class Ours(Server):
         return argv + self.options + [self.image(directory)]
 
 
+class OursChain(Ours):
+    """This project's daemon over frozen layers with scattered writes."""
+
+    def create(self, tools, directory, base, size):
+        below = self.prepared(tools, directory, base, size)
+        tools.run([tools.cow, "create", "--quiet", "-b", below, "-F", "native", self.image(directory)])
+
+    def prepared(self, tools, directory, base, size):
+        """All layers but the top one, made once and kept beside the runs' directories; gives the last."""
+        kept = directory.parent / f"chain-{self.name}-{size}"
+        layers = [kept / f"{depth}.cow" for depth in range(1, CHAIN_DEPTH + 1)]
+        # The last of these only makes the one before it frozen.
+        if layers[-1].exists():
+            return layers[-2]
+        remove_tree(kept)
+        kept.mkdir()
+        tools.run([tools.cow, "create", "--quiet", "-b", base, "-F", "raw", layers[0]])
+        for seed, (layer, above) in enumerate(zip(layers, layers[1:]), start=1):
+            argv = [tools.daemon, f"--socket-path={kept / 'socket'}", layer]
+            scatter(self, tools, argv, kept, seed)
+            tools.run([tools.cow, "snapshot", "--quiet", layer, above])
+        return layers[-2]
+
+
 class OursRaw(Server):
     """This project's daemon over a raw file: sparse where it is written to, the base where it is only read."""
 
@@ -221,15 +246,20 @@ def prepared_chain(server, tools, directory, base, size):
     for depth in range(1, CHAIN_DEPTH):
         layer = kept / f"{depth}.layer"
         server.layer(tools, layer, below, size)
-        running = Running(server, server.command(layer, kept / "socket", 1, True), kept)
-        try:
-            fill = ["--ops=write", f"--count={CHAIN_WRITES}", "--depth=32", f"--seed={depth}"]
-            tools.run([tools.bench, "run", f"--socket-path={running.socket}", *fill])
-            running.stop()
-        finally:
-            running.kill()
+        scatter(server, tools, server.command(layer, kept / "socket", 1, True), kept, depth)
         below = layer
     return last
+
+
+def scatter(server, tools, argv, directory, seed):
+    """Writes to a layer of a chain."""
+    running = Running(server, argv, directory)
+    try:
+        fill = ["--ops=write", f"--count={CHAIN_WRITES}", "--depth=32", f"--seed={seed}"]
+        tools.run([tools.bench, "run", f"--socket-path={running.socket}", *fill])
+        running.stop()
+    finally:
+        running.kill()
 
 
 def remove_tree(path):
@@ -252,6 +282,7 @@ SERVERS = [
     Ours("ours-direct", "vhost-user-blk, direct", "as ours, with --cow-cache=direct", ["--cow-cache=direct"]),
     Ours("ours-uml", "vhost-user-blk, UML", "as ours, in UML's format", image_format="uml"),
     Ours("ours-sleep", "vhost-user-blk, no polling", "as ours, with --poll-us=0", ["--poll-us=0"]),
+    OursChain("ours-chain", "vhost-user-blk, chain", f"as ours, {CHAIN_DEPTH} COW files deep"),
     OursRaw("ours-raw", "vhost-user-blk, raw", "a raw file without copy-on-write"),
     Qsd("raw", "QSD raw", "a raw file, buffered; sparse where it is written to", image_format="raw"),
     Qsd("raw-direct", "QSD raw direct", "as raw, with cache.direct=on", image_format="raw", direct=True),

@@ -9,31 +9,26 @@
 //! descriptors, [`SplitQueue::push`] consumes the head; [`SplitQueue::publish`] shows the guest all
 //! that was pushed since the last time.
 
+mod chain;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-use virtio_bindings::virtio_ring::{
-    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
-};
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 
+use self::chain::DESCRIPTOR_SIZE;
 use crate::dirty_log::RingLog;
 use crate::fault;
 use crate::inflight::{RingIndices, Tracker};
-use crate::memory::{GuestAddress, Memory, OutsideMemory, volatile_read_u64};
+use crate::memory::{GuestAddress, Memory};
+
+pub use chain::{CHAIN_DESCRIPTORS_MAX, Chain, ChainError, Descriptor};
 
 /// Largest queue (virtio 1.2, 2.7): what 16-bit indices can tell full from empty.
 pub const QUEUE_SIZE_MAX: u16 = 32768;
 
-/// Descriptors of one request, direct and indirect together. As many as one system call takes
-/// iovecs (IOV_MAX); the specification lets a device have "a reasonable limit" (2.7.4.1), and
-/// drivers keep to `seg_max` + 2.
-pub const CHAIN_DESCRIPTORS_MAX: u16 = 1024;
-
 /// VIRTQ_USED_F_NO_NOTIFY
 const NO_NOTIFY: u16 = 1;
-
-/// `size_of::<struct virtq_desc>()`.
-const DESCRIPTOR_SIZE: u32 = 16;
 
 /// Where the parts of a ring are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -315,14 +310,9 @@ impl SplitQueue {
     /// The descriptors of a request. Walk it once: the guest may change it between two walks.
     #[inline]
     pub fn chain(&self, head: &Head) -> Chain<'_> {
-        Chain {
-            memory: &self.memory,
-            table: Table::Host(self.desc),
-            len: u32::from(self.size),
-            next: Some(head.0),
-            left: CHAIN_DESCRIPTORS_MAX,
-            indirect: false,
-        }
+        // SAFETY: the table was resolved in `new`: as many descriptors as the ring has entries, inside
+        // of a mapping that `memory` keeps.
+        unsafe { Chain::new(&self.memory, self.desc, self.size, head.0) }
     }
 
     /// Answers a request: `written` is what the device wrote into its device-writable buffers, in
@@ -505,175 +495,6 @@ fn load(field: *mut u16, order: Ordering) -> u16 {
 fn store(field: *mut u16, value: u16, order: Ordering) {
     // SAFETY: as in `load`.
     unsafe { AtomicU16::from_ptr(field) }.store(value.to_le(), order);
-}
-
-/// One buffer of a request. Nothing about it is checked but the shape of the chain it is in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Descriptor {
-    /// Guest address of its first byte.
-    pub address: GuestAddress,
-    /// Its length in bytes. The guest may say 0.
-    pub len: u32,
-    /// The device writes it; else it reads it.
-    pub writable: bool,
-}
-
-/// A chain whose buffers cannot be known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ChainError {
-    /// A NEXT that leads out of its table.
-    #[error("next descriptor {next}, the table has {len}")]
-    Next {
-        /// What the guest wrote.
-        next: u16,
-        /// Entries of the table.
-        len: u32,
-    },
-    /// More than [`CHAIN_DESCRIPTORS_MAX`] descriptors, as a loop has.
-    #[error("more than {CHAIN_DESCRIPTORS_MAX} descriptors: a loop, or a chain too long")]
-    TooLong,
-    /// INDIRECT in an indirect table.
-    #[error("indirect descriptor in an indirect table")]
-    NestedIndirect,
-    /// INDIRECT together with NEXT.
-    #[error("descriptor is indirect and has a next one")]
-    IndirectNext,
-    /// The length of an indirect table is 0 or no multiple of 16.
-    #[error("indirect table of {len} bytes")]
-    IndirectLength {
-        /// What the guest wrote.
-        len: u32,
-    },
-    /// The descriptor to read is not in guest memory.
-    #[error("indirect table: {0}")]
-    IndirectOutside(OutsideMemory),
-}
-
-/// A table of descriptors.
-#[derive(Clone, Copy, Debug)]
-enum Table {
-    /// All of it inside one mapping.
-    Host(*const u8),
-    /// An indirect table that goes over the border of two regions.
-    Guest(GuestAddress),
-}
-
-/// Walks the descriptors of a request, copying each once. Ends after the last one or after an
-/// error.
-#[derive(Debug)]
-pub struct Chain<'a> {
-    memory: &'a Memory,
-    table: Table,
-    /// Entries of `table`.
-    len: u32,
-    next: Option<u16>,
-    /// Descriptors that may still come, direct and indirect ones together. What ends a loop.
-    left: u16,
-    indirect: bool,
-}
-
-impl Iterator for Chain<'_> {
-    type Item = Result<Descriptor, ChainError>;
-
-    #[inline]
-    fn next(&mut self) -> Option<Self::Item> {
-        let index = self.next.take()?;
-        Some(self.step(index))
-    }
-}
-
-impl Chain<'_> {
-    /// Descriptor `index`, or the first one of the indirect table it refers to.
-    #[inline]
-    fn step(&mut self, index: u16) -> Result<Descriptor, ChainError> {
-        let mut raw = self.read(index)?;
-        if raw.has(VRING_DESC_F_INDIRECT) {
-            self.enter(&raw)?;
-            raw = self.read(0)?;
-            if raw.has(VRING_DESC_F_INDIRECT) {
-                return Err(ChainError::NestedIndirect);
-            }
-        }
-        self.next = raw.has(VRING_DESC_F_NEXT).then_some(raw.next);
-        let writable = raw.has(VRING_DESC_F_WRITE);
-        Ok(Descriptor { address: GuestAddress(raw.address), len: raw.len, writable })
-    }
-
-    /// Goes over to the indirect table that `raw` refers to. Its WRITE flag says nothing
-    /// (2.7.5.3.2).
-    fn enter(&mut self, raw: &RawDescriptor) -> Result<(), ChainError> {
-        if self.indirect {
-            return Err(ChainError::NestedIndirect);
-        }
-        if raw.has(VRING_DESC_F_NEXT) {
-            return Err(ChainError::IndirectNext);
-        }
-        if raw.len == 0 || !raw.len.is_multiple_of(DESCRIPTOR_SIZE) {
-            return Err(ChainError::IndirectLength { len: raw.len });
-        }
-        let start = GuestAddress(raw.address);
-        let host = self.memory.contiguous(start, u64::from(raw.len));
-        self.table = host.map_or(Table::Guest(start), |host| Table::Host(host));
-        self.len = raw.len / DESCRIPTOR_SIZE;
-        self.indirect = true;
-        Ok(())
-    }
-
-    /// Copies descriptor `index` of the table.
-    #[inline]
-    fn read(&mut self, index: u16) -> Result<RawDescriptor, ChainError> {
-        if u32::from(index) >= self.len {
-            return Err(ChainError::Next { next: index, len: self.len });
-        }
-        self.left = self.left.checked_sub(1).ok_or(ChainError::TooLong)?;
-        let offset = u32::from(index) * DESCRIPTOR_SIZE;
-        let words = match self.table {
-            // SAFETY: the table has `len` entries of 16 bytes inside a mapping of `memory`.
-            Table::Host(host) => unsafe {
-                let at = host.add(offset as usize);
-                [volatile_read_u64(at), volatile_read_u64(at.add(8))]
-            },
-            Table::Guest(start) => {
-                let len = u64::from(self.len * DESCRIPTOR_SIZE);
-                let outside = OutsideMemory { address: start.0, len };
-                let address = start.0.checked_add(u64::from(offset)).map(GuestAddress);
-                let mut words = [[0; 8]; 2];
-                address
-                    .ok_or(outside)
-                    .and_then(|address| self.memory.read(address, words.as_flattened_mut()))
-                    .map_err(ChainError::IndirectOutside)?;
-                words.map(u64::from_le_bytes)
-            }
-        };
-        Ok(RawDescriptor::from_words(words))
-    }
-}
-
-/// `struct virtq_desc`, a copy.
-#[derive(Clone, Copy, Debug)]
-struct RawDescriptor {
-    address: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-}
-
-impl RawDescriptor {
-    #[inline]
-    fn from_words([address, rest]: [u64; 2]) -> Self {
-        let [l0, l1, l2, l3, f0, f1, n0, n1] = rest.to_le_bytes();
-        Self {
-            address,
-            len: u32::from_le_bytes([l0, l1, l2, l3]),
-            flags: u16::from_le_bytes([f0, f1]),
-            next: u16::from_le_bytes([n0, n1]),
-        }
-    }
-
-    #[inline]
-    fn has(&self, flag: u32) -> bool {
-        u32::from(self.flags) & flag != 0
-    }
 }
 
 #[cfg(test)]

@@ -5,14 +5,13 @@ mod common;
 use std::ffi::OsString;
 use std::fs;
 use std::net::TcpListener;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::{UnixDatagram, UnixListener};
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use common::{PROGRAM, image};
+use common::{PROGRAM, image, with_fd};
 
 /// Every name under `directory`, with kind and content.
 fn snapshot(directory: &Path) -> Vec<(OsString, fs::FileType, Option<Vec<u8>>)> {
@@ -41,20 +40,6 @@ fn refused(directory: &Path, mut command: Command, status: i32, expected: &[&str
 fn program(args: &[&str]) -> Command {
     let mut command = Command::new(PROGRAM);
     command.args(args);
-    command
-}
-
-/// The program with `fd` as its descriptor 100, and `--fd=100`.
-fn with_fd(fd: OwnedFd, args: &[&str]) -> Command {
-    let mut command = program(args);
-    command.arg("--fd=100");
-    // SAFETY: dup2 is async-signal-safe.
-    unsafe {
-        command.pre_exec(move || match libc::dup2(fd.as_raw_fd(), 100) {
-            -1 => Err(std::io::Error::last_os_error()),
-            _ => Ok(()),
-        });
-    }
     command
 }
 
@@ -156,7 +141,7 @@ fn a_descriptor_that_is_no_fit_socket() {
         (unconnected, "neither listens nor is connected"),
     ];
     for (fd, expected) in cases {
-        refused(here, with_fd(fd, &args), 2, &["--fd=100", expected]);
+        refused(here, with_fd(program(&args), fd), 2, &["--fd=100", expected]);
     }
     refused(here, program(&["--fd=77", "new.cow,disk.img"]), 2, &["--fd=77", "not open"]);
     refused(here, program(&["--fd=-1", "new.cow,disk.img"]), 2, &["--fd=-1"]);

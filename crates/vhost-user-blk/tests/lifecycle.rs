@@ -6,7 +6,6 @@ use std::io::{ErrorKind, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use common::frontend::{
@@ -16,7 +15,7 @@ use common::frontend::{
 use common::ring::{
     FLUSH, GuestMemory, IN, RING_SIZE, Ring, is_readable, set_memory, single_region,
 };
-use common::{Daemon, PROGRAM, SECTORS, content, image, sector};
+use common::{Daemon, PROGRAM, SECTORS, content, image, sector, with_fd};
 use nix::sys::signal::Signal;
 use vhost::vhost_user::message::FrontendReq;
 
@@ -410,19 +409,12 @@ fn two_rings_are_served_side_by_side() {
     daemon.terminate();
 }
 
-/// A command that inherits `fd` as 100.
-fn with_fd(fd: OwnedFd, image: &std::path::Path) -> Command {
+/// A command that serves an image in `directory` on a socket that it inherits.
+fn inheriting(socket: OwnedFd, directory: &std::path::Path) -> Command {
     let mut command = Command::new(PROGRAM);
-    command.args(["--format=raw", "--fd=100", "--log-level=debug"]);
-    command.arg(format!("--blk-file={}", image.display()));
-    // SAFETY: dup2 is async-signal-safe.
-    unsafe {
-        command.pre_exec(move || match libc::dup2(fd.as_raw_fd(), 100) {
-            -1 => Err(std::io::Error::last_os_error()),
-            _ => Ok(()),
-        });
-    }
-    command
+    command.args(["--format=raw", "--log-level=debug"]);
+    command.arg(format!("--blk-file={}", image(directory).display()));
+    with_fd(command, socket)
 }
 
 #[test]
@@ -432,7 +424,7 @@ fn a_listening_descriptor_is_used_and_its_file_left_alone() {
     let listener = UnixListener::bind(&path).unwrap();
     // As an event loop would have it.
     listener.set_nonblocking(true).unwrap();
-    let command = with_fd(listener.into(), &image(directory.path()));
+    let command = inheriting(listener.into(), directory.path());
     let daemon = Daemon::spawn(command, path.clone());
     for number in 0..3 {
         assert_eq!(Guest::new(daemon.connect()).read(number), sector(number));
@@ -447,7 +439,7 @@ fn with_a_connected_descriptor_it_ends_with_the_frontend() {
     let directory = tempfile::tempdir().unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
     theirs.set_nonblocking(true).unwrap();
-    let command = with_fd(theirs.into(), &image(directory.path()));
+    let command = inheriting(theirs.into(), directory.path());
     // The command goes with its copy of the other end once the daemon runs.
     let mut daemon = Daemon::spawn(command, directory.path().join("none"));
     let mut guest = Guest::new(ours);

@@ -1,5 +1,6 @@
 use super::*;
 use crate::guest::{BORDER, DATA, Desc, END, Guest, INDIRECT, NEXT, RING, WRITE};
+use crate::memory::OutsideMemory;
 
 mod differential;
 mod logged;

@@ -10,7 +10,9 @@ pub mod soak;
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -26,6 +28,19 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The daemon's program.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-user-blk");
+
+/// `command` with `fd` as its descriptor 100, and `--fd=100`.
+pub fn with_fd(mut command: Command, fd: OwnedFd) -> Command {
+    command.arg("--fd=100");
+    // SAFETY: dup2 is async-signal-safe.
+    unsafe {
+        command.pre_exec(move || match libc::dup2(fd.as_raw_fd(), 100) {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
+    command
+}
 
 /// A running daemon; killed when dropped.
 pub struct Daemon {

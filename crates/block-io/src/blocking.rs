@@ -11,7 +11,7 @@ impl<E: Env> Disk<E> {
     pub fn read(&self, range: SectorRange, buf: &mut [u8]) -> Result<(), DiskError> {
         assert_eq!(range.len_bytes(), buf.len() as u64);
         let mut rest = buf;
-        for extent in self.extents(range) {
+        for extent in self.extents(range)? {
             let (Extent::Data { len, .. } | Extent::Zero { len }) = extent;
             // An extent is a part of the range, whose length is that of a slice.
             let (piece, tail) = rest.split_at_mut(usize::try_from(len).unwrap_or(usize::MAX));

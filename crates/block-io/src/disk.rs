@@ -9,13 +9,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cow_format::{
-    Bitmap, ByteOffset, Extents, Geometry, Header, LayerMap, SectorCount, SectorRange,
+    Bitmap, ByteOffset, Extents, Geometry, Header, LayerMap, Sector, SectorCount, SectorRange,
 };
 
 use crate::file::Host;
+use crate::image::bits::Bits;
 use crate::image::flush::{FlushFailure, flush};
+use crate::image::learn::{Failed, learn, learn_top};
 use crate::image::live::LiveBitmap;
-use crate::image::state::{UpdateError, mark_clean};
+use crate::image::state::{UpdateError, mark_settled};
 use crate::image::{Chain, DiskError, DiskOptions, OpenError, open_chain, open_single};
 use crate::storage::{Env, Storage};
 
@@ -45,6 +47,8 @@ pub struct Disk<E: Env = Host> {
     /// Layer 0 is the top.
     layers: Vec<Layer<E::File>>,
     map: LayerMap,
+    /// Where the bits of each COW file are read from, the top first.
+    bits: Vec<Bits<E::File>>,
     /// Where sector 0 stands in layer 0.
     data_offset: ByteOffset,
     size: u64,
@@ -63,6 +67,8 @@ pub(crate) struct WritableCow<F> {
     pub(crate) header: Mutex<Header>,
     pub(crate) geometry: Geometry,
     pub(crate) live: LiveBitmap<F>,
+    /// The live bitmap that a predecessor left may say what is not durable and not known yet.
+    pub(crate) unread: AtomicBool,
 }
 
 impl Disk {
@@ -106,6 +112,7 @@ impl<E: Env> Disk<E> {
             env,
             layers: chain.layers,
             map: chain.map,
+            bits: chain.bits,
             data_offset: chain.data_offset,
             size: chain.size,
             cow: chain.cow,
@@ -141,9 +148,28 @@ impl<E: Env> Disk<E> {
         &self.layers
     }
 
-    /// What to read from where, for a range within the capacity.
-    pub fn extents(&self, range: SectorRange) -> Extents<'_> {
-        self.map.extents(range)
+    /// What to read from where, for a range within the capacity. The first call for a part of the disk may read a piece
+    /// of the bitmaps; if that fails, nobody knows where the range stands.
+    #[inline]
+    pub fn extents(&self, range: SectorRange) -> Result<Extents<'_>, DiskError> {
+        if self.map.next_unknown(range).is_some() {
+            self.learn(range)?;
+        }
+        Ok(self.map.extents(range))
+    }
+
+    #[cold]
+    fn learn(&self, range: SectorRange) -> Result<(), DiskError> {
+        learn(&self.map, &self.sources(), range).map_err(|failed| self.not_learnt(failed))
+    }
+
+    fn sources(&self) -> Vec<(&E::File, &Bits<E::File>)> {
+        self.layers.iter().map(|layer| &layer.file).zip(&self.bits).collect()
+    }
+
+    fn not_learnt(&self, (layer, source): Failed) -> DiskError {
+        let path = self.layers[layer].path.clone();
+        DiskError::Io { path, action: "read the bitmap", source }
     }
 
     /// Where the sectors of `range`, which is within the capacity, stand in layer 0, one after the other: write them
@@ -153,8 +179,17 @@ impl<E: Env> Disk<E> {
     }
 
     /// Whether every sector of `range` is present in layer 0, so that [`Disk::written`] will cost nothing.
-    pub fn is_present(&self, range: SectorRange) -> bool {
-        self.map.top().is_none_or(|bitmap| bitmap.contains(range))
+    pub fn is_present(&self, range: SectorRange) -> Result<bool, DiskError> {
+        self.learn_top(range)?;
+        Ok(self.map.top().is_none_or(|bitmap| bitmap.contains(range)))
+    }
+
+    #[inline]
+    fn learn_top(&self, range: SectorRange) -> Result<(), DiskError> {
+        if self.map.top().is_none_or(|bitmap| bitmap.next_unknown(range).is_none()) {
+            return Ok(());
+        }
+        learn_top(&self.map, &self.sources(), range).map_err(|failed| self.not_learnt(failed))
     }
 
     /// To be called when the data of `range` has been written (or punched, or zeroed) in layer 0, before the write is
@@ -169,6 +204,7 @@ impl<E: Env> Disk<E> {
     pub fn written_batch(&self, ranges: &[SectorRange]) -> Result<(), DiskError> {
         self.check_writable()?;
         let Some((cow, bitmap)) = self.writable_cow() else { return Ok(()) };
+        ranges.iter().try_for_each(|range| self.learn_top(*range))?;
         cow.live
             .set(&self.top().file, bitmap, ranges)
             .map_err(|source| self.io_error("write the live bitmap", source))
@@ -187,6 +223,7 @@ impl<E: Env> Disk<E> {
     fn flush_pass(&self) -> Result<(), DiskError> {
         let _one_pass = lock(&self.flushing);
         self.check_not_failed()?;
+        self.read_predecessor()?;
         let top = &self.top().file;
         let flushed = match self.writable_cow() {
             Some((cow, bitmap)) => flush(top, bitmap, &cow.geometry),
@@ -196,6 +233,23 @@ impl<E: Env> Disk<E> {
             FlushFailure::Sync(err) => self.fail(&err),
             FlushFailure::Write(source) => self.io_error("write the bitmap", source),
         })
+    }
+
+    /// What a dead predecessor acknowledged has to be durable after a flush as well. Only what is not yet is read into
+    /// memory.
+    fn read_predecessor(&self) -> Result<(), DiskError> {
+        let Some((cow, bitmap)) = self.writable_cow() else { return Ok(()) };
+        if !cow.unread.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let Some((file, bits)) = self.layers.first().map(|top| &top.file).zip(self.bits.first())
+        else {
+            return Ok(());
+        };
+        let read = bits.for_each_strange(file, |page| bits.load(file, bitmap, page..page + 1));
+        read.map_err(|source| self.io_error("read the bitmap", source))?;
+        cow.unread.store(false, Ordering::Release);
+        Ok(())
     }
 
     /// Ends the disk's use: flushes, and marks the file clean. To be called when no write is under way; writes are
@@ -215,7 +269,7 @@ impl<E: Env> Disk<E> {
     /// Everything is durable: the live bitmap need not count any more.
     fn end_use(&self) -> Result<(), DiskError> {
         let Some(cow) = &self.cow else { return Ok(()) };
-        mark_clean(&self.top().file, &mut lock(&cow.header))
+        mark_settled(&self.top().file, &mut lock(&cow.header))
             .map_err(|err| self.update_error(err))?;
         let removed = cow.live.close(&self.env);
         removed.map_err(|(path, source)| DiskError::Io {
@@ -225,9 +279,13 @@ impl<E: Env> Disk<E> {
         })
     }
 
-    /// What is present in the COW file.
-    pub(crate) fn top_bitmap(&self) -> Option<&Bitmap> {
-        self.map.top()
+    /// What is present in the COW file, all of it.
+    pub(crate) fn top_bitmap(&self) -> Result<Option<&Bitmap>, DiskError> {
+        let Some(bitmap) = self.map.top() else { return Ok(None) };
+        if let Some(all) = SectorRange::new(Sector::new(0), bitmap.sectors()) {
+            self.learn_top(all)?;
+        }
+        Ok(Some(bitmap))
     }
 
     /// The header of the COW file, if it is open for writing.

@@ -48,6 +48,13 @@ pub enum CrashKind {
 /// An operation that is about to happen, as a hook sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation<'a> {
+    /// A read of so many bytes; no step, since it changes nothing.
+    Read {
+        /// Where.
+        at: ByteOffset,
+        /// How many bytes.
+        len: usize,
+    },
     /// A write of so many bytes.
     Write {
         /// Where.

@@ -144,13 +144,13 @@ impl World {
             false => self.check_base()?,
             true => {
                 let layer = open(&self.sim, LAYER, true).map_err(|err| err.to_string())?;
-                if content(&layer) != self.expected || !layer.is_present(range(3, 1)) {
+                if content(&layer) != self.expected || !layer.is_present(range(3, 1)).unwrap() {
                     return Err("the layer is not what was merged".into());
                 }
             }
         }
         let disk = open(&self.sim, COW, false).map_err(|err| err.to_string())?;
-        if content(&disk) != self.expected || disk.is_present(range(3, 1)) {
+        if content(&disk) != self.expected || disk.is_present(range(3, 1)).unwrap() {
             return Err("the COW file is not empty over the merged base".into());
         }
         disk.close().map_err(|err| err.to_string())?;

@@ -7,8 +7,12 @@
 //!
 //! Bits only go from 0 to 1. Readers take no lock. Setting new bits takes the region's dirty lock for a few
 //! stores; see [`Bitmap::insert`] for why.
+//!
+//! A bitmap that is read from a file is read where it is asked for: a page is *known* once its bits have been added.
+//! Adding is an OR, so pages can be read twice, by several threads, and while others insert.
 
 use std::iter::FusedIterator;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -34,14 +38,79 @@ const COARSE_WORDS: usize = PAGE_WORDS / 8;
 /// The bitmap of one COW file in memory.
 pub struct Bitmap {
     sectors: u64,
-    regions: Box<[OnceLock<Box<Region>>]>,
+    regions: Box<[Slot]>,
+}
+
+/// The place of a region.
+#[derive(Default)]
+struct Slot {
+    /// All pages of the region are known.
+    known: AtomicBool,
+    region: OnceLock<Box<Region>>,
 }
 
 impl Bitmap {
     /// A bitmap with no sector present.
     pub fn new(sectors: SectorCount) -> Self {
+        let bitmap = Self::unknown(sectors);
+        bitmap.set_known(0..bitmap.pages());
+        bitmap
+    }
+
+    /// A bitmap of which no page is known. Nothing may be asked about a page, and nothing inserted, before it is.
+    pub fn unknown(sectors: SectorCount) -> Self {
         let regions = sectors.get().div_ceil(REGION_SECTORS);
-        Self { sectors: sectors.get(), regions: (0..regions).map(|_| OnceLock::new()).collect() }
+        Self { sectors: sectors.get(), regions: (0..regions).map(|_| Slot::default()).collect() }
+    }
+
+    /// The first page that `range` touches and that is not known. Past the end of the disk all is known.
+    #[inline]
+    pub fn next_unknown(&self, range: SectorRange) -> Option<u64> {
+        let (start, end) = (range.start().get(), range.end().get().min(self.sectors));
+        if start >= end {
+            return None;
+        }
+        let mut page = start / PAGE_SECTORS;
+        while page * PAGE_SECTORS < end {
+            let slot = self.regions.get(usize_of(page / REGION_CHUNKS as u64))?;
+            if slot.known.load(Ordering::Acquire) {
+                page = (page / REGION_CHUNKS as u64 + 1) * REGION_CHUNKS as u64;
+                continue;
+            }
+            let index = offset_in(page, REGION_CHUNKS as u64);
+            if !slot.region.get().is_some_and(|region| region.is_known(index)) {
+                return Some(page);
+            }
+            page += 1;
+        }
+        None
+    }
+
+    /// Whether page `page`, a page of the disk, is known.
+    pub fn is_known(&self, page: u64) -> bool {
+        let slot = self.regions.get(usize_of(page / REGION_CHUNKS as u64));
+        slot.is_none_or(|slot| {
+            let index = offset_in(page, REGION_CHUNKS as u64);
+            slot.known.load(Ordering::Acquire)
+                || slot.region.get().is_some_and(|region| region.is_known(index))
+        })
+    }
+
+    /// Tells that `pages` are known: what their file says has been added, and what it did not say is absent.
+    pub fn set_known(&self, pages: Range<u64>) {
+        let end = pages.end.min(self.pages());
+        for (index, lo, hi) in split(pages.start, end, REGION_CHUNKS as u64) {
+            let first = index as u64 * REGION_CHUNKS as u64;
+            let whole =
+                lo == 0 && first + hi as u64 == self.pages().min(first + REGION_CHUNKS as u64);
+            match (self.regions.get(index), whole) {
+                (Some(slot), true) => slot.known.store(true, Ordering::Release),
+                _ => {
+                    let Some(region) = self.region_or_new(index) else { return };
+                    (lo..hi).for_each(|chunk| region.set_known(chunk));
+                }
+            }
+        }
     }
 
     /// The size of the disk.
@@ -68,6 +137,8 @@ impl Bitmap {
     /// acknowledged and flushed, all before the first had marked the page.
     pub fn insert(&self, range: SectorRange) -> bool {
         let range = range.clipped_to(Sector::new(self.sectors));
+        // Else a flush would write the page without the bits that it has in the file.
+        debug_assert_eq!(self.next_unknown(range), None);
         if self.contains(range) {
             return false;
         }
@@ -93,8 +164,7 @@ impl Bitmap {
 
     /// The number of present sectors.
     pub fn present(&self) -> SectorCount {
-        let chunks =
-            self.regions.iter().filter_map(OnceLock::get).flat_map(|region| &region.chunks);
+        let chunks = self.regions.iter().filter_map(Slot::get).flat_map(|region| &region.chunks);
         SectorCount::new(chunks.map(Chunk::present).sum())
     }
 
@@ -164,7 +234,7 @@ impl Bitmap {
 
     /// The number of dirty pages. Only a figure: writers change it at any time.
     pub fn dirty_pages(&self) -> u64 {
-        self.regions.iter().filter_map(OnceLock::get).map(|region| region.dirty().count()).sum()
+        self.regions.iter().filter_map(Slot::get).map(|region| region.dirty().count()).sum()
     }
 
     /// Takes up to `max` dirty pages from page `from` on, in ascending order, and marks them clean. Appends them
@@ -174,7 +244,7 @@ impl Bitmap {
         for (index, lo, _) in split(from, self.pages().max(from), REGION_CHUNKS as u64) {
             let base = index as u64 * REGION_CHUNKS as u64;
             next = base + REGION_CHUNKS as u64;
-            let Some(region) = self.regions.get(index).and_then(OnceLock::get) else { continue };
+            let Some(region) = self.regions.get(index).and_then(Slot::get) else { continue };
             let mut dirty = region.dirty();
             for chunk in lo..REGION_CHUNKS {
                 if pages.len() == max {
@@ -220,7 +290,7 @@ impl Bitmap {
     }
 
     fn region(&self, sector: u64) -> Option<&Region> {
-        self.regions.get(usize_of(sector / REGION_SECTORS))?.get().map(Box::as_ref)
+        self.regions.get(usize_of(sector / REGION_SECTORS))?.get()
     }
 
     fn chunk(&self, sector: u64) -> Option<&Chunk> {
@@ -228,7 +298,7 @@ impl Bitmap {
     }
 
     fn region_or_new(&self, index: usize) -> Option<&Region> {
-        Some(self.regions.get(index)?.get_or_init(Box::default))
+        Some(self.regions.get(index)?.region.get_or_init(Box::default))
     }
 }
 
@@ -278,19 +348,40 @@ impl Iterator for Runs<'_> {
 
 impl FusedIterator for Runs<'_> {}
 
+impl Slot {
+    fn get(&self) -> Option<&Region> {
+        self.region.get().map(Box::as_ref)
+    }
+}
+
 /// 16 GiB of disk.
 struct Region {
     dirty: Mutex<DirtyPages>,
+    /// A bit for each chunk whose page is known.
+    known: [AtomicU64; REGION_CHUNKS / 64],
     chunks: [Chunk; REGION_CHUNKS],
 }
 
 impl Default for Region {
     fn default() -> Self {
-        Self { dirty: Mutex::default(), chunks: [const { Chunk::new() }; REGION_CHUNKS] }
+        Self {
+            dirty: Mutex::default(),
+            known: [const { AtomicU64::new(0) }; REGION_CHUNKS / 64],
+            chunks: [const { Chunk::new() }; REGION_CHUNKS],
+        }
     }
 }
 
 impl Region {
+    /// Whoever sees this sees the bits that were added before [`Self::set_known`].
+    fn is_known(&self, chunk: usize) -> bool {
+        self.known[chunk / 64].load(Ordering::Acquire) & (1 << (chunk % 64)) != 0
+    }
+
+    fn set_known(&self, chunk: usize) {
+        self.known[chunk / 64].fetch_or(1 << (chunk % 64), Ordering::Release);
+    }
+
     fn dirty(&self) -> MutexGuard<'_, DirtyPages> {
         // Each change under the lock is complete in itself, so a panic elsewhere leaves nothing half done.
         self.dirty.lock().unwrap_or_else(PoisonError::into_inner)

@@ -1,12 +1,17 @@
 //! Which layer of a chain a range of the disk comes from.
 //!
 //! The top layer's bitmap changes all the time and is looked at as it is. Everything below never changes, so it is
-//! folded at open into one map from sector to layer: a lookup costs the same at any depth. Sector n stands at
+//! folded into one map from sector to layer: a lookup costs the same at any depth. Sector n stands at
 //! `data_offset + 512 n` in every layer, so neighbouring sectors of one layer are one extent.
+//!
+//! Nothing is known at first. The caller asks for [`LayerMap::next_unknown`], reads that page's bits from the files, and
+//! tells them to the top's bitmap and to [`LayerMap::fold`].
 
 use std::iter::FusedIterator;
+use std::ops::Range;
 
-use crate::bitmap::{Bitmap, PAGE_SECTORS, REGION_CHUNKS, REGION_SECTORS, offset_in, usize_of};
+use crate::bitmap::{Bitmap, PAGE_SECTORS, REGION_CHUNKS};
+use crate::fold::{Fold, Folded, NOWHERE};
 use crate::geometry::Geometry;
 use crate::units::{ByteOffset, SECTOR_SIZE, SectorCount, SectorRange};
 
@@ -28,9 +33,6 @@ impl LayerIndex {
     }
 }
 
-/// In place of a layer's index: no layer has this sector, it reads as zeros.
-const NOWHERE: u8 = u8::MAX;
-
 /// What to do for a part of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
@@ -48,15 +50,6 @@ pub enum Extent {
         /// The length in bytes.
         len: u64,
     },
-}
-
-/// A frozen layer below the top.
-#[derive(Clone, Copy, Debug)]
-pub struct LowerLayer<'a> {
-    /// Where its data stands and how large it is. What lies above its end is zeros, whatever is deeper.
-    pub geometry: &'a Geometry,
-    /// Its sectors.
-    pub bitmap: &'a Bitmap,
 }
 
 /// A chain has more layers than [`CHAIN_LAYERS_MAX`].
@@ -102,16 +95,16 @@ impl LayerMap {
     /// The map of a raw image of `size` bytes without anything below: layer 0 has it all.
     pub fn raw(size: u64) -> Self {
         let sectors = SectorCount::covering(size).get();
-        let below = Folded::new(sectors, &[], Some(size), 0);
+        let below = Folded::new(sectors, Vec::new(), sectors, 0);
         Self { sectors, top: None, below, places: vec![Place::raw(size)] }
     }
 
-    /// The map of a COW file with bitmap `top` over `below` (nearest first) over a raw image of `base_size` bytes,
-    /// if there is one.
+    /// The map of a COW file with bitmap `top` over COW files of the geometries `below` (nearest first) over a raw image
+    /// of `base_size` bytes, if there is one.
     pub fn new(
         geometry: &Geometry,
         top: Bitmap,
-        below: &[LowerLayer<'_>],
+        below: &[Geometry],
         base_size: Option<u64>,
     ) -> Result<Self, ChainTooDeep> {
         let layers = below.len() + 1;
@@ -119,12 +112,51 @@ impl LayerMap {
             return Err(ChainTooDeep { found: layers });
         };
         let sectors = geometry.sectors().get();
-        let folded = Folded::new(sectors, below, base_size, base);
+        let sizes = below.iter().map(|layer| layer.sectors().get()).collect();
+        let base_sectors = SectorCount::covering(base_size.unwrap_or(0)).get();
+        let folded = Folded::new(sectors, sizes, base_sectors, base);
         let places = std::iter::once(Place::cow(geometry))
-            .chain(below.iter().map(|layer| Place::cow(layer.geometry)))
+            .chain(below.iter().map(Place::cow))
             .chain(base_size.map(Place::raw))
             .collect();
         Ok(Self { sectors, top: Some(top), below: folded, places })
+    }
+
+    /// The first bitmap page of `range` of which the top or what is below it is not known. Only what is known may be
+    /// asked for.
+    #[inline]
+    pub fn next_unknown(&self, range: SectorRange) -> Option<u64> {
+        let top = self.top.as_ref().and_then(|top| top.next_unknown(range));
+        let end = range.end().get().min(self.sectors).div_ceil(PAGE_SECTORS);
+        let pages = range.start().get() / PAGE_SECTORS..end.min(top.unwrap_or(end));
+        pages.into_iter().find(|&page| !self.below.is_known(page)).or(top)
+    }
+
+    /// Whether what is below the top is known for bitmap page `page`.
+    pub fn is_folded(&self, page: u64) -> bool {
+        self.below.is_known(page)
+    }
+
+    /// The bitmap pages, page `page` among them, that [`Self::begin_region`] speaks of.
+    pub fn region_of(&self, page: u64) -> Range<u64> {
+        let first = page / REGION_CHUNKS as u64 * REGION_CHUNKS as u64;
+        first..(first + REGION_CHUNKS as u64).min(self.sectors.div_ceil(PAGE_SECTORS))
+    }
+
+    /// Whether [`Self::begin_region`] has been called for the pages round `page`.
+    pub fn is_region_begun(&self, page: u64) -> bool {
+        self.below.is_begun(page)
+    }
+
+    /// To be called before a page of these is folded: `has` says of each layer below the top, counted from 0 for the
+    /// nearest, whether it may have a sector of [`Self::region_of`] `page`. If none has, they need not be folded.
+    pub fn begin_region(&self, page: u64, has: impl Fn(usize) -> bool) {
+        self.below.begin_region(page / REGION_CHUNKS as u64, has);
+    }
+
+    /// Begins to fold what is below the top for bitmap page `page`.
+    pub fn fold(&self, page: u64) -> PageFold<'_> {
+        PageFold(self.below.begin(page))
     }
 
     /// Tells that the file of `layer` ends after `bytes` bytes of disk: what its sectors lack reads as zeros. A COW file
@@ -162,6 +194,24 @@ impl LayerMap {
             absent_until: 0,
             ahead: None,
         }
+    }
+}
+
+/// A bitmap page of everything below the top that is being folded: every layer is laid over those below it, the deepest
+/// first, then the page is published.
+#[must_use = "nothing is known before the page is published"]
+pub struct PageFold<'a>(Fold<'a>);
+
+impl PageFold<'_> {
+    /// Lays the layer `index` below the top, counted from 0 for the nearest, over what is there. `bits` is the page as it
+    /// stands in the layer's file; what it lacks at the end is zeros.
+    pub fn lay_over(&mut self, index: usize, bits: &[u8]) {
+        self.0.lay_over(index, bits);
+    }
+
+    /// The page is known from now on. Whoever folds it a second time changes nothing.
+    pub fn publish(self) {
+        self.0.publish();
     }
 }
 
@@ -203,8 +253,8 @@ impl Extents<'_> {
             Some(_) => self.absent_until,
             None => end,
         };
-        let (from, below_end) = self.map.below.lookup(sector, self.map.sectors);
-        self.map.held(from, pos, top_end.min(below_end).min(end) * SECTOR_SIZE)
+        let (from, below_end) = self.map.below.lookup(sector, top_end);
+        self.map.held(from, pos, below_end * SECTOR_SIZE)
     }
 }
 
@@ -242,207 +292,3 @@ impl Iterator for Extents<'_> {
 }
 
 impl FusedIterator for Extents<'_> {}
-
-/// From sector to layer, for everything below the top. Levels that are all alike are one entry.
-#[derive(Debug)]
-struct Folded {
-    regions: Box<[Region]>,
-}
-
-#[derive(Debug)]
-enum Region {
-    Uniform(u8),
-    Chunks(Box<[Chunk]>),
-}
-
-#[derive(Debug)]
-enum Chunk {
-    Uniform(u8),
-    /// Ascending, the first at 0; each goes on to the next one's start.
-    Runs(Box<[Span]>),
-    /// By sector: where runs would take more.
-    Dense(Box<[u8]>),
-}
-
-/// The start, in sectors of the chunk, of a run that comes from one place.
-#[derive(Clone, Copy, Debug)]
-struct Span {
-    start: u16,
-    from: u8,
-}
-
-impl Folded {
-    /// `base` is the index of the base image.
-    fn new(sectors: u64, layers: &[LowerLayer<'_>], base_size: Option<u64>, base: u8) -> Self {
-        let base_sectors = SectorCount::covering(base_size.unwrap_or(0)).get();
-        let fold = Fold { sectors, layers, base, base_sectors };
-        Self {
-            regions: (0..sectors.div_ceil(REGION_SECTORS))
-                .map(|index| fold.region(index))
-                .collect(),
-        }
-    }
-
-    /// The layer of `sector` and the end of the run that is known without looking further.
-    fn lookup(&self, sector: u64, sectors: u64) -> (u8, u64) {
-        let region = self.regions.get(usize_of(sector / REGION_SECTORS));
-        let Some(region) = region.filter(|_| sector < sectors) else {
-            return (NOWHERE, u64::MAX / SECTOR_SIZE);
-        };
-        let chunks = match region {
-            Region::Uniform(from) => {
-                return (*from, sectors.min((sector / REGION_SECTORS + 1) * REGION_SECTORS));
-            }
-            Region::Chunks(chunks) => chunks,
-        };
-        let chunk_start = sector / PAGE_SECTORS * PAGE_SECTORS;
-        let (from, end) = chunks[offset_in(sector / PAGE_SECTORS, REGION_CHUNKS as u64)]
-            .lookup(sector - chunk_start);
-        (from, sectors.min(chunk_start + end))
-    }
-}
-
-impl Chunk {
-    /// The layer of a sector of the chunk, and the end of its run.
-    fn lookup(&self, sector: u64) -> (u8, u64) {
-        match self {
-            Self::Uniform(from) => (*from, PAGE_SECTORS),
-            Self::Runs(spans) => {
-                let next = spans.partition_point(|span| u64::from(span.start) <= sector);
-                let end = spans.get(next).map_or(PAGE_SECTORS, |span| span.start.into());
-                (spans[next - 1].from, end)
-            }
-            Self::Dense(from) => {
-                let rest = &from[offset_in(sector, PAGE_SECTORS)..];
-                let run = rest.iter().take_while(|&&other| other == rest[0]).count();
-                (rest[0], sector + run as u64)
-            }
-        }
-    }
-
-    fn new(spans: &[Span]) -> Self {
-        if let [span] = spans {
-            return Self::Uniform(span.from);
-        }
-        if size_of_val(spans) as u64 <= PAGE_SECTORS {
-            return Self::Runs(spans.into());
-        }
-        let ends = spans.iter().skip(1).map(|span| u64::from(span.start)).chain([PAGE_SECTORS]);
-        let runs = spans.iter().zip(ends);
-        Self::Dense(
-            runs.flat_map(|(span, end)| (u64::from(span.start)..end).map(|_| span.from)).collect(),
-        )
-    }
-}
-
-/// What is folded.
-struct Fold<'a> {
-    sectors: u64,
-    layers: &'a [LowerLayer<'a>],
-    base: u8,
-    base_sectors: u64,
-}
-
-impl Fold<'_> {
-    fn region(&self, index: u64) -> Region {
-        let (start, end) = (index * REGION_SECTORS, self.sectors.min((index + 1) * REGION_SECTORS));
-        if let Some(from) = self.uniform(start, end) {
-            return Region::Uniform(from);
-        }
-        let mut spans = (Vec::new(), Vec::new());
-        let chunk = |start| self.chunk(start, &mut spans);
-        let step = usize_of(PAGE_SECTORS);
-        let chunks: Box<[Chunk]> = (start..end).step_by(step).map(chunk).collect();
-        match chunks[0] {
-            Chunk::Uniform(first)
-                if chunks.iter().all(|c| matches!(c, Chunk::Uniform(from) if *from == first)) =>
-            {
-                Region::Uniform(first)
-            }
-            _ => Region::Chunks(chunks),
-        }
-    }
-
-    /// Where `start..end` comes from, if that is plain to see: no layer has a sector of it or ends in it.
-    fn uniform(&self, start: u64, end: u64) -> Option<u8> {
-        for layer in self.layers {
-            let layer_end = layer.geometry.sectors().get();
-            if layer_end <= start {
-                return Some(NOWHERE);
-            }
-            if layer_end < end || layer.bitmap.run_end(start, end, false) < end {
-                return None;
-            }
-        }
-        match self.base_sectors {
-            base_end if base_end >= end => Some(self.base),
-            base_end if base_end <= start => Some(NOWHERE),
-            _ => None,
-        }
-    }
-
-    /// Lays the layers over each other, the base first. `spans` is working memory.
-    fn chunk(&self, start: u64, (spans, scratch): &mut (Vec<Span>, Vec<Span>)) -> Chunk {
-        let end = self.sectors.min(start + PAGE_SECTORS);
-        if let Some(from) = self.uniform(start, end) {
-            return Chunk::Uniform(from);
-        }
-        spans.clear();
-        spans.push(Span { start: 0, from: self.base });
-        cut(spans, self.base_sectors, start, end);
-        for (index, layer) in (1..self.base).zip(self.layers).rev() {
-            if layer.bitmap.run_end(start, end, false) < end {
-                lay_over(spans, layer.bitmap, start, end, index, scratch);
-            }
-            cut(spans, layer.geometry.sectors().get(), start, end);
-        }
-        Chunk::new(spans)
-    }
-}
-
-/// Nothing comes from sectors at `layer_end` and beyond.
-fn cut(spans: &mut Vec<Span>, layer_end: u64, start: u64, end: u64) {
-    if layer_end < end {
-        let at = layer_end.saturating_sub(start);
-        spans.truncate(spans.partition_point(|span| u64::from(span.start) < at));
-        push(spans, at, NOWHERE);
-    }
-}
-
-/// Lays the present sectors of `bitmap` in `start..end` over `spans`.
-fn lay_over(
-    spans: &mut Vec<Span>,
-    bitmap: &Bitmap,
-    start: u64,
-    end: u64,
-    layer: u8,
-    scratch: &mut Vec<Span>,
-) {
-    scratch.clear();
-    let mut below = 0;
-    for run in bitmap.runs(SectorRange::from_bounds(start, end)) {
-        let (lo, hi) = (run.range.start().get() - start, run.range.end().get() - start);
-        if run.present {
-            push(scratch, lo, layer);
-            continue;
-        }
-        // The last span that begins at or before `lo` reaches into the gap.
-        while spans.get(below + 1).is_some_and(|next| u64::from(next.start) <= lo) {
-            below += 1;
-        }
-        push(scratch, lo, spans[below].from);
-        while let Some(next) = spans.get(below + 1).filter(|next| u64::from(next.start) < hi) {
-            push(scratch, next.start.into(), next.from);
-            below += 1;
-        }
-    }
-    std::mem::swap(spans, scratch);
-}
-
-/// Appends a span, unless it only goes on with the last one.
-fn push(spans: &mut Vec<Span>, start: u64, from: u8) {
-    let Ok(start) = u16::try_from(start) else { return };
-    if spans.last().is_none_or(|last| last.from != from) {
-        spans.push(Span { start, from });
-    }
-}

@@ -155,6 +155,32 @@ fn threads_may_insert_at_once() {
 }
 
 #[test]
+fn a_page_is_known_when_its_file_has_been_asked() {
+    let bitmap = Bitmap::unknown(SectorCount::new(SECTORS));
+    let unknown = |start, count| bitmap.next_unknown(range(start, count));
+    assert_eq!((unknown(5, 1), unknown(PAGE_SECTORS - 1, 2)), (Some(0), Some(0)));
+    assert_eq!((unknown(SECTORS, 100), unknown(5, 0)), (None, None));
+    bitmap.load_durable(1, &[0xff; BITMAP_PAGE]);
+    assert_eq!(unknown(PAGE_SECTORS, 1), Some(1));
+    bitmap.set_known(1..2);
+    assert_eq!(
+        (unknown(PAGE_SECTORS, PAGE_SECTORS), unknown(PAGE_SECTORS, SECTORS)),
+        (None, Some(2))
+    );
+    bitmap.set_known(2..99);
+    assert_eq!((unknown(PAGE_SECTORS, SECTORS), unknown(0, SECTORS)), (None, Some(0)));
+    bitmap.set_known(0..bitmap.pages());
+    assert_eq!(unknown(0, SECTORS), None);
+    // What is read once more, and late, takes nothing back; what only the live bitmap has must be flushed.
+    assert!(bitmap.insert(range(3, 1)));
+    bitmap.load_durable(0, &[0]);
+    assert!(bitmap.contains(range(3, 1)) && bitmap.contains(range(PAGE_SECTORS, PAGE_SECTORS)));
+    assert_eq!(bitmap.dirty_pages(), 1);
+    bitmap.load_live(2, &[1]);
+    assert_eq!(bitmap.dirty_pages(), 2);
+}
+
+#[test]
 fn the_largest_disk_needs_little_and_answers() {
     let bitmap = Bitmap::new(SectorCount::covering(cow_format::VIRTUAL_SIZE_MAX));
     let last = bitmap.sectors().get() - 1;

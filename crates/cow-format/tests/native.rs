@@ -197,6 +197,45 @@ fn copies_are_written_in_turn_and_one_always_serves() {
 }
 
 #[test]
+fn a_settled_live_bitmap_is_believed_of_a_whole_clean_file_only() {
+    let mut header = NativeHeader::create(MIB, OWN, None).unwrap();
+    let (mut prefix, len) = new_file(&mut header);
+    let mut write = |header: &mut NativeHeader| {
+        put(&mut prefix, &header.next_write().unwrap());
+        let found = check(&prefix, len).unwrap();
+        assert_eq!(found, *header);
+        (found.live_is_settled(), found.unknown_features(), prefix.clone())
+    };
+    header.set_in_use(Some(boot())).unwrap();
+    assert!(!write(&mut header).0);
+    // Somebody else's end of use says nothing about the live bitmap.
+    let mut other = header.clone();
+    other.set_clean().unwrap();
+    assert!(!write(&mut other).0);
+
+    header = other;
+    header.set_in_use(Some(boot())).unwrap();
+    write(&mut header);
+    header.set_clean_and_settled().unwrap();
+    let (settled, unknown, clean) = write(&mut header);
+    assert!(settled && unknown == 0);
+    // It stays so while nothing but the header changes.
+    header.resize(2 * MIB).unwrap();
+    assert!(write(&mut header).0);
+    header.set_in_use(Some(boot())).unwrap();
+    assert!(!write(&mut header).0);
+    // The copy that stands in for a newer one is not the last word.
+    for broken in [100, COPY + 100] {
+        let mut prefix = clean.clone();
+        prefix[broken] ^= 1;
+        let mut found = check(&prefix, len).unwrap();
+        assert!(found.broken_copy().is_some() && !found.live_is_settled());
+        _ = found.next_write().unwrap();
+        assert!(!found.live_is_settled());
+    }
+}
+
+#[test]
 fn any_changed_byte_breaks_a_copy_and_two_broken_ones_are_refused() {
     let (prefix, len) = new_file(&mut NativeHeader::create(MIB, OWN, None).unwrap());
     for at in 0..2 * COPY {

@@ -4,7 +4,7 @@
 use std::os::fd::BorrowedFd;
 
 use block_io::ring::{FileSlot, Plan};
-use block_io::{Disk, Layer};
+use block_io::{Disk, DiskError, Layer};
 use cow_format::{ByteOffset, Extent, LayerIndex, SectorRange};
 
 use crate::holes::Holes;
@@ -53,15 +53,18 @@ impl<'a> Router<'a> {
 
     /// Plans the read of `range` into `buffers`, which are as long as it. What
     /// no file holds, or what the page cache does, is filled in at once.
+    ///
+    /// # Errors
+    /// The bitmaps do not say where the range stands; nothing is planned then.
     pub fn plan_read(
         &mut self,
         range: SectorRange,
         memory: &Memory,
         buffers: &[libc::iovec],
         plan: &mut Plan,
-    ) {
+    ) -> Result<(), DiskError> {
         let mut cursor = Cursor { left: buffers, skip: 0 };
-        for extent in self.disk.extents(range) {
+        for extent in self.disk.extents(range)? {
             match extent {
                 Extent::Data { layer, at, len } => {
                     let piece = cursor.take(len, &mut self.piece);
@@ -74,6 +77,7 @@ impl<'a> Router<'a> {
                 Extent::Zero { len } => zero(memory, cursor.take(len, &mut self.piece)),
             }
         }
+        Ok(())
     }
 
     /// Plans the write of `buffers` to `range`, which is as long as they.

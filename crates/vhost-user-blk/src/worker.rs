@@ -322,7 +322,11 @@ impl<'a> Worker<'a> {
 
     fn read(&mut self, head: Head, pending: Pending, range: SectorRange) {
         let memory = &self.start.memory;
-        self.router.plan_read(range, memory, self.iovecs.data(), &mut self.plan);
+        let planned = self.router.plan_read(range, memory, self.iovecs.data(), &mut self.plan);
+        if let Err(e) = planned {
+            self.complain("read failed", &e);
+            return self.answer(head, pending.failed());
+        }
         self.submit(InFlight { head, pending, work: Work::Read });
     }
 

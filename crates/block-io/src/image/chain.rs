@@ -10,8 +10,7 @@ use cow_format::header::{BackingFormat, NativeState};
 use cow_format::identity::{ActualIdentity, BackingIdentity};
 use cow_format::{Bitmap, ByteOffset, Geometry, HEADER_PREFIX_LEN, Header};
 
-use super::pages::read_pages;
-use super::state::load_live;
+use super::bits::Bits;
 use super::{CHAIN_DEPTH_MAX, CachePolicy, CowFormat, DiskOptions, OpenError};
 use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};
 
@@ -251,15 +250,15 @@ pub(crate) struct Lower<F> {
     pub(crate) opened: Opened<F>,
     /// Of a COW file.
     pub(crate) header: Option<Header>,
-    pub(crate) content: Content,
+    pub(crate) content: Content<F>,
 }
 
 /// What a file below the top holds.
-pub(crate) enum Content {
+pub(crate) enum Content<F> {
     /// A raw image.
     Raw,
     /// A frozen COW file.
-    Cow(Geometry, Bitmap),
+    Cow(Geometry, Bits<F>),
 }
 
 impl<F> Lower<F> {
@@ -315,16 +314,15 @@ impl<E: Env> Opener<'_, E> {
         opened: &Opened<E::File>,
         header: &Header,
         cow: &Path,
-    ) -> Result<Content, OpenError> {
+    ) -> Result<Content<E::File>, OpenError> {
         if let Header::Native(native) = header
             && native.state() != NativeState::Frozen
         {
             return Err(OpenError::NotFrozen { cow: cow.to_owned(), path: opened.path.clone() });
         }
-        let bitmap = opened.bitmap(header.geometry())?;
-        load_live(self.env, opened, header, &bitmap)?;
-        opened.check_data(header.geometry(), &bitmap)?;
-        Ok(Content::Cow(*header.geometry(), bitmap))
+        let bits = Bits::find(self.env, opened, header)?;
+        bits.check_data(opened)?;
+        Ok(Content::Cow(*header.geometry(), bits))
     }
 }
 
@@ -366,16 +364,6 @@ impl<F: Storage> Opened<F> {
     /// The size in bytes of the disk that it holds.
     pub(crate) fn disk_size(&self, header: Option<&Header>) -> u64 {
         header.map_or(self.stat.size, |header| header.geometry().virtual_size())
-    }
-
-    /// The durable bitmap.
-    pub(crate) fn bitmap(&self, geometry: &Geometry) -> Result<Bitmap, OpenError> {
-        let bitmap = Bitmap::new(geometry.sectors());
-        let read = read_pages(&self.file, geometry.bitmap_offset(), geometry, |page, bytes| {
-            bitmap.load_durable(page, bytes);
-        });
-        read.map_err(OpenError::io(&self.path, "read the bitmap"))?;
-        Ok(bitmap)
     }
 
     /// Refuses a file that lacks the data of a present sector.

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use cow_format::header::NativeHeader;
 use cow_format::{Bitmap, Header};
 
+use super::bits::Bits;
 use super::chain::{Opened, Opener};
 use super::flush::flush;
-use super::state::{load_live, mark_clean};
+use super::state::mark_clean;
 use super::{DiskOptions, OpenError};
 use crate::storage::{Env, Storage};
 
@@ -94,8 +95,7 @@ impl<F: Storage> Edit<F> {
     pub(crate) fn open<E: Env<File = F>>(env: &E, path: &Path) -> Result<Self, OpenError> {
         let cow = Opener::new(env, &DiskOptions::default(), path).top()?;
         let header = cow.header()?;
-        let bitmap = cow.bitmap(header.geometry())?;
-        load_live(env, &cow, &header, &bitmap)?;
+        let bitmap = Bits::find(env, &cow, &header)?.load_all(&cow)?;
         cow.check_data(header.geometry(), &bitmap)?;
         Ok(Edit { cow, header, bitmap })
     }

@@ -11,7 +11,7 @@ use cow_format::{
 };
 use zerocopy::IntoBytes;
 
-use super::pages::read_pages;
+use super::bits::for_each_strange;
 use super::side_file::{self, RawSideHeader};
 use crate::storage::{Access, Env, Storage};
 
@@ -43,17 +43,17 @@ impl<F: Storage> LiveBitmap<F> {
         LiveBitmap { place, stripes: [const { Mutex::new(()) }; STRIPES] }
     }
 
-    /// The live bitmap at `at` in the COW file `cow`. If it is not `valid`, all is taken out of it that `durable` does not
-    /// say as well; the caller then tags the header with the boot id, not earlier.
+    /// The live bitmap at `at` in the COW file `cow`. Unless it is `settled` (valid, or known to say nothing more than the
+    /// durable one), all is taken out of it that the durable one does not say as well; the caller then tags the header
+    /// with the boot id, not earlier.
     pub(crate) fn native(
         cow: &F,
         at: ByteOffset,
         geometry: &Geometry,
-        durable: &Bitmap,
-        valid: bool,
+        settled: bool,
     ) -> io::Result<Self> {
-        if !valid {
-            take_out_strange_bits(cow, at, geometry, durable)?;
+        if !settled {
+            take_out_strange_bits(cow, at, geometry)?;
         }
         Ok(Self::new(Place::Native(at)))
     }
@@ -138,25 +138,20 @@ impl<F: Storage> LiveBitmap<F> {
     }
 }
 
-/// Punches out the pages of a void live bitmap that have bits which `durable` lacks. After a clean close there are none:
-/// looking is much cheaper than punching out everything, which gives back blocks only to take them again.
+/// Punches out the pages of a void live bitmap that have bits which the durable one lacks. Mostly there are none: looking
+/// is much cheaper than punching out everything, which gives back blocks only to take them again.
 fn take_out_strange_bits(
     cow: &impl Storage,
     at: ByteOffset,
     geometry: &Geometry,
-    durable: &Bitmap,
 ) -> io::Result<()> {
     let mut strange: Vec<Range<u64>> = Vec::new();
-    let mut known = [0; BITMAP_PAGE];
-    read_pages(cow, at, geometry, |page, bytes| {
-        durable.render_page(page, &mut known);
-        if bytes.iter().zip(&known).all(|(live, known)| live & !known == 0) {
-            return;
-        }
+    for_each_strange(cow, geometry, cow, at, |page| {
         match strange.last_mut() {
             Some(run) if run.end == page => run.end += 1,
             _ => strange.push(page..page + 1),
         }
+        Ok(())
     })?;
     let page_len = BITMAP_PAGE as u64;
     strange.iter().try_for_each(|run| {
@@ -167,27 +162,22 @@ fn take_out_strange_bits(
     })
 }
 
-/// Adds the bits of the side file to `bitmap` if it is of this boot and COW file; says whether it is. Changes nothing.
-pub(crate) fn load_side_file<E: Env>(
+/// The side file of `cow`, if it is of this boot and COW file. Changes nothing.
+pub(crate) fn open_side_file<E: Env>(
     env: &E,
     cow: &E::File,
     cow_path: &Path,
-    bitmap: &Bitmap,
     geometry: &Geometry,
-) -> io::Result<bool> {
+) -> io::Result<Option<E::File>> {
     let file = match env.open(&side_file::path_for(cow_path), Access::Read) {
         Ok(file) => file,
-        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(err) => return Err(err),
     };
     let header = RawSideHeader::new(env.boot_id()?, &cow.stat()?, geometry);
     let mut found = RawSideHeader::buffer();
     file.read_zero_filled(&mut found, ByteOffset::new(0))?;
-    if found != header.as_bytes() {
-        return Ok(false);
-    }
-    read_pages(&file, side_file::BITMAP_AT, geometry, |page, bytes| bitmap.load_live(page, bytes))?;
-    Ok(true)
+    Ok((found == header.as_bytes()).then_some(file))
 }
 
 /// Some words of a bitmap page with new bits in them.

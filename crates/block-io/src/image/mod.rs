@@ -1,10 +1,12 @@
 //! Images: one file or a chain of them, opened, made and changed.
 
+pub(crate) mod bits;
 pub(crate) mod chain;
 mod create;
 mod edit;
 mod error;
 pub(crate) mod flush;
+pub(crate) mod learn;
 pub(crate) mod live;
 pub(crate) mod open;
 pub(crate) mod pages;

@@ -3,11 +3,12 @@
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use cow_format::{Bitmap, ByteOffset, Geometry, Header, LayerMap, LowerLayer, SECTOR_SIZE};
+use cow_format::{Bitmap, ByteOffset, Geometry, Header, LayerMap, SECTOR_SIZE};
 
+use super::bits::Bits;
 use super::chain::{Content, Lower, Opened, Opener, path_to_store, reference, resolve};
 use super::create::{CreateOptions, create_cow};
-use super::state::{check_writable, load_live, make_writable, set_backing_path};
+use super::state::{check_writable, make_writable, set_backing_path};
 use super::{CowFormat, DiskOptions, OpenError};
 use crate::disk::{Layer, WritableCow};
 use crate::storage::{Access, Env, Storage};
@@ -16,6 +17,8 @@ use crate::storage::{Access, Env, Storage};
 pub(crate) struct Chain<F> {
     pub(crate) layers: Vec<Layer<F>>,
     pub(crate) map: LayerMap,
+    /// Of each COW file, the top first.
+    pub(crate) bits: Vec<Bits<F>>,
     pub(crate) data_offset: ByteOffset,
     pub(crate) size: u64,
     pub(crate) cow: Option<WritableCow<F>>,
@@ -36,6 +39,7 @@ pub(crate) fn open_single<E: Env>(
     Ok(Chain {
         layers,
         map: LayerMap::raw(len),
+        bits: Vec::new(),
         data_offset: ByteOffset::new(0),
         size: len,
         cow: None,
@@ -69,23 +73,22 @@ pub(crate) fn open_chain<E: Env>(
     }
     let below = opener.below(path, &header, base)?;
     let geometry = *header.geometry();
-    let bitmap = top.bitmap(&geometry)?;
-    let live_is_valid = load_live(env, &top, &header, &bitmap)?;
-    top.check_data(&geometry, &bitmap)?;
+    let bits = Bits::find(env, &top, &header)?;
+    bits.check_data(&top)?;
 
     let mut cow = None;
     if !options.read_only {
         if let (Some(base), Some(nearest)) = (base, below.first()) {
             adopt_base(env, &top, &mut header, base, &nearest.opened)?;
         }
-        cow = Some(make_writable(env, &top, header, &bitmap, live_is_valid)?);
+        cow = Some(make_writable(env, &top, header, bits.live_counts())?);
     }
-    fold(top, below, geometry, bitmap, cow)
+    join(top, below, geometry, bits, cow)
 }
 
-/// Folds what the files of a chain say of the disk. `complete`: the top holds its last sector whole, as one does that
-/// is open for writing.
-pub(crate) fn fold_map<F>(
+/// The map of a chain, of which nothing is known yet. `complete`: the top holds its last sector whole, as one does that is
+/// open for writing.
+pub(crate) fn new_map<F>(
     top: &Opened<F>,
     below: &[Lower<F>],
     geometry: &Geometry,
@@ -94,7 +97,7 @@ pub(crate) fn fold_map<F>(
 ) -> Result<LayerMap, OpenError> {
     let frozen = below.iter().filter_map(|lower| match &lower.content {
         Content::Raw => None,
-        Content::Cow(geometry, bitmap) => Some(LowerLayer { geometry, bitmap }),
+        Content::Cow(geometry, _) => Some(*geometry),
     });
     let frozen: Vec<_> = frozen.collect();
     let base = below.last().filter(|lower| matches!(lower.content, Content::Raw));
@@ -112,18 +115,25 @@ pub(crate) fn fold_map<F>(
 }
 
 /// Joins the files of a chain.
-fn fold<F>(
+fn join<F>(
     top: Opened<F>,
     below: Vec<Lower<F>>,
     geometry: Geometry,
-    bitmap: Bitmap,
+    bits: Bits<F>,
     cow: Option<WritableCow<F>>,
 ) -> Result<Chain<F>, OpenError> {
-    let map = fold_map(&top, &below, &geometry, bitmap, cow.is_some())?;
-    let files = std::iter::once(top).chain(below.into_iter().map(|lower| lower.opened));
-    let layers = files.map(|opened| Layer { file: opened.file, path: opened.path }).collect();
+    let bitmap = Bitmap::unknown(geometry.sectors());
+    let map = new_map(&top, &below, &geometry, bitmap, cow.is_some())?;
+    let mut layers = vec![Layer { file: top.file, path: top.path }];
+    let mut all_bits = vec![bits];
+    for lower in below {
+        layers.push(Layer { file: lower.opened.file, path: lower.opened.path });
+        if let Content::Cow(_, bits) = lower.content {
+            all_bits.push(bits);
+        }
+    }
     let (data_offset, size) = (geometry.data_offset(), geometry.virtual_size());
-    Ok(Chain { layers, map, data_offset, size, cow })
+    Ok(Chain { layers, map, bits: all_bits, data_offset, size, cow })
 }
 
 /// Where the header leads elsewhere than to the base that was named, it gets the new path, as with UML.

@@ -1,6 +1,7 @@
 //! Reading a bitmap from a file: only where the file has data.
 
 use std::io;
+use std::ops::Range;
 
 use cow_format::{BITMAP_PAGE, ByteOffset, Geometry};
 
@@ -9,18 +10,20 @@ use crate::storage::Storage;
 /// Bitmap pages read at once (256 KiB): few system calls for a dense bitmap, little memory.
 const READ_PAGES: u64 = 64;
 
-/// Hands out the pages of the bitmap at `bitmap` in `file` that may have a bit set. A page on the border of the bitmap or
-/// of the file is shorter than 4096 bytes.
+/// Hands out those of `pages` of the bitmap at `bitmap` in `file` that may have a bit set. A page on the border of the
+/// bitmap or of the file is shorter than 4096 bytes.
 pub(crate) fn read_pages(
     file: &impl Storage,
     bitmap: ByteOffset,
     geometry: &Geometry,
-    mut found: impl FnMut(u64, &[u8]),
+    pages: &Range<u64>,
+    mut found: impl FnMut(u64, &[u8]) -> io::Result<()>,
 ) -> io::Result<()> {
     let page_len = BITMAP_PAGE as u64;
-    let (start, end) = (bitmap.get(), bitmap.get() + geometry.bitmap_len());
+    let start = bitmap.get();
+    let end = start + (pages.end * page_len).min(geometry.bitmap_len());
     let mut buf = Vec::new();
-    let mut at = start;
+    let mut at = start + pages.start * page_len;
     while at < end {
         let Some(data) = file.next_data(ByteOffset::new(at))? else { break };
         // Down to the page that holds the first byte, which is never before `at`.
@@ -33,7 +36,7 @@ pub(crate) fn read_pages(
         buf.resize(usize::try_from(to - from).map_err(io::Error::other)?, 0);
         let n = file.read_at(&mut buf, ByteOffset::new(from))?;
         for (page, bytes) in ((from - start) / page_len..).zip(buf[..n].chunks(BITMAP_PAGE)) {
-            found(page, bytes);
+            found(page, bytes)?;
         }
         at = to;
     }

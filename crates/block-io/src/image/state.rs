@@ -4,15 +4,15 @@
 use std::io;
 use std::path::Path;
 use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
 
 use cow_format::header::{self, Backing, NativeHeader, NativeState, UmlHeader};
 use cow_format::identity::Timestamp;
-use cow_format::{Bitmap, ByteOffset, Geometry, Header, HeaderError};
+use cow_format::{ByteOffset, Geometry, Header, HeaderError};
 
 use super::OpenError;
 use super::chain::Opened;
-use super::live::{LiveBitmap, load_side_file};
-use super::pages::read_pages;
+use super::live::LiveBitmap;
 use crate::disk::WritableCow;
 use crate::mem::SECTOR;
 use crate::storage::{Env, Storage};
@@ -116,41 +116,11 @@ pub(crate) fn check_writable(path: &Path, header: &Header) -> Result<(), OpenErr
     }
 }
 
-/// Adds to `bitmap` what the live bitmap says, if it is of this boot and file; says whether it is. Changes nothing.
-pub(crate) fn load_live<E: Env>(
-    env: &E,
-    cow: &Opened<E::File>,
-    header: &Header,
-    bitmap: &Bitmap,
-) -> Result<bool, OpenError> {
-    let read = OpenError::io(&cow.path, "read the live bitmap");
-    match header {
-        Header::Uml(uml) => {
-            let path = env.canonical(&cow.path).map_err(OpenError::io(&cow.path, "resolve"))?;
-            load_side_file(env, &cow.file, &path, bitmap, uml.geometry()).map_err(read)
-        }
-        Header::Native(native) => {
-            let (Some(boot), Some(at)) =
-                (native_boot(env)?, native.geometry().live_bitmap_offset())
-            else {
-                return Ok(false);
-            };
-            if !native.live_counts(boot) {
-                return Ok(false);
-            }
-            let add = |page, bytes: &[u8]| bitmap.load_live(page, bytes);
-            read_pages(&cow.file, at, native.geometry(), add).map_err(read)?;
-            Ok(true)
-        }
-    }
-}
-
 /// Makes a COW file ready for writes: the live bitmap stands, and a successor will know whether it counts.
 pub(crate) fn make_writable<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
     mut header: Header,
-    bitmap: &Bitmap,
     live_is_valid: bool,
 ) -> Result<WritableCow<E::File>, OpenError> {
     let geometry = *header.geometry();
@@ -165,17 +135,23 @@ pub(crate) fn make_writable<E: Env>(
             let Some(at) = geometry.live_bitmap_offset() else {
                 return Err(make(io::Error::other("the header gives it no place")));
             };
-            let live = LiveBitmap::native(&cow.file, at, &geometry, bitmap, live_is_valid);
+            let settled = native.live_is_settled();
+            let live = LiveBitmap::native(&cow.file, at, &geometry, live_is_valid || settled);
             let live = live.map_err(make)?;
             // Only now: under this boot's name it must say nothing that does not hold.
             let boot = native_boot(env)?;
             let set = native.set_in_use(boot).map_err(UpdateError::from);
             set.and_then(|()| write_native(&cow.file, native)).map_err(|err| err.at(&cow.path))?;
+            if settled {
+                // Before the first live bit: under the header before this one nobody would look for it.
+                cow.file.sync().map_err(OpenError::io(&cow.path, "sync"))?;
+            }
             live
         }
     };
     hold_name(env, &cow.path).map_err(OpenError::io(&cow.path, "sync the directory of"))?;
-    Ok(WritableCow { header: Mutex::new(header), geometry, live })
+    let unread = AtomicBool::new(live_is_valid);
+    Ok(WritableCow { header: Mutex::new(header), geometry, live, unread })
 }
 
 /// Lengthens a file that ends before the disk's last sector does, as one does over a base of no whole number of sectors.
@@ -211,6 +187,17 @@ pub(crate) fn mark_clean(file: &impl Storage, header: &mut Header) -> Result<(),
     }
 }
 
+/// The same, of a file that [`make_writable`] made ready: its live bitmap has nothing that is not durable.
+pub(crate) fn mark_settled(file: &impl Storage, header: &mut Header) -> Result<(), UpdateError> {
+    match header {
+        Header::Uml(_) => Ok(()),
+        Header::Native(native) => {
+            native.set_clean_and_settled()?;
+            write_native_synced(file, native)
+        }
+    }
+}
+
 /// Gives the backing file another path, durably.
 pub(crate) fn set_backing_path(
     file: &impl Storage,
@@ -231,7 +218,7 @@ pub(crate) fn set_backing_path(
 }
 
 /// The boot id as a native header has it.
-fn native_boot<E: Env>(env: &E) -> Result<Option<header::BootId>, OpenError> {
+pub(crate) fn native_boot<E: Env>(env: &E) -> Result<Option<header::BootId>, OpenError> {
     let boot = env.boot_id().map_err(OpenError::io("/proc/sys/kernel/random/boot_id", "read"))?;
     Ok(header::BootId::new(Uuid::from_bytes(boot.0)))
 }

@@ -9,8 +9,9 @@ use cow_format::{BITMAP_PAGE, Bitmap, ByteOffset, Geometry, Header};
 use super::OpError;
 use crate::disk::Disk;
 use crate::image::DiskOptions;
+use crate::image::bits::Bits;
 use crate::image::chain::{Opened, Opener};
-use crate::image::state::{load_live, write_native_synced};
+use crate::image::state::write_native_synced;
 use crate::storage::{Env, Storage};
 
 /// Bytes of disk that one page of the bitmap speaks of.
@@ -38,8 +39,9 @@ pub fn check<E: Env>(env: &E, path: &Path, repair: bool) -> Result<Vec<Checked>,
     let options = DiskOptions { read_only: !repair, ..DiskOptions::default() };
     let cow = Opener::new(env, &options, path).top()?;
     let mut header = cow.header()?;
-    let bitmap = cow.bitmap(header.geometry())?;
-    if load_live(env, &cow, &header, &bitmap)? && matches!(header, Header::Uml(_)) {
+    let bits = Bits::find(env, &cow, &header)?;
+    let bitmap = bits.load_all(&cow)?;
+    if bits.live_counts() && matches!(header, Header::Uml(_)) {
         checked.push(Checked { finding: Finding::NotClosed, repaired: false });
     }
     let found = find(&cow, &header, &bitmap)?;
@@ -55,10 +57,9 @@ fn close_in_order<E: Env>(env: &E, path: &Path) -> Result<bool, OpError> {
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
     let cow = Opener::new(env, &options, path).top()?;
     let header = cow.header()?;
-    let bitmap = Bitmap::new(header.geometry().sectors());
     let not_closed = match &header {
         Header::Native(native) => matches!(native.state(), NativeState::InUse { .. }),
-        Header::Uml(_) => load_live(env, &cow, &header, &bitmap)?,
+        Header::Uml(_) => Bits::find(env, &cow, &header)?.live_counts(),
     };
     drop(cow);
     if not_closed {

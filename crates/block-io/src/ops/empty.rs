@@ -45,7 +45,12 @@ pub(super) fn empty<E: Env>(
             _ => {}
         }
     }
-    // All of the room: what lies past the end must not come to life by growth. The live bitmap of a clean file is void.
+    if let Some(live) = geometry.live_bitmap_offset() {
+        // Void as it is, it must never have a bit that the durable one lacks: see the format, section 6.
+        punch(live, check::room(header))?;
+        sync()?;
+    }
+    // All of the room: what lies past the end must not come to life by growth.
     punch(geometry.bitmap_offset(), check::room(header))?;
     sync()?;
     // The last block as a whole, though the file may end within it.

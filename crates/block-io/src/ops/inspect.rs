@@ -7,8 +7,8 @@ use cow_format::identity::{ActualIdentity, BackingIdentity, IdentityError};
 use cow_format::{Bitmap, Header, HeaderError, SectorCount};
 
 use super::note::note_path;
+use crate::image::bits::Bits;
 use crate::image::chain::{Opened, Reference, reference, resolve};
-use crate::image::state::load_live;
 use crate::image::{CHAIN_DEPTH_MAX, OpenError};
 use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};
 
@@ -244,8 +244,8 @@ fn look_inside<E: Env>(
         }
         Err(err) => return Err(err),
     };
-    let bitmap = opened.bitmap(header.geometry())?;
-    let live = load_live(env, opened, &header, &bitmap)?;
+    let bits = Bits::find(env, opened, &header)?;
+    let (bitmap, live) = (bits.load_all(opened)?, bits.live_counts());
     Ok(Content::Cow(Box::new(CowFacts { header, bitmap, live })))
 }
 

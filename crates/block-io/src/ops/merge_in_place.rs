@@ -27,10 +27,12 @@ use super::merge::WRITERS;
 use super::note::Note;
 use super::zeroes::for_each_run;
 use super::{OpError, Progress, parallel};
+use crate::image::bits::Bits;
 use crate::image::chain::{Content, Lower, Opened, Opener, Reference, path_to_store, reference};
 use crate::image::flush::flush;
-use crate::image::open::fold_map;
-use crate::image::state::{load_live, mark_clean, set_backing_path, write_native_synced};
+use crate::image::learn::learn;
+use crate::image::open::new_map;
+use crate::image::state::{mark_clean, set_backing_path, write_native_synced};
 use crate::image::{CowFormat, DiskOptions, OpenError};
 use crate::storage::{Env, FileKind, Storage};
 
@@ -57,7 +59,7 @@ pub fn merge_in_place<E: Env>(
     progress: Progress<'_>,
 ) -> Result<Merged, OpError> {
     let mut merge = Merge::open(env, cow, base, depth)?;
-    if merge.is_empty() {
+    if merge.empty {
         // The target does not change; a note, and data that no bit speaks of, are from a merge that was all but over.
         merge.settle()?;
         if !merge.between.is_empty() {
@@ -90,6 +92,10 @@ struct Merge<'a, E: Env> {
     header: Header,
     /// What stands between.
     between: Vec<Lower<E::File>>,
+    /// There is nothing to merge: the top and what stands between have no sector.
+    empty: bool,
+    /// Of a target that is a layer.
+    bitmap: Option<Bitmap>,
     target: Lower<E::File>,
     /// How the header above the target knows it.
     stored: BackingIdentity,
@@ -120,10 +126,7 @@ impl<'a, E: Env> Merge<'a, E> {
         };
         let mut opener = opener.writing(depth.get() - 1, &interrupted);
         let mut below = opener.below(cow, &header, base)?;
-        let bitmap = top.bitmap(header.geometry())?;
-        load_live(env, &top, &header, &bitmap)?;
-        top.check_data(header.geometry(), &bitmap)?;
-        let map = fold_map(&top, &below, header.geometry(), bitmap, false)?;
+        let map = whole_map(env, &top, &header, &below)?;
         below.truncate(depth.get());
         let above = below.len().checked_sub(2).and_then(|above| below.get(above));
         let stored = match above {
@@ -137,16 +140,13 @@ impl<'a, E: Env> Merge<'a, E> {
         check_target(&header, &target)?;
         let note = note(&stored, &target.opened);
         let stored = stored.identity;
-        Ok(Merge { env, top, header, between: below, target, stored, map, note })
-    }
-
-    /// Whether there is nothing to merge.
-    fn is_empty(&self) -> bool {
-        let none = |lower: &Lower<E::File>| match &lower.content {
-            Content::Raw => true,
-            Content::Cow(_, bitmap) => bitmap.present().get() == 0,
-        };
-        self.map.top().is_none_or(|top| top.present().get() == 0) && self.between.iter().all(none)
+        let bitmap = bitmap_of(&target)?;
+        let mut empty = map.top().is_none_or(is_empty);
+        for lower in &below {
+            empty &= bitmap_of(lower)?.as_ref().is_none_or(is_empty);
+        }
+        let between = below;
+        Ok(Merge { env, top, header, between, empty, bitmap, target, stored, map, note })
     }
 
     /// Makes everything that the COW file holds durable, and its state clean.
@@ -273,7 +273,7 @@ impl<'a, E: Env> Merge<'a, E> {
 
     /// Sets the bits of a layer, in memory.
     fn insert(&self, at: u64, len: u64) {
-        if let Content::Cow(_, bitmap) = &self.target.content
+        if let Some(bitmap) = &self.bitmap
             && let Some(range) =
                 SectorRange::new(Sector::new(at / SECTOR_SIZE), SectorCount::covering(len))
         {
@@ -284,9 +284,9 @@ impl<'a, E: Env> Merge<'a, E> {
     /// Makes the target durable, with what tells it from what it was.
     fn publish(&mut self) -> Result<(), OpError> {
         let target = &mut self.target.opened;
-        match &self.target.content {
-            Content::Cow(geometry, bitmap) => make_durable(target, bitmap, geometry)?,
-            Content::Raw => {
+        match (&self.target.content, &self.bitmap) {
+            (Content::Cow(geometry, _), Some(bitmap)) => make_durable(target, bitmap, geometry)?,
+            _ => {
                 target.file.sync().map_err(OpError::io(&target.path, "sync"))?;
                 let now = target.file.stat().map_err(OpError::io(&target.path, "stat"))?.mtime;
                 let mtime = other_second(now, &self.stored);
@@ -329,6 +329,41 @@ impl<'a, E: Env> Merge<'a, E> {
         written.map_err(|err| err.at(&top.path))?;
         Ok(true)
     }
+}
+
+/// The map of the whole chain, of which all is known.
+fn whole_map<E: Env>(
+    env: &E,
+    top: &Opened<E::File>,
+    header: &Header,
+    below: &[Lower<E::File>],
+) -> Result<LayerMap, OpenError> {
+    let geometry = header.geometry();
+    let bits = Bits::find(env, top, header)?;
+    bits.check_data(top)?;
+    let map = new_map(top, below, geometry, Bitmap::unknown(geometry.sectors()), false)?;
+    let lowers = below.iter().filter_map(|lower| match &lower.content {
+        Content::Raw => None,
+        Content::Cow(_, bits) => Some((&lower.opened.file, bits)),
+    });
+    let sources: Vec<_> = std::iter::once((&top.file, &bits)).chain(lowers).collect();
+    learn(&map, &sources, geometry.all()).map_err(|(layer, source)| {
+        let lower = layer.checked_sub(1).and_then(|index| below.get(index));
+        let path = lower.map_or(&top.path, |lower| &lower.opened.path);
+        OpenError::io(path, "read the bitmap")(source)
+    })?;
+    Ok(map)
+}
+
+fn bitmap_of<F: Storage>(lower: &Lower<F>) -> Result<Option<Bitmap>, OpenError> {
+    match &lower.content {
+        Content::Raw => Ok(None),
+        Content::Cow(_, bits) => bits.load_all(&lower.opened).map(Some),
+    }
+}
+
+fn is_empty(bitmap: &Bitmap) -> bool {
+    bitmap.present().get() == 0
 }
 
 /// Refuses a target that cannot be written so that it stays what it is.

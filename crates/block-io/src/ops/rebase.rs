@@ -65,7 +65,7 @@ pub fn rebase_unsafe<E: Env>(
 
 /// Copies into `disk` what is present below its top and not the same in `new`.
 fn keep<E: Env, I: Image>(disk: &Disk<E>, new: &I, progress: Progress<'_>) -> Result<(), OpError> {
-    let Some(present) = disk.top_bitmap() else { return Ok(()) };
+    let Some(present) = disk.top_bitmap()? else { return Ok(()) };
     type Both<'a, E, I> = Pair<<Disk<E> as Image>::Reader<'a>, <I as Image>::Reader<'a>>;
     let work = |pair: &mut Both<'_, E, I>, range: SectorRange| {
         // All of them first: bits are set while this goes on.

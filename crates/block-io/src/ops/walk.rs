@@ -123,7 +123,7 @@ impl<E: Env> Reader for Walker<'_, E> {
             }
         };
         let inside = range.clipped_to(Sector::new(self.disk.capacity().get()));
-        for extent in self.disk.extents(inside) {
+        for extent in self.disk.extents(inside)? {
             let (layer, mut at, mut len) = match extent {
                 Extent::Data { layer, at, len } => (layer, at, len),
                 Extent::Zero { len } => {

@@ -72,6 +72,7 @@ impl Drop for SimFile {
 
 impl Storage for SimFile {
     fn read_at(&self, buf: &mut [u8], at: ByteOffset) -> io::Result<usize> {
+        self.sim.hooked(self.ino, Operation::Read { at, len: buf.len() })?;
         let mut world = self.sim.world();
         world.alive(self.life)?;
         Ok(world.inode(self.ino).current.read(buf, at.get()))

@@ -526,7 +526,7 @@ impl Run<'_> {
         }
         let data = content.repeat(usize::try_from(range.count().get()).unwrap());
         self.model.begin(range, content);
-        self.new_bits |= !disk.is_present(range);
+        self.new_bits |= !disk.is_present(range).unwrap();
         let written = |disk: &Disk<Sim>| disk.written(range).map_err(|err| err.to_string());
         if self.harness.fault == Some(Fault::BitmapBeforeData) {
             written(disk)?;

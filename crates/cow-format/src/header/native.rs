@@ -6,7 +6,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use super::backing::Backing;
 use super::check_size;
 use super::error::{Field, HeaderError, Part};
-use super::native_raw::{COPY_LEN, HEADER_LEN, MAGIC, RawHeader, VERSION, state};
+use super::native_raw::{COPY_LEN, HEADER_LEN, LIVE_SETTLED, MAGIC, RawHeader, VERSION, state};
 use crate::bitmap::BITMAP_PAGE;
 use crate::geometry::Geometry;
 use crate::units::{ByteOffset, SECTOR_SIZE, VIRTUAL_SIZE_MAX};
@@ -66,6 +66,7 @@ pub struct NativeHeader {
     state: NativeState,
     content_generation: u64,
     uuid: Uuid,
+    live_settled: bool,
     unknown_features: u64,
     bitmap_capacity: u64,
     geometry: Geometry,
@@ -117,6 +118,7 @@ impl NativeHeader {
             state: NativeState::Clean,
             content_generation: 0,
             uuid,
+            live_settled: false,
             unknown_features: 0,
             bitmap_capacity,
             geometry,
@@ -201,11 +203,15 @@ impl NativeHeader {
         Ok(Self {
             slot,
             generation,
-            broken_copy,
             state,
             content_generation,
             uuid: Uuid::from_bytes(raw.uuid),
-            unknown_features: raw.compatible.get(),
+            // A copy that stands in for a newer one says nothing about that.
+            live_settled: raw.compatible.get() & LIVE_SETTLED != 0
+                && state == NativeState::Clean
+                && broken_copy.is_none(),
+            broken_copy,
+            unknown_features: raw.compatible.get() & !LIVE_SETTLED,
             bitmap_capacity: raw.bitmap_capacity.get(),
             geometry: check_places(raw)?,
             backing: Backing::check(&raw.backing, &raw.backing_path)?,
@@ -263,13 +269,21 @@ impl NativeHeader {
         self.state == NativeState::InUse { live: Some(boot) }
     }
 
-    /// Opens for writing. Before a header that names a boot is written, the live bitmap must say nothing but what
+    /// True if the live bitmap, which is void, has no bit that the durable one lacks: nothing has to be taken out of it
+    /// before [`Self::set_in_use`].
+    pub const fn live_is_settled(&self) -> bool {
+        self.live_settled
+    }
+
+    /// Opens for writing. Where [`Self::live_is_settled`] was true, sync this header before anything is written to the
+    /// live bitmap: else a power cut could leave such bits under the header before it. Before a header that names a boot is written, the live bitmap must say nothing but what
     /// holds: it has no bit that the durable one lacks, or it belongs to this very boot.
     pub fn set_in_use(&mut self, live: Option<BootId>) -> Result<(), HeaderError> {
         self.refuse_frozen()?;
         self.content_generation =
             check_generation(Field::ContentGeneration, self.content_generation + 1)?;
         self.state = NativeState::InUse { live };
+        self.live_settled = false;
         Ok(())
     }
 
@@ -280,9 +294,17 @@ impl NativeHeader {
         Ok(())
     }
 
+    /// The same, by whoever had taken the strange bits out of the live bitmap: see [`Self::live_is_settled`].
+    pub fn set_clean_and_settled(&mut self) -> Result<(), HeaderError> {
+        self.set_clean()?;
+        self.live_settled = true;
+        Ok(())
+    }
+
     /// Freezes for ever; all bits are durable by now.
     pub fn freeze(&mut self) {
         self.state = NativeState::Frozen;
+        self.live_settled = false;
     }
 
     /// Begins a change of a frozen layer's content, by a merge into it: the files over it mean the content that it had.
@@ -346,6 +368,7 @@ impl NativeHeader {
         }
         .into();
         raw.generation = self.generation.into();
+        raw.compatible = (if self.live_settled { LIVE_SETTLED } else { 0 }).into();
         raw.virtual_size = self.geometry.virtual_size.into();
         raw.bitmap_offset = self.geometry.bitmap_offset.into();
         raw.live_bitmap_offset = self.geometry.live_bitmap_offset.unwrap_or(0).into();

@@ -14,6 +14,9 @@ pub const COPY_LEN: usize = HEADER_LEN as usize;
 /// The same, as the field `header_len` has it.
 pub const HEADER_LEN: u32 = 4096;
 
+/// Compatible: the live bitmap of this clean file has no bit that the durable one lacks.
+pub const LIVE_SETTLED: u64 = 1;
+
 /// Bytes of the path field: what the fixed fields leave of a copy, so that a copy is one block of the file system.
 pub const PATH_LEN: usize = 3584;
 

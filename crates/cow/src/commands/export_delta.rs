@@ -107,7 +107,7 @@ impl Export<'_> {
             let count = SectorCount::new(STEP.min(end - start));
             let Some(range) = SectorRange::new(Sector::new(start), count) else { break };
             let mut at = start * SECTOR_SIZE;
-            for extent in self.disk.extents(range) {
+            for extent in self.disk.extents(range)? {
                 let (Extent::Data { len, .. } | Extent::Zero { len }) = extent;
                 match extent {
                     Extent::Data { layer, at: place, .. } if layer.get() < self.depth => {

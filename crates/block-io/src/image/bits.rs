@@ -1,0 +1,166 @@
+//! Where the bits of a COW file stand, and reading them: as a whole, or page by page when they are asked for.
+
+use std::io;
+use std::ops::Range;
+
+use cow_format::{BITMAP_PAGE, Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS, SECTOR_SIZE};
+
+use super::OpenError;
+use super::chain::Opened;
+use super::live::open_side_file;
+use super::pages::read_pages;
+use super::side_file;
+use super::state::native_boot;
+use crate::storage::{Env, Storage};
+
+const PAGE_LEN: u64 = BITMAP_PAGE as u64;
+
+/// The bitmaps of one COW file that count.
+pub(crate) struct Bits<F> {
+    geometry: Geometry,
+    live: Option<Live<F>>,
+}
+
+/// The live bitmap, of this boot.
+enum Live<F> {
+    /// In the COW file itself.
+    Native(ByteOffset),
+    SideFile(F),
+}
+
+impl<F: Storage> Bits<F> {
+    /// Finds out whether the live bitmap counts. Changes nothing.
+    pub(crate) fn find<E: Env<File = F>>(
+        env: &E,
+        cow: &Opened<F>,
+        header: &Header,
+    ) -> Result<Self, OpenError> {
+        let geometry = *header.geometry();
+        let live = match header {
+            Header::Uml(_) => {
+                let path = env.canonical(&cow.path).map_err(OpenError::io(&cow.path, "resolve"))?;
+                let file = open_side_file(env, &cow.file, &path, &geometry);
+                file.map_err(OpenError::io(&cow.path, "read the live bitmap"))?.map(Live::SideFile)
+            }
+            Header::Native(native) => match native_boot(env)? {
+                Some(boot) if native.live_counts(boot) => {
+                    geometry.live_bitmap_offset().map(Live::Native)
+                }
+                _ => None,
+            },
+        };
+        Ok(Bits { geometry, live })
+    }
+
+    /// Whether the live bitmap counts beside the durable one.
+    pub(crate) fn live_counts(&self) -> bool {
+        self.live.is_some()
+    }
+
+    /// The file of the live bitmap, if it counts, and where it begins there.
+    fn live<'a>(&'a self, cow: &'a F) -> Option<(&'a F, ByteOffset)> {
+        Some(match self.live.as_ref()? {
+            Live::Native(at) => (cow, *at),
+            Live::SideFile(file) => (file, side_file::BITMAP_AT),
+        })
+    }
+
+    /// All of them. What only the live bitmap says is dirty.
+    pub(crate) fn load_all(&self, cow: &Opened<F>) -> Result<Bitmap, OpenError> {
+        let bitmap = Bitmap::unknown(self.geometry.sectors());
+        let loaded = self.load(&cow.file, &bitmap, 0..bitmap.pages());
+        loaded.map_err(OpenError::io(&cow.path, "read the bitmap"))?;
+        Ok(bitmap)
+    }
+
+    /// Adds `pages` to `bitmap`, which knows them then. Of several threads that do so at once each adds what there is.
+    pub(crate) fn load(&self, cow: &F, bitmap: &Bitmap, pages: Range<u64>) -> io::Result<()> {
+        // The durable bits first: what the live bitmap adds to them has to be flushed.
+        self.for_each(cow, &pages, |page, bytes, live| match live {
+            false => bitmap.load_durable(page, bytes),
+            true => bitmap.load_live(page, bytes),
+        })?;
+        bitmap.set_known(pages);
+        Ok(())
+    }
+
+    /// Hands out those of `pages` that may have a bit set: first the durable ones, then, if it counts, those of the live
+    /// bitmap, which is what the flag says. A page on the border may be shorter than 4096 bytes.
+    pub(crate) fn for_each(
+        &self,
+        cow: &F,
+        pages: &Range<u64>,
+        mut found: impl FnMut(u64, &[u8], bool),
+    ) -> io::Result<()> {
+        for (index, (file, at)) in self.places(cow).enumerate() {
+            read_pages(file, at, &self.geometry, pages, |page, bytes| {
+                found(page, bytes, index > 0);
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Whether a bit of `pages` may be set.
+    pub(crate) fn may_have(&self, cow: &F, pages: &Range<u64>) -> io::Result<bool> {
+        for (file, at) in self.places(cow) {
+            let end = at.get() + (pages.end * PAGE_LEN).min(self.geometry.bitmap_len());
+            let start = at.get() + pages.start * PAGE_LEN;
+            if file.next_data(ByteOffset::new(start))?.is_some_and(|data| data.start < end) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// The bitmaps that count, the durable one first: file and beginning.
+    fn places<'a>(&'a self, cow: &'a F) -> impl Iterator<Item = (&'a F, ByteOffset)> {
+        std::iter::once((cow, self.geometry.bitmap_offset())).chain(self.live(cow))
+    }
+
+    /// Hands out the pages in which the live bitmap has bits that the durable one lacks, if it counts.
+    pub(crate) fn for_each_strange(
+        &self,
+        cow: &F,
+        found: impl FnMut(u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        match self.live(cow) {
+            Some((file, at)) => for_each_strange(cow, &self.geometry, file, at, found),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses a file that lacks the data of a present sector. Only pages that speak of what lies past the end of the file
+    /// are read.
+    pub(crate) fn check_data(&self, cow: &Opened<F>) -> Result<(), OpenError> {
+        let held = cow.disk_bytes(&self.geometry);
+        let bitmap = Bitmap::new(self.geometry.sectors());
+        if held < self.geometry.virtual_size() {
+            let first = held / (PAGE_SECTORS * SECTOR_SIZE);
+            let read = self.load(&cow.file, &bitmap, first..bitmap.pages());
+            read.map_err(OpenError::io(&cow.path, "read the bitmap"))?;
+        }
+        cow.check_data(&self.geometry, &bitmap)
+    }
+}
+
+/// Hands out the pages in which the live bitmap at `at` in `live` has bits that the durable one of `cow` lacks.
+pub(crate) fn for_each_strange<F: Storage>(
+    cow: &F,
+    geometry: &Geometry,
+    live: &F,
+    at: ByteOffset,
+    mut found: impl FnMut(u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut known = [0; BITMAP_PAGE];
+    read_pages(live, at, geometry, &(0..u64::MAX / PAGE_LEN), |page, bytes| {
+        if bytes.iter().all(|&byte| byte == 0) {
+            return Ok(());
+        }
+        cow.read_zero_filled(&mut known[..geometry.bitmap_page_len(page)], geometry.page_at(page))?;
+        match bytes.iter().zip(&known).all(|(live, known)| live & !known == 0) {
+            true => Ok(()),
+            false => found(page),
+        }
+    })
+}

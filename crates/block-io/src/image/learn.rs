@@ -1,0 +1,108 @@
+//! Reading the bitmaps of a chain into its map where they are asked for, so that opening a large disk reads none of them.
+
+use std::io;
+use std::ops::Range;
+
+use cow_format::{LayerMap, SectorRange};
+
+use super::bits::Bits;
+use crate::storage::Storage;
+
+/// Bitmap pages that are read at once (64 KiB, 256 MiB of disk): what lies near is asked for soon, and a read of so much
+/// takes no longer than one of a page.
+const GROUP: u64 = 16;
+
+/// A layer, counted from 0 for the top, whose bitmap could not be read.
+pub(crate) type Failed = (usize, io::Error);
+
+/// The COW files of a chain, the top first, and where each has its bits.
+pub(crate) type Sources<'a, F> = [(&'a F, &'a Bits<F>)];
+
+/// Adds to `map` what is not known of `range`.
+pub(crate) fn learn<F: Storage>(
+    map: &LayerMap,
+    sources: &Sources<'_, F>,
+    range: SectorRange,
+) -> Result<(), Failed> {
+    while let Some(page) = map.next_unknown(range) {
+        // What is known of the top stands in its bitmap.
+        if map.top().is_some_and(|top| !top.is_known(page)) {
+            learn_top_group(map, sources, page)?;
+        }
+        if !map.is_folded(page) {
+            learn_below_group(map, sources, page)?;
+        }
+    }
+    Ok(())
+}
+
+/// Adds to the top's bitmap what is not known of `range`.
+pub(crate) fn learn_top<F: Storage>(
+    map: &LayerMap,
+    sources: &Sources<'_, F>,
+    range: SectorRange,
+) -> Result<(), Failed> {
+    while let Some(page) = map.top().and_then(|top| top.next_unknown(range)) {
+        learn_top_group(map, sources, page)?;
+    }
+    Ok(())
+}
+
+fn learn_top_group<F: Storage>(
+    map: &LayerMap,
+    sources: &Sources<'_, F>,
+    page: u64,
+) -> Result<(), Failed> {
+    let (Some(top), Some((file, bits))) = (map.top(), sources.first()) else { return Ok(()) };
+    let region = map.region_of(page);
+    if !bits.may_have(file, &region).map_err(|err| (0, err))? {
+        top.set_known(region);
+        return Ok(());
+    }
+    in_group(&region, page, |pages| bits.load(file, top, pages).map_err(|err| (0, err)))
+}
+
+fn learn_below_group<F: Storage>(
+    map: &LayerMap,
+    sources: &Sources<'_, F>,
+    page: u64,
+) -> Result<(), Failed> {
+    let region = map.region_of(page);
+    let below = || sources.iter().enumerate().skip(1);
+    if !map.is_region_begun(page) {
+        let has = below()
+            .map(|(layer, (file, bits))| bits.may_have(file, &region).map_err(|err| (layer, err)));
+        let has = has.collect::<Result<Vec<_>, _>>()?;
+        map.begin_region(page, |index| has.get(index).is_some_and(|has| *has));
+        if map.is_folded(page) {
+            return Ok(());
+        }
+    }
+    in_group(&region, page, |pages| {
+        let mut folds: Vec<_> = pages.clone().map(|page| map.fold(page)).collect();
+        for (layer, (file, bits)) in below().rev() {
+            // The ends of a layer count even where it has no sector.
+            folds.iter_mut().for_each(|fold| fold.lay_over(layer - 1, &[]));
+            let lay = |page: u64, bytes: &[u8], _live| {
+                let fold =
+                    usize::try_from(page - pages.start).ok().and_then(|at| folds.get_mut(at));
+                if let Some(fold) = fold {
+                    fold.lay_over(layer - 1, bytes);
+                }
+            };
+            bits.for_each(file, &pages, lay).map_err(|err| (layer, err))?;
+        }
+        folds.into_iter().for_each(|fold| fold.publish());
+        Ok(())
+    })
+}
+
+/// Reads the group of `page`, or, if that fails, the page alone: what cannot be read need not be what is asked for.
+fn in_group(
+    region: &Range<u64>,
+    page: u64,
+    read: impl Fn(Range<u64>) -> Result<(), Failed>,
+) -> Result<(), Failed> {
+    let first = page / GROUP * GROUP;
+    read(first..(first + GROUP).min(region.end)).or_else(|_| read(page..page + 1))
+}

@@ -1,0 +1,366 @@
+//! Everything below the top of a chain, folded into one map from sector to layer: a lookup costs the same at any depth.
+//!
+//! It is folded where it is asked for, in chunks of one bitmap page (16 MiB of disk): the caller reads that page of every
+//! layer, lays them over each other, the deepest first, and puts the result in. What is below never changes, so it does
+//! not matter who does that, nor how often.
+
+use std::sync::OnceLock;
+
+use crate::bitmap::{
+    BITMAP_PAGE, PAGE_SECTORS, REGION_CHUNKS, REGION_SECTORS, offset_in, usize_of,
+};
+
+/// In place of a layer's index: no layer has this sector, it reads as zeros.
+pub(crate) const NOWHERE: u8 = u8::MAX;
+
+/// A block that comes from several places: see [`Blocks::mixed`]. No layer has this index.
+const MIXED: u8 = NOWHERE - 1;
+
+/// Sectors in a block, the piece that guests write.
+const BLOCK: usize = 8;
+const CHUNK_SECTORS: usize = BITMAP_PAGE * 8;
+const CHUNK_BLOCKS: usize = CHUNK_SECTORS / BLOCK;
+
+/// Runs of a chunk that are searched; they fit a cache line.
+const RUNS_MAX: usize = 16;
+/// With more mixed blocks than this a byte for each sector is smaller.
+const MIXED_MAX: u32 = 2048;
+
+/// From sector to layer. Levels that are all alike are one entry.
+#[derive(Debug)]
+pub(crate) struct Folded {
+    /// Of the disk.
+    sectors: u64,
+    /// The sectors of each layer below the top, nearest first. What lies above a layer's end is zeros, whatever is deeper.
+    layers: Vec<u64>,
+    /// The index of the base image, one more than the deepest layer's.
+    base: u8,
+    base_sectors: u64,
+    regions: Box<[OnceLock<Region>]>,
+}
+
+#[derive(Debug)]
+enum Region {
+    Uniform(u8),
+    Chunks(Box<[OnceLock<Chunk>]>),
+}
+
+#[derive(Debug)]
+enum Chunk {
+    Uniform(u8),
+    /// Ascending, the first at 0; each goes on to the next one's start.
+    Runs(Box<[Span]>),
+    Blocks(Box<Blocks>),
+    /// By sector.
+    Sectors(Box<[u8]>),
+}
+
+/// The start, in sectors of the chunk, of a run that comes from one place.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    start: u16,
+    from: u8,
+}
+
+/// Blocks here and there that do not come from where most do.
+#[derive(Debug)]
+struct Blocks {
+    most: u8,
+    /// A bit for each block that does not come from `most`.
+    other: [u64; CHUNK_BLOCKS / 64],
+    /// The blocks in `other` before each of its words.
+    before: [u16; CHUNK_BLOCKS / 64],
+    /// Where those come from, in order, or [`MIXED`].
+    from: Box<[u8]>,
+    /// Ascending by block: where each sector of a mixed block comes from.
+    mixed: Box<[(u16, [u8; BLOCK])]>,
+}
+
+impl Folded {
+    pub(crate) fn new(sectors: u64, layers: Vec<u64>, base_sectors: u64, base: u8) -> Self {
+        let regions = (0..sectors.div_ceil(REGION_SECTORS)).map(|_| OnceLock::new()).collect();
+        let folded = Self { sectors, layers, base, base_sectors, regions };
+        if folded.layers.is_empty() {
+            // Nobody has to be asked.
+            (0..folded.regions.len() as u64)
+                .for_each(|region| folded.begin_region(region, |_| false));
+        }
+        folded
+    }
+
+    /// Whether page `page` is in the map.
+    #[inline]
+    pub(crate) fn is_known(&self, page: u64) -> bool {
+        match self.regions.get(usize_of(page / REGION_CHUNKS as u64)).map(OnceLock::get) {
+            Some(Some(Region::Chunks(chunks))) => {
+                chunks.get(offset_in(page, REGION_CHUNKS as u64)).is_none_or(|c| c.get().is_some())
+            }
+            Some(None) => false,
+            Some(Some(Region::Uniform(_))) | None => true,
+        }
+    }
+
+    /// Whether anything is known of the region of page `page`.
+    pub(crate) fn is_begun(&self, page: u64) -> bool {
+        self.regions.get(usize_of(page / REGION_CHUNKS as u64)).is_none_or(|r| r.get().is_some())
+    }
+
+    /// Begins region `index`: `has` says of each layer, counted from 0 for the nearest, whether it may have a sector of it.
+    pub(crate) fn begin_region(&self, index: u64, has: impl Fn(usize) -> bool) {
+        let Some(region) = self.regions.get(usize_of(index)) else { return };
+        region.get_or_init(|| {
+            let (start, end) = (index * REGION_SECTORS, (index + 1) * REGION_SECTORS);
+            if let Some(from) = self.uniform(start, end.min(self.sectors), &has) {
+                return Region::Uniform(from);
+            }
+            let pages = start / PAGE_SECTORS..end.min(self.sectors).div_ceil(PAGE_SECTORS);
+            // Where no layer has anything only the ends of the files are left.
+            let plain = !(0..self.layers.len()).any(&has);
+            let chunk = |page| match plain {
+                true => OnceLock::from(self.plain(page)),
+                false => OnceLock::new(),
+            };
+            Region::Chunks(pages.map(chunk).collect())
+        });
+    }
+
+    /// Page `page`, of which no layer has a sector.
+    fn plain(&self, page: u64) -> Chunk {
+        let mut fold = self.begin(page);
+        (0..self.layers.len()).rev().for_each(|index| fold.lay_over(index, &[]));
+        fold.finish()
+    }
+
+    /// Where `start..end` comes from, if that is plain to see: no layer has a sector of it or ends in it.
+    fn uniform(&self, start: u64, end: u64, has: &impl Fn(usize) -> bool) -> Option<u8> {
+        for (index, &layer_end) in self.layers.iter().enumerate() {
+            if layer_end <= start {
+                return Some(NOWHERE);
+            }
+            if layer_end < end || has(index) {
+                return None;
+            }
+        }
+        match self.base_sectors {
+            base_end if base_end >= end => Some(self.base),
+            base_end if base_end <= start => Some(NOWHERE),
+            _ => None,
+        }
+    }
+
+    /// Begins to fold page `page`, with the base.
+    pub(crate) fn begin(&self, page: u64) -> Fold<'_> {
+        let mut fold = Fold { map: self, page, content: Content::Uniform(self.base) };
+        fold.cut(self.base_sectors);
+        fold
+    }
+
+    /// The layer of `sector` and the end, at most `end`, of the run that is known without looking further. The page must
+    /// be known.
+    #[inline]
+    pub(crate) fn lookup(&self, sector: u64, end: u64) -> (u8, u64) {
+        let region = self.regions.get(usize_of(sector / REGION_SECTORS));
+        let Some(region) = region.filter(|_| sector < self.sectors) else {
+            return (NOWHERE, end);
+        };
+        let chunk_start = sector / PAGE_SECTORS * PAGE_SECTORS;
+        let chunk = match region.get() {
+            Some(Region::Uniform(from)) => {
+                let region_end = (sector / REGION_SECTORS + 1) * REGION_SECTORS;
+                return (*from, end.min(self.sectors).min(region_end));
+            }
+            Some(Region::Chunks(chunks)) => {
+                chunks[offset_in(sector / PAGE_SECTORS, REGION_CHUNKS as u64)].get()
+            }
+            None => None,
+        };
+        let Some(chunk) = chunk else {
+            debug_assert!(false, "sector {sector} is looked up before its page is known");
+            return (NOWHERE, end);
+        };
+        let limit = end.min(self.sectors).min(chunk_start + PAGE_SECTORS) - chunk_start;
+        let (from, run_end) = chunk.lookup(usize_of(sector - chunk_start), usize_of(limit));
+        (from, chunk_start + run_end as u64)
+    }
+}
+
+/// One page being folded: the layers laid over each other so far.
+pub(crate) struct Fold<'a> {
+    map: &'a Folded,
+    page: u64,
+    content: Content,
+}
+
+enum Content {
+    Uniform(u8),
+    /// By sector.
+    Sectors(Box<[u8]>),
+}
+
+impl Fold<'_> {
+    /// Lays the layer `index`, counted from 0 for the nearest, over what is there: its bits as they stand in its file.
+    pub(crate) fn lay_over(&mut self, index: usize, bits: &[u8]) {
+        // A layer's index in the chain is one more.
+        let from = u8::try_from(index + 1).unwrap_or(NOWHERE);
+        if bits.iter().any(|&byte| byte != 0) {
+            let sectors = self.sectors();
+            for (byte, of) in bits.iter().zip(sectors.chunks_exact_mut(BLOCK)) {
+                match byte {
+                    0 => {}
+                    0xff => of.fill(from),
+                    byte => of.iter_mut().enumerate().for_each(|(bit, of)| {
+                        if byte & 1 << bit != 0 {
+                            *of = from;
+                        }
+                    }),
+                }
+            }
+        }
+        let layer_end = self.map.layers.get(index).copied().unwrap_or(0);
+        self.cut(layer_end);
+    }
+
+    /// Nothing comes from sectors at `end` and beyond.
+    fn cut(&mut self, end: u64) {
+        let inside = end.saturating_sub(self.page * PAGE_SECTORS);
+        if inside == 0 {
+            self.content = Content::Uniform(NOWHERE);
+        } else if inside < PAGE_SECTORS {
+            self.sectors()[usize_of(inside)..].fill(NOWHERE);
+        }
+    }
+
+    fn sectors(&mut self) -> &mut [u8] {
+        if let Content::Uniform(from) = self.content {
+            self.content = Content::Sectors(vec![from; CHUNK_SECTORS].into());
+        }
+        match &mut self.content {
+            Content::Sectors(sectors) => sectors,
+            Content::Uniform(_) => &mut [],
+        }
+    }
+
+    /// Puts the page into the map, all layers having been laid over.
+    pub(crate) fn publish(self) {
+        let (map, page) = (self.map, self.page);
+        let region = map.regions.get(usize_of(page / REGION_CHUNKS as u64)).and_then(OnceLock::get);
+        if let Some(Region::Chunks(chunks)) = region
+            && let Some(chunk) = chunks.get(offset_in(page, REGION_CHUNKS as u64))
+        {
+            chunk.get_or_init(|| self.finish());
+        }
+    }
+
+    fn finish(self) -> Chunk {
+        let end = self.map.sectors.saturating_sub(self.page * PAGE_SECTORS).min(PAGE_SECTORS);
+        match self.content {
+            Content::Uniform(from) => Chunk::Uniform(from),
+            Content::Sectors(mut sectors) => {
+                // What lies past the end of the disk is never asked for.
+                let last = sectors.get(usize_of(end).saturating_sub(1)).copied();
+                sectors[usize_of(end)..].fill(last.unwrap_or(NOWHERE));
+                Chunk::new(sectors)
+            }
+        }
+    }
+}
+
+impl Chunk {
+    fn new(sectors: Box<[u8]>) -> Self {
+        let mut spans = Vec::new();
+        let mut at = 0;
+        for run in sectors.chunk_by(|a, b| a == b) {
+            if spans.len() == RUNS_MAX {
+                return Blocks::new(&sectors).map_or(Chunk::Sectors(sectors), Chunk::Blocks);
+            }
+            // Below 2^15.
+            let start = u16::try_from(at).unwrap_or(u16::MAX);
+            spans.push(Span { start, from: run[0] });
+            at += run.len();
+        }
+        match spans[..] {
+            [span] => Chunk::Uniform(span.from),
+            _ => Chunk::Runs(spans.into()),
+        }
+    }
+
+    /// The layer of a sector of the chunk, and the end of its run, at most `limit`, which is past the sector.
+    fn lookup(&self, sector: usize, limit: usize) -> (u8, usize) {
+        match self {
+            Self::Uniform(from) => (*from, limit),
+            Self::Runs(spans) => {
+                let next = spans.partition_point(|span| usize::from(span.start) <= sector);
+                let end = spans.get(next).map_or(limit, |span| limit.min(span.start.into()));
+                (spans[next - 1].from, end)
+            }
+            Self::Blocks(blocks) => blocks.lookup(sector, limit),
+            Self::Sectors(from) => run(&from[sector..limit], sector),
+        }
+    }
+}
+
+/// The value that `from` begins with, and where its run ends, counted from `start` on.
+fn run(from: &[u8], start: usize) -> (u8, usize) {
+    (from[0], start + from.iter().take_while(|&&other| other == from[0]).count())
+}
+
+impl Blocks {
+    /// `None` if too many blocks come from several places each.
+    fn new(sectors: &[u8]) -> Option<Box<Self>> {
+        let mut count = [0u32; 256];
+        let of_block = |block: &[u8]| match block.iter().all(|from| *from == block[0]) {
+            true => block[0],
+            false => MIXED,
+        };
+        let blocks: Vec<u8> = sectors.chunks(BLOCK).map(of_block).collect();
+        blocks.iter().for_each(|&from| count[usize::from(from)] += 1);
+        if count[usize::from(MIXED)] > MIXED_MAX {
+            return None;
+        }
+        count[usize::from(MIXED)] = 0;
+        let most = (0..=u8::MAX).max_by_key(|&from| count[usize::from(from)])?;
+        let (mut other, mut before) = ([0; CHUNK_BLOCKS / 64], [0; CHUNK_BLOCKS / 64]);
+        let (mut from, mut mixed) = (Vec::new(), Vec::new());
+        for (index, &of) in blocks.iter().enumerate() {
+            if index % 64 == 0 {
+                before[index / 64] = u16::try_from(from.len()).ok()?;
+            }
+            if of != most {
+                other[index / 64] |= 1 << (index % 64);
+                from.push(of);
+            }
+            if of == MIXED {
+                let block = sectors.as_chunks().0.get(index)?;
+                mixed.push((u16::try_from(index).ok()?, *block));
+            }
+        }
+        Some(Box::new(Self { most, other, before, from: from.into(), mixed: mixed.into() }))
+    }
+
+    fn lookup(&self, sector: usize, limit: usize) -> (u8, usize) {
+        let first = sector / BLOCK;
+        let from = self.of(first);
+        if from == MIXED {
+            let end = limit.min((first + 1) * BLOCK);
+            let found = self.mixed.binary_search_by_key(&first, |(block, _)| (*block).into());
+            let Ok(found) = found else { return (NOWHERE, end) };
+            let base = first * BLOCK;
+            return run(&self.mixed[found].1[sector - base..end - base], sector);
+        }
+        let mut next = first + 1;
+        while next * BLOCK < limit && self.of(next) == from {
+            next += 1;
+        }
+        (from, limit.min(next * BLOCK))
+    }
+
+    #[inline]
+    fn of(&self, block: usize) -> u8 {
+        let (word, bit) = (self.other[block / 64], block % 64);
+        if word >> bit & 1 == 0 {
+            return self.most;
+        }
+        let rank = (word & ((1 << bit) - 1)).count_ones() as usize;
+        self.from[usize::from(self.before[block / 64]) + rank]
+    }
+}

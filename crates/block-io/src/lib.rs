@@ -6,6 +6,7 @@ mod committer;
 mod disk;
 pub mod file;
 pub mod image;
+mod lease;
 mod lock;
 mod mem;
 pub mod ops;

@@ -1,8 +1,9 @@
 //! Watching the files below the top. Locks keep out those who ask for them; an editor, a `dd` or a `cp` does not, and a
 //! base that changes under a disk spoils it. This cannot be prevented, so it is said loudly and at once.
 //!
-//! By inotify, which sees each write and the end of each opening for writing. A lease (`F_SETLEASE`) would see the opening
-//! itself, but stops the other program for as long as this one takes to answer, and is refused to all but the file's owner.
+//! By a lease, which sees the opening for writing itself, before anything is written, but is refused to all but the file's
+//! owner and root and is not known to every file system; and by inotify, which sees each write and the end of each opening
+//! for writing.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -15,13 +16,21 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 
 use crate::disk::Disk;
+use crate::lease::{Lease, Leases};
 
 /// Stack of the watching thread in bytes: it writes a log line now and then.
 const STACK_BYTES: usize = 128 << 10;
 
+/// A lease that was given back is taken again when the file is closed. The kernel says so a moment before it is: so many
+/// attempts are made, so many milliseconds apart.
+const RETRIES: u32 = 10;
+const RETRY_MS: u16 = 100;
+
 /// What was done to a file on which a disk stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Harm {
+    /// It is being opened for writing, or truncated.
+    Opened,
     /// Its content was written: what the disk reads from it is wrong from now on.
     Written,
     /// It was open for writing. If it was not written, its mtime tells.
@@ -33,10 +42,13 @@ pub enum Harm {
 }
 
 impl Harm {
-    const ALL: [Harm; 4] = [Harm::Written, Harm::OpenForWriting, Harm::Attributes, Harm::Moved];
+    /// What inotify tells of.
+    const NOTIFIED: [Harm; 4] =
+        [Harm::Written, Harm::OpenForWriting, Harm::Attributes, Harm::Moved];
 
     fn flag(self) -> AddWatchFlags {
         match self {
+            Harm::Opened => AddWatchFlags::empty(),
             Harm::Written => AddWatchFlags::IN_MODIFY,
             Harm::OpenForWriting => AddWatchFlags::IN_CLOSE_WRITE,
             Harm::Attributes => AddWatchFlags::IN_ATTRIB,
@@ -47,6 +59,10 @@ impl Harm {
     fn log(self, path: &Path) {
         let path = path.display();
         match self {
+            Harm::Opened => log::error!(
+                "{path}: is being OPENED FOR WRITING by another program while a disk stands on it; it must never be \
+                 written"
+            ),
             Harm::Written => log::error!(
                 "{path}: was WRITTEN by another program while a disk stands on it: the disk's content is damaged"
             ),
@@ -83,20 +99,23 @@ impl BaseWatch {
         report: impl Fn(&Path, Harm) + Send + 'static,
     ) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        let flags = Harm::ALL.into_iter().map(Harm::flag).collect();
+        let flags = Harm::NOTIFIED.into_iter().map(Harm::flag).collect();
         let mut watched = Vec::new();
         for layer in &disk.layers()[1..] {
             // By descriptor: the very file that is open, whatever has its name by now.
             let path = format!("/proc/self/fd/{}", layer.file().as_fd().as_raw_fd());
             let descriptor = inotify.add_watch(path.as_str(), flags)?;
-            watched.push(Watched { descriptor, path: layer.path().to_owned(), unseen: flags });
+            let lease = Lease::new(layer.file().as_fd()).ok();
+            let path = layer.path().to_owned();
+            watched.push(Watched { descriptor, path, lease, unseen: flags, opened: false });
         }
+        let leases = Leases::new()?;
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?;
         // The thread has its own descriptor of the same event.
         let theirs = stop.as_fd().try_clone_to_owned()?;
         let builder = Builder::new().name("base-watch".to_owned()).stack_size(STACK_BYTES);
         let thread = builder.spawn(move || {
-            if let Err(err) = watch(&inotify, &mut watched, &theirs, &report) {
+            if let Err(err) = watch(&inotify, &leases, &mut watched, &theirs, &report) {
                 log::warn!("the files below the disk are not watched any more: {err}");
             }
         })?;
@@ -118,39 +137,92 @@ impl Drop for BaseWatch {
 struct Watched {
     descriptor: WatchDescriptor,
     path: PathBuf,
+    lease: Option<Lease>,
     /// What has not been reported yet: a writer causes an event for each write.
     unseen: AddWatchFlags,
+    /// [`Harm::Opened`] has been reported.
+    opened: bool,
 }
 
 fn watch(
     inotify: &Inotify,
+    leases: &Leases,
     watched: &mut [Watched],
-    stop: &impl AsFd,
+    stopped: &impl AsFd,
     report: &impl Fn(&Path, Harm),
 ) -> io::Result<()> {
+    // The watches stand: who closes the file from now on, so that a lease can be had, is heard of.
+    leases.block()?;
+    watched.iter_mut().for_each(|file| file.begin_lease(leases));
+    let mut tries = 0;
     loop {
         let mut fds = [
             PollFd::new(inotify.as_fd(), PollFlags::POLLIN),
-            PollFd::new(stop.as_fd(), PollFlags::POLLIN),
+            PollFd::new(stopped.as_fd(), PollFlags::POLLIN),
+            PollFd::new(leases.as_fd(), PollFlags::POLLIN),
         ];
-        match poll(&mut fds, PollTimeout::NONE) {
+        let timeout = if tries > 0 { PollTimeout::from(RETRY_MS) } else { PollTimeout::NONE };
+        match poll(&mut fds, timeout) {
             Err(Errno::EINTR) => continue,
             result => result?,
         };
-        if fds[1].any() == Some(true) {
-            return Ok(());
+        let stop = fds[1].any() == Some(true);
+        if leases.told() {
+            watched.iter_mut().for_each(|file| file.give_back(report));
         }
         let events = match inotify.read_events() {
-            Err(Errno::EAGAIN | Errno::EINTR) => continue,
+            Err(Errno::EAGAIN | Errno::EINTR) => Vec::new(),
             events => events?,
         };
         for event in events {
             for file in watched.iter_mut().filter(|file| file.descriptor == event.wd) {
                 let new = file.unseen & event.mask;
                 file.unseen &= !new;
-                let harms = Harm::ALL.into_iter().filter(|harm| new.contains(harm.flag()));
+                let harms = Harm::NOTIFIED.into_iter().filter(|harm| new.contains(harm.flag()));
                 harms.for_each(|harm| report(&file.path, harm));
+                if event.mask.contains(AddWatchFlags::IN_CLOSE_WRITE) {
+                    tries = RETRIES;
+                }
             }
+        }
+        if stop {
+            return Ok(());
+        }
+        if tries > 0 {
+            tries -= 1;
+            if watched.iter_mut().all(Watched::take_lease) {
+                tries = 0;
+            }
+        }
+    }
+}
+
+impl Watched {
+    fn begin_lease(&mut self, leases: &Leases) {
+        let path = self.path.display();
+        match self.lease.as_mut().map(|lease| lease.begin(leases)) {
+            Some(Ok(())) => log::debug!("{path}: leased: who opens it for writing is seen"),
+            Some(Err(err)) => {
+                log::debug!("{path}: no lease ({err}): its opening is not seen, writing it is");
+            }
+            None => log::debug!("{path}: no lease: its opening is not seen, writing it is"),
+        }
+    }
+
+    /// Tries again; whether that need not be repeated.
+    fn take_lease(&mut self) -> bool {
+        // What is refused for other reasons will always be.
+        self.lease.as_mut().is_none_or(|lease| match lease.take() {
+            Err(err) => err.raw_os_error() != Some(libc::EAGAIN),
+            Ok(()) => true,
+        })
+    }
+
+    fn give_back(&mut self, report: &impl Fn(&Path, Harm)) {
+        if self.lease.as_mut().is_some_and(Lease::give_back_if_broken)
+            && !std::mem::replace(&mut self.opened, true)
+        {
+            report(&self.path, Harm::Opened);
         }
     }
 }
@@ -163,8 +235,15 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::sync::mpsc;
 
-    #[test]
-    fn a_writer_of_the_base_is_reported() {
+    struct Fixture {
+        dir: tempfile::TempDir,
+        base: PathBuf,
+        disk: Disk,
+        watch: BaseWatch,
+        reports: mpsc::Receiver<(PathBuf, Harm)>,
+    }
+
+    fn fixture() -> Fixture {
         let dir = tempfile::tempdir().unwrap();
         let (base, cow) = (dir.path().join("base"), dir.path().join("cow"));
         fs::write(&base, [1; 4096]).unwrap();
@@ -178,23 +257,61 @@ mod tests {
         fs::read(&base).unwrap();
         disk.write(disk_range(), &[2; 512]).unwrap();
         disk.close().unwrap();
+        Fixture { dir, base, disk, watch, reports }
+    }
 
+    #[test]
+    fn a_writer_of_the_base_is_reported() {
+        let Fixture { dir, base, disk: _disk, watch, reports } = fixture();
+        // Whether the opening is seen depends on the file system: see the next test.
+        let next = || loop {
+            match reports.recv() {
+                Ok((_, Harm::Opened)) => {}
+                report => return report,
+            }
+        };
         let file = fs::File::options().write(true).open(&base).unwrap();
         file.write_all_at(b"x", 0).unwrap();
         file.write_all_at(b"y", 1).unwrap();
-        assert_eq!(reports.recv().unwrap(), (base.clone(), Harm::Written));
+        assert_eq!(next().unwrap(), (base.clone(), Harm::Written));
         drop(file);
-        assert_eq!(reports.recv().unwrap(), (base.clone(), Harm::OpenForWriting));
-        fs::rename(&base, dir.path().join("moved")).unwrap();
-        assert_eq!(reports.recv().unwrap(), (base.clone(), Harm::Moved));
-        fs::set_permissions(
-            dir.path().join("moved"),
-            fs::metadata(dir.path().join("moved")).unwrap().permissions(),
-        )
-        .unwrap();
-        assert_eq!(reports.recv().unwrap(), (base, Harm::Attributes));
+        assert_eq!(next().unwrap(), (base.clone(), Harm::OpenForWriting));
+        let moved = dir.path().join("moved");
+        fs::rename(&base, &moved).unwrap();
+        assert_eq!(next().unwrap(), (base.clone(), Harm::Moved));
+        fs::set_permissions(&moved, fs::metadata(&moved).unwrap().permissions()).unwrap();
+        assert_eq!(next().unwrap(), (base, Harm::Attributes));
         drop(watch);
-        assert!(reports.recv().is_err(), "each once");
+        assert!(next().is_err(), "each once");
+    }
+
+    #[test]
+    fn who_opens_the_base_for_writing_is_reported_before_a_write() {
+        let Fixture { dir, base, disk: _disk, watch, reports } = fixture();
+        let leases = Leases::new().unwrap();
+        leases.block().unwrap();
+        let other = dir.path().join("other");
+        fs::write(&other, b"").unwrap();
+        let mut lease = Lease::new(fs::File::open(&other).unwrap().as_fd()).unwrap();
+        match lease.begin(&leases) {
+            // A child that another test is just starting may have it open for the moment.
+            Err(err) if err.raw_os_error() != Some(libc::EAGAIN) => {
+                println!("skipped: no leases here: {err}");
+                return;
+            }
+            _ => {}
+        }
+        // For the same reason the watch may get its lease only when this one has closed the file.
+        let opened = (0..).find_map(|_| {
+            // Returns when the lease has been given back.
+            drop(fs::File::options().read(true).write(true).open(&base).unwrap());
+            let next = reports.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+            assert_ne!(next.1, Harm::Written, "nobody wrote");
+            (next.1 == Harm::Opened).then_some(next.0)
+        });
+        assert_eq!(opened, Some(base));
+        drop(watch);
+        assert!(reports.iter().all(|(_, harm)| harm == Harm::OpenForWriting), "each once");
     }
 
     fn disk_range() -> cow_format::SectorRange {

@@ -95,6 +95,20 @@ impl Daemon {
         }
     }
 
+    /// Waits for a log line that contains `yes` or `no`; whether it is `yes`. Earlier lines count.
+    pub fn has_line(&mut self, yes: &str, no: &str) -> bool {
+        let answer = |line: &String| match (line.contains(yes), line.contains(no)) {
+            (false, false) => None,
+            (yes, _) => Some(yes),
+        };
+        loop {
+            if let Some(answer) = self.seen.iter().find_map(answer) {
+                return answer;
+            }
+            self.seen.push(self.lines.recv_timeout(PATIENCE).unwrap());
+        }
+    }
+
     /// Waits until it listens or has ended; whether it listens.
     pub fn listens(&mut self) -> bool {
         while let Ok(line) = self.lines.recv_timeout(PATIENCE) {

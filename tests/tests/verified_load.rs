@@ -212,12 +212,12 @@ fn pages_are_evicted_under_the_load() {
     let done = AtomicBool::new(false);
     let (expected, evictions) = std::thread::scope(|scope| {
         let evicting = scope.spawn(|| {
-            let files = [&disk.base, &disk.cow].map(|path| File::open(path).unwrap());
             let mut evictions = 0;
             while !done.load(Ordering::Acquire) {
-                for file in &files {
+                // The daemon may be about to make the COW file.
+                for file in [&disk.base, &disk.cow].into_iter().flat_map(File::open) {
                     let all = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
-                    posix_fadvise(file, 0, 0, all).unwrap();
+                    posix_fadvise(&file, 0, 0, all).unwrap();
                 }
                 evictions += 1;
             }

@@ -28,6 +28,11 @@ const DIRECT_ALIGN_DEFAULT: u32 = 4096;
 /// Zeros that are written in place of a hole on a file system that cannot punch one.
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
+/// Fewer bytes go through the page cache, where the kernel makes larger writes of them.
+const LARGE_MIN: usize = 128 << 10;
+/// What a direct write is aligned to, in memory and in the file.
+const PAGE: usize = 4096;
+
 /// A real file: a description that goes through the page cache, and maybe a second one that bypasses it.
 ///
 /// Every method here uses the buffered one; the direct one is for the worker's data, see [`File::direct`].
@@ -122,6 +127,26 @@ impl Storage for File {
 
     fn write_all_at(&self, buf: &[u8], at: ByteOffset) -> io::Result<()> {
         self.buffered.write_all_at(buf, at.get())
+    }
+
+    fn write_large_at(&self, buf: &[u8], at: ByteOffset) -> io::Result<()> {
+        let Some((direct, middle)) = self.direct.as_ref().zip(direct_part(buf, at)) else {
+            return self.write_all_at(buf, at);
+        };
+        let place = |index: usize| at.get() + index as u64;
+        match direct.file.write_all_at(&buf[middle.clone()], place(middle.start)) {
+            // It wants another alignment, or a short write has left less than that.
+            Err(err) if err.raw_os_error() == Some(libc::EINVAL) => {
+                return self.write_all_at(buf, at);
+            }
+            done => done?,
+        }
+        self.buffered.write_all_at(&buf[..middle.start], at.get())?;
+        self.buffered.write_all_at(&buf[middle.end..], place(middle.end))
+    }
+
+    fn bypasses_cache(&self) -> bool {
+        self.direct.is_some()
     }
 
     fn punch(&self, at: ByteOffset, len: u64) -> io::Result<()> {
@@ -244,6 +269,16 @@ impl Env for Host {
         let align = direct_align(&direct);
         file.direct = Some(Direct { file: direct, align });
         Ok(file)
+    }
+
+    fn for_large_writes(&self, mut file: File) -> File {
+        // By descriptor: it may have no name. Where the file system cannot, all goes through the page cache.
+        let direct = open_options(Access::ReadWrite)
+            .custom_flags(libc::O_DIRECT)
+            .open(descriptor_path(&file.buffered));
+        file.direct =
+            direct.ok().map(|direct| Direct { align: direct_align(&direct), file: direct });
+        file
     }
 
     fn create_new(&self, path: &Path) -> io::Result<File> {
@@ -402,6 +437,17 @@ fn direct_align(file: &fs::File) -> DirectAlign {
     } else {
         unknown
     }
+}
+
+/// The whole pages of `buf`, which are whole pages of the file as well if address and offset agree in their place in a
+/// page; `None` if they do not, or if that is little.
+fn direct_part(buf: &[u8], at: ByteOffset) -> Option<Range<usize>> {
+    let into = usize::try_from(at.get() % PAGE as u64).ok()?;
+    let start = into.next_multiple_of(PAGE) - into;
+    let end = (into + buf.len()) / PAGE * PAGE;
+    let middle = start..end.checked_sub(into)?;
+    let fits = buf.as_ptr().addr() % PAGE == into;
+    (fits && middle.len() >= LARGE_MIN).then_some(middle)
 }
 
 #[cfg(test)]

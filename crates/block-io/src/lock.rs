@@ -41,6 +41,9 @@ impl LockRange {
 pub(crate) fn try_lock(file: impl AsFd, kind: LockKind, range: LockRange) -> Result<(), LockError> {
     let request = flock(kind, range);
     match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&request)) {
+        Ok(_) if kind == LockKind::Shared && qemu_writes(&file) => {
+            Err(LockError::Held { pid: None })
+        }
         Ok(_) => Ok(()),
         Err(Errno::EAGAIN | Errno::EACCES) => {
             Err(LockError::Held { pid: holder(file, kind, range) })
@@ -55,6 +58,21 @@ fn holder(file: impl AsFd, kind: LockKind, range: LockRange) -> Option<i32> {
     fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut answer)).ok()?;
     (i32::from(answer.l_type) != libc::F_UNLCK && answer.l_pid > 0).then_some(answer.l_pid)
 }
+
+/// Whether QEMU has the file open for writing.
+///
+/// Its locks are all shared ones: byte 100 + n is locked by who does the n-th of a list of things with the file, of which
+/// writing is number 1 (`block/file-posix.c`, `include/block/block-common.h`). Who holds our own shared lock keeps QEMU
+/// from it, and locks from byte 0 on.
+fn qemu_writes(file: impl AsFd) -> bool {
+    let mut answer = flock(LockKind::Exclusive, LockRange::Whole);
+    (answer.l_start, answer.l_len) = (QEMU_WRITES, 1);
+    let asked = fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut answer));
+    asked.is_ok() && i32::from(answer.l_type) != libc::F_UNLCK && answer.l_start != 0
+}
+
+/// The byte that QEMU locks in a file that it may write to.
+const QEMU_WRITES: i64 = 101;
 
 fn flock(kind: LockKind, range: LockRange) -> libc::flock {
     let l_type = match kind {
@@ -103,6 +121,30 @@ mod tests {
             assert!(held(c.try_lock(LockKind::Shared)));
             drop(a);
             c.try_lock(LockKind::Exclusive).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_file_that_qemu_writes_is_in_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, [0; 4096]).unwrap();
+        // The second: as the kernel tells of neighbouring bytes.
+        for (start, len, writes) in
+            [(101, 1, true), (100, 4, true), (100, 1, false), (201, 1, false)]
+        {
+            let qemu = open(&path, false);
+            let mut bytes = flock(LockKind::Shared, LockRange::Whole);
+            (bytes.l_start, bytes.l_len) = (start, len);
+            fcntl(qemu.as_fd(), FcntlArg::F_OFD_SETLK(&bytes)).unwrap();
+            let ours = open(&path, false);
+            assert_eq!(held(ours.try_lock(LockKind::Shared)), writes, "{start} {len}");
+            assert!(held(ours.try_lock(LockKind::Exclusive)));
+            // A second reader of ours is no writer.
+            if !writes {
+                ours.try_lock(LockKind::Shared).unwrap();
+                open(&path, false).try_lock(LockKind::Shared).unwrap();
+            }
         }
     }
 

@@ -7,13 +7,15 @@ use std::sync::Arc;
 
 use block_io::image::{CreateOptions, OpenError, create_cow, snapshot};
 use block_io::ops::check::check;
-use block_io::ops::merge_in_place;
+use block_io::ops::{Copying, merge_in_place};
 use block_io::sim::{Choices, CrashKind, Operation, Sim, Verdict};
 use block_io::storage::{Access, Env, Storage};
 use block_io::{CowFormat, Disk, DiskOptions};
 use cow_format::identity::IdentityError;
 use cow_format::{ByteOffset, Sector, SectorCount, SectorRange};
 
+/// How every test copies.
+const COPYING: Copying<'static> = Copying { detect_zeroes: true, progress: &|_| () };
 const BASE: &str = "/base";
 const COW: &str = "/cow";
 /// Another COW file over the same base.
@@ -105,7 +107,7 @@ impl World {
 
     fn merge(&self) -> Result<(), String> {
         let depth = NonZeroUsize::MIN;
-        let merged = merge_in_place(&self.sim, Path::new(COW), None, depth, &|_| ());
+        let merged = merge_in_place(&self.sim, Path::new(COW), None, depth, COPYING);
         merged.map(|merged| assert!(merged.emptied)).map_err(|err| err.to_string())
     }
 
@@ -316,10 +318,10 @@ fn it_is_noticed_if_the_base_is_not_synced_or_the_bits_or_the_names_are_not() {
 fn an_empty_cow_file_leaves_the_base_alone() {
     let world = World::new(CowFormat::Native, true);
     let merged =
-        merge_in_place(&world.sim, Path::new(OTHER), None, NonZeroUsize::MIN, &|_| ()).unwrap();
+        merge_in_place(&world.sim, Path::new(OTHER), None, NonZeroUsize::MIN, COPYING).unwrap();
     assert!(merged.emptied);
     assert!(open(&world.sim, COW, true).is_ok(), "the base is what it was");
     let two = NonZeroUsize::new(2).unwrap();
-    let err = merge_in_place(&world.sim, Path::new(COW), None, two, &|_| ()).unwrap_err();
+    let err = merge_in_place(&world.sim, Path::new(COW), None, two, COPYING).unwrap_err();
     assert!(err.to_string().contains("nothing to merge into"), "{err}");
 }

@@ -3,13 +3,15 @@
 use std::path::Path;
 
 use block_io::image::{BaseOptions, CreateOptions, create_cow};
-use block_io::ops::{convert_to_cow, convert_to_raw, rebase, reset};
+use block_io::ops::{Copying, convert_to_cow, convert_to_raw, rebase, reset};
 use block_io::sim::{Choices, CrashKind, Sim};
 use block_io::storage::{Env, Storage};
 use block_io::{CowFormat, Disk, DiskOptions};
 use cow_format::header::BackingFormat;
 use cow_format::{ByteOffset, Sector, SectorCount, SectorRange};
 
+/// How every test copies.
+const COPYING: Copying<'static> = Copying { detect_zeroes: true, progress: &|_| () };
 const OLD: &str = "/old";
 const NEW: &str = "/new";
 const COW: &str = "/cow";
@@ -122,7 +124,7 @@ fn an_output_is_complete_or_not_there() {
     let inputs = [Path::new(COW)];
     let to_raw = |sim: &Sim| {
         let disk = open(sim, COW).unwrap();
-        convert_to_raw(sim, &disk, &inputs, Path::new(OUT), false, &|_| ()).is_ok()
+        convert_to_raw(sim, &disk, &inputs, Path::new(OUT), false, COPYING).is_ok()
     };
     every_crash(&sim, to_raw, |sim, what| {
         let options = DiskOptions { read_only: true, ..DiskOptions::default() };
@@ -136,7 +138,7 @@ fn an_output_is_complete_or_not_there() {
         let below = Disk::open_raw_in(sim.clone(), Path::new(NEW), &reading).unwrap();
         let options = CreateOptions::over(CowFormat::Native, Path::new(NEW));
         let out = (Path::new(OUT), &options);
-        convert_to_cow(sim, &disk, &inputs, out, Some(&below), &|_| ()).is_ok()
+        convert_to_cow(sim, &disk, &inputs, out, Some(&below), COPYING).is_ok()
     };
     every_crash(&sim, to_cow, |sim, what| {
         if sim.exists(Path::new(OUT)).unwrap() {

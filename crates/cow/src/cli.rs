@@ -36,6 +36,10 @@ pub struct Cli {
     #[arg(short, long, global = true)]
     quiet: bool,
 
+    /// Show progress, also where standard error is no terminal
+    #[arg(short, long, global = true, conflicts_with = "quiet")]
+    progress: bool,
+
     #[command(subcommand)]
     command: Command,
 }
@@ -80,7 +84,7 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
             return if asked { ExitCode::SUCCESS } else { ExitCode::from(statuses.usage) };
         }
     };
-    match cli.command.run(Ui::new(cli.quiet)) {
+    match cli.command.run(Ui::new(cli.quiet, cli.progress)) {
         Ok(status) => status,
         Err(err) => {
             eprintln!("cow: {err}");

@@ -8,6 +8,8 @@ use block_io::ops::OpError;
 use block_io::{DiskError, OpenError};
 
 use crate::delta::DeltaError;
+use crate::others::Others;
+use crate::source::FileFormat;
 
 /// A failure of a command: one message.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +23,14 @@ pub enum CowError {
     /// A file without a COW header, where a COW file is needed or a raw image has to be said to be one.
     #[error("{}: not a COW file; if it is a raw image, say so: --format raw", .0.display())]
     NotCow(PathBuf),
+    /// A COW file of the other kind than was said.
+    #[error("{}: is a {} COW file, not what --format says", path.display(), format!("{is:?}").to_lowercase())]
+    OtherFormat {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        is: FileFormat,
+    },
     /// A delta could not be read to its end.
     #[error("{}: {source}", path.display())]
     Delta {
@@ -54,15 +64,15 @@ pub enum CowError {
     Usage(String),
     /// A change that others will notice was not confirmed.
     #[error(
-        "{}: would be overwritten with the merged disk, and every other COW file over it would become invalid{}; \
+        "{}: would be overwritten with the merged disk, and every other COW file over it would become invalid ({others}); \
          say --yes if that is meant",
-        target.display(), known(others)
+        target.display()
     )]
     NotConfirmed {
         /// The file that would be written.
         target: PathBuf,
         /// The COW files over it that were found.
-        others: Vec<PathBuf>,
+        others: Others,
     },
     /// The file is no part of the chain.
     #[error("{}: is not one of the files below {}", file.display(), cow.display())]
@@ -87,10 +97,4 @@ impl From<DiskError> for CowError {
     fn from(err: DiskError) -> Self {
         CowError::Op(err.into())
     }
-}
-
-/// ` (known: a, b)`, or nothing.
-pub fn known(files: &[PathBuf]) -> String {
-    let names: Vec<_> = files.iter().map(|file| file.display().to_string()).collect();
-    if names.is_empty() { String::new() } else { format!(" (known: {})", names.join(", ")) }
 }

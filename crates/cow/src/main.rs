@@ -1,10 +1,13 @@
 //! `cow`: the tool for copy-on-write images.
 
+mod base;
 mod cli;
 mod commands;
+mod copying;
 mod delta;
 mod digest;
 mod error;
+mod others;
 mod output;
 mod qcow2;
 mod size;

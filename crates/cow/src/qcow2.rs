@@ -2,21 +2,20 @@
 //! imago does not read (zstd, extended L2 entries) qemu-img does.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use block_io::file::File;
 use block_io::ops::walk::{Image, Piece, Reader, Source};
-use block_io::ops::{OpError, Output, Progress, copy};
+use block_io::ops::{Copying, OpError, Output, copy};
 use block_io::storage::FileId;
-use block_io::{Disk, DiskOptions, Host};
+use block_io::{Disk, DiskOptions, Host, OpenError};
 use cow_format::{ByteOffset, LayerIndex, SectorRange};
 use imago::format::builder::{FormatCreateBuilder, FormatDriverBuilder};
-use imago::{
-    DenyImplicitOpenGate, FormatAccess, Mapping, PermissiveImplicitOpenGate, StorageOpenOptions,
-};
+use imago::format::gate::ImplicitOpenGate;
+use imago::{DenyImplicitOpenGate, FormatAccess, Mapping, StorageOpenOptions};
 
 use crate::error::CowError;
 use crate::ui::Ui;
@@ -24,17 +23,79 @@ use crate::ui::Ui;
 type Storage = imago::file::File;
 type Format = imago::qcow2::Qcow2<Storage>;
 
+/// Whether the file at `path` begins like a qcow2 image. Only good for a hint: a guest can make a raw image look so.
+pub fn begins_like_qcow2(path: &Path) -> bool {
+    let mut magic = [0; 4];
+    let read = fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+    read.is_ok() && magic == *b"QFI\xfb"
+}
+
 /// An open qcow2 image.
 pub struct Qcow2 {
     path: PathBuf,
     image: FormatAccess<Storage>,
+    locked: Locked,
 }
 
 impl Qcow2 {
     /// Opens the image at `path` and its backing chain for reading.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        let image = Format::builder_path(path).open(PermissiveImplicitOpenGate::default())?;
-        Ok(Qcow2 { path: path.to_owned(), image: FormatAccess::new(image) })
+    pub fn open(path: &Path) -> Result<Self, Refused> {
+        let mut locked = Locked::default();
+        locked.lock(path).map_err(Refused::InUse)?;
+        match Format::builder_path(path).open(&mut locked) {
+            Ok(image) => {
+                Ok(Qcow2 { path: path.to_owned(), image: FormatAccess::new(image), locked })
+            }
+            Err(err) => Err(locked.refused.take().map_or(Refused::ByImago(err), Refused::InUse)),
+        }
+    }
+
+    /// The files that it is made of.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.locked.files.iter().flat_map(Disk::layers).map(|layer| layer.path())
+    }
+}
+
+/// Why a qcow2 image was not opened.
+pub enum Refused {
+    /// A file of it cannot be opened, or is in use.
+    InUse(OpenError),
+    /// The library does not know what the image has.
+    ByImago(io::Error),
+}
+
+/// Opens what an image refers to, and keeps writers away from all of it.
+#[derive(Default)]
+struct Locked {
+    files: Vec<Disk>,
+    refused: Option<OpenError>,
+}
+
+impl Locked {
+    fn lock(&mut self, path: &Path) -> Result<(), OpenError> {
+        let options = DiskOptions { read_only: true, ..DiskOptions::default() };
+        self.files.push(Disk::open_raw(path, &options)?);
+        Ok(())
+    }
+}
+
+impl ImplicitOpenGate<Storage> for &mut Locked {
+    fn open_format<F: FormatDriverBuilder<Storage>>(
+        &mut self,
+        builder: F,
+    ) -> io::Result<FormatAccess<Storage>> {
+        Ok(FormatAccess::new(builder.open(&mut **self)?))
+    }
+
+    fn open_storage(&mut self, builder: StorageOpenOptions) -> io::Result<Storage> {
+        if let Some(path) = builder.get_filename()
+            && let Err(err) = self.lock(path.as_ref())
+        {
+            let message = io::Error::other(err.to_string());
+            self.refused = Some(err);
+            return Err(message);
+        }
+        <Storage as imago::Storage>::open(builder)
     }
 }
 
@@ -88,13 +149,13 @@ pub fn convert_to_qcow2(
     inputs: &[&Path],
     out: &Path,
     replace: bool,
-    progress: Progress<'_>,
+    how: Copying<'_>,
 ) -> Result<(), CowError> {
     let output = Output::create(&Host, out, replace, inputs)?;
     let new = create(output.file(), image.size()).map_err(OpError::io(out, "create"))?;
     let write = |at: u64, bytes: &[u8]| new.write(bytes, at).map_err(OpError::write(out, at));
     // One thread: clusters are allocated in the order in which they are written.
-    copy(image, &write, &|_| Ok(0), std::num::NonZeroUsize::MIN, progress)?;
+    copy(image, &write, &|_| Ok(0), std::num::NonZeroUsize::MIN, how)?;
     new.flush().map_err(OpError::io(out, "write"))?;
     drop(new);
     Ok(output.place()?)

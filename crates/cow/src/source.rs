@@ -3,37 +3,16 @@
 use std::path::Path;
 
 use block_io::ops::OpError;
+use block_io::ops::inspect::{Content, inspect};
 use block_io::ops::walk::{Image, Piece, Reader, Walker};
 use block_io::storage::FileId;
 use block_io::{Disk, DiskOptions, Host, OpenError};
 use clap::ValueEnum;
-use cow_format::header::BackingFormat;
-use cow_format::{ByteOffset, HeaderError, LayerIndex, SectorRange};
+use cow_format::{ByteOffset, Header, HeaderError, LayerIndex, SectorRange};
 
 use crate::error::CowError;
-use crate::qcow2::{Qcow2, open_with_qemu_img};
+use crate::qcow2::{Qcow2, Refused, open_with_qemu_img};
 use crate::ui::Ui;
-
-/// What a base is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum BaseFormat {
-    /// The bytes of a disk and nothing else
-    Raw,
-    /// COW file of User Mode Linux
-    Uml,
-    /// Frozen COW file of this project
-    Native,
-}
-
-impl From<BaseFormat> for BackingFormat {
-    fn from(format: BaseFormat) -> Self {
-        match format {
-            BaseFormat::Raw => BackingFormat::Raw,
-            BaseFormat::Uml => BackingFormat::Uml,
-            BaseFormat::Native => BackingFormat::Native,
-        }
-    }
-}
 
 /// What a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -110,19 +89,38 @@ pub fn open(path: &Path, format: Option<FileFormat>, ui: Ui) -> Result<AnyImage,
     Ok(match format {
         Some(FileFormat::Raw) => AnyImage::Disk(Disk::open_raw(path, &options)?.into()),
         Some(FileFormat::Qcow2) => open_qcow2(path, ui)?,
-        Some(FileFormat::Uml | FileFormat::Native) | None => {
+        said @ (Some(FileFormat::Uml | FileFormat::Native) | None) => {
             let disk = Disk::open_cow(path, None, &options).map_err(|err| hint(path, err))?;
+            said.map_or(Ok(()), |said| check_kind(path, said))?;
             AnyImage::Disk(disk.into())
         }
     })
 }
 
+/// Refuses a COW file of the other kind.
+fn check_kind(path: &Path, said: FileFormat) -> Result<(), CowError> {
+    let found = inspect(&Host, path, None)?;
+    let Some(Content::Cow(cow)) = found.files.first().map(|top| &top.content) else {
+        return Ok(());
+    };
+    let is = match &cow.header {
+        Header::Uml(_) => FileFormat::Uml,
+        Header::Native(_) => FileFormat::Native,
+    };
+    if is == said {
+        return Ok(());
+    }
+    Err(CowError::OtherFormat { path: path.to_owned(), is })
+}
+
 fn open_qcow2(path: &Path, ui: Ui) -> Result<AnyImage, CowError> {
     match Qcow2::open(path) {
         Ok(image) => Ok(AnyImage::Qcow2(image)),
-        // Nor could anybody else.
-        Err(err) if !path.is_file() => Err(OpError::io(path, "open")(err).into()),
-        Err(refused) => Ok(AnyImage::Disk(open_with_qemu_img(path, &refused, ui)?.into())),
+        // Nor would anybody else open it.
+        Err(Refused::InUse(err)) => Err(err.into()),
+        Err(Refused::ByImago(refused)) => {
+            Ok(AnyImage::Disk(open_with_qemu_img(path, &refused, ui)?.into()))
+        }
     }
 }
 

@@ -15,18 +15,27 @@ const CLEAR_LINE: &str = "\r\x1b[K";
 /// Says things to the user, or is quiet.
 #[derive(Clone, Copy, Debug)]
 pub struct Ui {
-    talks: bool,
+    quiet: bool,
+    /// Notes are for a terminal.
+    notes: bool,
+    progress: bool,
 }
 
 impl Ui {
-    /// Notes and progress are for a terminal only, and not if the user wants it `quiet`.
-    pub fn new(quiet: bool) -> Self {
-        Ui { talks: !quiet && std::io::stderr().is_terminal() }
+    /// Notes and progress are for a terminal only, and not if the user wants it `quiet`; but he can ask for `progress`.
+    pub fn new(quiet: bool, progress: bool) -> Self {
+        let notes = !quiet && std::io::stderr().is_terminal();
+        Ui { quiet, notes, progress: notes || progress }
+    }
+
+    /// Whether the user wants no more than what he cannot do without.
+    pub fn is_quiet(self) -> bool {
+        self.quiet
     }
 
     /// Says what was done.
     pub fn note(self, text: impl std::fmt::Display) {
-        if self.talks {
+        if self.notes {
             eprintln!("{text}");
         }
     }
@@ -42,7 +51,7 @@ impl Ui {
             what,
             total,
             done: AtomicU64::new(0),
-            drawn: self.talks.then(|| Mutex::new(None)),
+            drawn: self.progress.then(|| Mutex::new(None)),
         }
     }
 }

@@ -1,25 +1,20 @@
 //! A whole disk into one new file: a raw image, or a COW file of its own.
 
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use cow_format::{Bitmap, ByteOffset, Geometry, SECTOR_SIZE, Sector, SectorCount, SectorRange};
 
 use super::compare::Pair;
-use super::copy::{Share, copy};
+use super::copy::{Share, copy, writers};
 use super::walk::{Image, Piece, Source};
 use super::zeroes::is_zero;
-use super::{OpError, Output, Progress, parallel};
+use super::{Copying, OpError, Output, parallel};
 use crate::disk::{Disk, Layer};
 use crate::image::CreateOptions;
 use crate::image::NewCow;
 use crate::image::flush::flush;
 use crate::storage::{Env, Storage};
-
-/// Threads that fill one new file. Writes to a file take turns in the kernel, and who waits there burns CPU: with two
-/// threads the same merge took 1.3 to 6 times the CPU and no less time (2 GiB, 2 cores, ext4).
-pub(super) const WRITERS: NonZeroUsize = NonZeroUsize::MIN;
 
 /// Writes the content of `disk`, its last partial sector included, to a raw image that gets the name `out` when it is
 /// complete and durable. A file that has the name is replaced only if `replace` says so, and never if it is a file of
@@ -29,7 +24,7 @@ pub fn merge_to<E: Env>(
     disk: &Disk<E>,
     out: &Path,
     replace: bool,
-    progress: Progress<'_>,
+    how: Copying<'_>,
 ) -> Result<(), OpError> {
     let inputs: Vec<_> = disk.layers().iter().map(Layer::path).collect();
     let output = Output::create(env, out, replace, &inputs)?;
@@ -48,7 +43,7 @@ pub fn merge_to<E: Env>(
         }
         Source::Data { .. } | Source::Zero => Ok(0),
     };
-    fill_raw(disk, &output, out, &share, progress)?;
+    fill_raw(disk, &output, out, &share, how)?;
     output.place()
 }
 
@@ -72,10 +67,10 @@ pub fn convert_to_raw<E: Env>(
     inputs: &[&Path],
     out: &Path,
     replace: bool,
-    progress: Progress<'_>,
+    how: Copying<'_>,
 ) -> Result<(), OpError> {
     let output = Output::create(env, out, replace, inputs)?;
-    fill_raw(image, &output, out, &|_| Ok(0), progress)?;
+    fill_raw(image, &output, out, &|_| Ok(0), how)?;
     output.place()
 }
 
@@ -84,14 +79,14 @@ fn fill_raw<E: Env>(
     output: &Output<E>,
     out: &Path,
     share: Share<'_>,
-    progress: Progress<'_>,
+    how: Copying<'_>,
 ) -> Result<(), OpError> {
     output.file().set_len(image.size()).map_err(OpError::io(out, "set the length"))?;
     let write = |at: u64, bytes: &[u8]| {
-        let written = output.file().write_all_at(bytes, ByteOffset::new(at));
+        let written = output.file().write_large_at(bytes, ByteOffset::new(at));
         written.map_err(OpError::write(out, at))
     };
-    copy(image, &write, share, WRITERS, progress)
+    copy(image, &write, share, writers(output.file()), how)
 }
 
 /// Makes a raw image of `size` zeros, which take no space.
@@ -109,16 +104,22 @@ pub fn convert_to_cow<E: Env>(
     inputs: &[&Path],
     (out, options): (&Path, &CreateOptions),
     base: Option<&Disk<E>>,
-    progress: Progress<'_>,
+    how: Copying<'_>,
 ) -> Result<(), OpError> {
     let size = options.size.or(Some(image.size()));
     let new = CowWriter::create(env, out, &CreateOptions { size, ..options.clone() }, inputs)?;
     let Some(base) = base else {
-        copy(image, &|at, bytes| new.write(at, bytes), &|_| Ok(0), WRITERS, progress)?;
+        copy(
+            image,
+            &|at, bytes| new.write(at, bytes),
+            &|_| Ok(0),
+            writers(new.output.file()),
+            how,
+        )?;
         return new.finish();
     };
     let work = |pair: &mut Pair<_, _>, range: SectorRange| {
-        pair.differences(range, |at, bytes| match is_zero(bytes) {
+        pair.differences(range, |at, bytes| match how.detect_zeroes && is_zero(bytes) {
             // Where the base has something.
             true => {
                 new.zero(at, bytes.len() as u64);
@@ -126,7 +127,7 @@ pub fn convert_to_cow<E: Env>(
             }
             false => new.write(at, bytes),
         })?;
-        progress(range.len_bytes());
+        (how.progress)(range.len_bytes());
         Ok::<(), OpError>(())
     };
     let sectors = SectorCount::covering(new.size());
@@ -171,7 +172,7 @@ impl<E: Env> CowWriter<E> {
     /// Writes whole sectors (the last one of the disk may be partial) at byte `at`, which begins one.
     pub fn write(&self, at: u64, bytes: &[u8]) -> Result<(), OpError> {
         let place = self.geometry.data_offset().get() + at;
-        let written = self.output.file().write_all_at(bytes, ByteOffset::new(place));
+        let written = self.output.file().write_large_at(bytes, ByteOffset::new(place));
         written.map_err(OpError::write(&self.path, place))?;
         self.zero(at, bytes.len() as u64);
         Ok(())

@@ -21,12 +21,12 @@ use cow_format::{
     SectorRange,
 };
 
+use super::copy::writers;
 use super::empty::empty;
 use super::holes::Holes;
-use super::merge::WRITERS;
 use super::note::Note;
 use super::zeroes::for_each_run;
-use super::{OpError, Progress, parallel};
+use super::{Copying, OpError, parallel};
 use crate::image::bits::Bits;
 use crate::image::chain::{Content, Lower, Opened, Opener, Reference, path_to_store, reference};
 use crate::image::flush::flush;
@@ -56,7 +56,7 @@ pub fn merge_in_place<E: Env>(
     cow: &Path,
     base: Option<&Path>,
     depth: NonZeroUsize,
-    progress: Progress<'_>,
+    how: Copying<'_>,
 ) -> Result<Merged, OpError> {
     let mut merge = Merge::open(env, cow, base, depth)?;
     if merge.empty {
@@ -75,7 +75,7 @@ pub fn merge_in_place<E: Env>(
     merge.note.write(env)?;
     merge.renew_layer()?;
     merge.make_room()?;
-    merge.copy(progress)?;
+    merge.copy(how)?;
     merge.publish()?;
     let emptied = merge.refer()?;
     if emptied {
@@ -181,7 +181,7 @@ impl<'a, E: Env> Merge<'a, E> {
         Ok(())
     }
 
-    fn copy(&self, progress: Progress<'_>) -> Result<(), OpError> {
+    fn copy(&self, how: Copying<'_>) -> Result<(), OpError> {
         let state = || (vec![Holes::default(); self.between.len() + 1], vec![0; BUFFER]);
         let work = |(holes, buf): &mut (Vec<Holes>, Vec<u8>), range: SectorRange| {
             let mut at = range.start_bytes().get();
@@ -189,7 +189,7 @@ impl<'a, E: Env> Merge<'a, E> {
                 let len = match extent {
                     Extent::Data { layer, at: from, len } if layer.get() < holes.len() => {
                         let source = (self.layer(layer.get()), &mut holes[layer.get()], from);
-                        self.copy_data(source, at, len, buf)?;
+                        self.copy_data(source, at, len, how, buf)?;
                         len
                     }
                     Extent::Data { len, .. } => len,
@@ -200,10 +200,11 @@ impl<'a, E: Env> Merge<'a, E> {
                 };
                 at += len;
             }
-            progress(range.len_bytes());
+            (how.progress)(range.len_bytes());
             Ok(())
         };
-        parallel::for_each_piece(self.map.sectors(), WRITERS, state, work)
+        let writers = writers(&self.target.opened.file);
+        parallel::for_each_piece(self.map.sectors(), writers, state, work)
     }
 
     fn layer(&self, index: usize) -> &Opened<E::File> {
@@ -219,6 +220,7 @@ impl<'a, E: Env> Merge<'a, E> {
         (source, holes, from): (&Opened<E::File>, &mut Holes, ByteOffset),
         at: u64,
         len: u64,
+        how: Copying<'_>,
         buf: &mut [u8],
     ) -> Result<(), OpError> {
         let mut done = 0;
@@ -236,7 +238,10 @@ impl<'a, E: Env> Merge<'a, E> {
             source.file.read_exact_at(&mut buf[..n], ByteOffset::new(place)).map_err(read)?;
             for_each_run(&buf[..n], at + done, |run, zero| {
                 let at = at + done + run.start as u64;
-                if zero { self.zero(at, run.len() as u64) } else { self.write(at, &buf[run]) }
+                match zero && how.detect_zeroes {
+                    true => self.zero(at, run.len() as u64),
+                    false => self.write(at, &buf[run]),
+                }
             })?;
             done += n as u64;
         }

@@ -27,5 +27,14 @@ pub use output::{Output, check_target};
 pub use parallel::threads;
 pub use rebase::{rebase, rebase_unsafe};
 
+/// How bytes are copied.
+#[derive(Clone, Copy)]
+pub struct Copying<'a> {
+    /// Zeros that stand in a file become holes; what is a hole stays one anyway.
+    pub detect_zeroes: bool,
+    /// Hears of what is done.
+    pub progress: Progress<'a>,
+}
+
 /// Told the number of bytes that are done since its last call; from any thread.
 pub type Progress<'a> = &'a (dyn Fn(u64) + Sync);

@@ -12,27 +12,21 @@ use block_io::{CowFormat, Host};
 use cow_format::Header as CowHeader;
 use cow_format::identity::{ActualIdentity, BackingIdentity};
 
-use super::create::base_format;
+use crate::base::BaseArgs;
 use crate::delta::{Header, Reader, Record};
 use crate::digest::digest_of;
 use crate::error::CowError;
-use crate::source::BaseFormat;
 use crate::ui::Ui;
 
 /// Make a COW file of the changes in a stream
 ///
 /// BASE must be a copy of the file that the stream was exported over: it is known by its digest, if the stream has one, or
-/// by size and time of modification; a layer by its UUID. NEW appears under its name only when the whole stream was read
+/// by size and time of modification; a layer by its UUID. A stream of a disk without a base needs none. NEW appears under its name only when the whole stream was read
 /// and its checksums were right.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// The base; none for a stream of a disk without one
-    #[arg(short, long, value_name = "BASE")]
-    base: Option<PathBuf>,
-
-    /// What BASE is; need not be said for a raw image that does not begin like a COW file
-    #[arg(short = 'F', long, value_name = "FORMAT", value_enum, requires = "base")]
-    base_format: Option<BaseFormat>,
+    #[command(flatten)]
+    base: BaseArgs,
 
     /// Take BASE without proof that its content is the same: if it is not, the disk is garbage
     #[arg(long)]
@@ -87,11 +81,11 @@ impl Args {
         delta: &Path,
         ui: Ui,
     ) -> Result<Option<BaseOptions>, CowError> {
-        let (base, identity) = match (&self.base, &header.base) {
+        let (base, identity) = match (self.base.options()?, &header.base) {
             (None, None) => return Ok(None),
             (Some(base), Some(identity)) => (base, identity),
             (Some(base), None) => {
-                let (delta, base) = (delta.display(), base.display());
+                let (delta, base) = (delta.display(), base.path.display());
                 let why = format!("{delta}: is of a disk without a base, so {base} cannot be it");
                 return Err(CowError::Usage(why));
             }
@@ -100,9 +94,9 @@ impl Args {
                 return Err(CowError::Usage(why));
             }
         };
-        let format = base_format(base, self.base_format)?;
         let digest = header.digest;
-        let options = BaseOptions { path: base.clone(), format, digest };
+        let options = BaseOptions { digest, ..base };
+        let base = &options.path;
         let found = actual(base)?;
         let wrong =
             |why: String| CowError::OtherBase { base: base.clone(), delta: delta.to_owned(), why };

@@ -5,16 +5,17 @@ use std::process::ExitCode;
 
 use block_io::ops;
 use block_io::ops::walk::Image;
+use serde::Serialize;
 
 use crate::error::CowError;
-use crate::output::print;
+use crate::output::{OutputArgs, OutputFormat};
 use crate::source::{FileFormat, open};
 use crate::ui::Ui;
 
 /// Say whether two disks have the same content
 ///
 /// Where one is longer, they are the same if the rest is zeros (with --strict never). Ends with 0 if they are the same, 1
-/// if they differ (it prints where first), 2 if they could not be compared.
+/// if they differ (it prints where first), 2 if they could not be compared. With --quiet only the status tells.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// What FIRST is; need not be said for a COW file
@@ -28,6 +29,9 @@ pub struct Args {
     /// Disks of different sizes differ
     #[arg(short, long)]
     strict: bool,
+
+    #[command(flatten)]
+    output: OutputArgs,
 
     /// A disk
     first: PathBuf,
@@ -43,20 +47,52 @@ impl Args {
     pub fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
         let first = open(&self.first, self.first_format, ui)?;
         let second = open(&self.second, self.second_format, ui)?;
-        if self.strict && first.size() != second.size() {
-            print(&format!("The sizes differ: {} and {} bytes.\n", first.size(), second.size()))?;
-            return Ok(ExitCode::from(STATUS_DIFFER));
+        let sizes = (first.size(), second.size());
+        let found = if self.strict && sizes.0 != sizes.1 {
+            Found::Sizes { first: sizes.0, second: sizes.1 }
+        } else {
+            let progress = ui.progress("compare", sizes.0.max(sizes.1));
+            match ops::first_difference(&first, &second, &|bytes| progress.add(bytes))? {
+                None => Found::Identical,
+                Some(offset) => Found::Content { offset },
+            }
+        };
+        if self.output.format == OutputFormat::Json || !ui.is_quiet() {
+            self.output.print(&found, Found::to_string)?;
         }
-        let progress = ui.progress("compare", first.size().max(second.size()));
-        let difference = ops::first_difference(&first, &second, &|bytes| progress.add(bytes))?;
-        drop(progress);
-        match difference {
-            None => print("The disks are identical.\n")?,
-            Some(at) => {
-                print(&format!("The disks differ, first at offset {at}.\n"))?;
-                return Ok(ExitCode::from(STATUS_DIFFER));
+        Ok(match found {
+            Found::Identical => ExitCode::SUCCESS,
+            Found::Sizes { .. } | Found::Content { .. } => ExitCode::from(STATUS_DIFFER),
+        })
+    }
+}
+
+/// What came out.
+#[derive(Serialize)]
+#[serde(tag = "difference", rename_all = "kebab-case")]
+enum Found {
+    #[serde(rename = "none")]
+    Identical,
+    Sizes {
+        first: u64,
+        second: u64,
+    },
+    Content {
+        /// The first byte that differs.
+        offset: u64,
+    },
+}
+
+impl std::fmt::Display for Found {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Found::Identical => writeln!(f, "The disks are identical."),
+            Found::Sizes { first, second } => {
+                writeln!(f, "The sizes differ: {first} and {second} bytes.")
+            }
+            Found::Content { offset } => {
+                writeln!(f, "The disks differ, first at offset {offset}.")
             }
         }
-        Ok(ExitCode::SUCCESS)
     }
 }

@@ -8,11 +8,12 @@ use block_io::ops::walk::Image;
 use block_io::{CowFormat, Disk, DiskOptions, Host, ops};
 use cow_format::header::BackingFormat;
 
-use super::create::base_format;
+use crate::base::BaseArgs;
+use crate::copying::CopyArgs;
 use crate::error::CowError;
 use crate::qcow2::convert_to_qcow2;
 use crate::size::Human;
-use crate::source::{AnyImage, BaseFormat, FileFormat, open};
+use crate::source::{AnyImage, FileFormat, open};
 use crate::ui::Ui;
 
 /// Write a disk to a new file in another format
@@ -21,8 +22,13 @@ use crate::ui::Ui;
 /// file over BASE that holds only what is different there; without, it stands alone.
 ///
 /// qcow2 images may be compressed and have backing files. What the library for them does not know (zstd, extended L2
-/// entries) is left to qemu-img, which must then be installed.
+/// entries) is left to qemu-img, which must then be installed. One that QEMU has open for writing is refused.
 #[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  cow convert -f qcow2 -O raw cloud.qcow2 debian.img         a base image of a cloud image
+  cow convert -O qcow2 vm1.cow vm1.qcow2                     a disk for others
+  cow convert -f raw -b debian.img vm1.img vm1.cow           only what differs from debian.img")]
 pub struct Args {
     /// What FILE is; need not be said for a COW file
     #[arg(short = 'f', long, value_name = "FORMAT", value_enum)]
@@ -32,13 +38,11 @@ pub struct Args {
     #[arg(short = 'O', long, value_name = "FORMAT", value_enum, default_value = "native")]
     output_format: FileFormat,
 
-    /// A base for OUT
-    #[arg(short, long, value_name = "BASE", required_if_eq("output_format", "uml"))]
-    base: Option<PathBuf>,
+    #[command(flatten)]
+    base: BaseArgs,
 
-    /// What BASE is; need not be said for a raw image that does not begin like a COW file
-    #[arg(short = 'F', long, value_name = "FORMAT", value_enum, requires = "base")]
-    base_format: Option<BaseFormat>,
+    #[command(flatten)]
+    copy: CopyArgs,
 
     /// Replace OUT if it exists
     #[arg(long)]
@@ -56,26 +60,31 @@ impl Args {
         let image = open(&self.file, self.format, ui)?;
         match self.output_format {
             FileFormat::Native => self.cow(&image, CowFormat::Native, ui)?,
+            FileFormat::Uml if self.base.base.is_none() => {
+                return Err(CowError::Usage("--base: a UML COW file is always over one".into()));
+            }
             FileFormat::Uml => self.cow(&image, CowFormat::Uml, ui)?,
-            FileFormat::Raw | FileFormat::Qcow2 if self.base.is_some() => {
+            FileFormat::Raw | FileFormat::Qcow2 if self.base.base.is_some() => {
                 return Err(CowError::Usage(
                     "--base: only a COW file (native, uml) can be over a base".into(),
                 ));
             }
             FileFormat::Raw => {
                 let progress = ui.progress("convert", image.size());
-                let (out, force, add) = (&self.out, self.force, |n| progress.add(n));
+                let add = |n| progress.add(n);
+                let (out, force, how) = (&self.out, self.force, self.copy.copying(&add));
                 match &image {
-                    AnyImage::Disk(disk) => ops::merge_to(&Host, disk, out, force, &add)?,
+                    AnyImage::Disk(disk) => ops::merge_to(&Host, disk, out, force, how)?,
                     AnyImage::Qcow2(_) => {
-                        ops::convert_to_raw(&Host, &image, &self.inputs(&image), out, force, &add)?;
+                        ops::convert_to_raw(&Host, &image, &self.inputs(&image), out, force, how)?;
                     }
                 }
             }
             FileFormat::Qcow2 => {
                 let progress = ui.progress("convert", image.size());
-                let inputs = self.inputs(&image);
-                convert_to_qcow2(&image, &inputs, &self.out, self.force, &|n| progress.add(n))?;
+                let (inputs, add) = (self.inputs(&image), |n| progress.add(n));
+                let how = self.copy.copying(&add);
+                convert_to_qcow2(&image, &inputs, &self.out, self.force, how)?;
             }
         }
         ui.note(format_args!("{}: {}", self.out.display(), Human(image.size())));
@@ -84,33 +93,27 @@ impl Args {
 
     /// The files that are read.
     fn inputs<'a>(&'a self, image: &'a AnyImage) -> Vec<&'a Path> {
-        let layers = match image {
-            AnyImage::Disk(disk) => disk.layers(),
-            AnyImage::Qcow2(_) => &[],
+        let files: Vec<&Path> = match image {
+            AnyImage::Disk(disk) => disk.layers().iter().map(|layer| layer.path()).collect(),
+            AnyImage::Qcow2(qcow2) => qcow2.files().collect(),
         };
-        layers.iter().map(|layer| layer.path()).chain([&*self.file]).collect()
+        files.into_iter().chain([&*self.file]).collect()
     }
 
     fn cow(&self, image: &AnyImage, format: CowFormat, ui: Ui) -> Result<(), CowError> {
-        let base = match &self.base {
-            Some(path) => Some(BaseOptions {
-                path: path.clone(),
-                format: base_format(path, self.base_format)?,
-                digest: None,
-            }),
-            None => None,
-        };
+        let base = self.base.options()?;
         let below = base.as_ref().map(open_base).transpose()?;
         let size = Some(image.size());
         let options = CreateOptions { format, base, size, replace: self.force };
         let progress = ui.progress("convert", image.size());
+        let add = |bytes| progress.add(bytes);
         ops::convert_to_cow(
             &Host,
             image,
             &self.inputs(image),
             (&self.out, &options),
             below.as_ref(),
-            &|bytes| progress.add(bytes),
+            self.copy.copying(&add),
         )?;
         Ok(())
     }

@@ -13,6 +13,7 @@ use cow_format::{ByteOffset, Extent, SECTOR_SIZE, Sector, SectorCount, SectorRan
 
 use crate::delta::{Header, RECORD_MAX, Record, Writer};
 use crate::error::CowError;
+use crate::others::id_of;
 use crate::ui::Ui;
 
 /// Write the changes of a COW file as a stream
@@ -72,7 +73,7 @@ impl Args {
             Some(since) => {
                 let not_below =
                     || CowError::NotBelow { file: since.clone(), cow: self.cow.clone() };
-                let id = super::merge::id_of(since).ok_or_else(not_below)?;
+                let id = id_of(since).ok_or_else(not_below)?;
                 let place = files.iter().position(|file| file.stat.id == id);
                 place.filter(|place| *place > 0).ok_or_else(not_below)?
             }

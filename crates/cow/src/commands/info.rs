@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::error::CowError;
 use crate::output::OutputArgs;
+use crate::qcow2::begins_like_qcow2;
 use crate::size::Human;
 use crate::ui::Ui;
 
@@ -28,7 +29,7 @@ pub struct Args {
     base: Option<PathBuf>,
 
     /// Print every file that the disk consists of, the top first
-    #[arg(long)]
+    #[arg(long, visible_alias = "backing-chain")]
     chain: bool,
 
     #[command(flatten)]
@@ -45,6 +46,9 @@ impl Args {
         // What is wrong further down does not spoil the files above it, but keeps the disk from being opened.
         if let (Some(problem), Some(top)) = (&found.problem, files.first_mut()) {
             top.problem = Some(problem.to_string());
+        }
+        if let Some(top) = files.first_mut().filter(|top| top.format == Some("raw")) {
+            top.looks_like = begins_like_qcow2(&self.file).then_some("qcow2");
         }
         match self.chain {
             true => self.output.print(&files, |files| text(files))?,
@@ -79,6 +83,9 @@ struct Facts {
     backing: Option<Backing>,
     #[serde(skip_serializing_if = "Option::is_none")]
     problem: Option<String>,
+    /// What a raw image could be instead, by its first bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    looks_like: Option<&'static str>,
 }
 
 #[derive(Serialize)]
@@ -159,6 +166,7 @@ impl Facts {
             cow: cow.map(|cow| CowPart::new(facts, cow)),
             backing: facts.backing.as_ref().map(Backing::new),
             problem: None,
+            looks_like: None,
         }
     }
 }
@@ -270,8 +278,16 @@ impl std::fmt::Display for Facts {
         if let Some(backing) = &self.backing {
             write!(f, "{backing}")?;
         }
-        match &self.problem {
-            Some(problem) => writeln!(f, "problem: {problem}"),
+        if let Some(problem) = &self.problem {
+            writeln!(f, "problem: {problem}")?;
+        }
+        match self.looks_like {
+            Some(format) => {
+                writeln!(
+                    f,
+                    "begins like: {format} (if it is one: cow convert -f {format} makes another of it)"
+                )
+            }
             None => Ok(()),
         }
     }

@@ -4,11 +4,12 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use block_io::ops::inspect::{inspect, refers_to};
-use block_io::storage::{FileId, FileStat};
+use block_io::ops::inspect::inspect;
 use block_io::{Disk, DiskOptions, Host, ops};
 
-use crate::error::{CowError, known};
+use crate::copying::CopyArgs;
+use crate::error::CowError;
+use crate::others::{Others, id_of};
 use crate::size::Human;
 use crate::ui::Ui;
 
@@ -23,7 +24,14 @@ use crate::ui::Ui;
 /// as it is now. (A UML COW file of version 1 or 2 is left as it was and no longer matches: remove it.) If it is
 /// interrupted, the disk's content is safe and the same command finishes the work.
 #[derive(clap::Args, Debug)]
-#[command(visible_alias = "commit")]
+#[command(
+    visible_alias = "commit",
+    after_help = "\
+Examples:
+  cow merge vm1.cow new.img                                  the disk as one raw image
+  cow merge --in-place --yes vm1.cow                         into the file below
+  cow merge --in-place --yes --drop-to debian.img vm1.cow    into the base, through all between"
+)]
 pub struct Args {
     /// The base image, instead of the path that COW names; its size and mtime must match what COW says
     #[arg(short, long, value_name = "BASE")]
@@ -34,12 +42,15 @@ pub struct Args {
     in_place: bool,
 
     /// With --in-place: write into this file of the chain, and leave out those between
-    #[arg(long, value_name = "FILE", conflicts_with = "out")]
+    #[arg(long, value_name = "FILE", requires = "in_place", conflicts_with = "out")]
     drop_to: Option<PathBuf>,
 
     /// With --in-place: do it, although other COW files become invalid
-    #[arg(long, conflicts_with = "out")]
+    #[arg(long, requires = "in_place", conflicts_with = "out")]
     yes: bool,
+
+    #[command(flatten)]
+    copy: CopyArgs,
 
     /// Replace OUT if it exists
     #[arg(long)]
@@ -48,8 +59,7 @@ pub struct Args {
     /// The COW file
     cow: PathBuf,
 
-    /// The new image
-    #[arg(required_unless_present = "in_place")]
+    /// The new image; none with --in-place
     out: Option<PathBuf>,
 }
 
@@ -57,7 +67,13 @@ impl Args {
     pub fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
         match &self.out {
             Some(out) => self.to_new(out, ui)?,
-            None => self.in_place(ui)?,
+            None if self.in_place => self.in_place(ui)?,
+            None => {
+                return Err(CowError::Usage(
+                    "name OUT, the new image; or say --in-place to merge into the file below"
+                        .into(),
+                ));
+            }
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -66,7 +82,8 @@ impl Args {
         let options = DiskOptions { read_only: true, ..DiskOptions::default() };
         let disk = Disk::open_cow(&self.cow, self.base.as_deref(), &options)?;
         let progress = ui.progress("merge", disk.size());
-        ops::merge_to(&Host, &disk, out, self.force, &|bytes| progress.add(bytes))?;
+        let add = |bytes| progress.add(bytes);
+        ops::merge_to(&Host, &disk, out, self.force, self.copy.copying(&add))?;
         drop(progress);
         ui.note(format_args!("{}: {}", out.display(), Human(disk.size())));
         Ok(())
@@ -84,7 +101,7 @@ impl Args {
         };
         let depth = match (target, &self.drop_to) {
             (Some((target, depth)), _) => {
-                self.confirm(&target.path, &target.stat, ui)?;
+                self.confirm(&target.path, ui)?;
                 NonZeroUsize::new(depth).unwrap_or(NonZeroUsize::MIN)
             }
             (None, Some(file)) => {
@@ -95,9 +112,9 @@ impl Args {
         };
         let size = found.files.first().map_or(0, |top| top.stat.size);
         let progress = ui.progress("merge", size);
-        let base = self.base.as_deref();
-        let merged =
-            ops::merge_in_place(&Host, &self.cow, base, depth, &|bytes| progress.add(bytes))?;
+        let (base, add) = (self.base.as_deref(), |bytes| progress.add(bytes));
+        let how = self.copy.copying(&add);
+        let merged = ops::merge_in_place(&Host, &self.cow, base, depth, how)?;
         drop(progress);
         let (cow, target) = (self.cow.display(), merged.target.display());
         match merged.emptied {
@@ -111,48 +128,15 @@ impl Args {
     }
 
     /// Refuses to go on unless the user has said that it is meant; says who will notice.
-    fn confirm(&self, target: &Path, stat: &FileStat, ui: Ui) -> Result<(), CowError> {
-        let others = others_over(target, stat.id, &self.cow);
+    fn confirm(&self, target: &Path, ui: Ui) -> Result<(), CowError> {
+        let others = Others::over(target, &self.cow);
         if !self.yes {
             return Err(CowError::NotConfirmed { target: target.to_owned(), others });
         }
         ui.warn(format_args!(
-            "{} is overwritten with the merged disk; every other COW file over it becomes invalid{}",
-            target.display(),
-            known(&others)
+            "{} is overwritten with the merged disk; every other COW file over it becomes invalid ({others})",
+            target.display()
         ));
         Ok(())
-    }
-}
-
-/// Which file it is, if it is there.
-pub fn id_of(file: &Path) -> Option<FileId> {
-    use std::os::unix::fs::MetadataExt;
-    let meta = std::fs::metadata(file).ok()?;
-    Some(FileId { dev: meta.dev(), ino: meta.ino() })
-}
-
-/// The COW files over `target`, beside it or beside `cow`, other than `cow`: as far as anyone can know.
-fn others_over(target: &Path, id: FileId, cow: &Path) -> Vec<PathBuf> {
-    let mut others = Vec::new();
-    let mut seen: Vec<FileId> = id_of(cow).into_iter().collect();
-    for dir in [target, cow].map(dir_of) {
-        let Ok(entries) = std::fs::read_dir(dir) else { continue };
-        for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
-            let Some(this) = id_of(&path).filter(|_| path.is_file()) else { continue };
-            if !seen.contains(&this) && refers_to(&Host, &path, id) {
-                seen.push(this);
-                others.push(path.strip_prefix("./").map(Path::to_owned).unwrap_or(path));
-            }
-        }
-    }
-    others.sort();
-    others
-}
-
-fn dir_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(dir) if !dir.as_os_str().is_empty() => dir,
-        _ => Path::new("."),
     }
 }

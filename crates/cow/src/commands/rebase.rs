@@ -8,9 +8,8 @@ use block_io::image::BaseOptions;
 use block_io::ops::inspect::{Content, inspect};
 use block_io::{Host, ops};
 
-use super::create::base_format;
+use crate::base::{BaseFormat, base_format};
 use crate::error::CowError;
-use crate::source::BaseFormat;
 use crate::ui::Ui;
 
 /// Put a COW file over another base
@@ -30,7 +29,7 @@ pub struct Args {
     base_format: Option<BaseFormat>,
 
     /// Change the reference only; the old base need not be there
-    #[arg(short, long = "unsafe")]
+    #[arg(short = 'u', long = "unsafe")]
     only_reference: bool,
 
     /// The COW file

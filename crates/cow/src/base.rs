@@ -1,0 +1,87 @@
+//! The base of a new COW file, as it is named on the command line.
+
+use std::path::{Path, PathBuf};
+
+use block_io::Host;
+use block_io::image::BaseOptions;
+use block_io::ops::inspect::{Content, inspect};
+use clap::ValueEnum;
+use cow_format::Header;
+use cow_format::header::BackingFormat;
+
+use crate::error::CowError;
+use crate::qcow2::begins_like_qcow2;
+
+/// What a base is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BaseFormat {
+    /// The bytes of a disk and nothing else
+    Raw,
+    /// COW file of User Mode Linux
+    Uml,
+    /// Frozen COW file of this project
+    Native,
+}
+
+impl From<BaseFormat> for BackingFormat {
+    fn from(format: BaseFormat) -> Self {
+        match format {
+            BaseFormat::Raw => BackingFormat::Raw,
+            BaseFormat::Uml => BackingFormat::Uml,
+            BaseFormat::Native => BackingFormat::Native,
+        }
+    }
+}
+
+/// The options of the commands that make a COW file over a base.
+#[derive(Clone, Debug, clap::Args)]
+pub struct BaseArgs {
+    /// The file that the new COW file stands over
+    #[arg(short, long, value_name = "BASE")]
+    pub base: Option<PathBuf>,
+
+    /// What BASE is
+    ///
+    /// This is never guessed, because a guest can write anything to the start of a raw image, the header of a COW file
+    /// too. It need not be said for a raw image that begins like nothing else. A native file must be frozen.
+    #[arg(short = 'F', long, value_name = "FORMAT", value_enum, requires = "base")]
+    pub base_format: Option<BaseFormat>,
+}
+
+impl BaseArgs {
+    /// The base, without a digest.
+    pub fn options(&self) -> Result<Option<BaseOptions>, CowError> {
+        let Some(path) = &self.base else { return Ok(None) };
+        let format = base_format(path, self.base_format)?;
+        Ok(Some(BaseOptions { path: path.clone(), format, digest: None }))
+    }
+}
+
+/// The format of a base as it was said; raw if nothing was said and nothing speaks against it.
+pub fn base_format(base: &Path, said: Option<BaseFormat>) -> Result<BackingFormat, CowError> {
+    if let Some(said) = said {
+        return Ok(said.into());
+    }
+    let looks_like = match inspect(&Host, base, None) {
+        // What is wrong with it is said when it is opened.
+        Err(_) => return Ok(BackingFormat::Raw),
+        Ok(found) => match found.files.first().map(|file| &file.content) {
+            Some(Content::Cow(cow)) if matches!(cow.header, Header::Uml(_)) => "uml",
+            Some(Content::Cow(_)) => "native",
+            Some(Content::Raw) | None if begins_like_qcow2(base) => {
+                return Err(CowError::Usage(format!(
+                    "{}: begins like a qcow2 image: make a raw image of it (cow convert -f qcow2 -O raw) and stand over \
+                     that, or say -F raw to take the file's own bytes for a disk",
+                    base.display()
+                )));
+            }
+            Some(Content::Raw) | None => return Ok(BackingFormat::Raw),
+            Some(Content::Unknown) => "a broken COW file",
+        },
+    };
+    Err(CowError::Usage(format!(
+        "{}: begins like a COW file ({looks_like}): say what it is, with -F native or -F uml to stand over the disk in \
+         it, or with -F raw to take the file's own bytes for a disk",
+        base.display()
+    )))
+}

@@ -524,4 +524,38 @@ mod tests {
             align.offset.is_power_of_two() && align.offset >= 512 && align.memory.is_power_of_two()
         );
     }
+
+    #[test]
+    fn large_writes_leave_what_other_writes_leave() {
+        let dir = tempfile::tempdir().unwrap();
+        let memory: Vec<u8> = (0..251).cycle().take(4 * LARGE_MIN + 3 * PAGE).collect();
+        let aligned = memory.as_ptr().align_offset(PAGE);
+        let len = 3 * LARGE_MIN + 700;
+        let mut direct = 0;
+        for (from, at, len) in [
+            (0, 0, len),
+            (0, 8192, LARGE_MIN),
+            (0, 8192, LARGE_MIN - 1),
+            // As far into a page in memory as in the file, and not.
+            (512, 4096 + 512, len),
+            (4095, 4095, len),
+            (512, 0, len),
+            (0, 512, len),
+        ] {
+            let path = dir.path().join("f");
+            let new = Host.create_new(&path).unwrap();
+            let file = Host.for_large_writes(new);
+            let bytes = &memory[aligned + from..][..len];
+            direct += usize::from(direct_part(bytes, ByteOffset::new(at)).is_some());
+            // Over pages that are in the cache.
+            file.write_all_at(&vec![1; 8192 + 2 * len], ByteOffset::new(0)).unwrap();
+            file.write_large_at(bytes, ByteOffset::new(at)).unwrap();
+            let mut expected = vec![1; 8192 + 2 * len];
+            let at = usize::try_from(at).unwrap();
+            expected[at..at + len].copy_from_slice(bytes);
+            assert!(fs::read(&path).unwrap() == expected, "{from} {at} {len}");
+            fs::remove_file(&path).unwrap();
+        }
+        assert_eq!(direct, 4);
+    }
 }

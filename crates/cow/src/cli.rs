@@ -21,7 +21,7 @@ A COW file holds what one virtual machine has changed; everything else is read f
 files share. There are two kinds of COW file: native, the default, and that of User Mode Linux (uml). A raw \
 image is the bytes of a disk and nothing else.
 
-A file that a virtual machine uses is locked, and refused here, except by `info`, which only looks at it.";
+A file that a virtual machine uses is locked, and refused here, except by `info` and `fork`, which only look at it.";
 
 const EXIT_STATUS: &str = "\
 Exit status: 0 after success, 1 after a failure, 2 for a wrong command line. `check` ends as qemu-img check does: \

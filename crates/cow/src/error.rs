@@ -49,6 +49,12 @@ pub enum CowError {
         /// What differs.
         why: String,
     },
+    /// A qcow2 image whose clusters are encrypted.
+    #[error(
+        "{}: is encrypted, which is not supported; decrypt it first: qemu-img convert with --object secret",
+        .0.display()
+    )]
+    Encrypted(PathBuf),
     /// Neither way to read a qcow2 image worked.
     #[error("{}: cannot be read as qcow2: {imago}; and by qemu-img: {qemu_img}", path.display())]
     Qcow2 {

@@ -10,8 +10,8 @@ use std::process::{Command, Stdio};
 use block_io::file::File;
 use block_io::ops::walk::{Image, Piece, Reader, Source};
 use block_io::ops::{Copying, OpError, Output, copy};
-use block_io::storage::FileId;
-use block_io::{Disk, DiskOptions, Host, OpenError};
+use block_io::storage::{FileId, Storage as _};
+use block_io::{Disk, DiskOptions, Host, Layer, OpenError};
 use cow_format::{ByteOffset, LayerIndex, SectorRange};
 use imago::format::builder::{FormatCreateBuilder, FormatDriverBuilder};
 use imago::format::gate::ImplicitOpenGate;
@@ -30,6 +30,9 @@ pub fn begins_like_qcow2(path: &Path) -> bool {
     read.is_ok() && magic == *b"QFI\xfb"
 }
 
+/// Where the header says how an image is encrypted; 0: it is not (docs/interop/qcow2.txt of QEMU).
+const CRYPT_METHOD_AT: u64 = 32;
+
 /// An open qcow2 image.
 pub struct Qcow2 {
     path: PathBuf,
@@ -42,11 +45,14 @@ impl Qcow2 {
     pub fn open(path: &Path) -> Result<Self, Refused> {
         let mut locked = Locked::default();
         locked.lock(path).map_err(Refused::InUse)?;
+        if locked.is_last_encrypted() {
+            return Err(Refused::Encrypted(path.to_owned()));
+        }
         match Format::builder_path(path).open(&mut locked) {
             Ok(image) => {
                 Ok(Qcow2 { path: path.to_owned(), image: FormatAccess::new(image), locked })
             }
-            Err(err) => Err(locked.refused.take().map_or(Refused::ByImago(err), Refused::InUse)),
+            Err(err) => Err(locked.refused.take().unwrap_or(Refused::ByImago(err))),
         }
     }
 
@@ -60,6 +66,8 @@ impl Qcow2 {
 pub enum Refused {
     /// A file of it cannot be opened, or is in use.
     InUse(OpenError),
+    /// The library would take what is encrypted for the disk.
+    Encrypted(PathBuf),
     /// The library does not know what the image has.
     ByImago(io::Error),
 }
@@ -68,7 +76,7 @@ pub enum Refused {
 #[derive(Default)]
 struct Locked {
     files: Vec<Disk>,
-    refused: Option<OpenError>,
+    refused: Option<Refused>,
 }
 
 impl Locked {
@@ -77,6 +85,25 @@ impl Locked {
         self.files.push(Disk::open_raw(path, &options)?);
         Ok(())
     }
+
+    /// The file that was opened last.
+    fn last(&self) -> Option<&Layer<File>> {
+        self.files.last()?.layers().first()
+    }
+
+    /// Whether that, a qcow2 image, is encrypted.
+    fn is_last_encrypted(&self) -> bool {
+        let mut method = [0; 4];
+        let at = ByteOffset::new(CRYPT_METHOD_AT);
+        let read = self.last().map(|last| last.file().read_exact_at(&mut method, at));
+        matches!(read, Some(Ok(()))) && method != [0; 4]
+    }
+
+    fn refuse(&mut self, refused: Refused) -> io::Error {
+        // What imago makes of it is not seen.
+        self.refused = Some(refused);
+        io::Error::other("refused")
+    }
 }
 
 impl ImplicitOpenGate<Storage> for &mut Locked {
@@ -84,6 +111,11 @@ impl ImplicitOpenGate<Storage> for &mut Locked {
         &mut self,
         builder: F,
     ) -> io::Result<FormatAccess<Storage>> {
+        // Its file has just been opened.
+        if F::FORMAT == imago::format::Format::Qcow2 && self.is_last_encrypted() {
+            let path = self.last().map(|last| last.path().to_owned()).unwrap_or_default();
+            return Err(self.refuse(Refused::Encrypted(path)));
+        }
         Ok(FormatAccess::new(builder.open(&mut **self)?))
     }
 
@@ -91,9 +123,7 @@ impl ImplicitOpenGate<Storage> for &mut Locked {
         if let Some(path) = builder.get_filename()
             && let Err(err) = self.lock(path.as_ref())
         {
-            let message = io::Error::other(err.to_string());
-            self.refused = Some(err);
-            return Err(message);
+            return Err(self.refuse(Refused::InUse(err)));
         }
         <Storage as imago::Storage>::open(builder)
     }

@@ -118,6 +118,7 @@ fn open_qcow2(path: &Path, ui: Ui) -> Result<AnyImage, CowError> {
         Ok(image) => Ok(AnyImage::Qcow2(image)),
         // Nor would anybody else open it.
         Err(Refused::InUse(err)) => Err(err.into()),
+        Err(Refused::Encrypted(path)) => Err(CowError::Encrypted(path)),
         Err(Refused::ByImago(refused)) => {
             Ok(AnyImage::Disk(open_with_qemu_img(path, &refused, ui)?.into()))
         }

@@ -136,6 +136,35 @@ fn a_fork_stands_beside_or_on_top() {
     scratch.cow_fails("fork base.img x.cow", 1, &["base.img", "not a COW file"]);
 }
 
+#[test]
+fn messages_say_what_was_found_and_what_to_do() {
+    let scratch = Scratch::new();
+    scratch.write("base.img", &base_image('B', 64));
+    scratch.write("empty.img", b"");
+    scratch.cow_ok("create -b base.img a.cow");
+    scratch.cow_ok("create --format uml -b base.img u.cow");
+    scratch.cow_ok("create alone.cow 1M");
+    for (args, status, words) in [
+        ("merge a.cow", 2, &["OUT", "--in-place"][..]),
+        ("rebind alone.cow", 1, &["alone.cow", "has no backing file"]),
+        ("merge --in-place --yes alone.cow", 1, &["alone.cow", "stands over no file"]),
+        ("convert -f uml a.cow out", 1, &["a.cow", "native"]),
+        ("compare -f native u.cow a.cow", 2, &["u.cow", "uml"]),
+        ("convert -O uml a.cow out", 2, &["--base", "UML"]),
+        ("convert -f raw empty.img out", 1, &["empty.img", "is empty"]),
+        ("convert -f raw . out", 1, &[".: is a directory"]),
+        ("convert -f raw /dev/zero out", 1, &["/dev/zero", "special file"]),
+        ("create -b nope out", 1, &["nope", "out", "No such file"]),
+    ] {
+        scratch.cow_fails(args, status, words);
+    }
+    assert_eq!(scratch.names(), ["a.cow", "alone.cow", "base.img", "empty.img", "u.cow"]);
+    // Progress can be asked for where there is no terminal, and is else not shown.
+    let run = scratch.cow("merge -p a.cow out");
+    assert!(run.stderr.contains("merge 100 %"), "{}", run.stderr);
+    assert_eq!(scratch.cow("merge --force a.cow out").stderr, "");
+}
+
 /// Runs the tool under another name.
 fn named(scratch: &Scratch, name: &str, args: &str) -> Run {
     let link = scratch.path(name);

@@ -20,12 +20,26 @@ fn it_is_asked_for_twice_and_says_who_becomes_invalid() {
         scratch.cow_ok(&format!("create -b base.img {name}"));
     }
     let before = scratch.read("base.img");
-    scratch.cow_fails("merge --in-place a.cow", 1, &["base.img", "b.cow, ", "c.cow", "--yes"]);
+    // Those over others of them as well, and those that stand beside the COW file; where it looked is said.
+    scratch.cow_ok("snapshot c.cow over-c.cow");
+    fs::create_dir(scratch.path("sub")).unwrap();
+    scratch.cow_ok("create -b base.img sub/d.cow");
+    scratch.cow_ok("create -b base.img sub/e.cow");
+    let found = ["base.img", "b.cow, ", "c.cow, ", "over-c.cow; found in ", "--yes"];
+    scratch.cow_fails("merge --in-place a.cow", 1, &found);
+    let found = ["/a.cow, ", "over-c.cow, sub/e.cow; found in ", " and sub)", "--yes"];
+    scratch.cow_fails("merge --in-place sub/d.cow", 1, &found);
+    scratch.cow_ok("create --size 1M alone.cow");
+    scratch.cow_ok("snapshot alone.cow over-alone.cow");
+    scratch.cow_fails("merge --in-place over-alone.cow", 1, &["alone.cow", "none found in /"]);
     assert_eq!(scratch.read("base.img"), before);
     for args in [
         "merge --in-place a.cow out.img",
         "merge --yes a.cow out.img",
         "merge --in-place --force a.cow",
+        "merge --drop-to base.img a.cow",
+        "merge --yes a.cow",
+        "merge a.cow",
     ] {
         assert_eq!(scratch.cow(args).status, 2, "{args}");
     }

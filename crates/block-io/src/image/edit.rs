@@ -36,6 +36,9 @@ pub enum ChangeError {
         /// The size that the disk has, in bytes.
         virtual_size: u64,
     },
+    /// There is no base.
+    #[error("{}: has no backing file, so there is none to be taken for the same", .0.display())]
+    NoBase(PathBuf),
     /// The new base cannot have the same content.
     #[error("{}: has {found} bytes, but {} stands over {expected}; it cannot be the same image", base.display(), cow.display())]
     OtherSize {

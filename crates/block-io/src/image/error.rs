@@ -150,8 +150,12 @@ pub enum OpenError {
     },
     /// A raw image cannot be written because of its length.
     #[error(
-        "{}: length {len} is {}; open it read-only, or lengthen it: truncate -s %512 FILE",
-        path.display(), if *len == 0 { "0" } else { "no multiple of 512" }
+        "{}: {}", path.display(), match len {
+            0 => "is empty, expected an image of at least one byte".to_owned(),
+            len => format!(
+                "length {len} is no multiple of 512; open it read-only, or lengthen it: truncate -s %512 FILE"
+            ),
+        }
     )]
     RawLength {
         /// The file.

@@ -37,8 +37,7 @@ pub fn rebind<E: Env>(
     let top = opener.top()?;
     let mut header = top.header()?;
     let Some(reference) = reference(&header) else {
-        let base = base.unwrap_or(Path::new("it")).to_owned();
-        return Err(OpenError::NoBacking { path: cow.to_owned(), base }.into());
+        return Err(ChangeError::NoBase(cow.to_owned()));
     };
     let path = match base {
         Some(base) => base.to_owned(),

@@ -50,7 +50,12 @@ pub enum OpError {
         input: PathBuf,
     },
     /// There is no such file below.
-    #[error("{}: nothing to merge into: it does not have {depth} files below it", path.display())]
+    #[error(
+        "{}: nothing to merge into: {}", path.display(), match depth {
+            1 => "it stands over no file".to_owned(),
+            depth => format!("it has fewer than {depth} files below it"),
+        }
+    )]
     NothingBelow {
         /// The COW file.
         path: PathBuf,

@@ -29,6 +29,19 @@ class Aim:
         return dataclasses.asdict(self)
 
 
+def describe(case, metrics, **more):
+    """What the report says of a case before its figures; a metric is key, label, unit, and which way is better."""
+    return {
+        "name": case.name,
+        "title": case.title,
+        "about": case.about,
+        "primary": case.primary,
+        "metrics": [dict(zip(("key", "label", "unit", "better"), metric)) for metric in metrics],
+        "aims": [aim.as_dict() for aim in case.aims],
+        **more,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One load."""
@@ -55,19 +68,8 @@ class Case:
         return keys
 
     def describe(self):
-        labels = LOAD_METRICS
-        return {
-            "name": self.name,
-            "title": self.title,
-            "about": self.about,
-            "primary": self.primary,
-            "metrics": [
-                {"key": key, "label": labels[key][0], "unit": labels[key][1], "better": labels[key][2]}
-                for key in self.metrics
-            ],
-            "aims": [aim.as_dict() for aim in self.aims],
-            "command": "blk-bench run " + " ".join(self.args),
-        }
+        metrics = [(key, *LOAD_METRICS[key]) for key in self.metrics]
+        return describe(self, metrics, command="blk-bench run " + " ".join(self.args))
 
     def run(self, context, server):
         """One run on a fresh image; gives the figures."""

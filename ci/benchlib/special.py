@@ -6,7 +6,7 @@ import subprocess
 import time
 
 from . import servers
-from .cases import READS_BASE, Aim
+from .cases import READS_BASE, Aim, describe
 
 TIB = 1 << 40
 # Scattered writes of 4 KiB before a 1 TiB overlay is opened: 1 GiB, or with --full 1 % of the disk.
@@ -41,17 +41,7 @@ class Special:
         return self.metrics[0][0]
 
     def describe(self):
-        return {
-            "name": self.name,
-            "title": self.title,
-            "about": self.about,
-            "primary": self.primary,
-            "metrics": [
-                {"key": key, "label": label, "unit": unit, "better": better}
-                for key, label, unit, better in self.metrics
-            ],
-            "aims": [aim.as_dict() for aim in self.aims],
-        }
+        return describe(self, self.metrics)
 
     def run(self, context, server):
         return {"values": self.measure(context, server)}

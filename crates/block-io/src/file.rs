@@ -18,7 +18,7 @@ use nix::sys::stat::futimens;
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Whence, fdatasync, linkat, lseek64};
 
-use crate::lock::{LockRange, try_lock};
+use crate::lock::{LockRange, try_lock, unlock};
 use crate::storage::{
     Access, BootId, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage,
 };
@@ -75,6 +75,13 @@ impl File {
     /// [`File::buffered`]; the kernel keeps the two coherent.
     pub fn direct(&self) -> Option<(BorrowedFd<'_>, DirectAlign)> {
         self.direct.as_ref().map(|direct| (direct.file.as_fd(), direct.align))
+    }
+
+    /// Gives up the lock. Else it falls when the last reference to the descriptions goes, and the kernel takes its time
+    /// to take the rings apart in which they were registered. No I/O may be under way.
+    pub fn unlock(&self) -> io::Result<()> {
+        unlock(&self.buffered)?;
+        self.direct.as_ref().map_or(Ok(()), |direct| unlock(&direct.file))
     }
 
     /// Zeros by writing them, for a file system without holes.

@@ -5,6 +5,7 @@
 //! for each description that does I/O: the buffered one locks `[0, 2^62)` and the direct one `[2^62, 2^63)`; where
 //! there is no direct one the buffered one locks both. They conflict with the POSIX whole-file lock of UML's ubd driver.
 
+use std::io;
 use std::os::fd::AsFd;
 
 use nix::errno::Errno;
@@ -50,6 +51,18 @@ pub(crate) fn try_lock(file: impl AsFd, kind: LockKind, range: LockRange) -> Res
         }
         Err(errno) => Err(LockError::Io(errno.into())),
     }
+}
+
+/// Gives up whatever the description has locked.
+pub(crate) fn unlock(file: impl AsFd) -> io::Result<()> {
+    let mut request = flock(LockKind::Shared, LockRange::Whole);
+    // 2: no truncation.
+    #[allow(clippy::cast_possible_truncation)]
+    {
+        request.l_type = libc::F_UNLCK as i16;
+    }
+    fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&request))?;
+    Ok(())
 }
 
 /// The process that holds a conflicting POSIX lock, as UML's driver does. OFD locks belong to no process.

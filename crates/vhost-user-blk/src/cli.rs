@@ -110,6 +110,15 @@ struct Args {
     #[arg(long)]
     read_only: bool,
 
+    /// Wait for a guest that is migrated here: open the disk only when the guest starts to use it
+    ///
+    /// Until then another daemon has the disk; this one looks at its size only, and keeps a frontend
+    /// that waits for the guest. If the disk cannot be opened when the guest comes, because the other
+    /// daemon does not let go of it within five seconds or for any other reason, the connection is
+    /// closed; the next one tries again. The disk must exist.
+    #[arg(long)]
+    incoming: bool,
+
     /// Queues to offer, 1 to 256 [default: the number of host CPUs, at least 4 and at most 64]
     ///
     /// QEMU and cloud-hypervisor refuse a backend that offers fewer than they are configured for
@@ -205,6 +214,8 @@ pub struct Options {
     pub image: Image,
     /// The guest cannot write.
     pub read_only: bool,
+    /// The disk is opened when a ring starts.
+    pub incoming: bool,
     /// Queues offered.
     pub num_queues: u16,
     /// Largest ring accepted, in descriptors.
@@ -282,6 +293,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
         endpoint,
         image,
         read_only: args.read_only,
+        incoming: args.incoming,
         num_queues: args.num_queues.unwrap_or_else(default_queues),
         queue_size_max: args.queue_size,
         serial: args.serial,
@@ -394,6 +406,7 @@ mod tests {
             "a,b",
             "--format=uml",
             "--read-only",
+            "--incoming",
             "--num-queues=2",
             "--queue-size=256",
             "--serial=disk 1",
@@ -414,6 +427,7 @@ mod tests {
                     format: Some(Format::Uml)
                 },
                 read_only: true,
+                incoming: true,
                 num_queues: 2,
                 queue_size_max: 256,
                 serial,

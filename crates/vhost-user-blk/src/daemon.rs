@@ -8,23 +8,18 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use block_io::watch::BaseWatch;
-use block_io::{CachePolicy, Committer, CowFormat, Disk, DiskError, DiskOptions, OpenError};
+use block_io::{CachePolicy, CowFormat, Disk, DiskError, DiskOptions, OpenError};
 use cow_format::{HEADER_PREFIX_LEN, Header, HeaderError};
 use nix::poll::PollTimeout;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::cli::{Cache, Format, Image, Options};
-use crate::config::DiskShape;
 use crate::connection::{self, Readable, wait_readable};
-use crate::holes::Holes;
-use crate::request::ParseLimits;
-use crate::resident::Mappings;
-use crate::session::{Device, Session};
+use crate::hold::Hold;
+use crate::session::Session;
 use crate::socket::{Listener, Socket, SocketError};
 use crate::vring::RunningRing;
-use crate::worker::{self, RingStart, Shared, WorkerHandle};
+use crate::worker::WorkerHandle;
 use crate::{signals, systemd};
 
 /// How long to wait before the next try when a connection could not be accepted, in milliseconds:
@@ -68,6 +63,27 @@ pub enum DaemonError {
         /// The file.
         path: PathBuf,
     },
+    /// A file that was there when it was looked at.
+    #[error("{}: is not there any more: {source}", path.display())]
+    Gone {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The disk has another size than the frontend was told.
+    #[error(
+        "{}: has {found} sectors; the frontend was told {expected}: start this daemon anew",
+        path.display()
+    )]
+    Capacity {
+        /// The file.
+        path: PathBuf,
+        /// Its 512-byte sectors now.
+        found: u64,
+        /// Its 512-byte sectors when it was looked at.
+        expected: u64,
+    },
     /// The disk did not end cleanly.
     #[error("the disk could not be closed: {0}; what was flushed before is safe")]
     Close(#[from] DiskError),
@@ -88,7 +104,7 @@ impl DaemonError {
         matches!(self, DaemonError::Socket(e) if e.is_usage())
     }
 
-    fn system(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn system(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| DaemonError::System { what, source }
     }
 }
@@ -104,19 +120,14 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     // The socket first: a command line with a bad one must not make a COW file. Frontends that come
     // early wait in its queue.
     let socket = Socket::open(&options.endpoint)?;
-    let disk = Arc::new(open_disk(options)?);
-    // Without it the disk works as well; it only cannot say when somebody spoils it.
-    let _watch = BaseWatch::spawn(&disk)
-        .inspect_err(|e| log::warn!("the files below the disk are not watched: {e}"));
-
-    let session = session(options, &disk).map_err(DaemonError::system("start a thread"))?;
+    let hold = if options.incoming { Hold::incoming(options) } else { Hold::open(options) };
+    let hold = Arc::new(hold?);
+    let session = Arc::new(Mutex::new(Session::new(Arc::clone(&hold), &hold.shape())));
     systemd::ready();
     let served = serve(&socket, &session).map_err(DaemonError::system("use the socket"));
     systemd::stopping();
-    // The workers have ended with the last connection; the committer ends here.
-    drop(session);
-    disk.close()?;
-    log::info!("disk closed");
+    // The workers have ended with the last connection.
+    hold.close()?;
     served
 }
 
@@ -129,7 +140,8 @@ fn raise_fd_limit() {
     }
 }
 
-fn open_disk(options: &Options) -> Result<Disk, DaemonError> {
+/// Opens what the command line names, and makes a COW file that does not exist.
+pub(crate) fn open_disk(options: &Options) -> Result<Disk, DaemonError> {
     let policy = |cache| match cache {
         Cache::Buffered => CachePolicy::Buffered,
         Cache::Direct => CachePolicy::Direct,
@@ -165,7 +177,7 @@ fn open_disk(options: &Options) -> Result<Disk, DaemonError> {
 
 /// Refuses a COW file of another format than the one named. A file that does not exist, or whose
 /// header is no good, is left to the opening, which says why.
-fn check_format(path: &Path, expected: Option<Format>) -> Result<(), DaemonError> {
+pub(crate) fn check_format(path: &Path, expected: Option<Format>) -> Result<(), DaemonError> {
     let Some(expected) = expected else { return Ok(()) };
     let Ok(header) = read_header(path) else { return Ok(()) };
     let found = match header {
@@ -196,56 +208,13 @@ fn unless_raw(path: &Path, error: OpenError) -> DaemonError {
     }
 }
 
-fn session(options: &Options, disk: &Arc<Disk>) -> io::Result<Arc<Mutex<Session<Served>>>> {
-    let shape = DiskShape {
-        capacity: disk.capacity().get(),
-        num_queues: options.num_queues,
-        queue_size_max: options.queue_size_max,
-        read_only: disk.read_only(),
-    };
-    let shared = Shared {
-        disk: Arc::clone(disk),
-        mappings: Mappings::new(disk),
-        holes: Holes::new(disk),
-        committer: Committer::spawn(Arc::clone(disk), options.num_queues.into())?,
-        serial: options.serial,
-        limits: ParseLimits { capacity: disk.capacity(), read_only: disk.read_only() },
-        poll: Duration::from_micros(options.poll_us.into()),
-        failure: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
-    };
-    Ok(Arc::new(Mutex::new(Session::new(Served(Arc::new(shared)), &shape))))
-}
-
-/// The open disk as a session's device.
-struct Served(Arc<Shared>);
-
-impl Device for Served {
-    type Ring = WorkerHandle;
-
-    fn start(&self, ring: RingStart) -> io::Result<WorkerHandle> {
-        worker::spawn(ring, Arc::clone(&self.0))
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.0.disk.flush().map_err(io::Error::other)
-    }
-
-    fn let_go(&self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn failure(&self) -> &EventFd {
-        &self.0.failure
-    }
-}
-
 impl RunningRing for WorkerHandle {
     fn stop(self) -> u16 {
         WorkerHandle::stop(self)
     }
 }
 
-fn serve(socket: &Socket, session: &Arc<Mutex<Session<Served>>>) -> io::Result<()> {
+fn serve(socket: &Socket, session: &Arc<Mutex<Session<Arc<Hold>>>>) -> io::Result<()> {
     match socket {
         Socket::Connected(stream) => connection::serve(stream.try_clone()?, session),
         Socket::Listening(listener) => {

@@ -11,6 +11,7 @@ pub mod dirty_log;
 pub mod fault;
 #[cfg(test)]
 mod guest;
+pub mod hold;
 pub mod holes;
 pub mod inflight;
 pub mod logger;

@@ -69,7 +69,7 @@ pub struct Shared {
     /// The longest time that a dry queue spins before it sleeps.
     pub poll: Duration,
     /// Signalled when a queue had to give up its ring.
-    pub failure: EventFd,
+    pub failure: Arc<EventFd>,
 }
 
 /// A ring that is ready to be served.

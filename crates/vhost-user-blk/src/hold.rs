@@ -1,0 +1,195 @@
+//! The disk as the daemon holds it: opened at the start or, for a guest that is still to come, with
+//! its first ring; let go when a migration takes the guest away; opened again if the guest stays.
+
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use block_io::ops::inspect::{Content, inspect};
+use block_io::watch::BaseWatch;
+use block_io::{Committer, Disk, DiskError, Host, OpenError};
+use cow_format::SectorCount;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::cli::{Format, Image, Options};
+use crate::config::DiskShape;
+use crate::daemon::{DaemonError, check_format, open_disk};
+use crate::holes::Holes;
+use crate::request::ParseLimits;
+use crate::resident::Mappings;
+use crate::session::Device;
+use crate::worker::{self, RingStart, Shared, WorkerHandle};
+
+/// A disk that is open or will be.
+pub struct Hold {
+    options: Options,
+    /// What frontends are told; the disk may not have another size when it is opened.
+    capacity: SectorCount,
+    failure: Arc<EventFd>,
+    open: Mutex<Option<Open>>,
+}
+
+/// What is there while the disk is open.
+struct Open {
+    shared: Arc<Shared>,
+    // Without it the disk works as well; it only cannot say when somebody spoils it.
+    _watch: Option<BaseWatch>,
+}
+
+impl Hold {
+    /// Opens the disk.
+    ///
+    /// # Errors
+    /// Why it cannot be opened, or what the system refuses.
+    pub fn open(options: &Options) -> Result<Self, DaemonError> {
+        let disk = open_disk(options)?;
+        let hold = Self::of(options, disk.capacity())?;
+        *hold.lock() = Some(hold.serve(disk).map_err(DaemonError::system("start a thread"))?);
+        Ok(hold)
+    }
+
+    /// Only looks at the disk, which another daemon has open. It is opened when a ring starts.
+    ///
+    /// # Errors
+    /// Why it could not be opened even if nobody else had it, as far as that can be seen.
+    pub fn incoming(options: &Options) -> Result<Self, DaemonError> {
+        let (path, base, format) = match &options.image {
+            Image::File { path, format } => (path, None, *format),
+            Image::Cow { cow, base, format } => (cow, base.as_deref(), *format),
+        };
+        let raw = format == Some(Format::Raw);
+        if !raw {
+            check_format(path, format)?;
+        }
+        let capacity = look(path, base, raw)?;
+        log::info!("disk {}: to be opened when its guest comes", path.display());
+        Self::of(options, capacity)
+    }
+
+    fn of(options: &Options, capacity: SectorCount) -> Result<Self, DaemonError> {
+        let failure = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(|e| DaemonError::system("make an eventfd")(e.into()))?;
+        let (options, failure) = (options.clone(), Arc::new(failure));
+        Ok(Hold { options, capacity, failure, open: Mutex::new(None) })
+    }
+
+    /// What a session has to know.
+    pub fn shape(&self) -> DiskShape {
+        DiskShape {
+            capacity: self.capacity.get(),
+            num_queues: self.options.num_queues,
+            queue_size_max: self.options.queue_size_max,
+            read_only: self.options.read_only,
+        }
+    }
+
+    /// Closes the disk, if it is open: everything is durable, and the file is clean. No ring may be
+    /// running.
+    ///
+    /// # Errors
+    /// If not all of it could be made durable; then it is open as before.
+    pub fn close(&self) -> Result<(), DiskError> {
+        let mut open = self.lock();
+        if let Some(held) = &*open {
+            held.shared.disk.close()?;
+            for layer in held.shared.disk.layers() {
+                // No ring runs, so nothing is under way. If it fails the lock falls a little later.
+                _ = layer.file().unlock();
+            }
+            *open = None;
+            log::info!("disk closed");
+        }
+        Ok(())
+    }
+
+    /// The disk, opened if need be.
+    fn shared(&self) -> io::Result<Arc<Shared>> {
+        let mut open = self.lock();
+        if open.is_none() {
+            let disk = self.reopen().map_err(io::Error::other)?;
+            *open = Some(self.serve(disk)?);
+        }
+        open.as_ref().map(|open| Arc::clone(&open.shared)).ok_or(io::ErrorKind::NotFound.into())
+    }
+
+    /// Opens a disk that was looked at, or open, before.
+    fn reopen(&self) -> Result<Disk, DaemonError> {
+        let (Image::File { path, .. } | Image::Cow { cow: path, .. }) = &self.options.image;
+        // One that has gone must not be made anew.
+        std::fs::metadata(path)
+            .map_err(|source| DaemonError::Gone { path: path.clone(), source })?;
+        let disk = open_disk(&self.options)?;
+        let (found, expected) = (disk.capacity().get(), self.capacity.get());
+        if found != expected {
+            disk.close()?;
+            return Err(DaemonError::Capacity { path: path.clone(), found, expected });
+        }
+        Ok(disk)
+    }
+
+    fn serve(&self, disk: Disk) -> io::Result<Open> {
+        let disk = Arc::new(disk);
+        let watch = BaseWatch::spawn(&disk)
+            .inspect_err(|e| log::warn!("the files below the disk are not watched: {e}"));
+        let options = &self.options;
+        let shared = Shared {
+            mappings: Mappings::new(&disk),
+            holes: Holes::new(&disk),
+            committer: Committer::spawn(Arc::clone(&disk), options.num_queues.into())?,
+            serial: options.serial,
+            limits: ParseLimits { capacity: disk.capacity(), read_only: disk.read_only() },
+            poll: Duration::from_micros(options.poll_us.into()),
+            failure: Arc::clone(&self.failure),
+            disk,
+        };
+        Ok(Open { shared: Arc::new(shared), _watch: watch.ok() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The size of a disk that another daemon may be writing to.
+fn look(path: &Path, base: Option<&Path>, raw: bool) -> Result<SectorCount, DaemonError> {
+    let found = inspect(&Host, path, base)?;
+    let not_cow = || DaemonError::NotCow { path: path.to_owned() };
+    let top = found.files.first();
+    let capacity = match top.map(|top| (&top.content, top.stat.size)) {
+        Some((_, len)) if raw => SectorCount::covering(len),
+        Some((Content::Cow(cow), _)) => cow.header.geometry().sectors(),
+        Some((Content::Raw, _)) => return Err(not_cow()),
+        _ => return found.problem.map_or_else(|| Err(not_cow()), |e| Err(e.into())),
+    };
+    match found.problem {
+        // Its writer may have added to it in the middle of the look.
+        None | Some(OpenError::Data { .. }) => Ok(capacity),
+        Some(_) if raw => Ok(capacity),
+        Some(problem) => Err(problem.into()),
+    }
+}
+
+impl Device for Arc<Hold> {
+    type Ring = WorkerHandle;
+
+    fn start(&self, ring: RingStart) -> io::Result<WorkerHandle> {
+        worker::spawn(ring, self.shared()?)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        match &*self.lock() {
+            Some(open) => open.shared.disk.flush().map_err(io::Error::other),
+            // What was closed is durable.
+            None => Ok(()),
+        }
+    }
+
+    fn let_go(&self) -> io::Result<()> {
+        self.close().map_err(io::Error::other)
+    }
+
+    fn failure(&self) -> &EventFd {
+        &self.failure
+    }
+}

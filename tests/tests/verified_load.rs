@@ -179,7 +179,6 @@ fn with_a_client_that_polls() {
     holds_what_was_written(&["--poll-us=1000"], Wait::Poll);
 }
 
-/// Small writes that are alone in their queue take a way of their own.
 #[test]
 fn one_request_at_a_time() {
     for args in [["--format=native", "--poll-us=0"], ["--format=uml", "--poll-us=100"]] {

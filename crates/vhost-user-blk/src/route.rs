@@ -8,8 +8,8 @@ use block_io::{Disk, DiskError, Layer};
 use cow_format::{ByteOffset, Extent, LayerIndex, SectorRange};
 
 use crate::holes::Holes;
-use crate::lone_write::LoneWrites;
 use crate::memory::Memory;
+use crate::prompt_write::PromptWrites;
 use crate::request::Segment;
 use crate::resident::{Mappings, READ_MAX, Resident};
 
@@ -24,7 +24,7 @@ pub struct Router<'a> {
     piece: Vec<libc::iovec>,
     resident: Resident<'a>,
     holes: &'a Holes,
-    lone: LoneWrites,
+    prompt: PromptWrites,
 }
 
 /// The top layer, buffered.
@@ -37,7 +37,7 @@ impl<'a> Router<'a> {
     /// A router for one queue.
     pub fn new(disk: &'a Disk, mappings: &'a Mappings, holes: &'a Holes) -> Self {
         let resident = Resident::new(mappings);
-        Self { disk, piece: Vec::new(), resident, holes, lone: LoneWrites::default() }
+        Self { disk, piece: Vec::new(), resident, holes, prompt: PromptWrites::default() }
     }
 
     /// What this queue knows of the page cache.
@@ -86,17 +86,17 @@ impl<'a> Router<'a> {
         plan.write(slot(self.disk, LayerIndex::TOP, at, buffers), at, buffers);
     }
 
-    /// Writes a request that is alone in its queue at once, if that can be expected
-    /// to be quick; whether it was done.
+    /// Writes `buffers` to `range` at once if that can be expected to be quick;
+    /// whether it was done.
     ///
     /// # Safety
-    /// As for [`LoneWrites::write`].
-    pub unsafe fn write_lone(&mut self, range: SectorRange, buffers: &[libc::iovec]) -> bool {
+    /// As for [`PromptWrites::write`].
+    pub unsafe fn write_promptly(&mut self, range: SectorRange, buffers: &[libc::iovec]) -> bool {
         let file = self.disk.layers()[0].file();
         // A disk is slower than a context switch.
         file.direct().is_none()
             // SAFETY: the caller vouches for the buffers.
-            && unsafe { self.lone.write(file.buffered(), self.disk.write_at(range), buffers) }
+            && unsafe { self.prompt.write(file.buffered(), self.disk.write_at(range), buffers) }
     }
 
     /// Plans to turn `segments` into zeros: holes where their space may be given

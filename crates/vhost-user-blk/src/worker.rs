@@ -265,11 +265,6 @@ impl<'a> Worker<'a> {
         self.queue.in_flight()
     }
 
-    /// The request just taken is the only one there is.
-    fn is_lone(&self) -> bool {
-        self.in_flight() == 1 && !self.queue.has_work()
-    }
-
     /// There is room for one more request, whatever it turns out to be.
     fn can_take(&self) -> bool {
         self.open && self.in_flight() < self.start.layout.size
@@ -337,7 +332,7 @@ impl<'a> Worker<'a> {
         let request = InFlight { head, pending, work: Work::Write(range) };
         let data = self.iovecs.data();
         // SAFETY: as in `submit`.
-        if self.is_lone() && unsafe { self.router.write_lone(range, data) } {
+        if unsafe { self.router.write_promptly(range, data) } {
             return self.completed(request, Ok(()));
         }
         self.router.plan_write(range, data, &mut self.plan);

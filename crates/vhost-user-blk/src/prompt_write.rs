@@ -1,18 +1,19 @@
-//! A small write with nothing else in its queue is done by the queue's thread.
+//! A small write into the page cache is done by the queue's own thread.
 //!
-//! io_uring leaves every buffered write to a kernel thread. That costs two context
-//! switches, which only matter when nothing else is going on meanwhile. The price
-//! of saving them is that the queue stands still as long as the kernel makes the
-//! writer wait, because too much memory is dirty, say. So after one write that
-//! took long the next ones go through io_uring again, for a while.
+//! io_uring leaves every buffered write to a kernel thread, which takes as long for
+//! it, costs two context switches when nothing else is going on, and fights with
+//! the queue's thread over the inode's lock, since each first write sets a bit in
+//! the same file. The price of doing it here is that the queue stands still as long
+//! as the kernel makes the writer wait, because too much memory is dirty, say. So
+//! after one write that took long the next ones go through io_uring, for a while.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use cow_format::ByteOffset;
 
-/// The longest write that is done at once. Copying more takes longer than the
-/// context switches.
+/// The longest write that is done here: with a whole batch of them the reads that
+/// came with it wait for some 100 microseconds.
 const LEN_MAX: usize = 32 << 10;
 
 /// A write that took longer than this was held up: copying takes a few
@@ -23,13 +24,13 @@ const HELD_UP: Duration = Duration::from_micros(500);
 /// io_uring: the queue stands still for a few percent of the time at most.
 const CAUTION: u32 = 20;
 
-/// The lone writes of one queue.
+/// The prompt writes of one queue.
 #[derive(Debug, Default)]
-pub struct LoneWrites {
+pub struct PromptWrites {
     cautious_until: Option<Instant>,
 }
 
-impl LoneWrites {
+impl PromptWrites {
     /// Writes `buffers`, in order, to `fd` at byte `at`, if that is likely to be
     /// quick. Whether all was written; if not, it is to be done again, and whoever
     /// does that finds out why.
@@ -68,27 +69,30 @@ mod tests {
 
     use super::*;
 
-    fn write(lone: &mut LoneWrites, file: &std::fs::File, bytes: &[u8]) -> bool {
+    fn write(prompt: &mut PromptWrites, file: &std::fs::File, bytes: &[u8]) -> bool {
         let iovec = |part: &[u8]| libc::iovec {
             iov_base: part.as_ptr().cast_mut().cast(),
             iov_len: part.len(),
         };
         let (head, tail) = bytes.split_at(bytes.len() / 3);
         // SAFETY: the slices live, and are only read.
-        unsafe { lone.write(file.as_fd(), ByteOffset::new(512), &[iovec(head), iovec(tail)]) }
+        unsafe { prompt.write(file.as_fd(), ByteOffset::new(512), &[iovec(head), iovec(tail)]) }
     }
 
     #[test]
     fn small_writes_are_done_and_others_left() {
         let file = tempfile::tempfile().unwrap();
-        let mut lone = LoneWrites::default();
-        assert!(write(&mut lone, &file, &[7; 1536]));
+        let mut prompt = PromptWrites::default();
+        assert!(write(&mut prompt, &file, &[7; 1536]));
         assert_eq!(file.metadata().unwrap().len(), 2048);
-        lone.cautious_until = None;
-        assert!(!write(&mut lone, &file, &[7; LEN_MAX + 1]), "too long");
-        assert!(!write(&mut lone, &std::fs::File::open("/dev/null").unwrap(), &[7; 512]), "failed");
-        lone.cautious_until = Some(Instant::now() + Duration::from_secs(3600));
-        assert!(!write(&mut lone, &file, &[7; 512]), "after one that was held up");
+        prompt.cautious_until = None;
+        assert!(!write(&mut prompt, &file, &[7; LEN_MAX + 1]), "too long");
+        assert!(
+            !write(&mut prompt, &std::fs::File::open("/dev/null").unwrap(), &[7; 512]),
+            "failed"
+        );
+        prompt.cautious_until = Some(Instant::now() + Duration::from_secs(3600));
+        assert!(!write(&mut prompt, &file, &[7; 512]), "after one that was held up");
         assert_eq!(file.metadata().unwrap().len(), 2048);
     }
 }

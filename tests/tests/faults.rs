@@ -6,7 +6,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use system_tests::{CowDisk, Process, blk_bench, cow, patterned, run, run_ok, vhost_user_blk};
+use system_tests::{
+    Backend, CowDisk, Process, blk_bench, cow, patterned, run, run_ok, vhost_user_blk,
+};
 
 const MIB: usize = 1 << 20;
 
@@ -113,6 +115,51 @@ fn a_base_cut_short_fails_reads_and_no_one_dies() {
         ["--ops=write", "--once", "--region=1M", "--read-back", "--output=json", "--depth=4"];
     let output = run_ok(load(daemon.socket(), &writes));
     assert_eq!(failed_requests(&output), 0, "{output}");
+    daemon.stop();
+}
+
+/// Lets fdatasync fail as long as a file exists.
+const FAILING_SYNC: &str = r#"
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int fdatasync(int fd) {
+    if (access(getenv("SYNC_FAILS"), F_OK) == 0) { errno = EIO; return -1; }
+    return syscall(SYS_fdatasync, fd);
+}
+"#;
+
+#[test]
+fn after_a_failed_sync_there_are_reads_and_no_writes_until_the_disk_is_opened_again() {
+    let disk = CowDisk::over(&patterned(8 * MIB, 5));
+    let [source, library, fails] = ["sync.c", "sync.so", "fails"].map(|name| disk.dir.path(name));
+    std::fs::write(&source, FAILING_SYNC).expect("a file");
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-o"]).args([&library, &source]);
+    run_ok(cc);
+    let socket = disk.dir.path("socket");
+    let mut command = vhost_user_blk();
+    command.env("LD_PRELOAD", &library).env("SYNC_FAILS", &fails);
+    command.arg("--socket-path").arg(&socket).arg(disk.spec());
+    let daemon = Backend::start("daemon whose syncs fail", command, &socket);
+    let failed = |ops, offset, more: &[&str]| {
+        let common = ["--once", "--region=64k", "--depth=4", "--output=json", ops, offset];
+        failed_requests(&run_ok(load(&socket, &[&common, more].concat())))
+    };
+    let flushes = ["--flush-every=4"];
+    assert_eq!(failed("--ops=write", "--offset=0", &flushes), 0);
+    std::fs::write(&fails, "").expect("a file");
+    assert!(failed("--ops=write", "--offset=1M", &flushes) > 0);
+    daemon.wait_for("sync failed");
+    // It would succeed again, and that would prove nothing.
+    std::fs::remove_file(&fails).expect("removing a file");
+    assert_eq!(failed("--ops=write", "--offset=2M", &[]), 16);
+    assert_eq!(failed("--ops=read", "--offset=4M", &[]), 0);
+    daemon.kill();
+    let daemon = disk.serve(&[]);
+    assert_eq!(failed("--ops=write", "--offset=2M", &flushes), 0);
     daemon.stop();
 }
 

@@ -1,14 +1,18 @@
 //! Guests: a kernel, disks, a script; and what the script said on the console.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::env;
 use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use crate::backend::Backend;
 use crate::files::TestDir;
+use crate::monitor::Monitor;
 use crate::process::Process;
 use crate::programs::{available, run_ok};
 
@@ -51,6 +55,8 @@ pub struct Guest {
     queues: u16,
     fio: bool,
     reconnect: bool,
+    control: bool,
+    incoming: Option<PathBuf>,
     timeout: Duration,
 }
 
@@ -66,6 +72,8 @@ impl Guest {
             queues: 1,
             fio: false,
             reconnect: false,
+            control: false,
+            incoming: None,
             timeout: GUEST_TIMEOUT,
         }
     }
@@ -108,6 +116,20 @@ impl Guest {
         self
     }
 
+    /// Gives it a monitor and a second serial port, `/dev/ttyS1`, which the test can use (QEMU only).
+    pub fn controlled(mut self) -> Self {
+        assert_eq!(self.kernel, Kernel::Qemu, "a monitor is QEMU's");
+        self.control = true;
+        self
+    }
+
+    /// Has it wait for a guest that is migrated to this socket, in place of booting (QEMU only).
+    pub fn incoming(mut self, socket: &Path) -> Self {
+        assert_eq!(self.kernel, Kernel::Qemu, "UML cannot migrate");
+        self.incoming = Some(socket.to_owned());
+        self
+    }
+
     /// Gives it more time than other guests.
     pub fn with_time(mut self, more: Duration) -> Self {
         self.timeout += more;
@@ -119,11 +141,12 @@ impl Guest {
         let initrd = dir.path(&format!("{name}.initrd"));
         fs::write(&initrd, self.initrd()).expect("writing the initrd");
         let command = match self.kernel {
-            Kernel::Qemu => self.qemu(&initrd),
+            Kernel::Qemu => self.qemu(&initrd, dir, name),
             Kernel::Uml => self.uml(&initrd, &dir.path(&format!("{name}.uml"))),
         };
         let process = Process::spawn(&format!("{:?} guest {name}", self.kernel), command);
-        Running { process, timeout: self.timeout }
+        let control = control_sockets(dir, name);
+        Running { process, timeout: self.timeout, control, serial: OnceCell::new() }
     }
 
     /// Boots it and waits until its script has ended, with status 0, and it has powered off.
@@ -144,7 +167,7 @@ impl Guest {
         initrd
     }
 
-    fn qemu(&self, initrd: &Path) -> Command {
+    fn qemu(&self, initrd: &Path, dir: &TestDir, name: &str) -> Command {
         let memory = if self.fio { "768M" } else { "256M" };
         let accel = if accel() == "kvm" { "kvm" } else { "tcg,thread=multi" };
         let mut command = Command::new("qemu-system-x86_64");
@@ -154,6 +177,14 @@ impl Guest {
         command.arg("-object").arg(format!("memory-backend-memfd,id=mem,size={memory},share=on"));
         command.args(["-machine", "q35,memory-backend=mem", "-nodefaults", "-display", "none"]);
         command.args(["-serial", "stdio"]);
+        if self.control {
+            let [monitor, serial] = control_sockets(dir, name);
+            command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
+            command.arg("-serial").arg(format!("unix:{},server=on,wait=off", serial.display()));
+        }
+        if let Some(socket) = &self.incoming {
+            command.arg("-incoming").arg(format!("unix:{}", socket.display()));
+        }
         for (index, socket) in self.sockets.iter().enumerate() {
             command.arg("-chardev");
             let reconnect = if self.reconnect { reconnect_option() } else { "" };
@@ -189,6 +220,14 @@ impl Guest {
 pub struct Running {
     process: Process,
     timeout: Duration,
+    /// Of the monitor and the second serial port, if it has them.
+    control: [PathBuf; 2],
+    serial: OnceCell<UnixStream>,
+}
+
+/// Where a guest's monitor and its second serial port are.
+fn control_sockets(dir: &TestDir, name: &str) -> [PathBuf; 2] {
+    ["monitor", "serial"].map(|what| dir.path(&format!("{name}.{what}")))
 }
 
 impl Running {
@@ -197,15 +236,43 @@ impl Running {
         self.process.wait_for(text, self.timeout);
     }
 
+    /// Waits until the console shows `text` so many times.
+    pub fn wait_for_times(&self, text: &str, times: usize) {
+        self.process.wait_for_times(text, times, self.timeout);
+    }
+
     /// Whether the console shows `text` already.
     pub fn shows(&self, text: &str) -> bool {
         self.process.output().contains(text)
     }
 
+    /// Its monitor.
+    pub fn monitor(&self) -> Monitor {
+        Monitor::connect(&self.control[0], self.timeout)
+    }
+
+    /// Writes a line to its second serial port.
+    pub fn tell(&self, line: &str) {
+        // Kept: QEMU forgets what came before the end of a connection and was not read yet.
+        let connect = || UnixStream::connect(&self.control[1]).expect("a serial port");
+        let mut serial = self.serial.get_or_init(connect);
+        writeln!(serial, "{line}").expect("writing to a serial port");
+    }
+
+    /// What it has written to the console so far.
+    pub fn output(&self) -> String {
+        self.process.output()
+    }
+
     /// Waits until its script has ended, with status 0, and it has powered off.
     pub fn finish(self) -> Console {
+        self.finish_after("")
+    }
+
+    /// The same for a guest that was migrated here, after it had written `before` elsewhere.
+    pub fn finish_after(self, before: &str) -> Console {
         let (status, text) = self.process.wait(self.timeout);
-        let console = Console::parse(text);
+        let console = Console::parse(before.to_owned() + &text);
         console.expect("END", "0");
         assert!(status.success(), "the guest's process: {status}\n{}", console.text);
         console

@@ -9,12 +9,14 @@
 mod backend;
 mod files;
 mod guest;
+mod monitor;
 mod process;
 mod programs;
 
 pub use backend::Backend;
 pub use files::{CowDisk, TestDir, patterned, sha256, write_image};
 pub use guest::{Console, Guest, Kernel, Running};
+pub use monitor::Monitor;
 pub use process::Process;
 pub use programs::{Outcome, available, blk_bench, cow, run, run_ok, vhost_user_blk};
 

@@ -65,13 +65,20 @@ impl Process {
 
     /// Waits until the output contains `text`. Panics if the process ends or `timeout` passes before.
     pub fn wait_for(&self, text: &str, timeout: Duration) {
+        self.wait_for_times(text, 1, timeout);
+    }
+
+    /// The same until it contains `text` so many times.
+    pub fn wait_for_times(&self, text: &str, times: usize, timeout: Duration) {
         let arrived = |state: &OutputState| {
-            state.bytes.windows(text.len()).any(|window| window == text.as_bytes())
+            let matches = state.bytes.windows(text.len()).filter(|found| *found == text.as_bytes());
+            matches.count() >= times
         };
         if !self.output.wait_until(timeout, |state| state.closed || arrived(state)) {
-            panic!("{}: no {text:?} within {timeout:?}", self.name);
+            panic!("{}: no {text:?} ({times}) within {timeout:?}", self.name);
         }
-        assert!(self.output.text().contains(text), "{}: ended without {text:?}", self.name);
+        let ended = || format!("{}: ended without {text:?} ({times})", self.name);
+        assert!(self.output.text().matches(text).count() >= times, "{}", ended());
     }
 
     /// Waits for the end; panics if `timeout` passes before.

@@ -1,0 +1,111 @@
+//! A guest is migrated from one QEMU to another, and its disk goes from one daemon to another.
+//!
+//! That each page which the daemon writes is marked in the dirty log is not proved here: a guest seldom
+//! looks again at what it was sending when it moved. The daemon's own tests prove it
+//! (`crates/vhost-user-blk/tests/dirty_log.rs`).
+
+use serde_json::json;
+use system_tests::{Backend, CowDisk, Guest, Kernel, Running, cow, patterned, require, run_ok};
+
+const MIB: usize = 1 << 20;
+
+/// The daemon at the destination.
+fn target_daemon(disk: &CowDisk, options: &[&str]) -> Backend {
+    let spec = disk.spec();
+    let args = [options, &["--incoming", &spec]].concat();
+    Backend::daemon(&disk.dir.path("target"), &args)
+}
+
+/// Waits until the guest has written one line more that begins with `key`.
+fn await_another(guest: &Running, key: &str) {
+    let line = format!("@@{key}=");
+    let seen = guest.output().matches(&line).count();
+    guest.wait_for_times(&line, seen + 1);
+}
+
+/// fio writes and verifies, in rounds, in a file system, until it is told to stop. One migration is
+/// cancelled when the disk has been let go already, the next succeeds; at least one whole round comes
+/// before, between and after them.
+#[test]
+fn a_guest_moves_under_load_and_sees_nothing_of_it() {
+    require!(Kernel::Qemu.available());
+    let script = "
+        check mkfs mkfs.ext4 -q -F /dev/vda
+        check mount mount -t ext4 /dev/vda /mnt
+        dd if=/dev/urandom of=/mnt/kept bs=64k count=32 2>/dev/null
+        sha256sum /mnt/kept >/tmp/sum
+        (read line </dev/ttyS1; touch /tmp/stop) &
+        round=0 failed=0
+        while [ ! -e /tmp/stop ]; do
+            fio --name=verify --directory=/mnt --size=2M --numjobs=2 --direct=1 --ioengine=libaio \
+                --iodepth=16 --rw=randwrite --bsrange=4k-32k --verify=crc32c --verify_fatal=1 \
+                --verify_backlog=64 --fsync=32 --group_reporting --minimal >/tmp/fio.log 2>&1 \
+                || { failed=1; cat /tmp/fio.log; }
+            round=$((round + 1))
+            result round $round
+        done
+        result failed $failed
+        check cached sha256sum -cs /tmp/sum
+        check umount umount /mnt
+        check fsck e2fsck -fn /dev/vda
+        check remount mount -t ext4 -o ro /dev/vda /mnt
+        check kept sha256sum -cs /tmp/sum
+        umount /mnt
+        dmesg | grep -iE 'i/o error|ext4-fs (error|warning)|timeout|hung|not a head' || true
+        result errors $(dmesg | grep -ciE 'i/o error|ext4-fs (error|warning)|hung|not a head')
+    ";
+    let disk = CowDisk::over(&patterned(64 * MIB, 7));
+    let options = ["--num-queues=2"];
+    let daemon = disk.serve(&options);
+    let guest =
+        || Guest::new(Kernel::Qemu, script).queues(2).with_fio().controlled().reconnecting();
+    let source = guest().disk(&daemon).boot(&disk.dir, "source");
+    source.wait_for("@@round=1");
+    let target_daemon = target_daemon(&disk, &options);
+    let target = |name: &str| {
+        let target = guest().disk(&target_daemon).incoming(&disk.dir.path(name));
+        let target = target.boot(&disk.dir, name);
+        // It listens once it answers.
+        target.monitor();
+        target
+    };
+
+    let mut monitor = source.monitor();
+    let capability = |on: bool| {
+        let each = json!([{ "capability": "pause-before-switchover", "state": on }]);
+        json!({ "capabilities": each })
+    };
+    monitor.run("migrate-set-capabilities", capability(true));
+    let in_vain = target("first");
+    monitor.migrate(&disk.dir.path("first"));
+    monitor.await_status("pre-switchover");
+    assert!(daemon.output().contains("disk closed"), "the disk was not let go");
+    monitor.run("migrate_cancel", json!({}));
+    monitor.await_status("cancelled");
+    drop(in_vain);
+    await_another(&source, "round");
+
+    monitor.run("migrate-set-capabilities", capability(false));
+    let target = target("second");
+    monitor.migrate(&disk.dir.path("second"));
+    let state = monitor.await_status("completed");
+    println!("the guest stood still for {} ms", state["downtime"]);
+    await_another(&target, "round");
+    let before = source.output();
+    drop((monitor, source));
+    daemon.stop();
+    target.tell("stop");
+    let console = target.finish_after(&before);
+    target_daemon.stop();
+    console.expect("failed", "0");
+    let all = ["mkfs", "mount", "cached", "umount", "fsck", "remount", "kept"];
+    console.expect_ok(&all);
+    console.expect("errors", "0");
+    let mut check = cow();
+    check.arg("check").arg(&disk.cow);
+    run_ok(check);
+    let mut info = cow();
+    info.arg("info").arg(&disk.cow);
+    let info = run_ok(info);
+    assert!(info.contains("clean"), "{info}");
+}

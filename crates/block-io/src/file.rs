@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::UNIX_EPOCH;
 
 use cow_format::ByteOffset;
@@ -28,10 +29,12 @@ const DIRECT_ALIGN_DEFAULT: u32 = 4096;
 /// Zeros that are written in place of a hole on a file system that cannot punch one.
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
-/// Fewer bytes go through the page cache, where the kernel makes larger writes of them.
+/// Fewer bytes go through the page cache, where the kernel makes larger transfers of them.
 const LARGE_MIN: usize = 128 << 10;
-/// What a direct write is aligned to, in memory and in the file.
+/// What a large transfer is aligned to, in memory and in the file.
 const PAGE: usize = 4096;
+/// The number of cachestat(2), Linux 6.5, on all architectures but Alpha.
+const SYS_CACHESTAT: libc::c_long = 451;
 
 /// A real file: a description that goes through the page cache, and maybe a second one that bypasses it.
 ///
@@ -41,6 +44,9 @@ pub struct File {
     buffered: fs::File,
     direct: Option<Direct>,
     kind: FileKind,
+    /// For large transfers past the page cache: opened when the first comes; `None` where the file system cannot. It has
+    /// no lock, since nothing outlasts the call that uses it.
+    large: OnceLock<Option<fs::File>>,
 }
 
 /// The second description.
@@ -62,7 +68,41 @@ pub struct DirectAlign {
 impl File {
     fn new(buffered: fs::File) -> io::Result<Self> {
         let kind = kind_of(&buffered.metadata()?);
-        Ok(File { buffered, direct: None, kind })
+        Ok(File { buffered, direct: None, kind, large: OnceLock::new() })
+    }
+
+    /// The description for large transfers.
+    fn large(&self) -> Option<&fs::File> {
+        let open = || {
+            let flags = fcntl(&self.buffered, FcntlArg::F_GETFL).ok()?;
+            let access = match flags & libc::O_ACCMODE {
+                libc::O_RDONLY => Access::Read,
+                _ => Access::ReadWrite,
+            };
+            // By descriptor: it may have no name.
+            let path = descriptor_path(&self.buffered);
+            open_options(access).custom_flags(libc::O_DIRECT).open(path).ok()
+        };
+        self.large.get_or_init(open).as_ref()
+    }
+
+    /// Whether most of `len` bytes from `at` are in the page cache; so it seems as well where the kernel does not say.
+    fn is_cached(&self, at: u64, len: u64) -> bool {
+        #[repr(C)]
+        struct Range {
+            at: u64,
+            len: u64,
+        }
+        /// Pages: cached, dirty, in writeback, evicted, recently evicted.
+        type Counts = [u64; 5];
+        let (range, mut counts) = (Range { at, len }, Counts::default());
+        // SAFETY: cachestat(2) reads one `cachestat_range` and writes one `cachestat`, which these are; the descriptor is
+        // open.
+        let result = unsafe {
+            let fd = libc::c_long::from(self.buffered.as_raw_fd());
+            libc::syscall(SYS_CACHESTAT, fd, &raw const range, &raw mut counts, 0)
+        };
+        result != 0 || counts[0] * PAGE as u64 >= len / 2
     }
 
     /// The description that goes through the page cache. It carries the lock: register it in every ring.
@@ -136,12 +176,33 @@ impl Storage for File {
         self.buffered.write_all_at(buf, at.get())
     }
 
+    fn read_large_at(&self, buf: &mut [u8], at: ByteOffset) -> io::Result<()> {
+        let place = |index: usize| at.get() + index as u64;
+        let middle = direct_part(buf, at)
+            .filter(|middle| !self.is_cached(place(middle.start), middle.len() as u64));
+        let Some((large, middle)) = self.large().zip(middle) else {
+            return self.read_exact_at(buf, at);
+        };
+        match large.read_exact_at(&mut buf[middle.clone()], place(middle.start)) {
+            // It wants another alignment, or the file ends before a whole page.
+            Err(err)
+                if err.raw_os_error() == Some(libc::EINVAL)
+                    || err.kind() == io::ErrorKind::UnexpectedEof =>
+            {
+                return self.read_exact_at(buf, at);
+            }
+            done => done?,
+        }
+        self.buffered.read_exact_at(&mut buf[..middle.start], at.get())?;
+        self.buffered.read_exact_at(&mut buf[middle.end..], place(middle.end))
+    }
+
     fn write_large_at(&self, buf: &[u8], at: ByteOffset) -> io::Result<()> {
-        let Some((direct, middle)) = self.direct.as_ref().zip(direct_part(buf, at)) else {
+        let Some((middle, large)) = direct_part(buf, at).zip(self.large()) else {
             return self.write_all_at(buf, at);
         };
         let place = |index: usize| at.get() + index as u64;
-        match direct.file.write_all_at(&buf[middle.clone()], place(middle.start)) {
+        match large.write_all_at(&buf[middle.clone()], place(middle.start)) {
             // It wants another alignment, or a short write has left less than that.
             Err(err) if err.raw_os_error() == Some(libc::EINVAL) => {
                 return self.write_all_at(buf, at);
@@ -153,7 +214,7 @@ impl Storage for File {
     }
 
     fn bypasses_cache(&self) -> bool {
-        self.direct.is_some()
+        self.large().is_some()
     }
 
     fn punch(&self, at: ByteOffset, len: u64) -> io::Result<()> {
@@ -276,16 +337,6 @@ impl Env for Host {
         let align = direct_align(&direct);
         file.direct = Some(Direct { file: direct, align });
         Ok(file)
-    }
-
-    fn for_large_writes(&self, mut file: File) -> File {
-        // By descriptor: it may have no name. Where the file system cannot, all goes through the page cache.
-        let direct = open_options(Access::ReadWrite)
-            .custom_flags(libc::O_DIRECT)
-            .open(descriptor_path(&file.buffered));
-        file.direct =
-            direct.ok().map(|direct| Direct { align: direct_align(&direct), file: direct });
-        file
     }
 
     fn create_new(&self, path: &Path) -> io::Result<File> {
@@ -459,6 +510,8 @@ fn direct_part(buf: &[u8], at: ByteOffset) -> Option<Range<usize>> {
 
 #[cfg(test)]
 mod tests {
+    use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+
     use super::*;
 
     #[test]
@@ -533,7 +586,7 @@ mod tests {
     }
 
     #[test]
-    fn large_writes_leave_what_other_writes_leave() {
+    fn large_transfers_leave_what_others_leave() {
         let dir = tempfile::tempdir().unwrap();
         let memory: Vec<u8> = (0..251).cycle().take(4 * LARGE_MIN + 3 * PAGE).collect();
         let aligned = memory.as_ptr().align_offset(PAGE);
@@ -550,13 +603,22 @@ mod tests {
             (0, 512, len),
         ] {
             let path = dir.path().join("f");
-            let new = Host.create_new(&path).unwrap();
-            let file = Host.for_large_writes(new);
+            let file = Host.create_new(&path).unwrap();
             let bytes = &memory[aligned + from..][..len];
             direct += usize::from(direct_part(bytes, ByteOffset::new(at)).is_some());
             // Over pages that are in the cache.
             file.write_all_at(&vec![1; 8192 + 2 * len], ByteOffset::new(0)).unwrap();
             file.write_large_at(bytes, ByteOffset::new(at)).unwrap();
+            let mut back = memory.clone();
+            for _ in ["cached", "not cached"] {
+                let back = &mut back[from..][..len];
+                back.fill(0);
+                file.read_large_at(back, ByteOffset::new(at)).unwrap();
+                assert!(back == bytes, "{from} {at} {len}");
+                file.sync().unwrap();
+                let all = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+                posix_fadvise(&file.buffered, 0, 0, all).unwrap();
+            }
             let mut expected = vec![1; 8192 + 2 * len];
             let at = usize::try_from(at).unwrap();
             expected[at..at + len].copy_from_slice(bytes);
@@ -564,5 +626,12 @@ mod tests {
             fs::remove_file(&path).unwrap();
         }
         assert_eq!(direct, 4);
+        // Past the end.
+        let path = dir.path().join("short");
+        let file = Host.create_new(&path).unwrap();
+        file.set_len(2 * LARGE_MIN as u64 + 100).unwrap();
+        let mut back = vec![1; aligned + len];
+        let err = file.read_large_at(&mut back[aligned..], ByteOffset::new(0)).unwrap_err();
+        assert_eq!(err.kind(), io::ErrorKind::UnexpectedEof);
     }
 }

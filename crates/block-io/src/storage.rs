@@ -100,8 +100,13 @@ pub trait Storage: Send + Sync {
     /// Writes all of `buf` at `at`, lengthening the file if it must.
     fn write_all_at(&self, buf: &[u8], at: ByteOffset) -> io::Result<()>;
 
-    /// As [`Storage::write_all_at`]; what is long enough bypasses the page cache if [`Env::for_large_writes`] has
-    /// opened the file for that. Costs a copy unless address and offset have the same place in a page of 4 KiB.
+    /// As [`Storage::read_exact_at`]; what is long enough and not in the page cache bypasses that, if the file system can
+    /// and address and offset have the same place in a page of 4 KiB.
+    fn read_large_at(&self, buf: &mut [u8], at: ByteOffset) -> io::Result<()> {
+        self.read_exact_at(buf, at)
+    }
+
+    /// As [`Storage::write_all_at`]; what is long enough bypasses the page cache, under the same conditions.
     fn write_large_at(&self, buf: &[u8], at: ByteOffset) -> io::Result<()> {
         self.write_all_at(buf, at)
     }
@@ -205,11 +210,6 @@ pub trait Env: Clone + Send + Sync + 'static {
     /// Adds a second description that bypasses the page cache for data, with the lock that belongs to it (a range of
     /// its own: call it before [`Storage::try_lock`]).
     fn with_direct(&self, file: Self::File, access: Access) -> io::Result<Self::File>;
-
-    /// Lets [`Storage::write_large_at`] bypass the page cache, where the file system can.
-    fn for_large_writes(&self, file: Self::File) -> Self::File {
-        file
-    }
 
     /// Creates a file, open for reading and writing, in the directory of `near`, that nobody finds until it is
     /// published: without a name where the file system can, else with the temporary name that is returned.

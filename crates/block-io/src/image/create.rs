@@ -62,7 +62,6 @@ impl<E: Env> Unpublished<E> {
     pub(crate) fn create(env: &E, path: &Path) -> Result<Self, OpenError> {
         let (file, temporary) =
             env.create_unpublished(path).map_err(OpenError::io(path, "create"))?;
-        let file = env.for_large_writes(file);
         Ok(Unpublished { env: env.clone(), path: path.to_owned(), file, temporary })
     }
 

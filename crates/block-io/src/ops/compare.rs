@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use cow_format::{SectorCount, SectorRange};
 
+use super::copy::{PAGE, PageBuffer};
 use super::walk::{Image, Piece, Reader, Source};
 use super::{OpError, Progress, parallel};
 
@@ -53,8 +54,16 @@ impl<A: Reader, B: Reader> Pair<A, B> {
         one: &'a I,
         two: &'b J,
     ) -> Self {
-        let one = Side { size: one.size(), reader: one.reader(), buf: vec![0; BUFFER] };
-        Pair { one, two: Side { size: two.size(), reader: two.reader(), buf: vec![0; BUFFER] } }
+        let one =
+            Side { size: one.size(), reader: one.reader(), buf: PageBuffer::new(BUFFER + PAGE) };
+        Pair {
+            one,
+            two: Side {
+                size: two.size(),
+                reader: two.reader(),
+                buf: PageBuffer::new(BUFFER + PAGE),
+            },
+        }
     }
 
     /// Hands out the bytes of both, place by place, wherever they may differ.
@@ -124,13 +133,17 @@ fn runs_of_difference(
 struct Side<R> {
     size: u64,
     reader: R,
-    buf: Vec<u8>,
+    buf: PageBuffer,
 }
 
 impl<R: Reader> Side<R> {
     /// The first `len` bytes of a piece. Past the end of the disk there are zeros, in its last sector too.
     fn read(&mut self, piece: &Piece, len: u64) -> Result<&[u8], OpError> {
-        let buf = &mut self.buf[..usize::try_from(len).unwrap_or(BUFFER)];
+        let place = match piece.source {
+            Source::Zero => 0,
+            Source::Data { at, .. } => at.get(),
+        };
+        let buf = &mut self.buf.for_place(place)[..usize::try_from(len).unwrap_or(BUFFER)];
         match piece.source {
             Source::Zero => buf.fill(0),
             Source::Data { layer, at } => self.reader.read(layer, at, buf)?,

@@ -83,7 +83,7 @@ pub(super) struct PageBuffer(Vec<Page>);
 #[repr(C, align(4096))]
 struct Page([u8; PAGE]);
 
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 
 impl PageBuffer {
     /// A buffer of at least `len` zeros.
@@ -91,7 +91,8 @@ impl PageBuffer {
         PageBuffer(vec![Page([0; PAGE]); len.div_ceil(PAGE)])
     }
 
-    /// The buffer from where a byte belongs that is written to `place`, so that whole pages stay whole pages.
+    /// The buffer from where a byte belongs that is written to or read from `place` in a file, so that whole pages stay
+    /// whole pages.
     pub(super) fn for_place(&mut self, place: u64) -> &mut [u8] {
         let into = usize::try_from(place % PAGE as u64).unwrap_or(0);
         &mut self.0.as_mut_bytes()[into..]

@@ -21,7 +21,6 @@ use cow_format::{
     SectorRange,
 };
 
-use super::copy::writers;
 use super::empty::empty;
 use super::holes::Holes;
 use super::note::Note;
@@ -203,8 +202,8 @@ impl<'a, E: Env> Merge<'a, E> {
             (how.progress)(range.len_bytes());
             Ok(())
         };
-        let writers = writers(&self.target.opened.file);
-        parallel::for_each_piece(self.map.sectors(), writers, state, work)
+        // One thread: writes through the page cache take turns.
+        parallel::for_each_piece(self.map.sectors(), NonZeroUsize::MIN, state, work)
     }
 
     fn layer(&self, index: usize) -> &Opened<E::File> {

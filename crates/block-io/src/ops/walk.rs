@@ -143,7 +143,7 @@ impl<E: Env> Reader for Walker<'_, E> {
 
     fn read(&self, layer: LayerIndex, at: ByteOffset, buf: &mut [u8]) -> Result<(), OpError> {
         let layer = self.layer(layer);
-        layer.file().read_exact_at(buf, at).map_err(OpError::read(layer.path(), at.get()))
+        layer.file().read_large_at(buf, at).map_err(OpError::read(layer.path(), at.get()))
     }
 
     fn file(&self, layer: LayerIndex) -> Option<FileId> {

@@ -26,6 +26,11 @@ impl Random {
     }
 }
 
+/// The seed in `COW_SEED`.
+fn asked_for() -> Option<u64> {
+    std::env::var("COW_SEED").ok()?.parse().ok()
+}
+
 /// A disk, and what it should hold.
 struct World {
     scratch: Scratch,
@@ -200,8 +205,7 @@ impl World {
 
 #[test]
 fn random_commands_keep_the_content_that_the_model_says() {
-    let first = std::env::var("COW_SEED").ok().and_then(|seed| seed.parse().ok());
-    for seed in first.map_or(1..4, |seed: u64| seed..seed + 1) {
+    for seed in asked_for().map_or(1..4, |seed| seed..seed + 1) {
         println!("seed {seed}");
         let mut world = World::new(seed);
         for _ in 0..STEPS {
@@ -220,7 +224,9 @@ fn a_command_that_is_killed_leaves_nothing_or_can_be_run_again() {
         expected[at..at + 4096].fill(7);
     }
     scratch.write("other.img", &expected);
-    let mut random = Random(1);
+    let seed = asked_for().unwrap_or(1);
+    println!("seed {seed}");
+    let mut random = Random(seed);
     let mut killed = 0;
     for _ in 0..12 {
         scratch.write("base.img", &base);

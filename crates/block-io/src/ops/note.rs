@@ -100,12 +100,19 @@ impl Note {
         Ok(n == RAW_LEN && found == self.bytes)
     }
 
-    /// Writes the note, durably, in place of any other.
+    /// Writes the note, durably, in place of any other: those are void. It gets its name in one step, so that nobody who is
+    /// killed leaves another.
     pub(crate) fn write<E: Env>(&self, env: &E) -> Result<(), OpError> {
+        if self.stands(env).map_err(OpError::io(&self.path, "read"))? {
+            return env
+                .sync_parent(&self.path)
+                .map_err(OpError::io(&self.path, "sync the directory of"));
+        }
+        self.remove(env)?;
         let new = crate::image::Unpublished::create(env, &self.path)?;
         let written = new.file().write_all_at(&self.bytes, ByteOffset::new(0));
         written.map_err(OpError::write(&self.path, 0))?;
-        Ok(new.publish(true)?)
+        Ok(new.publish(false)?)
     }
 
     /// Removes whatever note there is, durably.

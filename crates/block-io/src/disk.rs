@@ -12,7 +12,7 @@ use cow_format::{
     Bitmap, ByteOffset, Extents, Geometry, Header, LayerMap, Sector, SectorCount, SectorRange,
 };
 
-use crate::file::Host;
+use crate::file::{File, Host};
 use crate::image::bits::Bits;
 use crate::image::flush::{FlushFailure, flush};
 use crate::image::learn::{Failed, learn, learn_top};
@@ -87,6 +87,20 @@ impl Disk {
     pub fn open_raw(path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
         Self::open_raw_in(Host, path, options)
     }
+
+    /// [`Disk::open_cow`] for the successor of a process that has it open: the descriptions of `top`, with their locks,
+    /// are handed on and nothing is written, so that the predecessor can go on should the successor fail. Until it is
+    /// gone for good the successor must not write. The files below are opened anew.
+    pub fn inherit_cow(path: &Path, top: File, options: &DiskOptions) -> Result<Self, OpenError> {
+        let chain = open_chain(&Host, path, None, Some(top), options)?;
+        Ok(Self::new(Host, chain, options))
+    }
+
+    /// The same for [`Disk::open_raw`].
+    pub fn inherit_raw(path: &Path, top: File, options: &DiskOptions) -> Result<Self, OpenError> {
+        let chain = open_single(&Host, path, Some(top), options)?;
+        Ok(Self::new(Host, chain, options))
+    }
 }
 
 impl<E: Env> Disk<E> {
@@ -97,13 +111,13 @@ impl<E: Env> Disk<E> {
         base: Option<&Path>,
         options: &DiskOptions,
     ) -> Result<Self, OpenError> {
-        let chain = open_chain(&env, path, base, options)?;
+        let chain = open_chain(&env, path, base, None, options)?;
         Ok(Self::new(env, chain, options))
     }
 
     /// [`Disk::open_raw`] in another environment.
     pub fn open_raw_in(env: E, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
-        let chain = open_single(&env, path, options)?;
+        let chain = open_single(&env, path, None, options)?;
         Ok(Self::new(env, chain, options))
     }
 

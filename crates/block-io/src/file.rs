@@ -3,7 +3,7 @@
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -103,6 +103,17 @@ impl File {
             libc::syscall(SYS_CACHESTAT, fd, &raw const range, &raw mut counts, 0)
         };
         result != 0 || counts[0] * PAGE as u64 >= len / 2
+    }
+
+    /// A file of descriptions that another process has opened and locked; `direct` bypasses the page cache.
+    ///
+    /// # Errors
+    /// What fstat(2) says.
+    pub fn inherit(buffered: OwnedFd, direct: Option<OwnedFd>) -> io::Result<Self> {
+        let mut file = Self::new(buffered.into())?;
+        let direct = direct.map(fs::File::from);
+        file.direct = direct.map(|file| Direct { align: direct_align(&file), file });
+        Ok(file)
     }
 
     /// The description that goes through the page cache. It carries the lock: register it in every ring.

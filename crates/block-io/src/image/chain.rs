@@ -26,6 +26,8 @@ pub(crate) struct Opener<'a, E: Env> {
     /// The file below the top that is going to be written, counted from 0 for the nearest.
     writing: Option<usize>,
     excuse: Option<&'a Excuse<'a, E::File>>,
+    /// The top, if it is open and locked already.
+    held: Option<E::File>,
 }
 
 /// Says of a file that is not what the reference means that it is the right one all the same.
@@ -40,7 +42,13 @@ pub(crate) struct Opened<F> {
 
 impl<'a, E: Env> Opener<'a, E> {
     pub(crate) fn new(env: &'a E, options: &'a DiskOptions, top: &Path) -> Self {
-        Opener { env, options, top: top.to_owned(), seen: Vec::new(), writing: None, excuse: None }
+        let (top, seen) = (top.to_owned(), Vec::new());
+        Opener { env, options, top, seen, writing: None, excuse: None, held: None }
+    }
+
+    /// Takes the top from a predecessor, with its descriptions and their locks, instead of opening it.
+    pub(crate) fn holding(self, top: Option<E::File>) -> Self {
+        Opener { held: top, ..self }
     }
 
     /// Opens the file at `index` below the top, counted from 0 for the nearest, for writing, and takes it as it is if
@@ -57,7 +65,16 @@ impl<'a, E: Env> Opener<'a, E> {
             false => (Access::ReadWrite, LockKind::Exclusive),
         };
         let file = self.env.open(&path, access).map_err(OpenError::io(&path, "open"))?;
-        self.admit(file, path, access, self.options.cow_cache, lock)
+        let Some(held) = self.held.take() else {
+            return self.admit(file, path, access, self.options.cow_cache, lock);
+        };
+        let id = |file: &E::File| Ok(file.stat()?.id);
+        let same = id(&file).and_then(|named| Ok(named == id(&held)?));
+        if !same.map_err(OpenError::io(&path, "stat"))? {
+            return Err(OpenError::NotHeld { path });
+        }
+        // What it has of direct descriptions is there; its locks are granted again.
+        self.admit(held, path, access, CachePolicy::Buffered, lock)
     }
 
     /// Opens the file that a new COW file `cow` is going to be over and all that is below it, as they will be opened

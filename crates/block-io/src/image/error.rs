@@ -31,6 +31,12 @@ pub enum OpenError {
         /// Who holds it, if that is known.
         source: LockError,
     },
+    /// The file is not the one that a predecessor handed on, or not in use by it.
+    #[error("{}: is not the file that the predecessor has open", path.display())]
+    NotHeld {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file is no image.
     #[error("{}: is a {found}, expected {expected}", path.display())]
     Kind {

@@ -28,9 +28,10 @@ pub(crate) struct Chain<F> {
 pub(crate) fn open_single<E: Env>(
     env: &E,
     path: &Path,
+    held: Option<E::File>,
     options: &DiskOptions,
 ) -> Result<Chain<E::File>, OpenError> {
-    let top = Opener::new(env, options, path).top()?;
+    let top = Opener::new(env, options, path).holding(held).top()?;
     let len = top.stat.size;
     if len == 0 || (!options.read_only && !len.is_multiple_of(SECTOR_SIZE)) {
         return Err(OpenError::RawLength { path: top.path, len });
@@ -47,20 +48,25 @@ pub(crate) fn open_single<E: Env>(
 }
 
 /// Opens the COW file at `path` and everything below it. Makes it first if it does not exist and `base` is given.
-/// Nothing is changed on disk before every file has been found to be right.
+/// Nothing is changed on disk before every file has been found to be right; and nothing at all if the top is `held`,
+/// by a predecessor that may still be at work.
 pub(crate) fn open_chain<E: Env>(
     env: &E,
     path: &Path,
     base: Option<&Path>,
+    held: Option<E::File>,
     options: &DiskOptions,
 ) -> Result<Chain<E::File>, OpenError> {
+    let inherited = held.is_some();
+    // The predecessor has adopted the base that was named.
+    let base = base.filter(|_| !inherited);
     if let Some(base) = base
         && !options.read_only
         && !env.exists(path).map_err(OpenError::io(path, "look for"))?
     {
         create_cow(env, path, &CreateOptions::over(options.format, base))?;
     }
-    let mut opener = Opener::new(env, options, path);
+    let mut opener = Opener::new(env, options, path).holding(held);
     let top = opener.top()?;
     let mut header = top.header()?;
     if !options.read_only {
@@ -76,12 +82,16 @@ pub(crate) fn open_chain<E: Env>(
     let bits = Bits::find(env, &top, &header)?;
     bits.check_data(&top)?;
 
+    if inherited && !bits.live_counts() {
+        return Err(OpenError::NotHeld { path: path.to_owned() });
+    }
+
     let mut cow = None;
     if !options.read_only {
         if let (Some(base), Some(nearest)) = (base, below.first()) {
             adopt_base(env, &top, &mut header, base, &nearest.opened)?;
         }
-        cow = Some(make_writable(env, &top, header, bits.live_counts())?);
+        cow = Some(make_writable(env, &top, header, bits.live_counts(), inherited)?);
     }
     join(top, below, geometry, bits, cow)
 }

@@ -116,12 +116,14 @@ pub(crate) fn check_writable(path: &Path, header: &Header) -> Result<(), OpenErr
     }
 }
 
-/// Makes a COW file ready for writes: the live bitmap stands, and a successor will know whether it counts.
+/// Makes a COW file ready for writes: the live bitmap stands, and a successor will know whether it counts. Where it
+/// counts already, the header says so and is left alone. One that is `inherited` is not written to at all.
 pub(crate) fn make_writable<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
     mut header: Header,
     live_is_valid: bool,
+    inherited: bool,
 ) -> Result<WritableCow<E::File>, OpenError> {
     let geometry = *header.geometry();
     hold_last_sector(&cow.file, &geometry).map_err(OpenError::io(&cow.path, "lengthen"))?;
@@ -139,9 +141,12 @@ pub(crate) fn make_writable<E: Env>(
             let live = LiveBitmap::native(&cow.file, at, &geometry, live_is_valid || settled);
             let live = live.map_err(make)?;
             // Only now: under this boot's name it must say nothing that does not hold.
-            let boot = native_boot(env)?;
-            let set = native.set_in_use(boot).map_err(UpdateError::from);
-            set.and_then(|()| write_native(&cow.file, native)).map_err(|err| err.at(&cow.path))?;
+            if !live_is_valid {
+                let boot = native_boot(env)?;
+                let set = native.set_in_use(boot).map_err(UpdateError::from);
+                let written = set.and_then(|()| write_native(&cow.file, native));
+                written.map_err(|err| err.at(&cow.path))?;
+            }
             if settled {
                 // Before the first live bit: under the header before this one nobody would look for it.
                 cow.file.sync().map_err(OpenError::io(&cow.path, "sync"))?;
@@ -149,7 +154,9 @@ pub(crate) fn make_writable<E: Env>(
             live
         }
     };
-    hold_name(env, &cow.path).map_err(OpenError::io(&cow.path, "sync the directory of"))?;
+    if !inherited {
+        hold_name(env, &cow.path).map_err(OpenError::io(&cow.path, "sync the directory of"))?;
+    }
     let unread = AtomicBool::new(live_is_valid);
     Ok(WritableCow { header: Mutex::new(header), geometry, live, unread })
 }

@@ -4,12 +4,14 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::{RangedU64ValueParser, TypedValueParser};
 use clap::error::ErrorKind;
-use clap::{ArgGroup, CommandFactory, Parser, ValueEnum};
+use clap::{ArgGroup, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use log::LevelFilter;
 
+use crate::control::{Request, Upgrade};
 use crate::socket::Endpoint;
 use crate::systemd;
 
@@ -26,6 +28,10 @@ const QUEUE_SIZE_MIN: u16 = 4;
 const QUEUE_SIZE_MAX: u16 = 32768;
 /// Bytes of a GET_ID answer (virtio 1.3, section 5.2.6).
 pub const SERIAL_LEN: usize = 20;
+
+/// How the first argument begins by which a program learns of its predecessor. No option: nobody else
+/// is to use it.
+pub const TAKEOVER: &str = "--takeover=";
 
 /// What `--print-capabilities` prints (QEMU, docs/interop/vhost-user.json).
 const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
@@ -66,7 +72,7 @@ Examples:
     about = "Serves a copy-on-write disk to a virtual machine over vhost-user",
     long_about = ABOUT,
     after_help = EXAMPLES,
-    group(ArgGroup::new("endpoint").required(systemd::listen_fd().is_none()).args(["socket_path", "fd"])),
+    group(ArgGroup::new("endpoint").required(true).args(["socket_path", "fd"])),
     group(ArgGroup::new("disk").required(true).args(["image", "blk_file"])),
 )]
 struct Args {
@@ -92,6 +98,12 @@ struct Args {
     /// --socket-path is needed where systemd passes the socket (LISTEN_FDS=1).
     #[arg(long, value_name = "FDNUM")]
     fd: Option<RawFd>,
+
+    /// Make this socket and obey what comes from it; see `vhost-user-blk upgrade --help`
+    ///
+    /// Only the daemon's user can connect to it.
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
 
     /// Serve this file: a COW file, or with --format=raw a raw image (the name is taken as it is,
     /// commas included)
@@ -158,6 +170,39 @@ struct Args {
     print_capabilities: bool,
 }
 
+const UPGRADE_ABOUT: &str = "\
+Has a running daemon go on as another program: the one that now stands where its own was started from, \
+or --program.
+
+The guest keeps its disk: it waits for some milliseconds, whatever its frontend, and nothing is \
+reconnected. The process stays, and so do its id, its locks and its sockets. The new program gets the \
+command line of the old. It is tried first while the old one serves: if it cannot be started, refuses, \
+or does not answer in time, the old one serves on.
+
+Exit status: 0 if the daemon was upgraded, 1 if it was not, 2 for a wrong command line.";
+
+/// Arguments of `vhost-user-blk upgrade`.
+#[derive(Parser, Debug)]
+#[command(
+    name = "upgrade",
+    bin_name = "vhost-user-blk upgrade",
+    about = "Has a running daemon go on as another program",
+    long_about = UPGRADE_ABOUT,
+)]
+struct UpgradeArgs {
+    /// The daemon's control socket
+    #[arg(long, value_name = "PATH")]
+    control: PathBuf,
+
+    /// The new program [default: the file that the daemon was started from, as it is now]
+    #[arg(long, value_name = "PATH")]
+    program: Option<PathBuf>,
+
+    /// Seconds that the new program has to show that it is able
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=600))]
+    timeout: u16,
+}
+
 /// Longest busy wait: past this a sleeping thread would cost less than what is saved.
 const POLL_US_MAX: u32 = 10_000;
 
@@ -210,6 +255,10 @@ pub type Serial = [u8; SERIAL_LEN];
 pub struct Options {
     /// Where the frontend comes from.
     pub endpoint: Endpoint,
+    /// `--control`: where commands come from.
+    pub control: Option<PathBuf>,
+    /// Where the process's last program has left what this one is to go on with.
+    pub takeover: Option<RawFd>,
     /// What is served.
     pub image: Image,
     /// The guest cannot write.
@@ -260,6 +309,8 @@ pub enum Command {
     Print(String),
     /// Serve.
     Serve(Box<Options>),
+    /// Have the daemon behind this control socket do something.
+    Control(PathBuf, Request),
 }
 
 /// Reads the command line, the program's name first.
@@ -272,7 +323,17 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
     if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
         return Ok(Command::Print(format!("{CAPABILITIES}\n")));
     }
-    let args = Args::try_parse_from(args)?;
+    if args.get(1).is_some_and(|arg| arg == "upgrade") {
+        return upgrade(&args[1..]);
+    }
+    let (takeover, args) = predecessor(args);
+    // The predecessor's socket is there, wherever that had it from.
+    let required = takeover.is_none() && systemd::listen_fd().is_none();
+    let command = Args::command().mut_group("endpoint", |group| group.required(required));
+    let args = Args::from_arg_matches(&command.try_get_matches_from(args)?)?;
+    if args.control.as_deref().is_some_and(|path| path.as_os_str().is_empty()) {
+        return Err(usage(ErrorKind::InvalidValue, "--control: the path is empty"));
+    }
     let image = image(&args)?;
     let endpoint = match (args.socket_path, args.fd) {
         (Some(path), _) if path.as_os_str().is_empty() => {
@@ -280,6 +341,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
         }
         (Some(path), None) => Endpoint::Path(path),
         (None, Some(fd)) => Endpoint::Fd(fd),
+        // It is handed over; the option was `LISTEN_FDS`.
+        (None, None) if takeover.is_some() => Endpoint::Fd(systemd::LISTEN_FDS_START),
         (None, None) => {
             let missing =
                 || usage(ErrorKind::MissingRequiredArgument, "give --socket-path or --fd");
@@ -291,6 +354,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
     };
     Ok(Command::Serve(Box::new(Options {
         endpoint,
+        control: args.control,
+        takeover,
         image,
         read_only: args.read_only,
         incoming: args.incoming,
@@ -302,6 +367,26 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
         poll_us: args.poll_us,
         log_level: args.log_level.into(),
     })))
+}
+
+/// What a predecessor has put before its own arguments, and those.
+fn predecessor(mut args: Vec<OsString>) -> (Option<RawFd>, Vec<OsString>) {
+    let fd = args.get(1).and_then(|arg| arg.to_str()?.strip_prefix(TAKEOVER)?.parse().ok());
+    if fd.is_some() {
+        args.remove(1);
+    }
+    (fd, args)
+}
+
+/// `vhost-user-blk upgrade`.
+fn upgrade(args: &[OsString]) -> Result<Command, clap::Error> {
+    let UpgradeArgs { control, program, timeout } = UpgradeArgs::try_parse_from(args)?;
+    // The daemon may run in another directory.
+    let program = program.map(std::path::absolute).transpose().map_err(|e| {
+        UpgradeArgs::command().error(ErrorKind::InvalidValue, format!("--program: {e}"))
+    })?;
+    let time = Duration::from_secs(timeout.into());
+    Ok(Command::Control(control, Request::Upgrade(Upgrade { program, time })))
 }
 
 fn usage(kind: ErrorKind, message: &str) -> clap::Error {
@@ -380,7 +465,7 @@ mod tests {
     fn serve(args: &[&str]) -> Options {
         match run(args).unwrap() {
             Command::Serve(options) => *options,
-            Command::Print(text) => panic!("printed {text}"),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -403,6 +488,7 @@ mod tests {
     fn options_reach_the_daemon() {
         let options = serve(&[
             "--socket-path=s",
+            "--control=c",
             "a,b",
             "--format=uml",
             "--read-only",
@@ -421,6 +507,8 @@ mod tests {
             options,
             Options {
                 endpoint: Endpoint::Path("s".into()),
+                control: Some("c".into()),
+                takeover: None,
                 image: Image::Cow {
                     cow: "a".into(),
                     base: Some("b".into()),
@@ -440,6 +528,27 @@ mod tests {
     }
 
     #[test]
+    fn a_successor_needs_no_socket_of_its_own() {
+        let options = serve(&["--takeover=7", "a"]);
+        assert_eq!(options.takeover, Some(7));
+        assert!(run(&["a", "--takeover=7", "--fd=3"]).is_err());
+    }
+
+    #[test]
+    fn an_upgrade_names_its_program_absolutely() {
+        let Command::Control(socket, Request::Upgrade(upgrade)) =
+            run(&["upgrade", "--control=c", "--program=a/b"]).unwrap()
+        else {
+            panic!("no upgrade");
+        };
+        assert_eq!((socket, upgrade.time), ("c".into(), Duration::from_secs(10)));
+        assert_eq!(upgrade.program, Some(std::env::current_dir().unwrap().join("a/b")));
+        // A file of that name is served as `./upgrade`.
+        let image = serve(&["--fd=3", "./upgrade"]).image;
+        assert_eq!(image, Image::Cow { cow: "./upgrade".into(), base: None, format: None });
+    }
+
+    #[test]
     fn wrong_usage_has_status_2_and_names_the_option() {
         let cases: &[(&[&str], &str)] = &[
             (&[], "--socket-path"),
@@ -448,6 +557,9 @@ mod tests {
             (&["--socket-path=s", "--fd=3", "a"], "--fd"),
             (&["--socket-path=s", "a", "--blk-file=b"], "--blk-file"),
             (&["--socket-path=", "a"], "--socket-path"),
+            (&["--socket-path=s", "--control=", "a"], "--control"),
+            (&["upgrade"], "--control"),
+            (&["upgrade", "--control=c", "--timeout=0"], "--timeout"),
             (&["--fd=x", "a"], "--fd"),
             (&["--fd=3", ",b"], "COW"),
             (&["--fd=3", "a,"], "comma"),
@@ -479,7 +591,7 @@ mod tests {
         {
             match run(args).unwrap() {
                 Command::Print(text) => assert_eq!(text.trim_end(), CAPABILITIES),
-                Command::Serve(options) => panic!("{options:?}"),
+                other => panic!("{other:?}"),
             }
         }
     }

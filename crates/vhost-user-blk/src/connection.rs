@@ -1,82 +1,177 @@
 //! The life of one connection: from accept to the frontend's end, its error, or the daemon's.
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recv, recvmsg};
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use vhost::vhost_user::{self, BackendReqHandler, VhostUserBackendReqHandlerMut};
 
+use crate::handover::duplicate;
 use crate::memory_table;
+use crate::replay::{Message, skip_replies};
 use crate::session::{Device, Session};
+use crate::state::DeviceState;
 use crate::{signals, systemd};
 
 /// How often a ring is looked at whose frontend has announced not to kick.
 const POLLING_INTERVAL_MS: u8 = 1;
 
-/// Serves the frontend at the other end of `stream` until it goes, sends what cannot be accepted,
-/// or a signal asks the daemon to end. When this returns nothing is in flight and the connection is
-/// closed.
-///
-/// # Errors
-/// If the socket cannot be used at all. What the frontend does wrong is logged and is no error of
-/// the daemon.
-pub fn serve<D: Device>(stream: UnixStream, session: &Arc<Mutex<Session<D>>>) -> io::Result<()> {
-    stream.set_nonblocking(false)?;
-    receive_whole_messages(stream.as_fd())?;
-    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(session));
-    let result = converse(&mut handler, session);
-    lock(session).disconnect();
-    drop(handler);
-    log::debug!("connection ended");
-    result
+/// Most descriptors that one message can carry (Linux: SCM_MAX_FD).
+const SCM_FDS_MAX: usize = 253;
+
+/// Who else may tell the daemon something while it serves.
+pub trait Commands {
+    /// Readable when there is something.
+    fn fd(&self) -> BorrowedFd<'_>;
+
+    /// Takes it and does it. `frontend` is the connection, if there is one.
+    fn obey(&self, frontend: Option<BorrowedFd<'_>>);
 }
 
-fn converse<D: Device>(
-    handler: &mut BackendReqHandler<Mutex<Session<D>>>,
-    session: &Mutex<Session<D>>,
-) -> io::Result<()> {
-    // SAFETY: the socket stays open as long as `handler`, which the caller keeps.
-    let socket = unsafe { BorrowedFd::borrow_raw(handler.as_raw_fd()) };
-    let _interruptible = signals::Connection::new(socket);
-    loop {
-        match wait(socket, session)? {
-            Event::Message => {
-                let request = next_request(socket);
-                match handle_request(handler, session, socket) {
-                    Ok(()) => continue,
-                    Err(vhost_user::Error::Disconnected) => log::info!("frontend disconnected"),
-                    // What a signal cut off is nobody's fault.
-                    Err(_) if signals::stopping() => {}
-                    Err(error) => {
-                        let (name, reason) = (request_name(request), reason(&error));
-                        log::warn!("connection closed: {name}: {reason}");
+/// A frontend that is connected.
+pub struct Connection<D: Device> {
+    handler: BackendReqHandler<Mutex<Session<D>>>,
+    session: Arc<Mutex<Session<D>>>,
+}
+
+impl<D: Device> Connection<D> {
+    /// Begins to serve the frontend at the other end of `stream`.
+    ///
+    /// # Errors
+    /// If the socket cannot be used.
+    pub fn new(stream: UnixStream, session: &Arc<Mutex<Session<D>>>) -> io::Result<Self> {
+        stream.set_nonblocking(false)?;
+        receive_whole_messages(stream.as_fd())?;
+        let session = Arc::clone(session);
+        Ok(Connection {
+            handler: BackendReqHandler::from_stream(stream, Arc::clone(&session)),
+            session,
+        })
+    }
+
+    /// Goes on with a frontend that a predecessor served and that has said `messages`.
+    ///
+    /// # Errors
+    /// The reason, if one of them is refused or the socket cannot be used.
+    pub fn resume<'a>(
+        stream: UnixStream,
+        session: &Arc<Mutex<Session<D>>>,
+        state: DeviceState,
+        messages: impl Iterator<Item = &'a Message<RawFd>>,
+    ) -> Result<Self, String> {
+        let text = |e: io::Error| e.to_string();
+        lock(session).inherit_state(state).map_err(|e| reason(&e))?;
+        let (mut frontend, backend) = UnixStream::pair().map_err(text)?;
+        let mut connection = Self::new(backend, session).map_err(text)?;
+        for message in messages {
+            let fds = message.fds.iter().map(|&fd| duplicate(fd)).collect::<Result<Vec<_>, _>>();
+            let fds = fds.map_err(|e| e.to_string())?;
+            Message { request: message.request, body: message.body.clone(), fds }
+                .send(&frontend)
+                .map_err(text)?;
+            connection
+                .take_message()
+                .map_err(|e| format!("{}: {}", request_name(Some(message.request)), reason(&e)))?;
+            skip_replies(&mut frontend).map_err(text)?;
+        }
+        // What the crate knows of the session is in its handler, which cannot be given another
+        // socket: so the socket's descriptor becomes another's.
+        // SAFETY: the number is the handler's, stays open, and nobody else has it.
+        let result = unsafe {
+            libc::dup3(stream.as_raw_fd(), connection.handler.as_raw_fd(), libc::O_CLOEXEC)
+        };
+        if result < 0 { Err(text(io::Error::last_os_error())) } else { Ok(connection) }
+    }
+
+    /// Serves the frontend until it goes, sends what cannot be accepted, or a signal asks the daemon
+    /// to end. When this returns nothing is in flight and the connection is closed.
+    ///
+    /// # Errors
+    /// If the socket cannot be used at all. What the frontend does wrong is logged and is no error of
+    /// the daemon.
+    pub fn serve(mut self, commands: Option<&dyn Commands>) -> io::Result<()> {
+        let result = self.converse(commands);
+        lock(&self.session).disconnect();
+        drop(self.handler);
+        log::debug!("connection ended");
+        result
+    }
+
+    fn converse(&mut self, commands: Option<&dyn Commands>) -> io::Result<()> {
+        // SAFETY: the socket stays open as long as the handler, which the caller keeps.
+        let socket = unsafe { BorrowedFd::borrow_raw(self.handler.as_raw_fd()) };
+        let _interruptible = signals::Connection::new(socket);
+        loop {
+            match wait(socket, &self.session, commands)? {
+                Event::Message => {
+                    let request = next_request(socket);
+                    match self.take_message() {
+                        Ok(()) => continue,
+                        Err(vhost_user::Error::Disconnected) => log::info!("frontend disconnected"),
+                        // What a signal cut off is nobody's fault.
+                        Err(_) if signals::stopping() => {}
+                        Err(error) => {
+                            let (name, reason) = (request_name(request), reason(&error));
+                            log::warn!("connection closed: {name}: {reason}");
+                        }
                     }
                 }
+                Event::RingFailed => match lock(&self.session).check() {
+                    Ok(()) => continue,
+                    Err(reason) => log::warn!("connection closed: {reason}"),
+                },
+                Event::Command => {
+                    commands.inspect(|commands| commands.obey(Some(socket)));
+                    continue;
+                }
+                Event::Stop => {}
             }
-            Event::RingFailed => match lock(session).check() {
-                Ok(()) => continue,
-                Err(reason) => log::warn!("connection closed: {reason}"),
-            },
-            Event::Stop => {}
+            return Ok(());
         }
-        return Ok(());
+    }
+
+    /// Takes the next message and does what it asks for.
+    fn take_message(&mut self) -> vhost_user::Result<()> {
+        let session = &self.session;
+        // SAFETY: as in `converse`.
+        let socket = unsafe { BorrowedFd::borrow_raw(self.handler.as_raw_fd()) };
+        let padded_table = memory_table::handle_padded(socket, |regions, files| {
+            lock(session).set_mem_table(regions, files, None).map(|_| ())
+        });
+        if let Some(result) = padded_table {
+            return result;
+        }
+        let channel = request_channel(socket);
+        self.handler.handle_request()?;
+        if let Some(channel) = channel {
+            lock(session).keep_requests(channel);
+        }
+        Ok(())
     }
 }
 
-/// Takes the next message and does what it asks for.
-fn handle_request<D: Device>(
-    handler: &mut BackendReqHandler<Mutex<Session<D>>>,
-    session: &Mutex<Session<D>>,
-    socket: BorrowedFd<'_>,
-) -> vhost_user::Result<()> {
-    let padded_table = memory_table::handle_padded(socket, |regions, files| {
-        lock(session).set_mem_table(regions, files, None).map(|_| ())
-    });
-    padded_table.unwrap_or_else(|| handler.handle_request())
+/// A duplicate of the descriptor that comes with the next message, if that is SET_BACKEND_REQ_FD;
+/// the message is not taken.
+fn request_channel(socket: BorrowedFd<'_>) -> Option<OwnedFd> {
+    if next_request(socket)? != u32::from(FrontendReq::SET_BACKEND_REQ_FD) {
+        return None;
+    }
+    let (mut bytes, mut control) = ([0; 4], nix::cmsg_space!([RawFd; SCM_FDS_MAX]));
+    let mut iov = [IoSliceMut::new(&mut bytes)];
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
+    let peeked = recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut control), flags).ok()?;
+    let mut channels = Vec::new();
+    for control in peeked.cmsgs().ok()? {
+        if let ControlMessageOwned::ScmRights(fds) = control {
+            // SAFETY: the kernel has just made them.
+            channels.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    channels.pop()
 }
 
 /// Has a receive of n bytes wait for all n, as long as that is not more than a message can have.
@@ -103,18 +198,27 @@ enum Event {
     Message,
     /// A worker has given up its ring.
     RingFailed,
+    /// There is a command.
+    Command,
     /// A signal has asked for the end.
     Stop,
 }
 
-fn wait<D: Device>(socket: BorrowedFd<'_>, session: &Mutex<Session<D>>) -> io::Result<Event> {
+fn wait<D: Device>(
+    socket: BorrowedFd<'_>,
+    session: &Mutex<Session<D>>,
+    commands: Option<&dyn Commands>,
+) -> io::Result<Event> {
     loop {
         let session = lock(session);
         let timeout =
             if session.poll_rings() { POLLING_INTERVAL_MS.into() } else { PollTimeout::NONE };
-        match wait_readable(&[socket, session.failure().as_fd()], timeout)? {
+        let fds = [socket, session.failure().as_fd()].into_iter();
+        let fds: Vec<_> = fds.chain(commands.map(Commands::fd)).collect();
+        match wait_readable(&fds, timeout)? {
             Readable::Fd(0) => return Ok(Event::Message),
-            Readable::Fd(_) => return Ok(Event::RingFailed),
+            Readable::Fd(1) => return Ok(Event::RingFailed),
+            Readable::Fd(_) => return Ok(Event::Command),
             Readable::Stop => return Ok(Event::Stop),
             Readable::Timeout => {}
         }
@@ -165,7 +269,8 @@ pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: PollTimeout) -> io::Result
     }
 }
 
-fn lock<D: Device>(session: &Mutex<Session<D>>) -> MutexGuard<'_, Session<D>> {
+/// The session.
+pub fn lock<D: Device>(session: &Mutex<Session<D>>) -> MutexGuard<'_, Session<D>> {
     // Only the main thread uses it; the mutex is what the `vhost` crate asks for.
     session.lock().unwrap_or_else(PoisonError::into_inner)
 }

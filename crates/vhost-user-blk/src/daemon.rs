@@ -2,11 +2,10 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use block_io::{CachePolicy, CowFormat, Disk, DiskError, DiskOptions, OpenError};
 use cow_format::{HEADER_PREFIX_LEN, Header, HeaderError};
@@ -14,21 +13,20 @@ use nix::poll::PollTimeout;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::cli::{Cache, Format, Image, Options};
-use crate::connection::{self, Readable, wait_readable};
+use crate::connection::{Commands, Connection, Readable, wait_readable};
+use crate::control::{self, Request};
+use crate::handover::HandoverError;
 use crate::hold::Hold;
 use crate::session::Session;
-use crate::socket::{Listener, Socket, SocketError};
+use crate::socket::{Listener, PREDECESSOR_WAIT, Socket, SocketError};
+use crate::upgrade::{Estate, running_program};
 use crate::vring::RunningRing;
 use crate::worker::WorkerHandle;
-use crate::{signals, systemd};
+use crate::{signals, systemd, takeover};
 
 /// How long to wait before the next try when a connection could not be accepted, in milliseconds:
 /// what is short then (descriptors, memory) is short in the whole system.
 const ACCEPT_RETRY_MS: u16 = 1000;
-
-/// How long to wait until the I/O of a daemon that was killed has ended and its locks fall. Usually
-/// that is some ten milliseconds; a sync on a busy disk can take more than a second.
-const PREDECESSOR_WAIT: Duration = Duration::from_secs(5);
 
 /// Why the daemon ended with a failure.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +85,12 @@ pub enum DaemonError {
     /// The disk did not end cleanly.
     #[error("the disk could not be closed: {0}; what was flushed before is safe")]
     Close(#[from] DiskError),
+    /// What the predecessor left cannot be read.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
+    /// What a predecessor's frontend said is refused.
+    #[error("cannot go on with the frontend: {0}")]
+    Session(String),
     /// The system refused something that always works.
     #[error("cannot {what}: {source}")]
     System {
@@ -114,25 +118,86 @@ impl DaemonError {
 /// # Errors
 /// [`DaemonError`]. Whatever it is, the socket file is gone and the disk is as whole as it can be.
 pub fn run(options: &Options) -> Result<(), DaemonError> {
+    if let Some(handover) = options.takeover {
+        return takeover::run(options, handover);
+    }
     systemd::install();
-    signals::install().map_err(|e| DaemonError::system("take over signals")(e.into()))?;
-    raise_fd_limit();
-    // The socket first: a command line with a bad one must not make a COW file. Frontends that come
-    // early wait in its queue.
+    signals::install(None).map_err(|e| DaemonError::system("take over signals")(e.into()))?;
+    // The sockets first: a command line with a bad one must not make a COW file. Frontends that come
+    // early wait in the queue.
     let socket = Socket::open(&options.endpoint)?;
+    let control = options.control.as_deref().map(Listener::control).transpose()?;
+    raise_fd_limit();
     let hold = if options.incoming { Hold::incoming(options) } else { Hold::open(options) };
-    let hold = Arc::new(hold?);
-    let session = Arc::new(Mutex::new(Session::new(Arc::clone(&hold), &hold.shape())));
+    live(Daemon::new(socket, control, hold?), None)
+}
+
+/// A frontend that is connected to the disk.
+pub(crate) type Guest = Connection<Arc<Hold>>;
+
+/// All that a daemon consists of.
+pub struct Daemon {
+    socket: Socket,
+    control: Option<Listener>,
+    hold: Arc<Hold>,
+    session: Arc<Mutex<Session<Arc<Hold>>>>,
+    /// The file that this program was started from.
+    program: PathBuf,
+}
+
+impl Daemon {
+    /// A daemon to which no frontend has said anything yet.
+    pub(crate) fn new(socket: Socket, control: Option<Listener>, hold: Hold) -> Self {
+        let hold = Arc::new(hold);
+        let session = Arc::new(Mutex::new(Session::new(Arc::clone(&hold), &hold.shape())));
+        Daemon { socket, control, hold, session, program: running_program() }
+    }
+
+    pub(crate) fn session(&self) -> &Arc<Mutex<Session<Arc<Hold>>>> {
+        &self.session
+    }
+}
+
+impl Commands for (&Daemon, &Listener) {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.1.as_fd()
+    }
+
+    fn obey(&self, frontend: Option<BorrowedFd<'_>>) {
+        let &(daemon, control) = self;
+        let Ok(client) = control.accept() else { return };
+        let Request::Upgrade(how) = match Request::receive(&client) {
+            Ok(request) => request,
+            Err(e) => return log::warn!("control socket: {e}"),
+        };
+        let why = match daemon.hold.disk() {
+            Some(disk) => {
+                let listener = match &daemon.socket {
+                    Socket::Listening(listener) => Some(listener),
+                    Socket::Connected(_) => None,
+                };
+                let estate = Estate { disk: &disk, listener, control, program: &daemon.program };
+                estate.give(&how, &daemon.session, frontend, client.as_fd())
+            }
+            None => "the disk is not open, as its guest is elsewhere".to_owned(),
+        };
+        log::warn!("no upgrade: {why}");
+        control::answer(&client, &Err(format!("{why}; the daemon serves on as it was")));
+    }
+}
+
+/// Serves until the end, first the frontend that is connected.
+pub(crate) fn live(daemon: Daemon, connected: Option<Guest>) -> Result<(), DaemonError> {
     systemd::ready();
-    let served = serve(&socket, &session).map_err(DaemonError::system("use the socket"));
+    let served = serve(&daemon, connected).map_err(DaemonError::system("use the socket"));
     systemd::stopping();
     // The workers have ended with the last connection.
-    hold.close()?;
+    daemon.hold.close()?;
     served
 }
 
 /// A frontend can pass many descriptors: three for each queue and one for each memory region.
-fn raise_fd_limit() {
+pub(crate) fn raise_fd_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(e) = raised {
@@ -140,8 +205,12 @@ fn raise_fd_limit() {
     }
 }
 
-/// Opens what the command line names, and makes a COW file that does not exist.
-pub(crate) fn open_disk(options: &Options) -> Result<Disk, DaemonError> {
+/// Opens what the command line names, and makes a COW file that does not exist; or takes it from a
+/// predecessor, by the descriptions of its top file.
+pub(crate) fn open_disk(
+    options: &Options,
+    inherited: Option<block_io::file::File>,
+) -> Result<Disk, DaemonError> {
     let policy = |cache| match cache {
         Cache::Buffered => CachePolicy::Buffered,
         Cache::Direct => CachePolicy::Direct,
@@ -153,13 +222,19 @@ pub(crate) fn open_disk(options: &Options) -> Result<Disk, DaemonError> {
         lock_wait: PREDECESSOR_WAIT,
         ..DiskOptions::default()
     };
-    let disk = match &options.image {
-        Image::File { path, format: Some(Format::Raw) } => Disk::open_raw(path, &how)?,
-        Image::File { path, format } => {
+    let disk = match (&options.image, inherited) {
+        (Image::File { path, format: Some(Format::Raw) }, None) => Disk::open_raw(path, &how)?,
+        (Image::File { path, format: Some(Format::Raw) }, Some(top)) => {
+            Disk::inherit_raw(path, top, &how)?
+        }
+        (Image::File { path, .. } | Image::Cow { cow: path, .. }, Some(top)) => {
+            Disk::inherit_cow(path, top, &how)?
+        }
+        (Image::File { path, format }, None) => {
             check_format(path, *format)?;
             Disk::open_cow(path, None, &how).map_err(|e| unless_raw(path, e))?
         }
-        Image::Cow { cow, base, format } => {
+        (Image::Cow { cow, base, format }, None) => {
             check_format(cow, *format)?;
             if *format == Some(Format::Uml) {
                 how.format = CowFormat::Uml;
@@ -214,14 +289,23 @@ impl RunningRing for WorkerHandle {
     }
 }
 
-fn serve(socket: &Socket, session: &Arc<Mutex<Session<Arc<Hold>>>>) -> io::Result<()> {
-    match socket {
-        Socket::Connected(stream) => connection::serve(stream.try_clone()?, session),
+fn serve(daemon: &Daemon, connected: Option<Guest>) -> io::Result<()> {
+    let commands = daemon.control.as_ref().map(|control| (daemon, control));
+    let commands = commands.as_ref().map(|commands| commands as &dyn Commands);
+    let was_connected = connected.is_some();
+    if let Some(connection) = connected {
+        connection.serve(commands)?;
+    }
+    match &daemon.socket {
+        Socket::Connected(_) if was_connected => Ok(()),
+        Socket::Connected(stream) => {
+            Connection::new(stream.try_clone()?, &daemon.session)?.serve(commands)
+        }
         Socket::Listening(listener) => {
             log::info!("listening");
-            while let Some(stream) = next_frontend(listener)? {
+            while let Some(stream) = next_frontend(listener, commands)? {
                 log::info!("frontend connected");
-                connection::serve(stream, session)?;
+                Connection::new(stream, &daemon.session)?.serve(commands)?;
             }
             Ok(())
         }
@@ -229,10 +313,19 @@ fn serve(socket: &Socket, session: &Arc<Mutex<Session<Arc<Hold>>>>) -> io::Resul
 }
 
 /// The next connection; `None` when the daemon is to end.
-fn next_frontend(listener: &Listener) -> io::Result<Option<UnixStream>> {
+fn next_frontend(
+    listener: &Listener,
+    commands: Option<&dyn Commands>,
+) -> io::Result<Option<UnixStream>> {
+    let fds: Vec<_> = [listener.as_fd()].into_iter().chain(commands.map(Commands::fd)).collect();
     loop {
-        if wait_readable(&[listener.as_fd()], PollTimeout::NONE)? == Readable::Stop {
-            return Ok(None);
+        match wait_readable(&fds, PollTimeout::NONE)? {
+            Readable::Stop => return Ok(None),
+            Readable::Fd(1) => {
+                commands.inspect(|commands| commands.obey(None));
+                continue;
+            }
+            _ => {}
         }
         match listener.accept() {
             Ok(stream) => return Ok(Some(stream)),

@@ -2,10 +2,12 @@
 //! its first ring; let go when a migration takes the guest away; opened again if the guest stays.
 
 use std::io;
+use std::os::fd::RawFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use block_io::file::File;
 use block_io::ops::inspect::{Content, inspect};
 use block_io::watch::BaseWatch;
 use block_io::{Committer, Disk, DiskError, Host, OpenError};
@@ -15,10 +17,12 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use crate::cli::{Format, Image, Options};
 use crate::config::DiskShape;
 use crate::daemon::{DaemonError, check_format, open_disk};
+use crate::handover::duplicate;
 use crate::holes::Holes;
 use crate::request::ParseLimits;
 use crate::resident::Mappings;
 use crate::session::Device;
+use crate::signals;
 use crate::worker::{self, RingStart, Shared, WorkerHandle};
 
 /// A disk that is open or will be.
@@ -43,10 +47,34 @@ impl Hold {
     /// # Errors
     /// Why it cannot be opened, or what the system refuses.
     pub fn open(options: &Options) -> Result<Self, DaemonError> {
-        let disk = open_disk(options)?;
+        let disk = open_disk(options, None)?;
         let hold = Self::of(options, disk.capacity())?;
         *hold.lock() = Some(hold.serve(disk).map_err(DaemonError::system("start a thread"))?);
         Ok(hold)
+    }
+
+    /// Takes the disk from a predecessor, by the descriptions of its top file, buffered and maybe
+    /// direct; without any it is opened beside the predecessor, which only reads it. A `rehearsal`
+    /// changes nothing.
+    ///
+    /// # Errors
+    /// Why it cannot be taken, or what the system refuses.
+    pub fn inherit(options: &Options, top: &[RawFd], rehearsal: bool) -> Result<Self, DaemonError> {
+        let mut top = top.iter().map(|&fd| duplicate(fd));
+        let (buffered, direct) = (top.next().transpose()?, top.next().transpose()?);
+        let file = buffered.map(|buffered| File::inherit(buffered, direct)).transpose();
+        let file = file.map_err(DaemonError::system("use the predecessor's files"))?;
+        let disk = open_disk(options, file)?;
+        let hold = Self::of(options, disk.capacity())?;
+        if !rehearsal {
+            *hold.lock() = Some(hold.serve(disk).map_err(DaemonError::system("start a thread"))?);
+        }
+        Ok(hold)
+    }
+
+    /// The disk, if it is open.
+    pub fn disk(&self) -> Option<Arc<Disk>> {
+        self.lock().as_ref().map(|open| Arc::clone(&open.shared.disk))
     }
 
     /// Only looks at the disk, which another daemon has open. It is opened when a ring starts.
@@ -119,7 +147,7 @@ impl Hold {
         // One that has gone must not be made anew.
         std::fs::metadata(path)
             .map_err(|source| DaemonError::Gone { path: path.clone(), source })?;
-        let disk = open_disk(&self.options)?;
+        let disk = open_disk(&self.options, None)?;
         let (found, expected) = (disk.capacity().get(), self.capacity.get());
         if found != expected {
             disk.close()?;
@@ -129,6 +157,10 @@ impl Hold {
     }
 
     fn serve(&self, disk: Disk) -> io::Result<Open> {
+        signals::starting_threads(|| self.start_serving(disk))
+    }
+
+    fn start_serving(&self, disk: Disk) -> io::Result<Open> {
         let disk = Arc::new(disk);
         let watch = BaseWatch::spawn(&disk)
             .inspect_err(|e| log::warn!("the files below the disk are not watched: {e}"));
@@ -174,7 +206,8 @@ impl Device for Arc<Hold> {
     type Ring = WorkerHandle;
 
     fn start(&self, ring: RingStart) -> io::Result<WorkerHandle> {
-        worker::spawn(ring, self.shared()?)
+        let shared = self.shared()?;
+        signals::starting_threads(|| worker::spawn(ring, shared))
     }
 
     fn flush(&self) -> io::Result<()> {

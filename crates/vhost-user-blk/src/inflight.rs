@@ -277,6 +277,16 @@ impl Area {
         Ok(Area { memory: Arc::new(memory), num_queues, queue_size })
     }
 
+    /// What a successor needs to map it.
+    pub fn export(&self) -> Option<(AreaInfo, &File)> {
+        let (region, file) = self.memory.files().next()?;
+        let (num_queues, queue_size) = (self.num_queues, self.queue_size);
+        Some((
+            AreaInfo { size: region.size, offset: region.file_offset, num_queues, queue_size },
+            file,
+        ))
+    }
+
     /// Forgets everything: the device was reset.
     pub fn clear(&self) {
         for region in self.memory.regions() {

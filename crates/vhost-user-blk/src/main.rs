@@ -1,9 +1,11 @@
 //! `vhost-user-blk`.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use vhost_user_blk::cli::{self, Command};
+use vhost_user_blk::control::Request;
 use vhost_user_blk::{daemon, logger};
 
 fn main() -> ExitCode {
@@ -15,6 +17,7 @@ fn main() -> ExitCode {
                 Err(_) => ExitCode::FAILURE,
             };
         }
+        Ok(Command::Control(socket, request)) => return command(&socket, &request),
         Err(error) => error.exit(),
     };
     logger::init(options.log_level);
@@ -26,5 +29,21 @@ fn main() -> ExitCode {
             let _ = writeln!(std::io::stderr(), "vhost-user-blk: {error}");
             ExitCode::from(if error.is_usage() { 2 } else { 1 })
         }
+    }
+}
+
+/// Has a daemon do what is asked for, and says what came of it.
+fn command(socket: &Path, request: &Request) -> ExitCode {
+    let outcome = match request.send(socket) {
+        Ok(outcome) => outcome,
+        Err(e) => Err(format!("--control: {}: {e}", socket.display())),
+    };
+    let said = match &outcome {
+        Ok(text) => writeln!(std::io::stdout(), "{text}"),
+        Err(text) => writeln!(std::io::stderr(), "vhost-user-blk: {text}"),
+    };
+    match (outcome, said) {
+        (Ok(_), Ok(())) => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
     }
 }

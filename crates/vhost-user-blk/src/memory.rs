@@ -125,11 +125,11 @@ pub struct OutsideMemory {
 /// goes.
 struct Region {
     info: RegionInfo,
-    /// Host address of the region's first byte, inside `_mapping`.
+    /// Host address of the region's first byte, inside `mapping`.
     host: *mut u8,
     /// None for memory that is no file (tests).
     registration: Option<Registration>,
-    _mapping: MmapRegion,
+    mapping: MmapRegion,
 }
 
 // SAFETY: `host` points into a mapping that the region owns; it is only handed out as a raw
@@ -203,6 +203,13 @@ impl Memory {
     /// The regions, ordered by guest address.
     pub fn regions(&self) -> impl Iterator<Item = RegionInfo> + '_ {
         self.regions.iter().map(|region| region.info)
+    }
+
+    /// The regions and their files.
+    pub fn files(&self) -> impl Iterator<Item = (RegionInfo, &File)> + '_ {
+        self.regions
+            .iter()
+            .filter_map(|region| Some((region.info, region.mapping.file_offset()?.file())))
     }
 
     /// Whether a page of this memory was lost because its file was shortened: nothing read from it
@@ -413,7 +420,7 @@ impl Memory {
             memory.check(info).unwrap();
             let mapping = MmapRegion::new(len).unwrap();
             let host = mapping.as_ptr();
-            memory.insert(Region { info, host, registration: None, _mapping: mapping }).unwrap()
+            memory.insert(Region { info, host, registration: None, mapping }).unwrap()
         })
     }
 }
@@ -441,7 +448,7 @@ impl Region {
         let skipped = usize::try_from(skipped).map_err(too_large)?;
         // SAFETY: less than the mapping's length.
         let host = unsafe { mapping.as_ptr().add(skipped) };
-        Ok(Self { info, host, registration: Some(registration), _mapping: mapping })
+        Ok(Self { info, host, registration: Some(registration), mapping })
     }
 
     /// The size of the file's pages, after the check that it is long enough for the region.

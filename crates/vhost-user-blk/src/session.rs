@@ -16,6 +16,7 @@ mod migration;
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -166,7 +167,7 @@ pub struct Session<D: Device> {
     vrings: Vec<Vring<D::Ring>>,
     /// The channel for requests to the frontend, kept open as long as the connection. Nothing has
     /// been asked for on it yet.
-    requests: Option<Backend>,
+    requests: Option<OwnedFd>,
 }
 
 impl<D: Device> Session<D> {
@@ -199,6 +200,7 @@ impl<D: Device> Session<D> {
         self.log = None;
         self.memory = Arc::new(Memory::empty());
         self.requests = None;
+        self.protocol_features = 0;
     }
 
     /// Stops every ring, and puts rings and features back to what they were before anything was
@@ -516,8 +518,8 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         Ok(())
     }
 
-    fn set_backend_req_fd(&mut self, requests: Backend) {
-        self.requests = Some(requests);
+    fn set_backend_req_fd(&mut self, _requests: Backend) {
+        // The crate gives its descriptor to nobody, not to a successor either; see `keep_requests`.
     }
 
     fn get_queue_num(&mut self) -> Result<u64> {
@@ -629,5 +631,6 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
     }
 }
 
+mod export;
 #[cfg(test)]
 mod tests;

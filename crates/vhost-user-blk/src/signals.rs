@@ -7,7 +7,7 @@
 //! does not block it, so the handler never runs while the main thread is between closing a connection
 //! and [`Connection`]'s drop.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
@@ -38,22 +38,63 @@ extern "C" fn on_signal(_signal: libc::c_int) {
 /// Takes over the signals that end the process, and ignores SIGXFSZ, so that a write past the file
 /// size limit fails with EFBIG instead of killing the daemon. To be called from the main thread.
 ///
+/// `inherited` is the [`wake_fd`] of the process's last program: its handler may have run when it was
+/// too late to end.
+///
 /// # Errors
 /// What the kernel says to eventfd or sigaction.
-pub fn install() -> nix::Result<()> {
-    let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+pub fn install(inherited: Option<OwnedFd>) -> nix::Result<()> {
+    let wake = match inherited {
+        // SAFETY: an eventfd, as the predecessor says; another descriptor would only be useless.
+        Some(fd) => unsafe { EventFd::from_owned_fd(fd) },
+        None => EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+    };
+    if wake.read().is_ok_and(|signals| signals > 0) {
+        STOPPING.store(true, Ordering::SeqCst);
+        wake.write(1)?;
+    }
     let wake = WAKE.get_or_init(|| wake);
     WAKE_FD.store(wake.as_raw_fd(), Ordering::SeqCst);
     // No SA_RESTART: poll and the like are to return. Mask: one handler at a time.
     let end = SigAction::new(SigHandler::Handler(on_signal), SaFlags::empty(), SigSet::all());
     let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+    for signal in ENDING {
         // SAFETY: the handler does nothing that is not async-signal-safe.
         unsafe { sigaction(signal, &end)? };
     }
     // SAFETY: ignoring a signal runs no code.
     unsafe { sigaction(Signal::SIGXFSZ, &ignore)? };
-    Ok(())
+    release()
+}
+
+/// The signals that ask for the end.
+const ENDING: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+
+/// Has signals wait, for a program that comes with execve(2) to take them.
+///
+/// # Errors
+/// None that the kernel documents.
+pub fn hold() -> nix::Result<()> {
+    SigSet::from_iter(ENDING).thread_block()
+}
+
+/// Does something that starts threads, which are then never given the signals that ask for the end:
+/// the main thread is, or holds them for its successor.
+pub fn starting_threads<T>(start: impl FnOnce() -> T) -> T {
+    let held = hold();
+    let result = start();
+    if held.is_ok() {
+        let _ = release();
+    }
+    result
+}
+
+/// Takes signals again.
+///
+/// # Errors
+/// None that the kernel documents.
+pub fn release() -> nix::Result<()> {
+    SigSet::from_iter(ENDING).thread_unblock()
 }
 
 /// Whether a signal has asked for the end.

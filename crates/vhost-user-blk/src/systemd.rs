@@ -10,7 +10,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The first descriptor that is passed: SD_LISTEN_FDS_START.
-const LISTEN_FDS_START: RawFd = 3;
+pub const LISTEN_FDS_START: RawFd = 3;
 
 static MANAGER: OnceLock<Manager> = OnceLock::new();
 

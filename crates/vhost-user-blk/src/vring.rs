@@ -2,18 +2,23 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use vhost::vhost_user::message::{FrontendReq, VhostUserVringAddrFlags};
 
 use crate::dirty_log::{DirtyLog, RingLog};
 use crate::inflight::{Area, Tracker};
 use crate::memory::Memory;
 use crate::notify::Doorbell;
+use crate::replay::Message;
 use crate::virtqueue::{RingLayout, indices};
 use crate::worker::RingStart;
+
+/// In the number of a queue: no descriptor comes with it, the ring is polled.
+const NO_FD: u64 = 0x100;
 
 /// A ring that is being served.
 pub trait RunningRing {
@@ -191,6 +196,31 @@ impl<R: RunningRing> Vring<R> {
             }
         });
         Ok(())
+    }
+
+    /// The messages that set up ring `queue` as it is, but for its being enabled.
+    pub fn export(&self, queue: u32) -> impl Iterator<Item = Message<BorrowedFd<'_>>> {
+        let size = (self.size > 0)
+            .then(|| Message::state(FrontendReq::SET_VRING_NUM, queue, self.size.into()));
+        let base = Message::state(FrontendReq::SET_VRING_BASE, queue, self.next_avail.into());
+        let addresses = self.addresses.map(|RingAddresses { desc, avail, used }| {
+            let flags = VhostUserVringAddrFlags::VHOST_VRING_F_LOG.bits();
+            let flags = if self.log_address.is_some() { flags } else { 0 };
+            let mut message = Message::state(FrontendReq::SET_VRING_ADDR, queue, flags);
+            let addresses = [desc, used, avail, self.log_address.unwrap_or(0)];
+            message.body.extend(addresses.iter().flat_map(|address| address.to_ne_bytes()));
+            message
+        });
+        let bell = |request, fd| Message::new(request, &[queue.into()]).with(fd);
+        let call = self.call.as_ref().map(|fd| bell(FrontendReq::SET_VRING_CALL, fd.as_fd()));
+        let err = self.err.as_ref().map(|fd| bell(FrontendReq::SET_VRING_ERR, fd.as_fd()));
+        let kick = self.kick.as_ref().map(|kick| match kick {
+            Kick::Fd(fd) => bell(FrontendReq::SET_VRING_KICK, fd.as_fd()),
+            Kick::Polling(_) => {
+                Message::new(FrontendReq::SET_VRING_KICK, &[u64::from(queue) | NO_FD])
+            }
+        });
+        size.into_iter().chain([base]).chain(addresses).chain(call).chain(kick).chain(err)
     }
 
     /// In place of a frontend that does not kick, kicks. False if the frontend does it itself, or

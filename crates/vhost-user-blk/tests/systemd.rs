@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::frontend::{F_PROTOCOL_FEATURES, F_VERSION_1, RawFrontend};
-use common::{Daemon, PROGRAM, image};
+use common::{Daemon, PROGRAM, image, upgrade_ok};
 use nix::sys::signal::Signal;
 use vhost::vhost_user::message::FrontendReq;
 
@@ -31,6 +31,7 @@ fn the_manager_is_told_of_readiness_life_and_end() {
     let mut command = Command::new(PROGRAM);
     command.env("NOTIFY_SOCKET", &notify).env("WATCHDOG_USEC", "40000");
     command.arg("--socket-path").arg(&socket).arg("--format=raw");
+    command.arg("--control").arg(directory.path().join("control"));
     command.arg("--blk-file").arg(image(directory.path()));
     let daemon = Daemon::spawn(command, socket);
     assert_eq!(hear(&manager), "READY=1\nSTATUS=serving");
@@ -40,6 +41,12 @@ fn the_manager_is_told_of_readiness_life_and_end() {
     }
     let mut frontend = RawFrontend::new(daemon.connect());
     assert_ne!(frontend.get_u64(FrontendReq::GET_FEATURES), 0);
+    for _ in 0..3 {
+        assert_eq!(hear(&manager), "WATCHDOG=1");
+    }
+    // Another program in the same process is no other service.
+    upgrade_ok(directory.path());
+    while hear(&manager) != "READY=1\nSTATUS=serving" {}
     for _ in 0..3 {
         assert_eq!(hear(&manager), "WATCHDOG=1");
     }
@@ -71,6 +78,7 @@ fn a_socket_that_the_manager_opened_is_served_and_left() {
     let mut command = Command::new("sh");
     command.args(["-c", "LISTEN_FDS=1 LISTEN_PID=$$ exec \"$@\"", "sh", PROGRAM]);
     command.arg("--format=raw").arg("--blk-file").arg(image(directory.path()));
+    command.arg("--control").arg(directory.path().join("control"));
     let passed = OwnedFd::from(listener.try_clone().unwrap());
     // SAFETY: the closure makes two system calls, and allocates nothing.
     unsafe {
@@ -87,6 +95,7 @@ fn a_socket_that_the_manager_opened_is_served_and_left() {
         let features = frontend.get_u64(FrontendReq::GET_FEATURES);
         assert_eq!(features & F_VERSION_1, F_VERSION_1);
         assert_eq!(features & F_PROTOCOL_FEATURES, F_PROTOCOL_FEATURES);
+        upgrade_ok(directory.path());
     }
     daemon.signal(Signal::SIGTERM);
     assert_eq!(daemon.wait().0, Some(0));

@@ -121,6 +121,12 @@ impl Daemon {
         false
     }
 
+    /// What it has logged so far.
+    pub fn said(&mut self) -> String {
+        self.seen.extend(self.lines.try_iter());
+        self.seen.join("\n")
+    }
+
     pub fn connect(&self) -> UnixStream {
         let stream = UnixStream::connect(&self.socket).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -133,6 +139,16 @@ impl Daemon {
 
     pub fn open_files(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    }
+
+    /// What they are, without numbers.
+    pub fn kinds_of_files(&self) -> Vec<String> {
+        let files = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
+        // One may be closed meanwhile.
+        let links = files.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok());
+        let mut kinds: Vec<_> = links.map(|link| link.display().to_string()).collect();
+        kinds.sort();
+        kinds
     }
 
     pub fn threads(&self) -> usize {
@@ -196,4 +212,25 @@ pub fn sector(number: u64) -> [u8; 512] {
     let mut bytes = [0; 512];
     bytes.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&number.to_le_bytes()));
     bytes
+}
+
+/// `vhost-user-blk upgrade` on the daemon whose control socket is `control` in `directory`.
+pub fn upgrade(directory: &Path, args: &[&str]) -> Child {
+    let mut command = Command::new(PROGRAM);
+    command.arg("upgrade").arg("--control").arg(directory.join("control")).args(args);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// The status of such a command, and what it said.
+pub fn outcome(command: Child) -> (Option<i32>, String) {
+    let output = command.wait_with_output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8(text).unwrap())
+}
+
+/// Upgrades the daemon, which must succeed.
+pub fn upgrade_ok(directory: &Path) -> String {
+    let (status, said) = outcome(upgrade(directory, &[]));
+    assert_eq!(status, Some(0), "{said}");
+    said
 }

@@ -50,7 +50,7 @@ struct Lane {
 pub struct Soak {
     directory: PathBuf,
     options: Options,
-    daemon: Daemon,
+    pub daemon: Daemon,
     device: Device,
     lanes: Vec<Lane>,
     region: Region,
@@ -68,8 +68,14 @@ pub struct Soak {
 }
 
 impl Soak {
-    /// A daemon on a new COW file in `directory`, with extra arguments, and a device connected to it.
+    /// A daemon on a new COW file in `directory`, with extra arguments, and a device connected to it
+    /// that keeps an account of what is in flight.
     pub fn new(directory: &Path, args: &[&str], first: &End) -> Self {
+        Self::with_inflight(directory, args, first, true)
+    }
+
+    /// The same; `inflight` says whether there is such an account.
+    pub fn with_inflight(directory: &Path, args: &[&str], first: &End, inflight: bool) -> Self {
         let seed = from_env("RECOVERY_SEED").unwrap_or_else(rand_seed);
         println!("RECOVERY_SEED={seed}");
         let region = Region { start: 3, granule: GRANULE, granules: GRANULES, queues: QUEUES };
@@ -82,7 +88,7 @@ impl Soak {
         options.queues = QUEUES;
         options.depth = DEPTH;
         options.max_data = GRANULE as usize * SECTOR_SIZE;
-        options.inflight = true;
+        options.inflight = inflight;
         options.stall_after = PATIENCE;
         let mut device = Device::connect(&options).unwrap();
         let lane = |queue: Queue| Lane {
@@ -137,13 +143,37 @@ impl Soak {
         self.daemon = start(&self.directory, args, next);
         let completed = self.completed;
         // It may die again before it has answered anything, even before it is connected.
-        if self.device.reconnect(&self.options).is_err() {
+        if let Err(e) = self.device.reconnect(&self.options) {
+            println!("reconnect: {e}");
             return;
         }
         while self.completed == completed && !self.device.is_dead() {
             self.turn(true);
         }
         self.recoveries.push(killed_at.elapsed());
+    }
+
+    /// Loads the daemon while `meanwhile` says so.
+    pub fn load_while(&mut self, mut meanwhile: impl FnMut(&Daemon) -> bool) {
+        while meanwhile(&self.daemon) {
+            if self.device.is_dead() {
+                panic!("the daemon has hung up; it said\n{}", self.daemon.said());
+            }
+            self.turn(true);
+        }
+    }
+
+    /// Loads the daemon until something was answered on each queue.
+    pub fn load_until_each_queue_answers(&mut self) {
+        let seen: Vec<_> = self.lanes.iter().map(|lane| lane.newest_done).collect();
+        while self.lanes.iter().zip(&seen).any(|(lane, &seen)| lane.newest_done == seen) {
+            self.turn(true);
+        }
+    }
+
+    /// Kills the daemon, whatever it is doing, and starts the next.
+    pub fn kill(&mut self, args: &[&str]) {
+        self.restart(args, &End::Killed { after: 0 });
     }
 
     /// Kills the daemon, if it is alive, and waits until it is gone.
@@ -230,6 +260,9 @@ impl Soak {
         }
         drop(self.device);
         self.daemon.terminate();
+        if self.recoveries.is_empty() {
+            return;
+        }
         self.recoveries.sort();
         let at = |part: usize| self.recoveries[(self.recoveries.len() - 1) * part / 100];
         println!(
@@ -299,6 +332,7 @@ fn start(directory: &Path, args: &[&str], end: &End) -> Daemon {
     let mut command = Command::new(PROGRAM);
     command.arg("--socket-path").arg(&socket).arg(format!("--num-queues={QUEUES}"));
     let at = directory.display();
+    command.arg(format!("--control={at}/control"));
     command.arg(format!("{at}/cow,{at}/base")).args(args);
     if let End::Fault { place, nth, .. } = end {
         command.env("VHOST_USER_BLK_FAULT", format!("{place}:{nth}"));

@@ -1,0 +1,78 @@
+//! A session as the messages that make it: what a daemon was told, so that a successor can be told
+//! the same (docs/architecture.md, "Upgrade").
+
+use std::io::{self, IoSlice, Read};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use vhost::vhost_user::message::FrontendReq;
+
+/// Flags of a message's header: version 1 of the protocol, no reply asked for.
+const VERSION: u32 = 1;
+
+/// A message of the frontend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message<F> {
+    /// Its type.
+    pub request: u32,
+    /// What follows its header.
+    pub body: Vec<u8>,
+    /// The descriptors that come with it.
+    pub fds: Vec<F>,
+}
+
+impl<F> Message<F> {
+    /// A message without descriptors, of these numbers.
+    pub fn new(request: FrontendReq, body: &[u64]) -> Self {
+        let body = body.iter().flat_map(|number| number.to_ne_bytes()).collect();
+        Message { request: request.into(), body, fds: Vec::new() }
+    }
+
+    /// A message about a queue: its number, and another.
+    pub fn state(request: FrontendReq, queue: u32, value: u32) -> Self {
+        let body = [queue, value].map(u32::to_ne_bytes).concat();
+        Message { request: request.into(), body, fds: Vec::new() }
+    }
+
+    /// The same with a descriptor.
+    pub fn with(mut self, fd: F) -> Self {
+        self.fds.push(fd);
+        self
+    }
+}
+
+impl<F: AsFd> Message<F> {
+    /// Sends it, in one piece.
+    ///
+    /// # Errors
+    /// What sendmsg(2) says.
+    pub fn send(&self, socket: &UnixStream) -> io::Result<()> {
+        let len = u32::try_from(self.body.len()).map_err(io::Error::other)?;
+        let header = [self.request, VERSION, len].map(u32::to_ne_bytes).concat();
+        let fds: Vec<_> = self.fds.iter().map(|fd| fd.as_fd().as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let rights = if fds.is_empty() { &rights[..0] } else { &rights };
+        let bytes = [header.as_slice(), &self.body].concat();
+        let flags = MsgFlags::MSG_NOSIGNAL;
+        let sent = sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&bytes)], rights, flags, None)?;
+        if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+    }
+}
+
+/// Takes what the daemon has answered, if it has.
+///
+/// # Errors
+/// What the socket says.
+pub fn skip_replies(socket: &mut UnixStream) -> io::Result<()> {
+    socket.set_nonblocking(true)?;
+    loop {
+        match socket.read(&mut [0; 64]) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+            Err(e) => return Err(e),
+        }
+    }
+    socket.set_nonblocking(false)
+}

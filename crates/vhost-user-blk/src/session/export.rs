@@ -1,0 +1,98 @@
+//! What a session was told, as messages for a successor; and the rings' rest meanwhile.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use vhost::vhost_user::message::FrontendReq;
+
+use super::{Device, PROTOCOL_FEATURES, Result, Session};
+use crate::replay::Message;
+use crate::state::DeviceState;
+use crate::vring::Vring;
+
+impl<D: Device> Session<D> {
+    /// Why the session cannot be handed on at the moment.
+    pub fn bound(&self) -> Option<&'static str> {
+        match () {
+            () if self.transfer.is_some() => {
+                Some("the frontend is transferring the device's state")
+            }
+            () if self.is_logging() => Some("the guest is being migrated"),
+            () if self.check().is_err() => Some("the frontend has shortened its memory"),
+            () => None,
+        }
+    }
+
+    /// Completes what is in flight and takes no more requests.
+    pub fn pause(&mut self) {
+        self.vrings.iter_mut().for_each(Vring::pause);
+    }
+
+    /// Goes on after [`Session::pause`].
+    ///
+    /// # Errors
+    /// If a ring cannot be served any more.
+    pub fn resume(&mut self) -> Result<()> {
+        self.reconcile()
+    }
+
+    /// What the guest has set.
+    pub fn device_state(&self) -> DeviceState {
+        self.state()
+    }
+
+    /// Takes on what a predecessor was told, before any message.
+    ///
+    /// # Errors
+    /// If the disk cannot be made durable.
+    pub fn inherit_state(&mut self, state: DeviceState) -> Result<()> {
+        // The predecessor's disk was open.
+        self.served = true;
+        self.adopt(state)
+    }
+
+    /// SET_BACKEND_REQ_FD: keeps the channel for requests to the frontend.
+    pub fn keep_requests(&mut self, channel: OwnedFd) {
+        self.requests = Some(channel);
+    }
+
+    /// The messages that bring a new session to where this one is: features after the rings, so
+    /// that each ring is complete when it starts. While rings run, where they are is out of date.
+    pub fn export(&self) -> Vec<Message<BorrowedFd<'_>>> {
+        let mut messages = vec![
+            Message::new(FrontendReq::GET_FEATURES, &[]),
+            // For the messages that follow; the session's own come last.
+            Message::new(FrontendReq::SET_PROTOCOL_FEATURES, &[PROTOCOL_FEATURES.bits()]),
+        ];
+        // Before the memory: where the rings are is then not looked at before they start.
+        for (queue, vring) in (0..).zip(&self.vrings) {
+            messages.extend(vring.export(queue));
+        }
+        for (region, file) in self.memory.files() {
+            let numbers =
+                [0, region.guest_address, region.size, region.vmm_address, region.file_offset];
+            messages.push(Message::new(FrontendReq::ADD_MEM_REG, &numbers).with(file.as_fd()));
+        }
+        if let Some((info, file)) = self.inflight.as_ref().and_then(|area| area.export()) {
+            let mut message = Message::new(FrontendReq::SET_INFLIGHT_FD, &[info.size, info.offset]);
+            message.body.extend(info.num_queues.to_ne_bytes());
+            message.body.extend(info.queue_size.to_ne_bytes());
+            message.body.extend([0; 4]);
+            messages.push(message.with(file.as_fd()));
+        }
+        if let Some(channel) = &self.requests {
+            let message = Message::new(FrontendReq::SET_BACKEND_REQ_FD, &[]);
+            messages.push(message.with(channel.as_fd()));
+        }
+        if let Some(features) = self.features {
+            messages.push(Message::new(FrontendReq::SET_FEATURES, &[features]));
+        }
+        for (queue, vring) in (0..).zip(&self.vrings) {
+            if vring.enabled {
+                messages.push(Message::state(FrontendReq::SET_VRING_ENABLE, queue, 1));
+            }
+        }
+        let own = self.protocol_features;
+        messages.push(Message::new(FrontendReq::SET_PROTOCOL_FEATURES, &[own]));
+        messages
+    }
+}

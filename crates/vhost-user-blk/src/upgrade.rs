@@ -1,0 +1,275 @@
+//! How a running daemon has another program take its place (docs/architecture.md, "Upgrade").
+//!
+//! The process stays and its program changes, by execve(2): so process id, parent, cgroup, file
+//! locks and connections stay. Nothing leads back from there. So the new program first has to show,
+//! in a process of its own and while the guest is being served, that it can take over exactly this
+//! disk and this session: the rehearsal. What it cannot do, or does not answer in time, changes
+//! nothing.
+
+use std::ffi::{CString, OsString};
+use std::fs;
+use std::io::{self, PipeReader, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use block_io::Disk;
+use nix::poll::PollTimeout;
+use nix::sys::prctl;
+use nix::sys::signal::{Signal, killpg};
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::{Pid, execve, getpid, getppid};
+
+use crate::cli::TAKEOVER;
+use crate::connection::{Readable, lock, wait_readable};
+use crate::control::Upgrade;
+use crate::handover::{Handover, Listening, set_inherited};
+use crate::replay::Message;
+use crate::session::{Device, Session};
+use crate::signals;
+use crate::socket::Listener;
+
+/// Longest answer of a rehearsal, in bytes.
+const ANSWER_LEN_MAX: usize = 4096;
+/// How often a child that closed its end of the pipe is asked for its status.
+const CHILD_INTERVAL: Duration = Duration::from_millis(1);
+
+/// What a daemon has to hand over besides its session.
+pub struct Estate<'a> {
+    /// The disk.
+    pub disk: &'a Disk,
+    /// Where frontends come from, unless there is only one.
+    pub listener: Option<&'a Listener>,
+    /// The control socket.
+    pub control: &'a Listener,
+    /// The file that the running program was started from.
+    pub program: &'a Path,
+}
+
+impl Estate<'_> {
+    /// Has another program go on with all this, the session, and the frontend at `connection`; it
+    /// will tell `client`. Returns only if that is not possible, with the reason; the session is
+    /// then served as before.
+    pub fn give<D: Device>(
+        &self,
+        how: &Upgrade,
+        session: &Mutex<Session<D>>,
+        connection: Option<BorrowedFd<'_>>,
+        client: BorrowedFd<'_>,
+    ) -> String {
+        let mut session = lock(session);
+        let program = how.program.as_deref().unwrap_or(self.program);
+        if self.disk.is_failed() {
+            return "the disk has failed; only a restart opens it anew".to_owned();
+        }
+        if let Some(why) = session.bound() {
+            return why.to_owned();
+        }
+        let tried = match identity(program).and_then(|tried| {
+            let handover = self.handover(&session, connection, client);
+            rehearse(program, handover, how.time)?;
+            Ok(tried)
+        }) {
+            Ok(tried) => tried,
+            Err(why) => return why,
+        };
+        session.pause();
+        let why = match identity(program) {
+            Ok(now) if now != tried => {
+                format!("{} has changed since it was tried", program.display())
+            }
+            Ok(_) if signals::stopping() => "a signal has asked the daemon to end".to_owned(),
+            Ok(_) => replace(program, &self.handover(&session, connection, client)),
+            Err(why) => why,
+        };
+        if let Err(e) = session.resume() {
+            log::error!("cannot go on: {e}");
+        }
+        why
+    }
+
+    fn handover<D: Device>(
+        &self,
+        session: &Session<D>,
+        connection: Option<BorrowedFd<'_>>,
+        client: BorrowedFd<'_>,
+    ) -> Handover {
+        let listening = |listener: &Listener| Listening {
+            fd: listener.as_fd().as_raw_fd(),
+            file: listener.file_id(),
+        };
+        let raw = |message: Message<BorrowedFd<'_>>| Message {
+            request: message.request,
+            body: message.body,
+            fds: message.fds.iter().map(AsRawFd::as_raw_fd).collect(),
+        };
+        let descriptions = self.disk.layers().iter().map(|layer| {
+            let direct = layer.file().direct().map(|(fd, _)| fd.as_raw_fd());
+            std::iter::once(layer.file().buffered().as_raw_fd()).chain(direct)
+        });
+        let mut descriptions = descriptions;
+        // A disk that is only read is opened anew: its lock is shared.
+        let top = if self.disk.read_only() {
+            Vec::new()
+        } else {
+            descriptions.next().into_iter().flatten().collect()
+        };
+        Handover {
+            from: env!("CARGO_PKG_VERSION").to_owned(),
+            rehearsal: None,
+            paused: now(),
+            wake: signals::wake_fd().map(|fd| fd.as_raw_fd()),
+            listener: self.listener.map(listening),
+            control: Some(listening(self.control)),
+            connection: connection.map(|fd| fd.as_raw_fd()),
+            top,
+            hold: descriptions.flatten().collect(),
+            reply: Some(client.as_raw_fd()),
+            write_cache: session.device_state().write_cache,
+            messages: session.export().into_iter().map(raw).collect(),
+        }
+    }
+}
+
+/// The time since the host's start.
+pub fn now() -> Option<Duration> {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).ok().map(Duration::from)
+}
+
+/// The file that this program was started from. One that was replaced since has another name for a
+/// moment, or none; its place is what counts.
+pub fn running_program() -> PathBuf {
+    const DELETED: &[u8] = b" (deleted)";
+    let path = std::env::current_exe().unwrap_or_default();
+    match path.as_os_str().as_bytes().strip_suffix(DELETED) {
+        Some(before) if !path.exists() => PathBuf::from(OsString::from_vec(before.to_vec())),
+        _ => path,
+    }
+}
+
+/// Tells whether a file is still the same: device, inode, length, time of the last change.
+fn identity(program: &Path) -> Result<[i64; 5], String> {
+    let found = fs::metadata(program).map_err(|e| cannot_start(program, &e))?;
+    let numbers = [found.dev(), found.ino(), found.len()].map(u64::cast_signed);
+    Ok([numbers[0], numbers[1], numbers[2], found.mtime(), found.mtime_nsec()])
+}
+
+fn cannot_start(program: &Path, e: &io::Error) -> String {
+    format!("cannot start {}: {e}", program.display())
+}
+
+/// The command line of the successor: this one's.
+fn arguments(program: &Path, handover: RawFd) -> Vec<OsString> {
+    let is_takeover = |arg: &OsString| arg.as_bytes().starts_with(TAKEOVER.as_bytes());
+    let own = std::env::args_os().skip(1).filter(|arg| !is_takeover(arg));
+    let takeover = OsString::from(format!("{TAKEOVER}{handover}"));
+    [program.as_os_str().to_owned(), takeover].into_iter().chain(own).collect()
+}
+
+/// Has the program say whether it could take over.
+fn rehearse(program: &Path, mut handover: Handover, time: Duration) -> Result<(), String> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    let (mut ours, theirs) = io::pipe().map_err(|e| text(&e))?;
+    handover.rehearsal = Some(theirs.as_raw_fd());
+    // A frontend, or another daemon, must not find anybody there when this process is killed.
+    (handover.listener, handover.control) = (None, None);
+    let file = handover.store().map_err(|e| text(&e))?;
+    let mut fds = handover.fds();
+    fds.push(file.as_raw_fd());
+    let mut command = Command::new(program);
+    // A group of its own, so that what it has started can be ended with it.
+    command.args(&arguments(program, file.as_raw_fd())[1..]).process_group(0);
+    let parent = getpid();
+    // SAFETY: system calls only, which are async-signal-safe.
+    unsafe {
+        command.pre_exec(move || {
+            // It holds the disk's lock: when this process is killed it must not stay.
+            prctl::set_pdeathsig(Signal::SIGKILL)?;
+            if getppid() != parent {
+                return Err(io::ErrorKind::NotFound.into());
+            }
+            Ok(set_inherited(&fds, true)?)
+        });
+    }
+    let mut child = command.spawn().map_err(|e| cannot_start(program, &e))?;
+    drop(theirs);
+    let outcome = hear(&mut ours, &mut child, Instant::now() + time);
+    // It has nothing more to do. One that has ended already is only reaped.
+    if let Ok(group) = i32::try_from(child.id()) {
+        let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+    }
+    let _ = child.wait();
+    outcome.map_err(|why| format!("{}: {why}", program.display()))
+}
+
+/// What the rehearsing child says.
+fn hear(pipe: &mut PipeReader, child: &mut Child, deadline: Instant) -> Result<(), String> {
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\n") && answer.len() < ANSWER_LEN_MAX {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match wait_readable(&[pipe.as_fd()], left).map_err(|e| e.to_string())? {
+            Readable::Fd(_) => {}
+            Readable::Timeout => return Err("gave no answer in time".to_owned()),
+            Readable::Stop => return Err("a signal has asked the daemon to end".to_owned()),
+        }
+        let mut bytes = [0; 512];
+        match pipe.read(&mut bytes) {
+            Ok(0) => return Err(ended(child, deadline)),
+            Ok(n) => answer.extend(&bytes[..n]),
+            Err(e) => return Err(e.to_string()),
+        }
+    }
+    let answer = String::from_utf8_lossy(&answer);
+    match answer.trim_end().split_once(' ') {
+        Some(("ready", _)) => Ok(()),
+        Some(("refused", why)) => Err(why.to_owned()),
+        _ => Err("gave an answer that makes no sense".to_owned()),
+    }
+}
+
+fn ended(child: &mut Child, deadline: Instant) -> String {
+    while Instant::now() < deadline {
+        match child.try_wait() {
+            Ok(Some(status)) => return format!("ended without an answer: {status}"),
+            Ok(None) => std::thread::sleep(CHILD_INTERVAL),
+            Err(e) => return e.to_string(),
+        }
+    }
+    "gave no answer in time".to_owned()
+}
+
+/// Goes on as another program. Returns if that is not possible, with the reason.
+fn replace(program: &Path, handover: &Handover) -> String {
+    let file = match handover.store() {
+        Ok(file) => file,
+        Err(e) => return e.to_string(),
+    };
+    let mut fds = handover.fds();
+    fds.push(file.as_raw_fd());
+    let strings = |all: &mut dyn Iterator<Item = OsString>| {
+        all.map(|one| CString::new(one.into_vec())).collect::<Result<Vec<_>, _>>()
+    };
+    let variables = &mut std::env::vars_os().map(|(mut name, value)| {
+        name.push("=");
+        name.push(value);
+        name
+    });
+    let arguments = &mut arguments(program, file.as_raw_fd()).into_iter();
+    let (Ok(arguments), Ok(variables)) = (strings(arguments), strings(variables)) else {
+        return "an argument contains NUL".to_owned();
+    };
+    // A signal that comes from here on is the successor's.
+    let result = signals::hold().and_then(|()| {
+        set_inherited(&fds, true)?;
+        execve(&arguments[0], &arguments, &variables)
+    });
+    let _ = (set_inherited(&fds, false), signals::release());
+    let Err(e) = result;
+    cannot_start(program, &e.into())
+}

@@ -61,6 +61,18 @@ pub enum DaemonError {
         /// The file.
         path: PathBuf,
     },
+    /// A base for a new COW file that may not be a raw image.
+    #[error(
+        "{}: begins like {found}, and a new COW file stands over a raw image: make it with `cow create -b BASE -F FORMAT`, \
+         which can say what the base is, or make a raw image of the base with `cow convert`",
+        path.display()
+    )]
+    Base {
+        /// The file.
+        path: PathBuf,
+        /// What it may be.
+        found: &'static str,
+    },
     /// A file that was there when it was looked at.
     #[error("{}: is not there any more: {source}", path.display())]
     Gone {
@@ -239,6 +251,11 @@ pub(crate) fn open_disk(
             if *format == Some(Format::Uml) {
                 how.format = CowFormat::Uml;
             }
+            if let Some(base) = base
+                && !cow.exists()
+            {
+                check_base(base)?;
+            }
             Disk::open_cow(cow, base.as_deref(), &how)?
         }
     };
@@ -263,6 +280,27 @@ pub(crate) fn check_format(path: &Path, expected: Option<Format>) -> Result<(), 
         return Ok(());
     }
     Err(DaemonError::Format { path: path.to_owned(), found, expected })
+}
+
+/// Refuses to make a COW file over a base that begins like another format: it would be taken for the
+/// bytes of a disk. (Where it is one, for a guest can have written anything there, `cow create -F raw`
+/// makes the COW file.)
+fn check_base(base: &Path) -> Result<(), DaemonError> {
+    let mut magic = [0; 4];
+    let begun = File::open(base).and_then(|mut file| file.read_exact(&mut magic));
+    let is_cow = match read_header(base) {
+        Ok(_) => true,
+        Err(error) => {
+            error.downcast_ref().is_some_and(|error| !matches!(error, HeaderError::NotCow { .. }))
+        }
+    };
+    let found = match (begun, is_cow) {
+        (Ok(()), _) if magic == *b"QFI\xfb" => "a qcow2 image",
+        (_, true) => "a COW file",
+        // What else is wrong with it is said when it is opened.
+        _ => return Ok(()),
+    };
+    Err(DaemonError::Base { path: base.to_owned(), found })
 }
 
 fn read_header(path: &Path) -> Result<Header, Box<dyn std::error::Error>> {

@@ -154,8 +154,13 @@ fn a_disk_that_cannot_be_opened_leaves_no_socket() {
     image(here);
     fs::create_dir(here.join("directory")).unwrap();
     fs::write(here.join("empty"), "").unwrap();
-    let cases: [(&[&str], &[&str]); 10] = [
+    fs::write(here.join("image.qcow2"), b"QFI\xfb and more").unwrap();
+    fs::write(here.join("other.cow"), [b"\x89COW\r\n\x1a\n".as_slice(), &[0; 4096]].concat())
+        .unwrap();
+    let cases: [(&[&str], &[&str]); 12] = [
         (&["new.cow"], &["new.cow"]),
+        (&["new.cow,image.qcow2"], &["image.qcow2", "qcow2", "cow create"]),
+        (&["new.cow,other.cow"], &["other.cow", "COW file", "cow create"]),
         (&["new.cow,missing"], &["missing", "No such file or directory"]),
         (&["new.cow,directory"], &["directory"]),
         (&["nowhere/new.cow,disk.img"], &["nowhere"]),

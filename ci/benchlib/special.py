@@ -1,7 +1,9 @@
 """Cases that are more than one load: large disks, a cold base, many daemons, space, opening."""
 
+import contextlib
 import dataclasses
 import os
+import re
 import subprocess
 import time
 
@@ -235,6 +237,51 @@ def opening(context, server):
     return values
 
 
+@contextlib.contextmanager
+def under_load(context, running):
+    """Random writes, for as long as the body takes and the daemon lives."""
+    argv = [context.tools.bench, "run", f"--socket-path={running.socket}", "--ops=write", "--depth=32", "--runtime=60s"]
+    load = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(context.seconds / 2)
+        yield
+    finally:
+        load.kill()
+        load.wait()
+
+
+def recovery(context, server):
+    """From SIGKILL, under a load of writes, to the first request that the next daemon has completed."""
+    directory = context.fresh_directory()
+    server.create(context.tools, directory, context.base, context.size)
+    first = second = server.start(context.tools, directory, context.base)
+    try:
+        with under_load(context, first):
+            killed = time.monotonic()
+            # Returns when the process is gone, as a supervisor would notice. What the kernel still does for it is not over.
+            first.kill()
+            second, _ = timed_start(context, server, directory, context.base)
+            return {"recovery": (time.monotonic() - killed) * 1000}
+    finally:
+        first.kill()
+        second.kill()
+
+
+def upgrade(context, server):
+    """How long the guest waits while the daemon goes on as another program."""
+    directory = context.fresh_directory()
+    server.create(context.tools, directory, context.base, context.size)
+    control = directory / "control"
+    argv = [*server.argv(context.tools, directory, context.base, directory / "socket", 2), f"--control={control}"]
+    running = servers.Running(server, argv, directory)
+    try:
+        with under_load(context, running):
+            told = context.tools.run([context.tools.daemon, "upgrade", f"--control={control}"])
+        return {"pause": float(re.search(r"([0-9.]+) ms", told).group(1))}
+    finally:
+        running.kill()
+
+
 SPECIALS = [
     Special(
         "idle", "Idle", "A daemon with a frontend and no load; the time from its start to its first answer.",
@@ -301,5 +348,16 @@ SPECIALS = [
             ("disk", "disk space per byte written", "×", "less"),
         ),
         opening, (Aim("clean", 1, "sub"), Aim("killed", 1, "sub")), only=("ours", "sub"),
+    ),
+    Special(
+        "recovery", "Recovery from SIGKILL",
+        "A daemon is killed under random writes; until the next one, started at once, has completed a request. Ours goes on "
+        "with every acknowledged write; a peer without those that were not flushed, and without its guest.",
+        (("recovery", "from SIGKILL to the first answer", "ms", "less"),),
+        recovery, only=("ours", "ours-uml", "ours-direct", "raw", "qcow2", "sub"),
+    ),
+    Special(
+        "upgrade", "Upgrade of a running daemon", "Under random writes; the guest keeps its connection.",
+        (("pause", "pause that the guest sees", "ms", "less"),), upgrade, only=("ours", "ours-uml", "ours-direct"),
     ),
 ]

@@ -15,7 +15,7 @@ use super::{CHAIN_DEPTH_MAX, CachePolicy, CowFormat, DiskOptions, OpenError};
 use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};
 
 /// Between two attempts to get a lock.
-const LOCK_RETRY: Duration = Duration::from_millis(10);
+const LOCK_RETRY: Duration = Duration::from_millis(1);
 
 /// Opens the files of one chain: each locked, none twice.
 pub(crate) struct Opener<'a, E: Env> {

@@ -4,6 +4,7 @@
 //! disk where the data stands, has the kernel move it, and puts the answer into the used ring.
 
 pub mod cli;
+mod cold_stream;
 pub mod config;
 pub mod connection;
 pub mod control;

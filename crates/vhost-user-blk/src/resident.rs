@@ -23,6 +23,7 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::{AccessFlags, geteuid};
 
+use crate::cold_stream::ColdStream;
 use crate::memory::Memory;
 use crate::sigbus::Registration;
 
@@ -193,6 +194,7 @@ pub struct Resident<'a> {
     now: u64,
     /// Something was copied since [`Self::rested`].
     used: bool,
+    stream: ColdStream,
 }
 
 impl<'a> Resident<'a> {
@@ -205,6 +207,7 @@ impl<'a> Resident<'a> {
             epoch: Instant::now(),
             now: 0,
             used: false,
+            stream: ColdStream::default(),
         }
     }
 
@@ -242,8 +245,14 @@ impl<'a> Resident<'a> {
         let Some(end) = at.get().checked_add(len) else { return false };
         if end > mapping.map.len as u64
             || mapping.registration.poisoned()
-            || !self.is_resident(mapping, layer, at.get(), end)
+            || self
+                .stream
+                .goes_on(layer, at.get(), end, |byte| mapping.residency(byte / PAGE as u64, 1) != 0)
         {
+            return false;
+        }
+        if !self.is_resident(mapping, layer, at.get(), end) {
+            self.stream.missed(layer, at.get(), end);
             return false;
         }
         // Less than the mapping's length, which is a usize.

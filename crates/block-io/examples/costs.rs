@@ -51,7 +51,9 @@ fn writes(dir: &Path, format: CowFormat) {
     const PIECES: u64 = 1 << 18;
     let disk = open(&new_disk(dir, format, PIECES * PIECE * 512));
     // An odd factor makes a permutation of all pieces, far from each other.
-    let all = |disk: &Disk| (0..PIECES).try_for_each(|n| disk.written(piece(n * 77_773 % PIECES)));
+    let all = |disk: &Disk| {
+        (0..PIECES).try_for_each(|n| disk.begin_write().written(&[piece(n * 77_773 % PIECES)]))
+    };
     for name in ["first", "again"] {
         let (result, time) = timed(|| all(&disk));
         result.expect("written");
@@ -77,7 +79,7 @@ fn opening(dir: &Path, format: CowFormat) {
         let disk = open(&cow);
         let mut state = 7;
         for _ in 0..PIECES / 100 * percent {
-            disk.written(piece(random(&mut state) % PIECES)).expect("written");
+            disk.begin_write().written(&[piece(random(&mut state) % PIECES)]).expect("written");
         }
         disk.close().expect("close");
         drop(disk);

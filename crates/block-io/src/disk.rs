@@ -1,7 +1,7 @@
 //! [`Disk`]: an open image, as the daemon and the tool use it.
 //!
 //! The caller does the I/O on data: [`Disk::extents`] says what to read from where, [`Disk::write_at`] where to write,
-//! [`Disk::written`] is told when that has completed. Everything that must happen in a certain order (DESIGN section
+//! [`Writing::written`] is told when that has completed. Everything that must happen in a certain order (DESIGN section
 //! 3) happens here.
 
 use std::path::{Path, PathBuf};
@@ -15,9 +15,11 @@ use cow_format::{
 use crate::file::{File, Host};
 use crate::image::bits::Bits;
 use crate::image::flush::{FlushFailure, flush};
+use crate::image::journal::Journal;
 use crate::image::learn::{Failed, learn, learn_top};
 use crate::image::live::LiveBitmap;
-use crate::image::state::{UpdateError, mark_settled};
+use crate::image::state::mark_settled;
+use crate::image::unflushed::Unflushed;
 use crate::image::{Chain, DiskError, DiskOptions, OpenError, open_chain, open_single};
 use crate::storage::{Env, Storage};
 
@@ -58,8 +60,15 @@ pub struct Disk<E: Env = Host> {
     /// A sync has failed: for ever.
     failed: AtomicBool,
     closed: AtomicBool,
+    /// What the next flush has to make durable, if it is little.
+    unflushed: Unflushed,
     /// One flush pass at a time, as its machine wants it: the one lock that is held over I/O, for the order of that I/O.
-    flushing: Mutex<()>,
+    flushing: Mutex<Journal>,
+}
+
+/// A write of data into layer 0, from before its first byte is moved until it is acknowledged or has failed.
+pub struct Writing<'a, E: Env = Host> {
+    disk: &'a Disk<E>,
 }
 
 /// What a COW file needs while it is open for writing.
@@ -133,7 +142,8 @@ impl<E: Env> Disk<E> {
             read_only: options.read_only,
             failed: AtomicBool::new(false),
             closed: AtomicBool::new(false),
-            flushing: Mutex::new(()),
+            unflushed: Unflushed::new(),
+            flushing: Mutex::new(chain.journal),
         }
     }
 
@@ -187,12 +197,12 @@ impl<E: Env> Disk<E> {
     }
 
     /// Where the sectors of `range`, which is within the capacity, stand in layer 0, one after the other: write them
-    /// there, or punch or zero there, and then call [`Disk::written`].
+    /// there, or punch or zero there, between [`Disk::begin_write`] and [`Writing::written`].
     pub fn write_at(&self, range: SectorRange) -> ByteOffset {
         ByteOffset::new(self.data_offset.get() + range.start_bytes().get())
     }
 
-    /// Whether every sector of `range` is present in layer 0, so that [`Disk::written`] will cost nothing.
+    /// Whether every sector of `range` is present in layer 0, so that [`Writing::written`] will cost nothing.
     pub fn is_present(&self, range: SectorRange) -> Result<bool, DiskError> {
         self.learn_top(range)?;
         Ok(self.map.top().is_none_or(|bitmap| bitmap.contains(range)))
@@ -206,44 +216,77 @@ impl<E: Env> Disk<E> {
         learn_top(&self.map, &self.sources(), range).map_err(|failed| self.not_learnt(failed))
     }
 
-    /// To be called when the data of `range` has been written (or punched, or zeroed) in layer 0, before the write is
-    /// acknowledged: from its return on, reads find the sectors in layer 0, and so does whoever opens the file after this
-    /// process has died. A flush that begins later makes them durable. After an error nothing has been set.
-    pub fn written(&self, range: SectorRange) -> Result<(), DiskError> {
-        self.written_batch(&[range])
+    /// To be called before the data of a write is moved (or punched, or zeroed) in layer 0; held until it is acknowledged.
+    pub fn begin_write(&self) -> Writing<'_, E> {
+        self.unflushed.begin();
+        Writing { disk: self }
     }
 
-    /// [`Disk::written`] for several ranges at once, cheapest when they are sorted: those in one bitmap page share a
-    /// write. After an error some may have been set; each can be tried alone.
-    pub fn written_batch(&self, ranges: &[SectorRange]) -> Result<(), DiskError> {
+    fn written(&self, ranges: &[SectorRange]) -> Result<(), DiskError> {
         self.check_writable()?;
         let Some((cow, bitmap)) = self.writable_cow() else { return Ok(()) };
         ranges.iter().try_for_each(|range| self.learn_top(*range))?;
         cow.live
             .set(&self.top().file, bitmap, ranges)
-            .map_err(|source| self.io_error("write the live bitmap", source))
+            .map_err(|source| self.io_error("write the live bitmap", source))?;
+        self.unflushed.add(ranges);
+        Ok(())
     }
 
-    /// Makes every write durable whose [`Disk::written`] returned before this call. Blocks. A failed sync fails the disk
+    /// Makes every write durable whose [`Writing::written`] returned before this call. Blocks. A failed sync fails the disk
     /// for ever; after a failed write of the bitmap (no space) the next flush tries again.
     pub fn flush(&self) -> Result<(), DiskError> {
         if self.read_only {
             return Ok(());
         }
         self.check_writable()?;
-        self.flush_pass()
+        let mut journal = lock(&self.flushing);
+        self.check_not_failed()?;
+        let Some((cow, bitmap)) = self.writable_cow() else {
+            return self.top().file.sync().map_err(|err| self.fail(&err));
+        };
+        let flushed = match self.unflushed.take() {
+            Some(few) => self.flush_few(cow, bitmap, &mut journal, &few),
+            None => self.flush_in_place(cow, bitmap, &mut journal),
+        };
+        flushed.inspect_err(|_| self.unflushed.add_everything())
     }
 
-    fn flush_pass(&self) -> Result<(), DiskError> {
-        let _one_pass = lock(&self.flushing);
-        self.check_not_failed()?;
-        self.read_predecessor()?;
+    /// Makes `few` durable, which is all that was written since the last flush.
+    fn flush_few(
+        &self,
+        cow: &WritableCow<E::File>,
+        bitmap: &Bitmap,
+        journal: &mut Journal,
+        few: &[SectorRange],
+    ) -> Result<(), DiskError> {
+        if few.is_empty() {
+            return Ok(());
+        }
         let top = &self.top().file;
-        let flushed = match self.writable_cow() {
-            Some((cow, bitmap)) => flush(top, bitmap, &cow.geometry),
-            None => top.sync().map_err(FlushFailure::Sync),
-        };
-        flushed.map_err(|failure| match failure {
+        let committed = journal.commit(top, &cow.geometry, &self.unflushed, few);
+        if committed.map_err(|err| self.fail(&err))? {
+            return Ok(());
+        }
+        journal.fill(top);
+        self.flush_in_place(cow, bitmap, journal)
+    }
+
+    /// Makes everything durable in its place.
+    fn flush_in_place(
+        &self,
+        cow: &WritableCow<E::File>,
+        bitmap: &Bitmap,
+        journal: &mut Journal,
+    ) -> Result<(), DiskError> {
+        self.flush_all(cow, bitmap)?;
+        let begun = journal.begin_anew(&self.top().file, &mut lock(&cow.header));
+        begun.map_err(|err| self.fail(&err.into()))
+    }
+
+    fn flush_all(&self, cow: &WritableCow<E::File>, bitmap: &Bitmap) -> Result<(), DiskError> {
+        self.read_predecessor()?;
+        flush(&self.top().file, bitmap, &cow.geometry).map_err(|failure| match failure {
             FlushFailure::Sync(err) => self.fail(&err),
             FlushFailure::Write(source) => self.io_error("write the bitmap", source),
         })
@@ -267,24 +310,32 @@ impl<E: Env> Disk<E> {
     }
 
     /// Ends the disk's use: flushes, and marks the file clean. To be called when no write is under way; writes are
-    /// refused from then on, and reads still work. After an error the disk is as open as before, and the file stays
-    /// marked as in use.
+    /// refused from then on, and reads still work. After an error in the flush the disk is as open as before; one in
+    /// the header fails it. The file then stays marked as in use.
     pub fn close(&self) -> Result<(), DiskError> {
         if self.read_only || self.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
-        let closed = self.flush_pass().and_then(|()| self.end_use());
+        let closed = self.end_use();
         if closed.is_err() {
             self.closed.store(false, Ordering::Release);
         }
         closed
     }
 
-    /// Everything is durable: the live bitmap need not count any more.
+    /// Makes everything durable in its place: then neither live bitmap nor journal need count any more.
     fn end_use(&self) -> Result<(), DiskError> {
-        let Some(cow) = &self.cow else { return Ok(()) };
-        mark_settled(&self.top().file, &mut lock(&cow.header))
-            .map_err(|err| self.update_error(err))?;
+        let mut journal = lock(&self.flushing);
+        self.check_not_failed()?;
+        let top = &self.top().file;
+        let Some((cow, bitmap)) = self.writable_cow() else {
+            return top.sync().map_err(|err| self.fail(&err));
+        };
+        self.flush_all(cow, bitmap)?;
+        let mut header = lock(&cow.header);
+        // Which header a failed write has left, nobody knows.
+        mark_settled(top, &mut header).map_err(|err| self.fail(&err.into()))?;
+        journal.close(top, &header);
         let removed = cow.live.close(&self.env);
         removed.map_err(|(path, source)| DiskError::Io {
             path,
@@ -343,16 +394,24 @@ impl<E: Env> Disk<E> {
         DiskError::Failed { path }
     }
 
-    fn update_error(&self, err: UpdateError) -> DiskError {
-        let source = match err {
-            UpdateError::Io(err) => err,
-            UpdateError::Header(err) => std::io::Error::other(err),
-        };
-        self.io_error("write the header", source)
-    }
-
     fn io_error(&self, action: &'static str, source: std::io::Error) -> DiskError {
         DiskError::Io { path: self.top().path.clone(), action, source }
+    }
+}
+
+impl<E: Env> Writing<'_, E> {
+    /// To be called when the data of `ranges` has been written (or punched, or zeroed) in layer 0, before the write is
+    /// acknowledged: from its return on, reads find the sectors in layer 0, and so does whoever opens the file after this
+    /// process has died. A flush that begins later makes them durable. Several ranges are cheapest when they are sorted: those
+    /// in one bitmap page share a write. After an error some may have been set; each can be tried alone.
+    pub fn written(&self, ranges: &[SectorRange]) -> Result<(), DiskError> {
+        self.disk.written(ranges)
+    }
+}
+
+impl<E: Env> Drop for Writing<'_, E> {
+    fn drop(&mut self) {
+        self.disk.unflushed.end();
     }
 }
 

@@ -242,6 +242,29 @@ impl Storage for File {
         fdatasync(&self.buffered).map_err(Into::into)
     }
 
+    fn write_durably(&self, buf: &[u8], at: ByteOffset) -> io::Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let rest = &buf[done..];
+            let part =
+                libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() };
+            let (fd, place) = (self.buffered.as_raw_fd(), off_t(at.get() + done as u64)?);
+            // SAFETY: `part` is `rest`, which lives, and is only read; the descriptor is open.
+            let n = unsafe { libc::pwritev2(fd, &raw const part, 1, place, libc::RWF_DSYNC) };
+            match (usize::try_from(n), Errno::last()) {
+                (Ok(0), _) => return Err(io::ErrorKind::WriteZero.into()),
+                (Ok(n), _) => done += n,
+                (Err(_), Errno::EINTR) => {}
+                (Err(_), Errno::EOPNOTSUPP | Errno::ENOSYS) => {
+                    self.write_all_at(rest, ByteOffset::new(at.get() + done as u64))?;
+                    return self.sync();
+                }
+                (Err(_), errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
     fn stamp(&self, mtime: Timestamp) -> io::Result<()> {
         let leave = TimeSpec::new(0, libc::UTIME_OMIT);
         futimens(&self.buffered, &leave, &TimeSpec::new(mtime.secs(), mtime.nanos().into()))?;

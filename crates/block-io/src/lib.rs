@@ -16,6 +16,6 @@ pub mod storage;
 pub mod watch;
 
 pub use committer::{Committer, Waiter};
-pub use disk::{Disk, Layer};
+pub use disk::{Disk, Layer, Writing};
 pub use file::Host;
 pub use image::{CachePolicy, CowFormat, DiskError, DiskOptions, OpenError};

@@ -62,6 +62,13 @@ pub enum Operation<'a> {
         /// How many bytes.
         len: usize,
     },
+    /// A write of so many bytes that is durable on its return.
+    WriteDurably {
+        /// Where.
+        at: ByteOffset,
+        /// How many bytes.
+        len: usize,
+    },
     /// Punching a hole or zeroing.
     Zero,
     /// A change of length.

@@ -127,6 +127,10 @@ pub trait Storage: Send + Sync {
     /// known of the writes since the last success, and calling again does not repair that.
     fn sync(&self) -> io::Result<()>;
 
+    /// Writes all of `buf` at `at` and makes that outlive a power cut; it says nothing of other writes. After an error
+    /// nothing is known of this one, and repeating it does not repair that.
+    fn write_durably(&self, buf: &[u8], at: ByteOffset) -> io::Result<()>;
+
     /// Sets the time of the last change, and makes it outlive a power cut, with all that [`Storage::sync`] does.
     fn stamp(&self, mtime: Timestamp) -> io::Result<()>;
 

@@ -32,6 +32,18 @@ fn no_crash_loses_what_was_promised() {
     }
 }
 
+/// The same of programs in which nearly every flush goes into the journal.
+#[test]
+fn no_crash_loses_what_stands_in_the_journal() {
+    for seed in seeds() {
+        let program = Program::flushing(seed, 16);
+        let harness = Harness::new(CowFormat::Native, None);
+        if let Err(violation) = harness.crash_everywhere(&program, seed) {
+            panic!("seed {seed}: {violation}\nprogram: {program:?}");
+        }
+    }
+}
+
 #[test]
 fn small_programs_survive_every_outcome_of_every_crash() {
     let write = |start, count| Op::Write { start, count };
@@ -40,6 +52,7 @@ fn small_programs_survive_every_outcome_of_every_crash() {
         vec![write(0, 1), Op::Flush, write(0, 1), write(1, 1), Op::Flush],
         vec![write(8, 2), Op::Discard { start: 8, count: 1 }, Op::Flush, write(8, 1)],
         vec![write(3, 1), Op::Die, write(4, 1), Op::Flush],
+        vec![Op::Flush, write(3, 1), Op::Flush, write(3, 1), Op::Flush, write(3, 1)],
         vec![Op::WriteZeroes { start: 5, count: 1 }, Op::Reopen, write(5, 1), Op::Reopen],
         vec![write(0, 1), Op::Rebind, write(1, 1)],
         vec![write(0, 1), Op::Snapshot, write(0, 1), Op::Flush],
@@ -83,6 +96,22 @@ fn finds_that_the_live_bit_is_set_after_the_acknowledgement() {
 #[test]
 fn finds_that_a_live_bitmap_of_another_boot_is_believed() {
     assert_found(Fault::OtherBootBelieved, &FORMATS);
+}
+
+fn assert_found_in_journal(fault: Fault) {
+    let harness = Harness::new(CowFormat::Native, Some(fault));
+    let crash = |seed| harness.crash_everywhere(&Program::flushing(seed, 16), seed).err();
+    assert!(seeds().find_map(crash).is_some(), "{fault:?} was not found");
+}
+
+#[test]
+fn finds_that_a_record_is_left_out() {
+    assert_found_in_journal(Fault::RecordLeftOut);
+}
+
+#[test]
+fn finds_that_the_journal_is_not_begun_anew() {
+    assert_found_in_journal(Fault::JournalNotBegunAnew);
 }
 
 #[test]

@@ -126,7 +126,10 @@ fn a_failed_sync_is_for_ever() {
         assert!(disk.is_failed());
         assert!(matches!(disk.flush(), Err(DiskError::Failed { .. })));
         assert!(matches!(disk.write(range(4, 1), &[1; 512]), Err(DiskError::Failed { .. })));
-        assert!(matches!(disk.written(range(3, 1)), Err(DiskError::Failed { .. })));
+        assert!(matches!(
+            disk.begin_write().written(&[range(3, 1)]),
+            Err(DiskError::Failed { .. })
+        ));
         assert!(matches!(disk.close(), Err(DiskError::Failed { .. })));
         // What was acknowledged can still be read, here and by the next who opens it.
         assert_eq!(sector(&disk, 3), 1);
@@ -153,6 +156,86 @@ fn a_second_sync_that_fails_is_for_ever_too() {
     }
 }
 
+/// Flushes one sector after the other, so that the journal is begun.
+fn open_with_journal(sim: &Sim) -> Disk<Sim> {
+    let disk = open(sim);
+    for n in 0..3 {
+        disk.write(range(n, 1), &[1; 512]).unwrap();
+        disk.flush().unwrap();
+    }
+    disk
+}
+
+#[test]
+fn a_record_that_fails_is_a_sync_that_fails() {
+    let sim = sim(CowFormat::Native);
+    let disk = open_with_journal(&sim);
+    let on = fail(&sim, EIO, |operation| matches!(operation, Operation::WriteDurably { .. }));
+    disk.write(range(3, 1), &[2; 512]).unwrap();
+    assert!(matches!(disk.flush(), Err(DiskError::Failed { .. })));
+    on.store(false, Ordering::Relaxed);
+    assert!(matches!(disk.flush(), Err(DiskError::Failed { .. })));
+    assert!(matches!(disk.close(), Err(DiskError::Failed { .. })));
+    drop(disk);
+    sim.power_cut(&mut Choices::oldest());
+    let disk = open(&sim);
+    assert_eq!([0, 1, 2, 3].map(|n| sector(&disk, n)), [1, 1, 1, 0xbb]);
+}
+
+#[test]
+fn a_disk_without_room_for_its_journal_does_without() {
+    let sim = sim(CowFormat::Native);
+    let on =
+        fail(&sim, ENOSPC, |operation| matches!(operation, Operation::Write { len: 65536, .. }));
+    let disk = open_with_journal(&sim);
+    on.store(false, Ordering::Relaxed);
+    disk.write(range(3, 1), &[2; 512]).unwrap();
+    disk.flush().unwrap();
+    drop(disk);
+    sim.power_cut(&mut Choices::oldest());
+    let disk = open(&sim);
+    assert_eq!([0, 1, 2, 3].map(|n| sector(&disk, n)), [1, 1, 1, 2]);
+}
+
+/// A sector that is read while it is being written may be half of this and half of that: no record is made of it.
+#[test]
+fn what_is_being_written_does_not_go_into_the_journal() {
+    let sim = sim(CowFormat::Native);
+    let disk = Arc::new(open_with_journal(&sim));
+    let records = Arc::new(AtomicU64::new(0));
+    let writing = Arc::new(AtomicBool::new(false));
+    let (theirs, count, busy) = (Arc::clone(&disk), Arc::clone(&records), Arc::clone(&writing));
+    sim.set_hook(Some(Arc::new(move |_, operation| {
+        match operation {
+            // Another queue begins a write, and ends it, in the middle of the flush.
+            Operation::Read { len: 512, .. } if busy.load(Ordering::Relaxed) => {
+                drop(theirs.begin_write());
+            }
+            Operation::WriteDurably { at, .. } if at.get() >= 8192 => {
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+            _ => {}
+        }
+        Verdict::Proceed
+    })));
+    let mut expected = 0;
+    for n in 10..30 {
+        disk.write(range(n, 1), &[2; 512]).unwrap();
+        writing.store(n % 4 == 1, Ordering::Relaxed);
+        let under_way = (n % 4 == 2).then(|| disk.begin_write());
+        disk.flush().unwrap();
+        drop(under_way);
+        writing.store(false, Ordering::Relaxed);
+        expected += u64::from(n % 4 != 1 && n % 4 != 2);
+        assert_eq!(records.load(Ordering::Relaxed), expected, "flush {n}");
+    }
+    sim.set_hook(None);
+    let after = sim.fork();
+    after.power_cut(&mut Choices::oldest());
+    let disk = open(&after);
+    assert!((10..30).all(|n| sector(&disk, n) == 2));
+}
+
 #[test]
 fn rewrites_cost_no_write_of_a_bitmap() {
     for format in FORMATS {
@@ -161,10 +244,21 @@ fn rewrites_cost_no_write_of_a_bitmap() {
         disk.write(range(0, 64), &[1; 64 * 512]).unwrap();
         disk.flush().unwrap();
         let before = sim.steps();
-        disk.written_batch(&[range(0, 7), range(9, 1), range(30, 34)]).unwrap();
+        let rewrite = || {
+            disk.begin_write().written(&[range(0, 7), range(9, 1), range(30, 34)]).unwrap();
+        };
+        rewrite();
         assert_eq!(sim.steps(), before);
         disk.flush().unwrap();
-        assert_eq!(sim.steps(), before + 1, "one sync");
+        disk.flush().unwrap();
+        if format == CowFormat::Uml {
+            assert_eq!(sim.steps(), before + 1, "one sync, and none if nothing was written since");
+        }
+        // In a native file the journal has been begun meanwhile.
+        let before = sim.steps();
+        rewrite();
+        disk.flush().unwrap();
+        assert_eq!(sim.steps(), before + 1, "one sync, or one record");
     }
 }
 
@@ -174,7 +268,9 @@ fn a_batch_shares_a_write() {
         let sim = sim(format);
         let disk = open(&sim);
         let before = sim.steps();
-        disk.written_batch(&[range(1, 1), range(5, 2), range(40, 3), range(63, 1)]).unwrap();
+        disk.begin_write()
+            .written(&[range(1, 1), range(5, 2), range(40, 3), range(63, 1)])
+            .unwrap();
         assert_eq!(sim.steps(), before + 1);
         drop(disk);
         let disk = open(&sim);
@@ -207,7 +303,7 @@ fn queues_that_share_bytes_of_the_bitmap_lose_no_bit() {
                 scope.spawn(move || {
                     start.wait();
                     for sector in (first..34_000).step_by(QUEUES) {
-                        disk.written(range(sector, 1)).unwrap();
+                        disk.begin_write().written(&[range(sector, 1)]).unwrap();
                         if queue == 0 && sector % 100 == 0 {
                             disk.flush().unwrap();
                         }

@@ -27,6 +27,9 @@ pub enum Finding {
     /// The file was not closed. Opening it for writing puts that right.
     #[error("the file is in use, or was not closed")]
     NotClosed,
+    /// The host went down while the file was in use. Opening it for writing puts the sectors in place.
+    #[error("flushed sectors stand in the journal only; opening it for writing puts them in place")]
+    Journal,
     /// Feature bits of a newer program; the next write clears them.
     #[error("unknown compatible features {0:#x}")]
     UnknownFeatures(u64),
@@ -57,7 +60,7 @@ impl Finding {
     /// How bad it is.
     pub const fn severity(&self) -> Severity {
         match self {
-            Self::NotClosed | Self::UnknownFeatures(_) => Severity::Note,
+            Self::NotClosed | Self::Journal | Self::UnknownFeatures(_) => Severity::Note,
             Self::BitsBeyondEnd { .. } | Self::Leaked { .. } => Severity::Leak,
             Self::HeaderCopy(_) | Self::Data(_) => Severity::Corrupt,
         }

@@ -5,6 +5,7 @@
 //! - [`Bitmap`]: which sectors are present
 //! - [`LayerMap`]: which layer of a chain a range comes from
 //! - [`FlushPass`]: in what order things become durable
+//! - [`journal`]: a shorter way for a flush of little
 //! - [`identity`]: whether a backing file is the one that the header means
 //! - [`check`]: whether a file is sound
 #![forbid(unsafe_code)]
@@ -16,6 +17,7 @@ mod fold;
 mod geometry;
 pub mod header;
 pub mod identity;
+pub mod journal;
 mod map;
 mod units;
 

@@ -5,6 +5,7 @@ use cow_format::header::{
     Part,
 };
 use cow_format::identity::{BackingIdentity, Timestamp};
+use cow_format::journal::Records;
 use cow_format::{
     Bitmap, FlushPass, HEADER_PREFIX_LEN, Header, HeaderError, Next, PAGE_SECTORS, Sector,
     SectorCount, SectorRange, VIRTUAL_SIZE_MAX,
@@ -86,10 +87,70 @@ fn golden_empty() {
     assert_eq!(places, (8192, 8192 + (4 << 20)));
     assert_eq!((geometry.data_offset().get(), geometry.virtual_size()), (9 << 20, MIB));
     assert_eq!((geometry.bitmap_len(), header.virtual_size_max()), (4096, 16 << 30));
-    // A new file is the same, byte for byte.
-    let (prefix, len) = new_file(&mut NativeHeader::create(MIB, OWN, None).unwrap());
+    // A new file without a journal is the same, byte for byte; with one, the data still stands there.
+    let mut plain = NativeHeader::create_with_journal(MIB, OWN, None, Some(0)).unwrap();
+    let (prefix, len) = new_file(&mut plain);
     assert_eq!(len, file.len() as u64);
     assert!(prefix == file[..HEADER_PREFIX_LEN]);
+    let new = NativeHeader::create(MIB, OWN, None).unwrap();
+    assert_eq!(new.geometry(), geometry);
+    let area = new.journal().unwrap();
+    assert_eq!((area.at().get(), area.len()), (8192 + (8 << 20), MIB - 8192));
+}
+
+#[test]
+fn golden_journal() {
+    let file = golden("v1-journal");
+    let header = open(&file).unwrap();
+    let (area, epoch) = (header.journal().unwrap(), header.journal_epoch().unwrap());
+    assert_eq!((area.at().get(), area.len()), (8192 + (8 << 20), 65536));
+    let at = usize::try_from(area.at().get()).unwrap();
+    let records = Records::new(&file[at..at + 65536], epoch, header.geometry().sectors());
+    let records: Vec<_> = records.map(Result::unwrap).collect();
+    let text = |what: &[u8]| what.repeat(32);
+    let (older, two, newer) =
+        (text(b"older..........."), text(b"two.............").repeat(2), text(b"newer..........."));
+    let range =
+        |start, count| SectorRange::new(Sector::new(start), SectorCount::new(count)).unwrap();
+    let first = vec![(range(3, 1), &older[..]), (range(9, 2), &two[..])];
+    assert_eq!(records, [first, vec![(range(3, 1), &newer[..])]]);
+    // The next header takes it with it; a clean one does not.
+    let mut header = header;
+    let write = header.next_write().unwrap();
+    assert_eq!(write.bytes[224..256], file[COPY + 224..COPY + 256]);
+    header.set_clean().unwrap();
+    let write = header.next_write().unwrap();
+    assert_eq!((write.bytes[32], &write.bytes[240..256]), (0, &[0; 16][..]));
+    assert_eq!(write.bytes[224..240], file[COPY + 224..COPY + 240]);
+}
+
+#[test]
+fn bad_journals_are_refused_by_name() {
+    let file = golden("v1-journal");
+    let area = (8192u64 + (8 << 20), 65536u64);
+    let cases: &[(usize, u64, usize, Field)] = &[
+        (32, 0, 8, Field::JournalEpoch),
+        (32, 2, 8, Field::Incompatible),
+        (20, 0, 4, Field::JournalEpoch),
+        (20, 2, 4, Field::JournalEpoch),
+        (224, area.0 - 4096, 8, Field::JournalOffset),
+        (224, area.0 + 1, 8, Field::JournalOffset),
+        (224, (9 << 20) - 4096, 8, Field::JournalOffset),
+        (224, u64::MAX - 4095, 8, Field::JournalOffset),
+        (224, 0, 8, Field::JournalOffset),
+        (232, 4095, 8, Field::JournalLen),
+        (232, (64 << 20) + 4096, 8, Field::JournalLen),
+        (232, MIB, 8, Field::JournalOffset),
+        (232, 0, 8, Field::JournalOffset),
+    ];
+    for &(at, value, width, field) in cases {
+        let mut bytes = file.clone();
+        poke(&mut bytes[COPY..], at, &value.to_le_bytes()[..width]);
+        assert_eq!(refused(open(&bytes)), field, "{value:#x} at {at}");
+    }
+    let mut bytes = file.clone();
+    poke(&mut bytes[COPY..], 240, &[0; 16]);
+    assert_eq!(refused(open(&bytes)), Field::JournalEpoch);
 }
 
 #[test]
@@ -286,7 +347,7 @@ fn bad_fields_are_refused_by_name() {
         (20, 3, 4, Field::State),
         (24, 1 << 63, 8, Field::Generation),
         (88, u64::MAX, 8, Field::ContentGeneration),
-        (32, 1, 8, Field::Incompatible),
+        (32, 1, 8, Field::JournalEpoch),
         (32, 1 << 63, 8, Field::Incompatible),
         (48, 0, 8, Field::VirtualSize),
         (48, VIRTUAL_SIZE_MAX + 1, 8, Field::VirtualSize),
@@ -307,6 +368,7 @@ fn bad_fields_are_refused_by_name() {
         (72, capacity * 2, 8, Field::LiveBitmapOffset),
         (80, live, 8, Field::DataOffset),
         (80, data + 512, 8, Field::DataOffset),
+        (80, data - 4096, 8, Field::JournalOffset),
         (80, (1 << 63) - 4096, 8, Field::DataOffset),
         (128, 0, 4, Field::BackingPath),
         (128, 5, 4, Field::BackingFormat),

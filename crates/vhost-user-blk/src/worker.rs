@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use block_io::ring::{Event, Plan, Ring, Watch};
-use block_io::{Committer, Disk, Waiter};
+use block_io::{Committer, Disk, Waiter, Writing};
 use cow_format::SectorRange;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -154,19 +154,19 @@ fn give_up(start: &RingStart, shared: &Shared, why: &dyn std::fmt::Display) {
 }
 
 /// A request between its descriptor chain and its answer.
-struct InFlight {
+struct InFlight<'a> {
     head: Head,
     pending: Pending,
-    work: Work,
+    work: Work<'a>,
 }
 
 /// What is being done for it, and so what remains when that is done.
-enum Work {
+enum Work<'a> {
     Read,
-    Write(SectorRange),
+    Write(SectorRange, Writing<'a>),
     /// The ranges are being turned into zeros; whether by hand, which always
     /// works.
-    Zero(Vec<Segment>, bool),
+    Zero(Vec<Segment>, bool, Writing<'a>),
     /// A flush, for itself or for a write that must be durable.
     Commit,
 }
@@ -174,7 +174,7 @@ enum Work {
 struct Worker<'a> {
     // First, so that it is dropped first: it waits until the kernel has let go
     // of guest memory, which `queue` keeps.
-    ring: Ring<InFlight>,
+    ring: Ring<InFlight<'a>>,
     queue: SplitQueue,
     start: &'a RingStart,
     shared: &'a Shared,
@@ -182,7 +182,7 @@ struct Worker<'a> {
     kick: Kick<'a>,
     call: Option<Doorbell<'a>>,
     /// Requests that wait for the committer; the tag is the place.
-    committing: Vec<Option<InFlight>>,
+    committing: Vec<Option<InFlight<'a>>>,
     uncommitted: Vec<u32>,
     spin: Spin,
     /// Requests are still being taken.
@@ -329,7 +329,8 @@ impl<'a> Worker<'a> {
         if self.shared.disk.is_failed() {
             return self.answer(head, pending.failed());
         }
-        let request = InFlight { head, pending, work: Work::Write(range) };
+        let writing = self.shared.disk.begin_write();
+        let request = InFlight { head, pending, work: Work::Write(range, writing) };
         let data = self.iovecs.data();
         // SAFETY: as in `submit`.
         if unsafe { self.router.write_promptly(range, data) } {
@@ -349,11 +350,12 @@ impl<'a> Worker<'a> {
             segment.unmap |= discard;
         }
         self.router.plan_zero(&segments, &mut self.plan);
-        self.submit(InFlight { head, pending, work: Work::Zero(segments, false) });
+        let writing = self.shared.disk.begin_write();
+        self.submit(InFlight { head, pending, work: Work::Zero(segments, false, writing) });
     }
 
     /// Starts what was planned. An empty plan is done already.
-    fn submit(&mut self, request: InFlight) {
+    fn submit(&mut self, request: InFlight<'a>) {
         if self.plan.is_empty() {
             return self.completed(request, Ok(()));
         }
@@ -386,22 +388,26 @@ impl<'a> Worker<'a> {
     }
 
     /// The data of a request has been moved, or could not be.
-    fn completed(&mut self, request: InFlight, result: io::Result<()>) {
+    fn completed(&mut self, request: InFlight<'a>, result: io::Result<()>) {
         let InFlight { head, pending, work } = request;
         match (work, result) {
-            (Work::Zero(segments, false), Err(e)) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+            (Work::Zero(segments, false, writing), Err(e))
+                if e.raw_os_error() == Some(libc::EOPNOTSUPP) =>
+            {
                 self.router.plan_zeros_by_hand(&segments, &mut self.plan);
-                self.submit(InFlight { head, pending, work: Work::Zero(segments, true) });
+                self.submit(InFlight { head, pending, work: Work::Zero(segments, true, writing) });
             }
             (_, Err(e)) => {
                 self.complain("I/O failed", &e);
                 self.answer(head, pending.failed());
             }
             (Work::Read | Work::Commit, Ok(())) => self.answer(head, pending.done()),
-            (Work::Write(range), Ok(())) => self.written(head, pending, &[range]),
-            (Work::Zero(mut segments, _), Ok(())) => {
+            (Work::Write(range, writing), Ok(())) => {
+                self.written(head, pending, writing, &[range]);
+            }
+            (Work::Zero(mut segments, _, writing), Ok(())) => {
                 let ranges: Vec<_> = segments.iter().map(|s| s.range).collect();
-                self.written(head, pending, &ranges);
+                self.written(head, pending, writing, &ranges);
                 segments.clear();
                 self.segments.push(segments);
             }
@@ -409,14 +415,20 @@ impl<'a> Worker<'a> {
     }
 
     /// The data stands in the COW file: says so to the disk, then to the guest.
-    fn written(&mut self, head: Head, pending: Pending, ranges: &[SectorRange]) {
+    fn written(
+        &mut self,
+        head: Head,
+        pending: Pending,
+        writing: Writing<'a>,
+        ranges: &[SectorRange],
+    ) {
         fault::reached("data");
-        for range in ranges {
-            if let Err(e) = self.shared.disk.written(*range) {
-                self.complain("write failed", &e);
-                return self.answer(head, pending.failed());
-            }
+        if let Err(e) = writing.written(ranges) {
+            self.complain("write failed", &e);
+            return self.answer(head, pending.failed());
         }
+        // Before the flush that may follow: a write under way keeps it out of the journal.
+        drop(writing);
         fault::reached("live-bit");
         if self.start.write_through.load(Ordering::Relaxed) {
             self.commit(head, pending);

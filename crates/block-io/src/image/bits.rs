@@ -7,6 +7,7 @@ use cow_format::{BITMAP_PAGE, Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS
 
 use super::OpenError;
 use super::chain::Opened;
+use super::journal::must_be_replayed;
 use super::live::open_side_file;
 use super::pages::read_pages;
 use super::side_file;
@@ -29,8 +30,22 @@ enum Live<F> {
 }
 
 impl<F: Storage> Bits<F> {
-    /// Finds out whether the live bitmap counts. Changes nothing.
+    /// Finds out whether the live bitmap counts. Changes nothing. Refuses a file whose journal has to be put in place first.
     pub(crate) fn find<E: Env<File = F>>(
+        env: &E,
+        cow: &Opened<F>,
+        header: &Header,
+    ) -> Result<Self, OpenError> {
+        if let Header::Native(native) = header
+            && must_be_replayed(env, native)?
+        {
+            return Err(OpenError::Journal { path: cow.path.clone() });
+        }
+        Self::find_as_it_is(env, cow, header)
+    }
+
+    /// The same of a file that only is to be told about: it may lack what stands in the journal.
+    pub(crate) fn find_as_it_is<E: Env<File = F>>(
         env: &E,
         cow: &Opened<F>,
         header: &Header,

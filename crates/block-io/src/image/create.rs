@@ -25,6 +25,8 @@ pub struct CreateOptions {
     pub size: Option<u64>,
     /// Whether a file that has the name is replaced; otherwise that is an error.
     pub replace: bool,
+    /// Room for the journal of a native file, in bytes; 0 for none, `None` for what is good.
+    pub journal_len: Option<u64>,
 }
 
 /// The backing file of a new COW file.
@@ -42,7 +44,7 @@ impl CreateOptions {
     /// A COW file over a raw image, under a name that is free.
     pub fn over(format: CowFormat, base: &Path) -> Self {
         let base = BaseOptions { path: base.to_owned(), format: BackingFormat::Raw, digest: None };
-        CreateOptions { format, base: Some(base), size: None, replace: false }
+        CreateOptions { format, base: Some(base), size: None, replace: false, journal_len: None }
     }
 }
 
@@ -215,7 +217,9 @@ fn new_native_header(
     };
     backing
         .transpose()
-        .and_then(|backing| NativeHeader::create(size, Uuid::new_v4(), backing))
+        .and_then(|backing| {
+            NativeHeader::create_with_journal(size, Uuid::new_v4(), backing, options.journal_len)
+        })
         .map_err(OpenError::header(path))
 }
 

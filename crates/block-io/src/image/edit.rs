@@ -8,6 +8,7 @@ use cow_format::{Bitmap, Header};
 use super::bits::Bits;
 use super::chain::{Opened, Opener};
 use super::flush::flush;
+use super::journal::replay;
 use super::state::mark_clean;
 use super::{DiskOptions, OpenError};
 use crate::storage::{Env, Storage};
@@ -97,7 +98,8 @@ pub(crate) struct Edit<F> {
 impl<F: Storage> Edit<F> {
     pub(crate) fn open<E: Env<File = F>>(env: &E, path: &Path) -> Result<Self, OpenError> {
         let cow = Opener::new(env, &DiskOptions::default(), path).top()?;
-        let header = cow.header()?;
+        let mut header = cow.header()?;
+        replay(env, &cow, &mut header)?;
         let bitmap = Bits::find(env, &cow, &header)?.load_all(&cow)?;
         cow.check_data(header.geometry(), &bitmap)?;
         Ok(Edit { cow, header, bitmap })

@@ -108,6 +108,16 @@ pub enum OpenError {
         /// The file.
         path: PathBuf,
     },
+    /// After a power cut, what stands in the journal is to be put in place by whoever may write.
+    #[error(
+        "{}: was not closed before the host went down, and flushed sectors stand in its journal only; open it for \
+         writing once: cow check --repair, or start its daemon",
+        path.display()
+    )]
+    Journal {
+        /// The file.
+        path: PathBuf,
+    },
     /// A file below the top is still being written, or can be.
     #[error(
         "{}: backs {} but is not frozen; if it has been opened for writing since, that disk's content is gone; else \

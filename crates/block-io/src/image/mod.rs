@@ -6,6 +6,7 @@ mod create;
 mod edit;
 mod error;
 pub(crate) mod flush;
+pub(crate) mod journal;
 pub(crate) mod learn;
 pub(crate) mod live;
 pub(crate) mod open;
@@ -15,6 +16,7 @@ mod resize;
 pub(crate) mod side_file;
 mod snapshot;
 pub(crate) mod state;
+pub(crate) mod unflushed;
 
 pub use create::{BaseOptions, CreateOptions, create_cow, create_file};
 pub(crate) use create::{NewCow, Unpublished, native_backing};

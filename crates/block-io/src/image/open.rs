@@ -8,8 +8,9 @@ use cow_format::{Bitmap, ByteOffset, Geometry, Header, LayerMap, SECTOR_SIZE};
 use super::bits::Bits;
 use super::chain::{Content, Lower, Opened, Opener, path_to_store, reference, resolve};
 use super::create::{CreateOptions, create_cow};
+use super::journal::{Journal, replay};
 use super::state::{check_writable, make_writable, set_backing_path};
-use super::{CowFormat, DiskOptions, OpenError};
+use super::{CachePolicy, CowFormat, DiskOptions, OpenError};
 use crate::disk::{Layer, WritableCow};
 use crate::storage::{Access, Env, Storage};
 
@@ -22,6 +23,7 @@ pub(crate) struct Chain<F> {
     pub(crate) data_offset: ByteOffset,
     pub(crate) size: u64,
     pub(crate) cow: Option<WritableCow<F>>,
+    pub(crate) journal: Journal,
 }
 
 /// Opens a raw image.
@@ -44,6 +46,7 @@ pub(crate) fn open_single<E: Env>(
         data_offset: ByteOffset::new(0),
         size: len,
         cow: None,
+        journal: Journal::none(),
     })
 }
 
@@ -79,6 +82,9 @@ pub(crate) fn open_chain<E: Env>(
     }
     let below = opener.below(path, &header, base)?;
     let geometry = *header.geometry();
+    if !options.read_only && !inherited {
+        replay(env, &top, &mut header)?;
+    }
     let bits = Bits::find(env, &top, &header)?;
     bits.check_data(&top)?;
 
@@ -86,14 +92,16 @@ pub(crate) fn open_chain<E: Env>(
         return Err(OpenError::NotHeld { path: path.to_owned() });
     }
 
-    let mut cow = None;
+    let (mut cow, mut journal) = (None, Journal::none());
     if !options.read_only {
         if let (Some(base), Some(nearest)) = (base, below.first()) {
             adopt_base(env, &top, &mut header, base, &nearest.opened)?;
         }
+        // What bypasses the page cache is not there to be read again.
+        journal = Journal::new(&header, options.cow_cache == CachePolicy::Buffered);
         cow = Some(make_writable(env, &top, header, bits.live_counts(), inherited)?);
     }
-    join(top, below, geometry, bits, cow)
+    join(top, below, geometry, bits, cow, journal)
 }
 
 /// The map of a chain, of which nothing is known yet. `complete`: the top holds its last sector whole, as one does that is
@@ -131,6 +139,7 @@ fn join<F>(
     geometry: Geometry,
     bits: Bits<F>,
     cow: Option<WritableCow<F>>,
+    journal: Journal,
 ) -> Result<Chain<F>, OpenError> {
     let bitmap = Bitmap::unknown(geometry.sectors());
     let map = new_map(&top, &below, &geometry, bitmap, cow.is_some())?;
@@ -143,7 +152,7 @@ fn join<F>(
         }
     }
     let (data_offset, size) = (geometry.data_offset(), geometry.virtual_size());
-    Ok(Chain { layers, map, bits: all_bits, data_offset, size, cow })
+    Ok(Chain { layers, map, bits: all_bits, data_offset, size, cow, journal })
 }
 
 /// Where the header leads elsewhere than to the base that was named, it gets the new path, as with UML.

@@ -37,6 +37,15 @@ impl UpdateError {
     }
 }
 
+impl From<UpdateError> for io::Error {
+    fn from(err: UpdateError) -> Self {
+        match err {
+            UpdateError::Io(err) => err,
+            UpdateError::Header(err) => io::Error::other(err),
+        }
+    }
+}
+
 impl From<io::Error> for UpdateError {
     fn from(err: io::Error) -> Self {
         UpdateError::Io(err)

@@ -11,6 +11,7 @@ use crate::disk::Disk;
 use crate::image::DiskOptions;
 use crate::image::bits::Bits;
 use crate::image::chain::{Opened, Opener};
+use crate::image::journal::must_be_replayed;
 use crate::image::state::write_native_synced;
 use crate::storage::{Env, Storage};
 
@@ -39,6 +40,13 @@ pub fn check<E: Env>(env: &E, path: &Path, repair: bool) -> Result<Vec<Checked>,
     let options = DiskOptions { read_only: !repair, ..DiskOptions::default() };
     let cow = Opener::new(env, &options, path).top()?;
     let mut header = cow.header()?;
+    if let Header::Native(native) = &header
+        && must_be_replayed(env, native)?
+    {
+        // Until then nobody knows which sectors are present.
+        checked.push(Checked { finding: Finding::Journal, repaired: false });
+        return Ok(checked);
+    }
     let bits = Bits::find(env, &cow, &header)?;
     let bitmap = bits.load_all(&cow)?;
     if bits.live_counts() && matches!(header, Header::Uml(_)) {

@@ -244,7 +244,7 @@ fn look_inside<E: Env>(
         }
         Err(err) => return Err(err),
     };
-    let bits = Bits::find(env, opened, &header)?;
+    let bits = Bits::find_as_it_is(env, opened, &header)?;
     let (bitmap, live) = (bits.load_all(opened)?, bits.live_counts());
     Ok(Content::Cow(Box::new(CowFacts { header, bitmap, live })))
 }

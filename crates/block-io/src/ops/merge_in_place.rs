@@ -29,6 +29,7 @@ use super::{Copying, OpError, parallel};
 use crate::image::bits::Bits;
 use crate::image::chain::{Content, Lower, Opened, Opener, Reference, path_to_store, reference};
 use crate::image::flush::flush;
+use crate::image::journal::replay;
 use crate::image::learn::learn;
 use crate::image::open::new_map;
 use crate::image::state::{mark_clean, set_backing_path, write_native_synced};
@@ -112,10 +113,11 @@ impl<'a, E: Env> Merge<'a, E> {
         let options = DiskOptions::default();
         let mut opener = Opener::new(env, &options, cow);
         let top = opener.top()?;
-        let header = top.header()?;
+        let mut header = top.header()?;
         if matches!(&header, Header::Native(native) if native.state() == NativeState::Frozen) {
             return Err(OpenError::Frozen { path: cow.to_owned() }.into());
         }
+        replay(env, &top, &mut header)?;
         let real = env.canonical(cow).map_err(OpError::io(cow, "resolve"))?;
         let note = |reference: &Reference, target: &Opened<E::File>| {
             Note::new(&real, &top.stat, &target.stat, &reference.identity)

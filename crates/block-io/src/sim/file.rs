@@ -70,6 +70,16 @@ impl Drop for SimFile {
     }
 }
 
+/// How many bytes of a write are done.
+fn done(buf: &[u8], crash: Option<CrashKind>) -> usize {
+    match crash {
+        Some(CrashKind::ProcessDeath { part }) => {
+            (part % (buf.len().div_ceil(SECTOR) + 1) * SECTOR).min(buf.len())
+        }
+        Some(CrashKind::PowerCut) | None => buf.len(),
+    }
+}
+
 impl Storage for SimFile {
     fn read_at(&self, buf: &mut [u8], at: ByteOffset) -> io::Result<usize> {
         self.sim.hooked(self.ino, Operation::Read { at, len: buf.len() })?;
@@ -81,13 +91,16 @@ impl Storage for SimFile {
     fn write_all_at(&self, buf: &[u8], at: ByteOffset) -> io::Result<()> {
         self.step(Operation::Write { at, len: buf.len() }, |inode, clock, verdict, crash| {
             let at = if let Verdict::WriteAt(other) = verdict { other } else { at };
-            let done = match crash {
-                Some(CrashKind::ProcessDeath { part }) => {
-                    part % (buf.len().div_ceil(SECTOR) + 1) * SECTOR
-                }
-                Some(CrashKind::PowerCut) | None => buf.len(),
-            };
-            inode.write(&buf[..done.min(buf.len())], at.get(), clock);
+            inode.write(&buf[..done(buf, crash)], at.get(), clock);
+        })
+    }
+
+    fn write_durably(&self, buf: &[u8], at: ByteOffset) -> io::Result<()> {
+        self.step(Operation::WriteDurably { at, len: buf.len() }, |inode, clock, _, crash| {
+            inode.write(&buf[..done(buf, crash)], at.get(), clock);
+            if crash.is_none() {
+                inode.sync_range(at.get(), buf.len());
+            }
         })
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::Choices;
-use crate::mem::{SectorBytes, SparseBytes};
+use crate::mem::{SECTOR, SectorBytes, SparseBytes};
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Inode {
@@ -47,6 +47,16 @@ impl Inode {
         self.durable = self.current.clone();
         self.pending.clear();
         self.pending_lens.clear();
+    }
+
+    /// The sectors of `len` bytes at `at`, within the durable length, are durable.
+    pub(super) fn sync_range(&mut self, at: u64, len: usize) {
+        let end = at + len as u64;
+        assert!(end <= self.durable.len(), "the length is not durable");
+        for sector in at / SECTOR as u64..end.div_ceil(SECTOR as u64) {
+            self.pending.remove(&sector);
+            self.durable.set_sector(sector, self.current.sector(sector));
+        }
     }
 
     /// What is left after a power cut.

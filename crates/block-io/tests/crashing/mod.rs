@@ -26,6 +26,8 @@ const SIZES: [u64; 4] = [SECTORS - 2, SECTORS, SECTORS + 4, 32_768];
 const OUTCOMES: u64 = 2;
 /// An enumeration of more outcomes than this is too long for a test; the programs are chosen to stay below.
 const OUTCOMES_MAX: usize = 20_000;
+/// Room for two records of a few sectors: it is full, and begun anew, all the time.
+const JOURNAL_LEN: u64 = 5 * 4096;
 
 /// One step of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +74,8 @@ pub enum Fault {
     LiveBitAfterAck,
     OtherBootBelieved,
     HeaderInPlace,
+    RecordLeftOut,
+    JournalNotBegunAnew,
 }
 
 impl Program {
@@ -97,6 +101,27 @@ impl Program {
             }
         });
         Program(ops.collect())
+    }
+}
+
+impl Program {
+    /// Mostly writes that are flushed one by one, as the journal is made for.
+    pub fn flushing(seed: u64, len: usize) -> Self {
+        let mut choices = Choices::seeded(seed);
+        let mut choose = |n: u64| choices.choose(usize::try_from(n).unwrap()) as u64;
+        let mut ops = vec![Op::Flush, Op::Write { start: 0, count: 1 }, Op::Flush];
+        for _ in 0..len {
+            let area = &AREAS[usize::try_from(choose(3)).unwrap()];
+            let start = area.start + choose(area.end - area.start);
+            let count = 1 + choose((area.end - start).min(4));
+            ops.push(match choose(12) {
+                0..=4 => Op::Write { start, count },
+                5 => Op::Discard { start, count },
+                6 => Op::Die,
+                _ => Op::Flush,
+            });
+        }
+        Program(ops)
     }
 }
 
@@ -305,6 +330,7 @@ impl Run<'_> {
         let mut options = CreateOptions::over(harness.format, Path::new(BASE));
         if harness.format == CowFormat::Native {
             options.base.as_mut().unwrap().digest = Some(DIGEST);
+            options.journal_len = Some(JOURNAL_LEN);
         }
         create_cow(&run.sim, &cow_name(0), &options).unwrap();
         run
@@ -386,6 +412,12 @@ impl Run<'_> {
                 if fault == Some(Fault::HeaderInPlace) && at.get() == 4096 =>
             {
                 Verdict::WriteAt(ByteOffset::new(0))
+            }
+            Operation::WriteDurably { at, .. }
+                if fault == Some(Fault::JournalNotBegunAnew) && at.get() < 8192
+                    || fault == Some(Fault::RecordLeftOut) && at.get() >= 8192 =>
+            {
+                Verdict::Skip
             }
             _ => Verdict::Proceed,
         })));
@@ -527,9 +559,10 @@ impl Run<'_> {
         let data = content.repeat(usize::try_from(range.count().get()).unwrap());
         self.model.begin(range, content);
         self.new_bits |= !disk.is_present(range).unwrap();
-        let written = |disk: &Disk<Sim>| disk.written(range).map_err(|err| err.to_string());
+        let writing = disk.begin_write();
+        let written = || writing.written(&[range]).map_err(|err| err.to_string());
         if self.harness.fault == Some(Fault::BitmapBeforeData) {
-            written(disk)?;
+            written()?;
             disk.flush().map_err(|err| err.to_string())?;
         }
         change(disk.layers()[0].file(), disk.write_at(range), &data)
@@ -537,7 +570,7 @@ impl Run<'_> {
         if self.harness.fault == Some(Fault::LiveBitAfterAck) {
             self.model.acknowledge(range);
         }
-        written(disk)?;
+        written()?;
         self.model.acknowledge(range);
         Ok(())
     }

@@ -54,7 +54,7 @@ pub enum HeaderError {
 }
 
 impl HeaderError {
-    pub(super) fn field(
+    pub(crate) fn field(
         field: Field,
         found: impl fmt::Display,
         expected: impl Into<String>,
@@ -137,6 +137,12 @@ fields! {
     LiveBitmapOffset => "live_bitmap_offset",
     /// Native: room for each bitmap.
     BitmapCapacity => "bitmap_capacity",
+    /// Native: place of the journal.
+    JournalOffset => "journal_offset",
+    /// Native: room for the journal.
+    JournalLen => "journal_len",
+    /// Native: which records of the journal count.
+    JournalEpoch => "journal_epoch",
     /// Place of the data.
     DataOffset => "data_offset",
 }

@@ -6,9 +6,12 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use super::backing::Backing;
 use super::check_size;
 use super::error::{Field, HeaderError, Part};
-use super::native_raw::{COPY_LEN, HEADER_LEN, LIVE_SETTLED, MAGIC, RawHeader, VERSION, state};
+use super::native_raw::{
+    COPY_LEN, HEADER_LEN, JOURNAL, LIVE_SETTLED, MAGIC, RawHeader, VERSION, state,
+};
 use crate::bitmap::BITMAP_PAGE;
 use crate::geometry::Geometry;
+use crate::journal::{Epoch, JournalArea};
 use crate::units::{ByteOffset, SECTOR_SIZE, VIRTUAL_SIZE_MAX};
 
 /// Alignment of bitmaps and data: direct I/O works on every common disk and file system.
@@ -23,6 +26,9 @@ const BITMAP_BYTE_SPAN: u64 = 8 * SECTOR_SIZE;
 /// length only: the bitmaps are holes until they are used.
 const GROWTH_MIN: u64 = 16 << 30;
 const GROWTH_FACTOR: u64 = 8;
+/// A new file's journal has at least so much room, and what is left up to the data: a hundred small flushes and more
+/// between two that are done in place. It costs space only while somebody uses the file who flushes little at a time.
+const JOURNAL_MIN: u64 = 512 << 10;
 /// Generations lie below this, so that counting on never overflows.
 const GENERATION_END: u64 = 1 << 63;
 
@@ -70,6 +76,8 @@ pub struct NativeHeader {
     unknown_features: u64,
     bitmap_capacity: u64,
     geometry: Geometry,
+    journal: Option<JournalArea>,
+    epoch: Option<Epoch>,
     backing: Option<Backing>,
 }
 
@@ -101,15 +109,30 @@ impl NativeHeader {
         uuid: Uuid,
         backing: Option<Backing>,
     ) -> Result<Self, HeaderError> {
+        Self::create_with_journal(virtual_size, uuid, backing, None)
+    }
+
+    /// The same with a journal of a given length in bytes: a multiple of 4096, at most [`JournalArea::LEN_MAX`]; 0 for none.
+    pub fn create_with_journal(
+        virtual_size: u64,
+        uuid: Uuid,
+        backing: Option<Backing>,
+        journal_len: Option<u64>,
+    ) -> Result<Self, HeaderError> {
         check_size(Field::VirtualSize, virtual_size)?;
         let room = virtual_size.saturating_mul(GROWTH_FACTOR).clamp(GROWTH_MIN, VIRTUAL_SIZE_MAX);
         let bitmap_capacity = room.div_ceil(BITMAP_BYTE_SPAN).next_multiple_of(ALIGNMENT);
+        let bitmaps_end = BITMAP_OFFSET + 2 * bitmap_capacity;
+        let after_journal = bitmaps_end + journal_len.unwrap_or(JOURNAL_MIN);
+        let data_offset = after_journal.next_multiple_of(DATA_ALIGNMENT);
+        let journal_len = journal_len.unwrap_or(data_offset - bitmaps_end);
+        let journal = JournalArea::check(bitmaps_end, journal_len)?;
         let geometry = Geometry {
             virtual_size,
             bitmap_offset: BITMAP_OFFSET,
             bitmap_len: bitmap_len(virtual_size),
             live_bitmap_offset: Some(BITMAP_OFFSET + bitmap_capacity),
-            data_offset: (BITMAP_OFFSET + 2 * bitmap_capacity).next_multiple_of(DATA_ALIGNMENT),
+            data_offset,
         };
         Ok(Self {
             slot: 1,
@@ -122,6 +145,8 @@ impl NativeHeader {
             unknown_features: 0,
             bitmap_capacity,
             geometry,
+            journal,
+            epoch: None,
             backing,
         })
     }
@@ -176,11 +201,11 @@ impl NativeHeader {
         if raw.header_len.get() != HEADER_LEN {
             return Err(HeaderError::field(Field::HeaderLen, raw.header_len.get(), "4096"));
         }
-        if raw.incompatible.get() != 0 {
+        if raw.incompatible.get() & !JOURNAL != 0 {
             return Err(HeaderError::field(
                 Field::Incompatible,
                 format_args!("{:#x}", raw.incompatible.get()),
-                "no feature bit that this program does not know (it knows none); use a newer one",
+                "no feature bit that this program does not know (it knows bit 0); use a newer one",
             ));
         }
         let generation = check_generation(Field::Generation, raw.generation.get())?;
@@ -200,6 +225,8 @@ impl NativeHeader {
                 ));
             }
         };
+        let geometry = check_places(raw)?;
+        let journal = check_journal(raw, &geometry)?;
         Ok(Self {
             slot,
             generation,
@@ -213,7 +240,9 @@ impl NativeHeader {
             broken_copy,
             unknown_features: raw.compatible.get() & !LIVE_SETTLED,
             bitmap_capacity: raw.bitmap_capacity.get(),
-            geometry: check_places(raw)?,
+            geometry,
+            journal,
+            epoch: check_epoch(raw, state, journal)?,
             backing: Backing::check(&raw.backing, &raw.backing_path)?,
         })
     }
@@ -258,6 +287,31 @@ impl NativeHeader {
         self.unknown_features
     }
 
+    /// Where the journal stands; files of older programs have none.
+    pub const fn journal(&self) -> Option<JournalArea> {
+        self.journal
+    }
+
+    /// Which records of the journal count; `None` if none does. Those that count must be put in place before anything
+    /// else if the live bitmap does not count any more: see `docs/format-native.md` section 7.
+    pub const fn journal_epoch(&self) -> Option<Epoch> {
+        self.epoch
+    }
+
+    /// Begins the journal anew: records of `epoch` count from now on, and no others. For a file in use that has a
+    /// journal; whatever stands in it is in place by now, durably. To be synced before the first record is written,
+    /// and before a flush is complete that older records do not cover.
+    pub fn begin_journal(&mut self, epoch: Epoch) {
+        debug_assert!(self.journal.is_some());
+        debug_assert!(matches!(self.state, NativeState::InUse { .. }));
+        self.epoch = Some(epoch);
+    }
+
+    /// No record counts any more: all are in place, durably.
+    pub fn end_journal(&mut self) {
+        self.epoch = None;
+    }
+
     /// The size in bytes to which the disk can grow in place.
     pub fn virtual_size_max(&self) -> u64 {
         self.bitmap_capacity.saturating_mul(BITMAP_BYTE_SPAN).min(VIRTUAL_SIZE_MAX)
@@ -287,9 +341,10 @@ impl NativeHeader {
         Ok(())
     }
 
-    /// Closes in order; all bits are durable by now.
+    /// Closes in order; all bits are durable by now, and so is what they speak of, in its place.
     pub fn set_clean(&mut self) -> Result<(), HeaderError> {
         self.refuse_frozen()?;
+        self.end_journal();
         self.state = NativeState::Clean;
         Ok(())
     }
@@ -303,6 +358,7 @@ impl NativeHeader {
 
     /// Freezes for ever; all bits are durable by now.
     pub fn freeze(&mut self) {
+        self.end_journal();
         self.state = NativeState::Frozen;
         self.live_settled = false;
     }
@@ -378,6 +434,14 @@ impl NativeHeader {
         raw.uuid = self.uuid.into_bytes();
         if let NativeState::InUse { live: Some(BootId(boot)) } = self.state {
             raw.live_boot_id = boot.into_bytes();
+        }
+        if let Some(area) = self.journal {
+            raw.journal_offset = area.at().get().into();
+            raw.journal_len = area.len().into();
+        }
+        if let Some(epoch) = self.epoch {
+            raw.incompatible = JOURNAL.into();
+            raw.journal_epoch = epoch.to_bytes();
         }
         if let Some(backing) = &self.backing {
             backing.encode(&mut raw.backing, &mut raw.backing_path);
@@ -508,6 +572,50 @@ fn check_places(raw: &RawHeader) -> Result<Geometry, HeaderError> {
     };
     check_end(&geometry)?;
     Ok(geometry)
+}
+
+/// The journal, if there is one, stands between the bitmaps and the data.
+fn check_journal(raw: &RawHeader, geometry: &Geometry) -> Result<Option<JournalArea>, HeaderError> {
+    let (at, len) = (raw.journal_offset.get(), raw.journal_len.get());
+    if (at, len) == (0, 0) {
+        return Ok(None);
+    }
+    let area = JournalArea::check(at, len)?;
+    let capacity = raw.bitmap_capacity.get();
+    // Checked by `check_places`: no overflow.
+    let bitmaps_end =
+        (geometry.bitmap_offset + capacity).max(raw.live_bitmap_offset.get() + capacity);
+    if at < bitmaps_end || area.is_none_or(|area| area.end() > geometry.data_offset) {
+        return Err(HeaderError::field(
+            Field::JournalOffset,
+            format_args!("{at}, for {len} bytes"),
+            format!(
+                "a place between the bitmaps' end at {bitmaps_end} and the data at {}",
+                geometry.data_offset
+            ),
+        ));
+    }
+    Ok(area)
+}
+
+/// An epoch stands in the header of a file in use that has a journal, together with its feature bit.
+fn check_epoch(
+    raw: &RawHeader,
+    state: NativeState,
+    journal: Option<JournalArea>,
+) -> Result<Option<Epoch>, HeaderError> {
+    let epoch = Epoch::from_bytes(raw.journal_epoch);
+    let flagged = raw.incompatible.get() & JOURNAL != 0;
+    let expected = match (epoch, journal, state) {
+        (None, ..) if !flagged => return Ok(None),
+        (Some(_), Some(_), NativeState::InUse { .. }) if flagged => return Ok(epoch),
+        (Some(_), ..) if !flagged => "zeros where bit 0 of `incompatible` is not set",
+        (None, ..) => "an epoch where bit 0 of `incompatible` is set",
+        (Some(_), None, _) => "zeros in a file without a journal",
+        (Some(_), Some(_), _) => "zeros in a file that is not in use",
+    };
+    let found = Uuid::from_bytes(raw.journal_epoch);
+    Err(HeaderError::field(Field::JournalEpoch, found, expected))
 }
 
 /// The last sector ends below 2^63.

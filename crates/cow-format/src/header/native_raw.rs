@@ -17,6 +17,9 @@ pub const HEADER_LEN: u32 = 4096;
 /// Compatible: the live bitmap of this clean file has no bit that the durable one lacks.
 pub const LIVE_SETTLED: u64 = 1;
 
+/// Incompatible: the journal of the epoch in the header may hold flushed sectors that are not in place.
+pub const JOURNAL: u64 = 1;
+
 /// Bytes of the path field: what the fixed fields leave of a copy, so that a copy is one block of the file system.
 pub const PATH_LEN: usize = 3584;
 
@@ -42,7 +45,10 @@ pub struct RawHeader {
     pub uuid: [u8; 16],
     pub live_boot_id: [u8; 16],
     pub backing: RawBacking,
-    pub reserved: [u8; 288],
+    pub journal_offset: U64,
+    pub journal_len: U64,
+    pub journal_epoch: [u8; 16],
+    pub reserved: [u8; 256],
     pub backing_path: [u8; PATH_LEN],
 }
 

@@ -20,10 +20,13 @@ def crc32c(data):
             crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
     return crc ^ 0xFFFFFFFF
 
-def header(generation, size, state=0, content=0, boot=bytes(16), backing=bytes(96), path=b"", compatible=0):
-    fixed = struct.pack("<8sIIIIQQQQQQQQQ16s16s", b"\x89COW\r\n\x1a\n", 1, 4096, 0, state, generation, 0, compatible,
-                        size, DURABLE, LIVE, CAPACITY, DATA, content, OWN, boot)
-    page = bytearray((fixed + backing).ljust(512, b"\0") + path.ljust(3584, b"\0"))
+JOURNAL = LIVE + CAPACITY
+EPOCH = uuid.UUID("0a1b2c3d-4e5f-6071-8293-a4b5c6d7e8f9").bytes
+
+def header(generation, size, state=0, content=0, boot=bytes(16), backing=bytes(96), path=b"", compatible=0, journal=b""):
+    fixed = struct.pack("<8sIIIIQQQQQQQQQ16s16s", b"\x89COW\r\n\x1a\n", 1, 4096, 0, state, generation, bool(journal),
+                        compatible, size, DURABLE, LIVE, CAPACITY, DATA, content, OWN, boot)
+    page = bytearray((fixed + backing + journal).ljust(512, b"\0") + path.ljust(3584, b"\0"))
     struct.pack_into("<I", page, 16, crc32c(page))
     return bytes(page)
 
@@ -33,10 +36,23 @@ def image(path, fmt=1, size=1048576, secs=1700000000, nanos=123456789, digest=No
 def layer(path):
     return struct.pack("<IIIIQqI4x16sQ32s", 3, len(path), 2, 0, 0, 0, 0, LOWER, 7, b"")
 
-def write(name, first, second, size, durable=b"", live=b"", sectors=()):
+def record(sequence, *ranges):
+    data = b"".join(content for _, content in ranges)
+    data += bytes(-len(data) % 4096)
+    head = struct.pack("<8sII16sQI4x", b"COWJRNL\n", 0, 4096 + len(data), EPOCH, sequence, len(ranges))
+    for sector, content in ranges:
+        head += struct.pack("<QI4x", sector, len(content) // 512)
+    whole = bytearray(head.ljust(4096, b"\0") + data)
+    struct.pack_into("<I", whole, 8, crc32c(whole))
+    return whole
+
+def text(what, sectors=1):
+    return what.ljust(16, b".") * 32 * sectors
+
+def write(name, first, second, size, durable=b"", live=b"", sectors=(), journal=b""):
     with open(name, "wb") as file:
         file.truncate(DATA + size)
-        for at, data in [(0, first), (4096, second), (DURABLE, durable), (LIVE, live)]:
+        for at, data in [(0, first), (4096, second), (DURABLE, durable), (LIVE, live), (JOURNAL, journal)]:
             file.seek(at)
             file.write(data)
         for n in sectors:
@@ -58,3 +74,10 @@ write("v1-frozen.cow", header(3, MIB, 2, 1, backing=image(b"disk.qcow2", 4, MIB,
 broken = bytearray(header(11, MIB))
 broken[100] ^= 1
 write("v1-broken-first.cow", bytes(broken), header(10, MIB, backing=image(base, 2), path=base), MIB)
+# Of another boot: two records count, of the third a byte is wrong, and nothing counts after it.
+torn = record(2, (5, text(b"torn")))
+torn[5000] ^= 1
+records = record(0, (3, text(b"older")), (9, text(b"two", 2))) + record(1, (3, text(b"newer"))) + torn + record(3, (6, text(b"late")))
+area = struct.pack("<QQ16s", JOURNAL, 65536, EPOCH)
+write("v1-journal.cow", header(6, MIB, 1, 3, BOOT), header(7, MIB, 1, 3, BOOT, journal=area), MIB, b"\x01", b"\x3f",
+      sectors=(0, 3), journal=bytes(records))

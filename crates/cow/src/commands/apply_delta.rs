@@ -63,7 +63,13 @@ impl Args {
         let mut reader = Reader::new(input).map_err(broken)?;
         let base = self.checked_base(reader.header(), path, ui)?;
         let size = Some(reader.header().virtual_size);
-        let options = CreateOptions { format: CowFormat::Native, base, size, replace: self.force };
+        let options = CreateOptions {
+            format: CowFormat::Native,
+            base,
+            size,
+            replace: self.force,
+            journal_len: None,
+        };
         let new = CowWriter::create(&Host, &self.new, &options, &[path])?;
         while let Some(record) = reader.record().map_err(broken)? {
             match record {

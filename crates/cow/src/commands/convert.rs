@@ -104,7 +104,7 @@ impl Args {
         let base = self.base.options()?;
         let below = base.as_ref().map(open_base).transpose()?;
         let size = Some(image.size());
-        let options = CreateOptions { format, base, size, replace: self.force };
+        let options = CreateOptions { format, base, size, replace: self.force, journal_len: None };
         let progress = ui.progress("convert", image.size());
         let add = |bytes| progress.add(bytes);
         ops::convert_to_cow(

@@ -94,7 +94,13 @@ impl Args {
         if let Some(base) = base.as_mut().filter(|_| self.digest) {
             base.digest = Some(digest_of(&base.path, ui)?);
         }
-        let options = CreateOptions { format, base, size: self.size(), replace: self.force };
+        let options = CreateOptions {
+            format,
+            base,
+            size: self.size(),
+            replace: self.force,
+            journal_len: None,
+        };
         create_cow(&Host, &path, &options)?;
         ui.note(self.describe(format));
         Ok(())

@@ -59,7 +59,11 @@ impl Args {
             }),
         };
         let over = base.as_ref().map_or("nothing".into(), |base| base.path.display().to_string());
-        create_cow(&Host, &self.new, &CreateOptions { format, base, size, replace: false })?;
+        create_cow(
+            &Host,
+            &self.new,
+            &CreateOptions { format, base, size, replace: false, journal_len: None },
+        )?;
         ui.note(format_args!("{}: over {over}", self.new.display()));
         Ok(ExitCode::SUCCESS)
     }

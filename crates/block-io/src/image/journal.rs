@@ -1,0 +1,282 @@
+//! The journal of a COW file that is open for writing, and what is done with one after a power cut
+//! (`docs/format-native.md` section 7).
+//!
+//! A flush of little is one durable write of what was written. A flush of much, and one for which the journal has no room left,
+//! is done in place, after which the journal is begun anew.
+
+use std::io;
+
+use cow_format::header::NativeHeader;
+use cow_format::journal::{BLOCK, Epoch, JournalArea, Records, record_len, seal};
+use cow_format::{Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS, SectorRange};
+use uuid::Uuid;
+
+use super::OpenError;
+use super::chain::Opened;
+use super::flush::flush;
+use super::state::{UpdateError, native_boot, write_native_synced};
+use super::unflushed::Unflushed;
+use crate::storage::{Env, Storage};
+
+/// How often a flush waits for writes of other queues to end before it is done in place: they take microseconds, or it is
+/// not worth waiting.
+const ATTEMPTS: usize = 8;
+/// Zeros that the journal is filled with.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
+/// Used by one flush pass at a time.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    area: Option<JournalArea>,
+    state: State,
+    /// The record that is being made, used again.
+    record: Vec<u8>,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Not in use: nothing small has been flushed yet, or nothing is to be.
+    Unused,
+    /// It could not be filled: no flush goes there.
+    Unable,
+    /// Its blocks have just been written; the flush under way makes them durable.
+    Filled,
+    /// A predecessor's: it stays as it is until everything is durable in its place.
+    Inherited,
+    /// Records are being written.
+    Begun { epoch: Epoch, tail: u64, sequence: u64 },
+}
+
+impl Journal {
+    /// Of a disk that has none.
+    pub(crate) fn none() -> Self {
+        Journal { area: None, state: State::Unused, record: Vec::new() }
+    }
+
+    /// The journal of a file that has just been opened for writing; `wanted`: flushes are to go there.
+    pub(crate) fn new(header: &Header, wanted: bool) -> Self {
+        let (area, epoch) = match header {
+            Header::Uml(_) => (None, None),
+            Header::Native(native) => (native.journal(), native.journal_epoch()),
+        };
+        let state = match epoch {
+            Some(_) => State::Inherited,
+            None => State::Unused,
+        };
+        let area = area.filter(|_| wanted);
+        Journal { area, state, ..Self::none() }
+    }
+
+    /// Makes `few`, which is all that was written since the last flush, durable. False: it is to be flushed in place. An
+    /// error is that of a sync.
+    pub(crate) fn commit(
+        &mut self,
+        file: &impl Storage,
+        geometry: &Geometry,
+        unflushed: &Unflushed,
+        few: &[SectorRange],
+    ) -> io::Result<bool> {
+        let (Some(area), State::Begun { epoch, tail, sequence }) = (self.area, &mut self.state)
+        else {
+            return Ok(false);
+        };
+        let Some(len) = record_len(few) else { return Ok(false) };
+        if *tail + len as u64 > area.len() {
+            return Ok(false);
+        }
+        self.record.clear();
+        self.record.resize(len, 0);
+        let data = &mut self.record[BLOCK..];
+        if !read_unmoved(file, geometry, unflushed, few, data) {
+            return Ok(false);
+        }
+        seal(&mut self.record, *epoch, *sequence, few);
+        file.write_durably(&self.record, ByteOffset::new(area.at().get() + *tail))?;
+        *tail += len as u64;
+        *sequence += 1;
+        Ok(true)
+    }
+
+    /// Fills an unused journal, so that it has its blocks: the flush in place that follows makes them durable.
+    pub(crate) fn fill(&mut self, file: &impl Storage) {
+        let (Some(area), State::Unused) = (self.area, &self.state) else { return };
+        self.state = match fill(file, area) {
+            Ok(()) => State::Filled,
+            Err(err) => {
+                log::debug!("no journal: {err}");
+                // Without it flushes are slower, no less durable. The space may do better elsewhere.
+                _ = file.punch(area.at(), area.len());
+                State::Unable
+            }
+        };
+    }
+
+    /// After a flush in place: no record counts any more, and new ones may come. An error leaves nobody sure which count.
+    pub(crate) fn begin_anew(
+        &mut self,
+        file: &impl Storage,
+        header: &mut Header,
+    ) -> Result<(), UpdateError> {
+        let Header::Native(native) = header else { return Ok(()) };
+        match self.state {
+            State::Unused | State::Unable | State::Begun { tail: 0, .. } => return Ok(()),
+            State::Filled | State::Inherited | State::Begun { .. } => {}
+        }
+        let epoch = self.area.and_then(|_| Epoch::from_bytes(Uuid::new_v4().into_bytes()));
+        self.state = match epoch {
+            Some(epoch) => {
+                native.begin_journal(epoch);
+                State::Begun { epoch, tail: 0, sequence: 0 }
+            }
+            None => {
+                native.end_journal();
+                State::Unused
+            }
+        };
+        // The copy before this one is durable: a flush in place has just synced the file.
+        let write = native.next_write()?;
+        file.write_durably(&write.bytes[..], write.at)?;
+        if epoch.is_none()
+            && let Some(area) = native.journal()
+        {
+            give_back(file, area);
+        }
+        Ok(())
+    }
+
+    /// After the header of the closed file is durable: the space is given back. Should that fail it is only space.
+    pub(crate) fn close(&mut self, file: &impl Storage, header: &Header) {
+        let Header::Native(native) = header else { return };
+        if let Some(area) = native.journal()
+            && !matches!(self.state, State::Unused | State::Unable)
+        {
+            give_back(file, area);
+        }
+        self.state = State::Unused;
+    }
+}
+
+fn give_back(file: &impl Storage, area: JournalArea) {
+    if let Err(err) = file.punch(area.at(), area.len()) {
+        log::debug!("the journal keeps its space: {err}");
+    }
+}
+
+fn fill(file: &impl Storage, area: JournalArea) -> io::Result<()> {
+    let mut done = 0;
+    while done < area.len() {
+        let n = usize::try_from(area.len() - done).map_or(ZEROS.len(), |n| n.min(ZEROS.len()));
+        file.write_all_at(&ZEROS[..n], ByteOffset::new(area.at().get() + done))?;
+        done += n as u64;
+    }
+    Ok(())
+}
+
+/// Reads `ranges` into `data`, which they may not fill; false if that fails, or if anything was written meanwhile: a
+/// sector might be half of what it was and half of what it will be, which no disk ever shows.
+fn read_unmoved(
+    file: &impl Storage,
+    geometry: &Geometry,
+    unflushed: &Unflushed,
+    ranges: &[SectorRange],
+    data: &mut [u8],
+) -> bool {
+    for _ in 0..ATTEMPTS {
+        if let Some(quiet) = unflushed.quiet() {
+            if !read(file, geometry, ranges, data) {
+                return false;
+            }
+            if unflushed.quiet_since(quiet) {
+                return true;
+            }
+        }
+        std::thread::yield_now();
+    }
+    false
+}
+
+fn read(
+    file: &impl Storage,
+    geometry: &Geometry,
+    ranges: &[SectorRange],
+    mut data: &mut [u8],
+) -> bool {
+    for range in ranges {
+        let len = usize::try_from(range.len_bytes()).unwrap_or(usize::MAX);
+        let Some((piece, rest)) = data.split_at_mut_checked(len) else { return false };
+        if file.read_exact_at(piece, geometry.sector_at(range.start())).is_err() {
+            return false;
+        }
+        data = rest;
+    }
+    true
+}
+
+/// Whether flushed sectors stand in the journal and maybe not in their place. Under the boot of the live bitmap they do: the
+/// page cache has everything.
+pub(crate) fn must_be_replayed<E: Env>(env: &E, native: &NativeHeader) -> Result<bool, OpenError> {
+    let counts = |boot| native.live_counts(boot);
+    Ok(native.journal_epoch().is_some() && !native_boot(env)?.is_some_and(counts))
+}
+
+/// After a power cut: puts in place, durably, what stands in the journal. For a file under its exclusive lock, before its
+/// bitmaps are read. Can be interrupted, and then begins again.
+pub(crate) fn replay<E: Env>(
+    env: &E,
+    cow: &Opened<E::File>,
+    header: &mut Header,
+) -> Result<(), OpenError> {
+    let Header::Native(native) = header else { return Ok(()) };
+    let (true, Some(area), Some(epoch)) =
+        (must_be_replayed(env, native)?, native.journal(), native.journal_epoch())
+    else {
+        return Ok(());
+    };
+    let count = put_in_place(cow, native.geometry(), area, epoch)?;
+    log::info!("{}: {count} flushes put in place from the journal", cow.path.display());
+    native.end_journal();
+    write_native_synced(&cow.file, native).map_err(|err| err.at(&cow.path))?;
+    give_back(&cow.file, area);
+    Ok(())
+}
+
+fn put_in_place<F: Storage>(
+    cow: &Opened<F>,
+    geometry: &Geometry,
+    area: JournalArea,
+    epoch: Epoch,
+) -> Result<usize, OpenError> {
+    let io = |action| OpenError::io(&cow.path, action);
+    let mut journal = vec![0; usize::try_from(area.len()).unwrap_or(0)];
+    cow.file.read_zero_filled(&mut journal, area.at()).map_err(io("read the journal"))?;
+    let records = Records::new(&journal, epoch, geometry.sectors());
+    let records = records.collect::<Result<Vec<_>, _>>();
+    let records = records.map_err(|err| io("use the journal")(io::Error::other(err)))?;
+    let bitmap = Bitmap::unknown(geometry.sectors());
+    for (range, data) in records.iter().flatten() {
+        let at = geometry.sector_at(range.start());
+        cow.file.write_all_at(data, at).map_err(io("write what the journal holds"))?;
+        know(&cow.file, geometry, &bitmap, *range).map_err(io("read the bitmap"))?;
+        bitmap.insert(*range);
+    }
+    // The data, then the bits, in the order of every flush.
+    flush(&cow.file, &bitmap, geometry).map_err(|failure| failure.at(&cow.path))?;
+    Ok(records.len())
+}
+
+/// Reads the durable bits of the pages that speak of `range`, those that are not known yet.
+fn know(
+    file: &impl Storage,
+    geometry: &Geometry,
+    bitmap: &Bitmap,
+    range: SectorRange,
+) -> io::Result<()> {
+    let pages = range.start().get() / PAGE_SECTORS..range.end().get().div_ceil(PAGE_SECTORS);
+    for page in pages.filter(|page| !bitmap.is_known(*page)) {
+        let mut bytes = vec![0; geometry.bitmap_page_len(page)];
+        file.read_zero_filled(&mut bytes, geometry.page_at(page))?;
+        bitmap.load_durable(page, &bytes);
+        bitmap.set_known(page..page + 1);
+    }
+    Ok(())
+}

@@ -2,12 +2,14 @@
 //! which knows what each sector must hold.
 
 use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use system_tests::{
-    Backend, CowDisk, Process, blk_bench, cow, patterned, run, run_ok, vhost_user_blk,
+    Backend, CowDisk, Outcome, Process, TestDir, blk_bench, cow, patterned, run, run_ok,
+    vhost_user_blk,
 };
 
 const MIB: usize = 1 << 20;
@@ -217,4 +219,59 @@ fn a_live_bitmap_of_another_boot_is_void_and_what_was_flushed_is_there() {
         )));
         assert!(std::fs::read(&out).unwrap() == std::fs::read(&flushed).unwrap(), "{format}");
     }
+}
+
+/// Runs a command of `cow` as on a host that has been booted since.
+fn cow_after_boot(directory: &TestDir, args: &str) -> Outcome {
+    let boot = directory.path("boot_id");
+    std::fs::write(&boot, "01234567-89ab-cdef-0123-456789abcdef\n").expect("a file");
+    run(in_namespace(&format!(
+        "mount --bind {} /proc/sys/kernel/random/boot_id; {} {args}",
+        boot.display(),
+        Path::new(cow().get_program()).display(),
+    )))
+}
+
+/// Some of the disk is flushed in place, more of it one write at a time, which goes into the journal. Then the daemon is
+/// killed and the host goes down: what was not synced in place is lost there, and put in place from the journal.
+#[test]
+fn what_stands_in_the_journal_outlives_the_page_cache() {
+    if run(in_namespace("mount -t tmpfs none /mnt")).code != Some(0) {
+        println!("skipped: this user may not make a mount namespace");
+        return;
+    }
+    let disk = CowDisk::over(&patterned(8 * MIB, 4));
+    let expected = ["one", "two", "three", "four"].map(|name| disk.dir.path(name));
+    let daemon = disk.serve(&["--num-queues=2"]);
+    let write = |base: &Path, offset: &str, more: &[&str], expected: &Path| {
+        let mut command = blk_bench();
+        command.arg("run").arg("--socket-path").arg(daemon.socket()).arg("--base").arg(base);
+        command.args(["--verify", "--ops=write", "--once", "--region=256K", "--depth=1"]);
+        command.arg("--offset").arg(offset).args(more).arg("--write-expected").arg(expected);
+        run_ok(command);
+    };
+    write(&disk.base, "0", &["--flush-every=64"], &expected[0]);
+    write(&expected[0], "1M", &["--flush-every=32"], &expected[1]);
+    // The first flush of little is in place as well, and begins the journal.
+    write(&expected[1], "1M", &["--count=1", "--flush-every=1"], &expected[2]);
+    write(&expected[2], "2M", &["--flush-every=1"], &expected[3]);
+    daemon.kill();
+
+    let file = OpenOptions::new().read(true).write(true).open(&disk.cow).expect("the COW file");
+    let mut field = [0; 8];
+    file.read_exact_at(&mut field, 80).expect("the header");
+    let data_offset = u64::from_le_bytes(field);
+    let lost = vec![0; 256 << 10];
+    file.write_all_at(&lost, data_offset + (2 << 20)).expect("a write");
+
+    let image = disk.dir.path("image");
+    let merge = format!("merge {} {}", disk.cow.display(), image.display());
+    let refused = cow_after_boot(&disk.dir, &merge);
+    assert_eq!(refused.code, Some(1), "{}", refused.output);
+    assert!(refused.output.contains("cow check --repair"), "{}", refused.output);
+    let repaired = cow_after_boot(&disk.dir, &format!("check --repair {}", disk.cow.display()));
+    assert_eq!(repaired.code, Some(0), "{}", repaired.output);
+    let merged = cow_after_boot(&disk.dir, &merge);
+    assert_eq!(merged.code, Some(0), "{}", merged.output);
+    assert!(std::fs::read(&image).unwrap() == std::fs::read(&expected[3]).unwrap());
 }

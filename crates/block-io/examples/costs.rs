@@ -52,7 +52,9 @@ fn writes(dir: &Path, format: CowFormat) {
     let disk = open(&new_disk(dir, format, PIECES * PIECE * 512));
     // An odd factor makes a permutation of all pieces, far from each other.
     let all = |disk: &Disk| {
-        (0..PIECES).try_for_each(|n| disk.begin_write().written(&[piece(n * 77_773 % PIECES)]))
+        (0..PIECES).try_for_each(|n| {
+            disk.begin_write(piece(n * 77_773 % PIECES)).written(&[piece(n * 77_773 % PIECES)])
+        })
     };
     for name in ["first", "again"] {
         let (result, time) = timed(|| all(&disk));
@@ -79,7 +81,9 @@ fn opening(dir: &Path, format: CowFormat) {
         let disk = open(&cow);
         let mut state = 7;
         for _ in 0..PIECES / 100 * percent {
-            disk.begin_write().written(&[piece(random(&mut state) % PIECES)]).expect("written");
+            disk.begin_write(piece(random(&mut state) % PIECES))
+                .written(&[piece(random(&mut state) % PIECES)])
+                .expect("written");
         }
         disk.close().expect("close");
         drop(disk);

@@ -57,7 +57,7 @@ impl<E: Env> Disk<E> {
         change: impl FnOnce(&E::File, ByteOffset) -> std::io::Result<()>,
     ) -> Result<(), DiskError> {
         self.check_writable()?;
-        let writing = self.begin_write();
+        let writing = self.begin_write(range);
         let top = &self.layers()[0];
         let changed = change(&top.file, self.write_at(range));
         changed.map_err(|source| DiskError::Io { path: top.path.clone(), action, source })?;

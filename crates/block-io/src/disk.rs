@@ -66,9 +66,10 @@ pub struct Disk<E: Env = Host> {
     flushing: Mutex<Journal>,
 }
 
-/// A write of data into layer 0, from before its first byte is moved until it is acknowledged or has failed.
+/// A write of data into layer 0, from before its first byte is moved until it has ended.
 pub struct Writing<'a, E: Env = Host> {
     disk: &'a Disk<E>,
+    range: SectorRange,
 }
 
 /// What a COW file needs while it is open for writing.
@@ -216,10 +217,10 @@ impl<E: Env> Disk<E> {
         learn_top(&self.map, &self.sources(), range).map_err(|failed| self.not_learnt(failed))
     }
 
-    /// To be called before the data of a write is moved (or punched, or zeroed) in layer 0; held until it is acknowledged.
-    pub fn begin_write(&self) -> Writing<'_, E> {
-        self.unflushed.begin();
-        Writing { disk: self }
+    /// To be called before data is moved (or punched, or zeroed) in layer 0, somewhere within `range`.
+    pub fn begin_write(&self, range: SectorRange) -> Writing<'_, E> {
+        self.unflushed.begin(range);
+        Writing { disk: self, range }
     }
 
     fn written(&self, ranges: &[SectorRange]) -> Result<(), DiskError> {
@@ -411,7 +412,7 @@ impl<E: Env> Writing<'_, E> {
 
 impl<E: Env> Drop for Writing<'_, E> {
     fn drop(&mut self) {
-        self.disk.unflushed.end();
+        self.disk.unflushed.end(self.range);
     }
 }
 

@@ -127,7 +127,7 @@ fn a_failed_sync_is_for_ever() {
         assert!(matches!(disk.flush(), Err(DiskError::Failed { .. })));
         assert!(matches!(disk.write(range(4, 1), &[1; 512]), Err(DiskError::Failed { .. })));
         assert!(matches!(
-            disk.begin_write().written(&[range(3, 1)]),
+            disk.begin_write(range(3, 1)).written(&[range(3, 1)]),
             Err(DiskError::Failed { .. })
         ));
         assert!(matches!(disk.close(), Err(DiskError::Failed { .. })));
@@ -209,7 +209,7 @@ fn what_is_being_written_does_not_go_into_the_journal() {
         match operation {
             // Another queue begins a write, and ends it, in the middle of the flush.
             Operation::Read { len: 512, .. } if busy.load(Ordering::Relaxed) => {
-                drop(theirs.begin_write());
+                drop(theirs.begin_write(range(0, 64)));
             }
             Operation::WriteDurably { at, .. } if at.get() >= 8192 => {
                 count.fetch_add(1, Ordering::Relaxed);
@@ -222,7 +222,12 @@ fn what_is_being_written_does_not_go_into_the_journal() {
     for n in 10..30 {
         disk.write(range(n, 1), &[2; 512]).unwrap();
         writing.store(n % 4 == 1, Ordering::Relaxed);
-        let under_way = (n % 4 == 2).then(|| disk.begin_write());
+        let under_way = match n % 4 {
+            2 => Some(disk.begin_write(range(n - 3, 5))),
+            // Other sectors do not matter.
+            3 => Some(disk.begin_write(range(n + 1, 5))),
+            _ => None,
+        };
         disk.flush().unwrap();
         drop(under_way);
         writing.store(false, Ordering::Relaxed);
@@ -245,7 +250,8 @@ fn rewrites_cost_no_write_of_a_bitmap() {
         disk.flush().unwrap();
         let before = sim.steps();
         let rewrite = || {
-            disk.begin_write().written(&[range(0, 7), range(9, 1), range(30, 34)]).unwrap();
+            let ranges = [range(0, 7), range(9, 1), range(30, 34)];
+            disk.begin_write(range(0, 64)).written(&ranges).unwrap();
         };
         rewrite();
         assert_eq!(sim.steps(), before);
@@ -268,7 +274,7 @@ fn a_batch_shares_a_write() {
         let sim = sim(format);
         let disk = open(&sim);
         let before = sim.steps();
-        disk.begin_write()
+        disk.begin_write(range(0, 64))
             .written(&[range(1, 1), range(5, 2), range(40, 3), range(63, 1)])
             .unwrap();
         assert_eq!(sim.steps(), before + 1);
@@ -303,7 +309,7 @@ fn queues_that_share_bytes_of_the_bitmap_lose_no_bit() {
                 scope.spawn(move || {
                     start.wait();
                     for sector in (first..34_000).step_by(QUEUES) {
-                        disk.begin_write().written(&[range(sector, 1)]).unwrap();
+                        disk.begin_write(range(sector, 1)).written(&[range(sector, 1)]).unwrap();
                         if queue == 0 && sector % 100 == 0 {
                             disk.flush().unwrap();
                         }

@@ -237,7 +237,7 @@ fn play(disk: &Disk, owner: u64, has: &mut [bool], mut random: Random) {
             assert_eq!(disk.is_present(range(sector, 1)).unwrap(), *has, "sector {sector}");
         }
         if random.below(8) == 0 {
-            disk.begin_write().written(&[range(sector, 1)]).unwrap();
+            disk.begin_write(range(sector, 1)).written(&[range(sector, 1)]).unwrap();
             *has = true;
         }
         if random.below(64) == 0 {

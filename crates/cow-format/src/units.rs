@@ -127,6 +127,13 @@ impl SectorRange {
         self.count.0 == 0
     }
 
+    /// The smallest range that holds both.
+    #[must_use]
+    pub fn hull(self, other: Self) -> Self {
+        let (start, end) = (self.start.0.min(other.start.0), self.end().0.max(other.end().0));
+        Self::from_bounds(start, end)
+    }
+
     /// The part of the range before sector `end`; possibly empty.
     #[must_use]
     pub fn clipped_to(self, end: Sector) -> Self {
@@ -156,6 +163,11 @@ mod tests {
         assert_eq!((range.end(), range.len_bytes()), (Sector(7), 2048));
         assert_eq!(range.clipped_to(Sector(5)).count(), SectorCount(2));
         assert!(range.clipped_to(Sector(2)).is_empty());
+        let other = SectorRange::new(Sector(5), SectorCount(9)).unwrap();
+        assert_eq!(
+            (range.hull(other), other.hull(range)),
+            (SectorRange::from_bounds(3, 14), range.hull(other))
+        );
     }
 
     #[test]

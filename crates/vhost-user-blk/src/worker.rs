@@ -329,7 +329,7 @@ impl<'a> Worker<'a> {
         if self.shared.disk.is_failed() {
             return self.answer(head, pending.failed());
         }
-        let writing = self.shared.disk.begin_write();
+        let writing = self.shared.disk.begin_write(range);
         let request = InFlight { head, pending, work: Work::Write(range, writing) };
         let data = self.iovecs.data();
         // SAFETY: as in `submit`.
@@ -349,8 +349,12 @@ impl<'a> Worker<'a> {
         for segment in &mut segments {
             segment.unmap |= discard;
         }
+        let Some(hull) = segments.iter().map(|segment| segment.range).reduce(SectorRange::hull)
+        else {
+            return self.answer(head, pending.done());
+        };
+        let writing = self.shared.disk.begin_write(hull);
         self.router.plan_zero(&segments, &mut self.plan);
-        let writing = self.shared.disk.begin_write();
         self.submit(InFlight { head, pending, work: Work::Zero(segments, false, writing) });
     }
 

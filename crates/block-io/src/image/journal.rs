@@ -18,8 +18,8 @@ use super::state::{UpdateError, native_boot, write_native_synced};
 use super::unflushed::Unflushed;
 use crate::storage::{Env, Storage};
 
-/// How often a flush waits for writes of other queues to end before it is done in place: they take microseconds, or it is
-/// not worth waiting.
+/// How often a flush waits for writes of the same sectors to end before it is done in place: they take microseconds, or it
+/// is not worth waiting.
 const ATTEMPTS: usize = 8;
 /// Zeros that the journal is filled with.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
@@ -87,7 +87,7 @@ impl Journal {
         self.record.clear();
         self.record.resize(len, 0);
         let data = &mut self.record[BLOCK..];
-        if !read_unmoved(file, geometry, unflushed, few, data) {
+        if !read_undisturbed(file, geometry, unflushed, few, data) {
             return Ok(false);
         }
         seal(&mut self.record, *epoch, *sequence, few);
@@ -172,27 +172,20 @@ fn fill(file: &impl Storage, area: JournalArea) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads `ranges` into `data`, which they may not fill; false if that fails, or if anything was written meanwhile: a
-/// sector might be half of what it was and half of what it will be, which no disk ever shows.
-fn read_unmoved(
+/// Reads `ranges` into `data`, which they may not fill; false if that fails, or if they are being written all the time.
+fn read_undisturbed(
     file: &impl Storage,
     geometry: &Geometry,
     unflushed: &Unflushed,
     ranges: &[SectorRange],
     data: &mut [u8],
 ) -> bool {
-    for _ in 0..ATTEMPTS {
-        if let Some(quiet) = unflushed.quiet() {
-            if !read(file, geometry, ranges, data) {
-                return false;
-            }
-            if unflushed.quiet_since(quiet) {
-                return true;
-            }
+    (0..ATTEMPTS).any(|attempt| {
+        if attempt > 0 {
+            std::thread::yield_now();
         }
-        std::thread::yield_now();
-    }
-    false
+        unflushed.undisturbed(ranges, || read(file, geometry, ranges, data))
+    })
 }
 
 fn read(

@@ -1,7 +1,7 @@
-//! What has been written since the last flush, as long as it is little, and whether a write is under way: what the
-//! journal needs to know.
+//! What has been written since the last flush, as long as it is little, and what is being written: the journal has to know
+//! both.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cow_format::{SectorRange, journal};
@@ -13,53 +13,45 @@ const SECTORS_MAX: u64 = 256;
 const RANGES_MAX: usize = 64;
 const _: () = assert!(RANGES_MAX <= journal::RANGES_MAX);
 
-/// See above. A write that does not call it is a write that a flush may miss.
+/// See above. A write that does not tell of itself is one that a flush may miss.
 #[derive(Debug)]
 pub(crate) struct Unflushed {
-    begun: AtomicU64,
-    ended: AtomicU64,
-    /// More than a few, or nobody knows: the rest is not looked at. Writers then share a cache line that nobody changes.
+    /// More than a few, or nobody knows: then nobody need be told more. Writers share a flag that seldom changes.
     much: AtomicBool,
-    few: Mutex<Few>,
+    state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
-struct Few {
-    ranges: Vec<SectorRange>,
+struct State {
+    /// Written since the last flush, and how many sectors these are.
+    few: Vec<SectorRange>,
     sectors: u64,
+    /// Being written.
+    under_way: Vec<SectorRange>,
+    /// Being copied into a record, and whether a write has disturbed that.
+    copied: Vec<SectorRange>,
+    disturbed: bool,
 }
-
-/// A moment at which no write was under way.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Quiet(u64);
 
 impl Unflushed {
     /// Of a disk that has just been opened: what its predecessor did is not known.
     pub(crate) fn new() -> Self {
-        let (begun, ended) = (AtomicU64::new(0), AtomicU64::new(0));
-        Unflushed { begun, ended, much: AtomicBool::new(true), few: Mutex::default() }
+        Unflushed { much: AtomicBool::new(true), state: Mutex::default() }
     }
 
-    /// A write of data begins.
-    pub(crate) fn begin(&self) {
-        self.begun.fetch_add(1, Ordering::SeqCst);
+    /// A write of data within `range` begins.
+    pub(crate) fn begin(&self, range: SectorRange) {
+        let mut state = self.state();
+        state.disturbed |= overlaps(&state.copied, range);
+        state.under_way.push(range);
     }
 
     /// It has ended, and [`Self::add`] has been told of it if it succeeded.
-    pub(crate) fn end(&self) {
-        self.ended.fetch_add(1, Ordering::SeqCst);
-    }
-
-    /// A moment without a write under way, if that is now.
-    pub(crate) fn quiet(&self) -> Option<Quiet> {
-        // In this order: what had begun when `begun` is read and not ended when `ended` was read makes them differ.
-        let ended = self.ended.load(Ordering::SeqCst);
-        (self.begun.load(Ordering::SeqCst) == ended).then_some(Quiet(ended))
-    }
-
-    /// Whether no write has begun since that moment.
-    pub(crate) fn quiet_since(&self, moment: Quiet) -> bool {
-        self.begun.load(Ordering::SeqCst) == moment.0
+    pub(crate) fn end(&self, range: SectorRange) {
+        let under_way = &mut self.state().under_way;
+        if let Some(index) = under_way.iter().position(|other| *other == range) {
+            under_way.swap_remove(index);
+        }
     }
 
     /// `ranges` have been written, and are about to be acknowledged.
@@ -68,44 +60,61 @@ impl Unflushed {
         if self.much.load(Ordering::SeqCst) {
             return;
         }
-        let mut few = self.few();
-        ranges.iter().for_each(|range| few.add(*range));
-        if few.ranges.len() > RANGES_MAX || few.sectors > SECTORS_MAX {
-            *few = Few::default();
+        let mut state = self.state();
+        ranges.iter().for_each(|range| state.add(*range));
+        if state.few.len() > RANGES_MAX || state.sectors > SECTORS_MAX {
             self.much.store(true, Ordering::SeqCst);
         }
     }
 
     /// Nobody knows what has been flushed.
     pub(crate) fn add_everything(&self) {
-        let mut few = self.few();
-        *few = Few::default();
         self.much.store(true, Ordering::SeqCst);
     }
 
     /// What has been written since the last call, for a flush that begins now; `None` for much.
     pub(crate) fn take(&self) -> Option<Vec<SectorRange>> {
-        let mut few = self.few();
-        let much = self.much.swap(false, Ordering::SeqCst);
-        let ranges = std::mem::take(&mut *few).ranges;
-        (!much).then_some(ranges)
+        let mut state = self.state();
+        state.sectors = 0;
+        let few = std::mem::take(&mut state.few);
+        (!self.much.swap(false, Ordering::SeqCst)).then_some(few)
     }
 
-    fn few(&self) -> MutexGuard<'_, Few> {
-        self.few.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Lets `copy` read what is in `ranges`; false if it says so, or if a sector may have been half of what it was and half of
+    /// what it was going to be, which no disk ever shows. One copy at a time.
+    pub(crate) fn undisturbed(&self, ranges: &[SectorRange], copy: impl FnOnce() -> bool) -> bool {
+        let mut state = self.state();
+        if state.under_way.iter().any(|range| overlaps(ranges, *range)) {
+            return false;
+        }
+        state.copied.extend_from_slice(ranges);
+        state.disturbed = false;
+        drop(state);
+        let copied = copy();
+        let mut state = self.state();
+        state.copied.clear();
+        copied && !state.disturbed
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Few {
+impl State {
     fn add(&mut self, range: SectorRange) {
         let inside =
             |known: &SectorRange| known.start() <= range.start() && range.end() <= known.end();
-        if range.is_empty() || self.ranges.iter().any(inside) {
+        if range.is_empty() || self.few.iter().any(inside) {
             return;
         }
         self.sectors += range.count().get();
-        self.ranges.push(range);
+        self.few.push(range);
     }
+}
+
+fn overlaps(ranges: &[SectorRange], range: SectorRange) -> bool {
+    ranges.iter().any(|other| other.start() < range.end() && range.start() < other.end())
 }
 
 #[cfg(test)]
@@ -133,22 +142,42 @@ mod tests {
         assert_eq!(unflushed.take(), None);
         (0..=RANGES_MAX as u64).for_each(|n| unflushed.add(&[range(n * 2, 1)]));
         assert_eq!(unflushed.take(), None);
+        unflushed.add(&[range(8, 8)]);
         unflushed.add_everything();
         assert_eq!(unflushed.take(), None);
         assert_eq!(unflushed.take(), Some(vec![]));
     }
 
     #[test]
-    fn a_write_under_way_or_between_is_seen() {
+    fn a_copy_is_disturbed_by_writes_of_its_sectors_only() {
         let unflushed = Unflushed::new();
-        let before = unflushed.quiet().unwrap();
-        assert!(unflushed.quiet_since(before));
-        unflushed.begin();
-        assert!(unflushed.quiet().is_none() && !unflushed.quiet_since(before));
-        unflushed.begin();
-        unflushed.end();
-        assert!(unflushed.quiet().is_none());
-        unflushed.end();
-        assert!(unflushed.quiet().is_some() && !unflushed.quiet_since(before));
+        let few = [range(8, 8), range(100, 1)];
+        assert!(unflushed.undisturbed(&few, || true));
+        assert!(!unflushed.undisturbed(&few, || false));
+        for (write, disturbs) in [
+            (range(15, 1), true),
+            (range(0, 9), true),
+            (range(99, 4), true),
+            (range(0, 8), false),
+            (range(16, 84), false),
+            (range(101, 1), false),
+        ] {
+            let write_now = || {
+                unflushed.begin(write);
+                unflushed.end(write);
+            };
+            write_now();
+            let found = unflushed.undisturbed(&few, || {
+                write_now();
+                true
+            });
+            assert_eq!(found, !disturbs, "{write} in between");
+            unflushed.begin(write);
+            unflushed.begin(write);
+            unflushed.end(write);
+            assert_eq!(unflushed.undisturbed(&few, || true), !disturbs, "{write} under way");
+            unflushed.end(write);
+        }
+        assert!(unflushed.undisturbed(&few, || true));
     }
 }

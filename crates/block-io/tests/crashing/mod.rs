@@ -559,7 +559,7 @@ impl Run<'_> {
         let data = content.repeat(usize::try_from(range.count().get()).unwrap());
         self.model.begin(range, content);
         self.new_bits |= !disk.is_present(range).unwrap();
-        let writing = disk.begin_write();
+        let writing = disk.begin_write(range);
         let written = || writing.written(&[range]).map_err(|err| err.to_string());
         if self.harness.fault == Some(Fault::BitmapBeforeData) {
             written()?;

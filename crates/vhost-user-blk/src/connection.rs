@@ -11,7 +11,7 @@ use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use vhost::vhost_user::{self, BackendReqHandler, VhostUserBackendReqHandlerMut};
 
 use crate::handover::duplicate;
-use crate::memory_table;
+use crate::memory_table::{self, SCM_FDS_MAX};
 use crate::replay::{Message, skip_replies};
 use crate::session::{Device, Session};
 use crate::state::DeviceState;
@@ -19,9 +19,6 @@ use crate::{signals, systemd};
 
 /// How often a ring is looked at whose frontend has announced not to kick.
 const POLLING_INTERVAL_MS: u8 = 1;
-
-/// Most descriptors that one message can carry (Linux: SCM_MAX_FD).
-const SCM_FDS_MAX: usize = 253;
 
 /// Who else may tell the daemon something while it serves.
 pub trait Commands {

@@ -53,6 +53,9 @@ struct Acknowledgement {
     result: U64,
 }
 
+/// Most descriptors that one message can carry (Linux: SCM_MAX_FD).
+pub const SCM_FDS_MAX: usize = 253;
+
 /// Bits of the flags: protocol version 1, this is a reply, a reply is asked for.
 const VERSION: u32 = 0x1;
 const REPLY: u32 = 0x4;
@@ -98,7 +101,8 @@ fn receive(
     count: usize,
 ) -> Result<(Vec<VhostUserMemoryRegion>, Vec<File>)> {
     let mut message = vec![0; size_of::<Head>() + room];
-    let mut control = nix::cmsg_space!([i32; MAX_ATTACHED_FD_ENTRIES]);
+    // Room for more than may come: what does not fit the kernel has half made, and nobody closes it.
+    let mut control = nix::cmsg_space!([i32; SCM_FDS_MAX]);
     let mut iov = [IoSliceMut::new(&mut message)];
     let flags = MsgFlags::MSG_WAITALL | MsgFlags::MSG_CMSG_CLOEXEC;
     let received =
@@ -152,6 +156,7 @@ mod tests {
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
     use nix::sys::socket::{ControlMessage, sendmsg};
 
     use super::*;
@@ -235,6 +240,25 @@ mod tests {
             assert!(matches!(result, Some(Err(Error::InvalidMessage))), "{result:?}");
             assert_eq!(seen, 0);
         }
+    }
+
+    #[test]
+    fn more_files_than_there_can_be_regions_are_closed() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let (frontend, backend) = UnixStream::pair().unwrap();
+        let fds = vec![writer.as_raw_fd(); MAX_ATTACHED_FD_ENTRIES + 8];
+        let message = table(FrontendReq::SET_MEM_TABLE, VERSION, 1, &WORDS);
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let iov = [IoSlice::new(&message)];
+        let flags = MsgFlags::empty();
+        sendmsg::<()>(frontend.as_raw_fd(), &iov, &rights, flags, None).unwrap();
+        drop(writer);
+        let result = handle_padded(backend.as_fd(), |_, _| panic!("was handed on"));
+        assert!(matches!(result, Some(Err(Error::InvalidMessage))), "{result:?}");
+        // As long as one of them is open the pipe has no end, and reading would wait.
+        let nonblocking = FcntlArg::F_SETFL(OFlag::O_NONBLOCK);
+        fcntl(&reader, nonblocking).unwrap();
+        assert_eq!(reader.read(&mut [0]).map_err(|e| e.kind()), Ok(0));
     }
 
     #[test]

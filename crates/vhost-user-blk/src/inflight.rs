@@ -287,14 +287,15 @@ impl Area {
         ))
     }
 
-    /// Forgets everything: the device was reset.
+    /// Forgets everything: the device was reset. (A frontend can say that its area is much longer than
+    /// it has to be; what is behind it stays.)
     pub fn clear(&self) {
-        for region in self.memory.regions() {
-            if let (Some(start), Ok(len)) =
-                (self.memory.contiguous(GuestAddress(0), region.size), usize::try_from(region.size))
-            {
-                self.memory.zero_host(start, len);
-            }
+        let area = self.memory.regions().next().map_or(0, |region| region.size);
+        let len = area.min(queues_len(self.num_queues, self.queue_size) + STATE_ROOM);
+        if let (Some(start), Ok(len)) =
+            (self.memory.contiguous(GuestAddress(0), len), usize::try_from(len))
+        {
+            self.memory.zero_host(start, len);
         }
     }
 

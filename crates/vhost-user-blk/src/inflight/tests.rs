@@ -331,3 +331,18 @@ fn the_file_keeps_its_length_and_clearing_leaves_nothing() {
     area.keep(state);
     assert_eq!(area.kept(), None);
 }
+
+#[test]
+fn a_reset_does_not_touch_what_is_behind_the_area() {
+    let AreaInfo { size: needed, num_queues, queue_size, .. } = AreaInfo::new(2, SIZE);
+    for extra in [0, 1 << 20] {
+        let info = AreaInfo { size: needed + extra, offset: 0, num_queues, queue_size };
+        let file = info.create().unwrap();
+        file.write_all_at(&vec![0x5a; usize::try_from(info.size).unwrap()], 0).unwrap();
+        Area::map(&info, file.try_clone().unwrap()).unwrap().clear();
+        let mut bytes = vec![1; usize::try_from(info.size).unwrap()];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        let (area, behind) = bytes.split_at(usize::try_from(needed).unwrap());
+        assert!(area.iter().all(|&byte| byte == 0) && behind.iter().all(|&byte| byte == 0x5a));
+    }
+}

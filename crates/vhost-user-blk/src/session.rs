@@ -200,7 +200,6 @@ impl<D: Device> Session<D> {
         self.log = None;
         self.memory = Arc::new(Memory::empty());
         self.requests = None;
-        self.protocol_features = 0;
     }
 
     /// Stops every ring, and puts rings and features back to what they were before anything was
@@ -317,6 +316,8 @@ impl<D: Device> Session<D> {
     /// Has every ring use `memory`, after what is in flight on the old one is complete.
     fn change_memory(&mut self, memory: Memory) -> Result<()> {
         self.vrings.iter_mut().for_each(Vring::pause);
+        // With the memory would go the sign that some of it was lost.
+        self.check_intact()?;
         self.memory = Arc::new(memory);
         self.reconcile()
     }
@@ -615,6 +616,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         info.check(self.vrings.len(), self.queue_size_max).map_err(Refusal::Inflight)?;
         let area = Area::map(&info, file).map_err(Refusal::Inflight)?;
         self.vrings.iter_mut().for_each(Vring::pause);
+        self.check_intact()?;
         let kept = area.kept().unwrap_or(self.state());
         self.inflight = Some(area);
         self.adopt(kept)?;

@@ -461,6 +461,9 @@ fn shortened_memory_ends_the_session_and_a_spoilt_ring_does_not() {
     // The access that a worker would make.
     memory.read(gpa(0), &mut [0; 8]).unwrap();
     assert!(rig.session.check().unwrap_err().to_string().contains("shortened"));
+    // Other memory does not make it good.
+    let refused = rig.session.set_mem_table(&[region(0)], vec![self::file()], None).unwrap_err();
+    assert!(refused.to_string().contains("shortened"), "{refused}");
 }
 
 fn inflight_area(session: &mut Session<FakeDevice>) -> (VhostUserInflight, File) {
@@ -559,6 +562,10 @@ fn an_in_flight_area_that_is_shortened_ends_the_session() {
         rig.step(step, WITH_PROTOCOL);
     }
     assert!(rig.session.check().unwrap_err().to_string().contains("shortened"));
+    // Another one does not make it good.
+    let (info, file) = inflight_area(&mut rig.session);
+    let refused = rig.session.set_inflight_fd(&info, file).unwrap_err();
+    assert!(refused.to_string().contains("shortened"), "{refused}");
 }
 
 /// The guest of `rig` switches its write cache off.

@@ -12,6 +12,7 @@ use cow_format::{
     Bitmap, ByteOffset, Extents, Geometry, Header, LayerMap, Sector, SectorCount, SectorRange,
 };
 
+use crate::disturb;
 use crate::file::{File, Host};
 use crate::image::bits::Bits;
 use crate::image::flush::{FlushFailure, flush};
@@ -185,6 +186,7 @@ impl<E: Env> Disk<E> {
 
     #[cold]
     fn learn(&self, range: SectorRange) -> Result<(), DiskError> {
+        disturb::fails(4, libc::EIO).map_err(|source| self.not_learnt((0, source)))?;
         learn(&self.map, &self.sources(), range).map_err(|failed| self.not_learnt(failed))
     }
 
@@ -227,8 +229,8 @@ impl<E: Env> Disk<E> {
         self.check_writable()?;
         let Some((cow, bitmap)) = self.writable_cow() else { return Ok(()) };
         ranges.iter().try_for_each(|range| self.learn_top(*range))?;
-        cow.live
-            .set(&self.top().file, bitmap, ranges)
+        disturb::fails(32, libc::ENOSPC)
+            .and_then(|()| cow.live.set(&self.top().file, bitmap, ranges))
             .map_err(|source| self.io_error("write the live bitmap", source))?;
         self.unflushed.add(ranges);
         Ok(())

@@ -4,6 +4,7 @@
 mod blocking;
 mod committer;
 mod disk;
+pub mod disturb;
 pub mod file;
 pub mod image;
 mod lease;

@@ -19,6 +19,9 @@ use std::time::Duration;
 use cow_format::ByteOffset;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
+#[cfg(feature = "fault-points")]
+mod disturbed;
+
 /// Iovecs in one operation: the kernel's UIO_MAXIOV.
 const IOVECS_PER_OP_MAX: usize = 1024;
 
@@ -170,6 +173,8 @@ pub struct Ring<R> {
     alarm: Box<types::Timespec>,
     /// Parts that the kernel holds or that are queued for it.
     parts_in_flight: usize,
+    #[cfg(feature = "fault-points")]
+    disturbed: disturbed::Disturbed,
 }
 
 // SAFETY: everything in a Ring is owned by it; the raw pointers in the
@@ -210,6 +215,8 @@ impl<R> Ring<R> {
             backlog: VecDeque::new(),
             alarm: Box::default(),
             parts_in_flight: 0,
+            #[cfg(feature = "fault-points")]
+            disturbed: Default::default(),
         })
     }
 
@@ -276,11 +283,14 @@ impl<R> Ring<R> {
     }
 
     fn queue_part(&mut self, slot: usize, part: usize) {
+        self.parts_in_flight += 1;
+        #[cfg(feature = "fault-points")]
+        if crate::disturb::is_on() {
+            return self.disturbed.hold(slot, part);
+        }
         let entry = self.slots[slot].plan.entry(part);
         // Both fit: a plan has far fewer than 2^32 parts, a ring fewer slots.
-        let entry = entry.user_data((slot as u64) << 32 | part as u64);
-        self.parts_in_flight += 1;
-        self.queue(entry);
+        self.queue(entry.user_data((slot as u64) << 32 | part as u64));
     }
 
     fn queue(&mut self, entry: squeue::Entry) {
@@ -301,6 +311,10 @@ impl<R> Ring<R> {
     /// # Errors
     /// What io_uring_enter(2) says; EINTR counts as success.
     pub fn enter(&mut self, wait: bool) -> io::Result<()> {
+        #[cfg(feature = "fault-points")]
+        if self.disturbed.is_busy() {
+            return self.enter_disturbed(wait);
+        }
         if !wait && !self.has_queued() && !self.wants_enter() {
             return Ok(());
         }
@@ -341,6 +355,10 @@ impl<R> Ring<R> {
 
     /// The kernel has completions that one [`Self::enter`] would fetch.
     pub fn wants_enter(&mut self) -> bool {
+        #[cfg(feature = "fault-points")]
+        if self.disturbed.is_busy() {
+            return true;
+        }
         let queue = self.uring.submission();
         queue.taskrun() || queue.cq_overflow()
     }
@@ -348,25 +366,34 @@ impl<R> Ring<R> {
     /// The next event that has come in, without a system call.
     pub fn next_event(&mut self) -> Option<Event<R>> {
         loop {
-            let entry = self.uring.completion().next()?;
-            if entry.user_data() & WATCH != 0 {
-                return Some(Event::Ready(self.rearm(&entry)));
+            let completion = self.next_completion()?;
+            if completion.data & WATCH != 0 {
+                return Some(Event::Ready(self.rearm(&completion)));
             }
-            if let Some(event) = self.finish_part(&entry) {
+            if let Some(event) = self.finish_part(&completion) {
                 return Some(event);
             }
         }
     }
 
-    fn rearm(&mut self, entry: &cqueue::Entry) -> Watch {
+    #[inline]
+    fn next_completion(&mut self) -> Option<Completion> {
+        #[cfg(feature = "fault-points")]
+        if self.disturbed.is_busy() {
+            return self.disturbed.next();
+        }
+        self.uring.completion().next().map(Completion::from)
+    }
+
+    fn rearm(&mut self, completion: &Completion) -> Watch {
         // The lower 32 bits were a u32.
         #[expect(clippy::cast_possible_truncation)]
-        let watch = Watch(entry.user_data() as u32);
+        let watch = Watch(completion.data as u32);
         // A descriptor that is broken or whose other side is gone would be
         // ready again at once, for ever.
         let gone = libc::POLLERR | libc::POLLHUP | libc::POLLNVAL;
-        let alive = entry.result() >= 0 && entry.result() & i32::from(gone) == 0;
-        if alive && !cqueue::more(entry.flags()) {
+        let alive = completion.result >= 0 && completion.result & i32::from(gone) == 0;
+        if alive && !completion.more {
             let fd = self.watched.iter().find(|(_, w)| *w == watch).map(|(fd, _)| *fd);
             if let Some(fd) = fd {
                 self.arm(fd, watch);
@@ -376,13 +403,13 @@ impl<R> Ring<R> {
     }
 
     /// Counts one part's completion; the request, if it was the last one.
-    fn finish_part(&mut self, entry: &cqueue::Entry) -> Option<Event<R>> {
-        let data = entry.user_data();
+    fn finish_part(&mut self, completion: &Completion) -> Option<Event<R>> {
+        let data = completion.data;
         // Two u32 that `queue_part` put together.
         let (index, part) = ((data >> 32) as usize, (data & 0xffff_ffff) as usize);
         self.parts_in_flight -= 1;
         let slot = &mut self.slots[index];
-        match slot.plan.parts[part].outcome(entry.result()) {
+        match slot.plan.parts[part].outcome(completion.result) {
             Outcome::Done => {}
             Outcome::Again(done) => {
                 slot.plan.advance(part, done);
@@ -419,6 +446,22 @@ impl<R> Drop for Ring<R> {
     }
 }
 
+/// What the kernel says of an entry.
+struct Completion {
+    /// The entry's `user_data`.
+    data: u64,
+    result: i32,
+    /// There will be another one.
+    more: bool,
+}
+
+impl From<cqueue::Entry> for Completion {
+    fn from(entry: cqueue::Entry) -> Self {
+        let (data, result) = (entry.user_data(), entry.result());
+        Completion { data, result, more: cqueue::more(entry.flags()) }
+    }
+}
+
 enum Outcome {
     Done,
     /// So many bytes are done, the rest is to be submitted again.
@@ -443,13 +486,11 @@ impl Part {
             _ => Outcome::Again(done),
         }
     }
-}
 
-impl Plan {
-    fn entry(&self, part: usize) -> squeue::Entry {
-        let Part { action, file, at, len, first, last } = self.parts[part];
+    /// The part as an entry; its buffers are `iovecs`.
+    fn entry(self, iovecs: &[libc::iovec]) -> squeue::Entry {
+        let Part { action, file, at, len, .. } = self;
         let fd = types::Fixed(file.0);
-        let iovecs = &self.iovecs[first..last];
         // At most IOVECS_PER_OP_MAX.
         #[expect(clippy::cast_possible_truncation)]
         let count = iovecs.len() as u32;
@@ -468,6 +509,13 @@ impl Plan {
                 opcode::Writev::new(fd, iovecs.as_ptr(), count).offset(at).build()
             }
         }
+    }
+}
+
+impl Plan {
+    fn entry(&self, part: usize) -> squeue::Entry {
+        let part = self.parts[part];
+        part.entry(&self.iovecs[part.first..part.last])
     }
 
     /// `done` bytes of the part have been transferred: the rest remains.

@@ -17,7 +17,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use block_io::Disk;
+use block_io::{Disk, disturb};
 use cow_format::{ByteOffset, LayerIndex};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use nix::sys::stat::{SFlag, fstat};
@@ -259,6 +259,9 @@ impl<'a> Resident<'a> {
         #[expect(clippy::cast_possible_truncation)]
         let mut from = at.get() as usize;
         for buffer in buffers {
+            if disturb::one_in(3) {
+                return false;
+            }
             // SAFETY: the buffers are `len` bytes in all, and `from` + `len` is
             // within the mapping.
             let source = unsafe { mapping.map.start.as_ptr().cast::<u8>().add(from).cast_const() };

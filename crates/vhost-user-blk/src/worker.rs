@@ -246,12 +246,7 @@ impl<'a> Worker<'a> {
     fn run(mut self) -> u16 {
         self.notify();
         loop {
-            let mut busy = self.take();
-            if let Err(e) = self.ring.enter(false) {
-                self.fail(&e);
-            }
-            busy |= self.reap();
-            self.publish();
+            let busy = self.turn();
             if !self.open && self.in_flight() == 0 {
                 return self.queue.next_avail();
             }
@@ -259,6 +254,17 @@ impl<'a> Worker<'a> {
                 self.rest();
             }
         }
+    }
+
+    /// One turn of the loop; whether there was anything to do.
+    fn turn(&mut self) -> bool {
+        let mut busy = self.take();
+        if let Err(e) = self.ring.enter(false) {
+            self.fail(&e);
+        }
+        busy |= self.reap();
+        self.publish();
+        busy
     }
 
     fn in_flight(&self) -> u16 {
@@ -543,3 +549,7 @@ impl<'a> Worker<'a> {
         self.queue.disable_notifications();
     }
 }
+
+// Its I/O is the worse for the feature.
+#[cfg(all(test, feature = "fault-points"))]
+mod tests;

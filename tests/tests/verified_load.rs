@@ -69,9 +69,15 @@ impl Disk {
 const DEPTH: u16 = 16;
 
 fn connect(backend: &Backend, depth: u16) -> Device {
+    connect_with(backend, depth, None)
+}
+
+/// Data in pieces of `segment` bytes.
+fn connect_with(backend: &Backend, depth: u16, segment: Option<usize>) -> Device {
     let options = Options {
         queues: QUEUES,
         depth,
+        segment,
         stall_after: Duration::from_secs(120),
         ..Options::new(backend.socket())
     };
@@ -128,6 +134,15 @@ fn assert_same(left: &Path, right: &Path) {
     );
 }
 
+/// Every sector holds what it must, at the daemon, which is ended, and in the merged image.
+fn check_to_the_end(disk: &Disk, backend: Backend, expected: &Expected) {
+    assert_eq!(read_back(&backend, expected).unwrap(), SECTORS);
+    backend.stop();
+    let image = disk.dir.path("expected");
+    expected.write_image(&image, SECTORS).unwrap();
+    assert_same(&disk.merge(), &image);
+}
+
 /// Load, read-back, end; again from the file; and the merged image against the expected one.
 fn holds_what_was_written(args: &[&str], wait: Wait) {
     let disk = Disk::new();
@@ -137,12 +152,7 @@ fn holds_what_was_written(args: &[&str], wait: Wait) {
     assert_eq!(read_back(&backend, &expected).unwrap(), SECTORS);
     backend.stop();
     let backend = disk.serve(&[]);
-    assert_eq!(read_back(&backend, &expected).unwrap(), SECTORS, "after a restart");
-    backend.stop();
-
-    let image = disk.dir.path("expected");
-    expected.write_image(&image, SECTORS).unwrap();
-    assert_same(&disk.merge(), &image);
+    check_to_the_end(&disk, backend, &expected);
     assert_eq!(sha256(&disk.base), base_before, "the base has changed");
 }
 
@@ -185,11 +195,7 @@ fn one_request_at_a_time() {
         let disk = Disk::new();
         let backend = disk.serve(&args);
         let expected = run_at(1, &backend, &job(), disk.expectation());
-        assert_eq!(read_back(&backend, &expected).unwrap(), SECTORS);
-        backend.stop();
-        let image = disk.dir.path("expected");
-        expected.write_image(&image, SECTORS).unwrap();
-        assert_same(&disk.merge(), &image);
+        check_to_the_end(&disk, backend, &expected);
     }
 }
 
@@ -229,10 +235,7 @@ fn pages_are_evicted_under_the_load() {
         (expected, evicting.join().unwrap())
     });
     println!("evicted {evictions} times");
-    backend.stop();
-    let image = disk.dir.path("expected");
-    expected.write_image(&image, SECTORS).unwrap();
-    assert_same(&disk.merge(), &image);
+    check_to_the_end(&disk, backend, &expected);
 }
 
 #[test]
@@ -243,11 +246,29 @@ fn writes_of_one_sector_side_by_side_from_all_queues() {
     let region = Region { start: 0, granule: 1, granules: SECTORS, queues: QUEUES };
     let mix = Mix { read: 20, write: 80, ..Mix::default() };
     let expected = run(&backend, &Job { region, mix, ..job() }, disk.expectation());
-    assert_eq!(read_back(&backend, &expected).unwrap(), SECTORS);
-    backend.stop();
-    let image = disk.dir.path("expected");
-    expected.write_image(&image, SECTORS).unwrap();
-    assert_same(&disk.merge(), &image);
+    check_to_the_end(&disk, backend, &expected);
+}
+
+/// What direct I/O cannot take goes through the page cache, and the rest goes past it, in the same and in neighbouring
+/// pages at the same time: neither may lose what the other has written, and no sync may fail.
+#[test]
+fn direct_and_buffered_writes_side_by_side() {
+    // Sectors of the longest request, and bytes of the longest piece of memory: a sector alone in aligned memory beside
+    // longer requests in memory that is not; parts of pages; parts of pages beside whole ones.
+    for (granule, segment) in [(3, Some(1000)), (8, None), (12, None)] {
+        let disk = Disk::new();
+        let backend = disk.serve(&["--cow-cache=direct"]);
+        let region = Region { start: 0, granule, granules: 700, queues: QUEUES };
+        let mix = Mix { read: 30, write: 60, discard: 10, ..Mix::default() };
+        let job = Job { region, mix, flush_every: None, count: Some(12_000), ..job() };
+        let mut device = connect_with(&backend, DEPTH, segment);
+        let expectation = disk.expectation();
+        let outcome = load::run(device.take_queues(), &job, &expectation, None)
+            .unwrap_or_else(|error| panic!("{error} (seed {SEED})"));
+        let expected = Expected { region, models: outcome.models, expectation };
+        drop((outcome.queues, device));
+        check_to_the_end(&disk, backend, &expected);
+    }
 }
 
 /// No flush at all: what was acknowledged is there when the daemon was killed, for the host runs on.

@@ -123,7 +123,8 @@ impl File {
 
     /// The description that bypasses the page cache (`O_DIRECT`) and what it asks of each transfer. It carries a lock
     /// of its own: register it in every ring that uses it. Pieces that do not fit its alignment go through
-    /// [`File::buffered`]; the kernel keeps the two coherent.
+    /// [`File::buffered`]. The kernel keeps the two coherent for reads, and for writes only if they are of different
+    /// pages: where some writes are buffered, those of a part of a page all have to be.
     pub fn direct(&self) -> Option<(BorrowedFd<'_>, DirectAlign)> {
         self.direct.as_ref().map(|direct| (direct.file.as_fd(), direct.align))
     }

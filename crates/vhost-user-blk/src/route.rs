@@ -30,6 +30,9 @@ pub struct Router<'a> {
 /// The top layer, buffered.
 const TOP: FileSlot = FileSlot(0);
 
+/// A page of the page cache, in bytes.
+pub const PAGE: u64 = 4096;
+
 /// The buffered and the direct description of each layer stand side by side.
 const FILES_PER_LAYER: u32 = 2;
 
@@ -83,7 +86,7 @@ impl<'a> Router<'a> {
     /// Plans the write of `buffers` to `range`, which is as long as they.
     pub fn plan_write(&self, range: SectorRange, buffers: &[libc::iovec], plan: &mut Plan) {
         let at = self.disk.write_at(range);
-        plan.write(slot(self.disk, LayerIndex::TOP, at, buffers), at, buffers);
+        plan.write(write_slot(self.disk, at, range.len_bytes(), buffers), at, buffers);
     }
 
     /// Writes `buffers` to `range` at once if that can be expected to be quick;
@@ -135,6 +138,19 @@ fn slot(disk: &Disk, layer: LayerIndex, at: ByteOffset, buffers: &[libc::iovec])
                 && (v.iov_len as u64).is_multiple_of(offset)
         });
     if aligned { FileSlot(buffered.0 + 1) } else { buffered }
+}
+
+/// The description for a write of `len` bytes to the top: the direct one only for whole pages of the
+/// file. What fills a page in part goes through the page cache, and so does all else that does so. If
+/// of two neighbours in a page one went past the cache while the other is in it, the kernel could
+/// write the old content of the one over the new, and it lets the next sync fail.
+#[inline]
+fn write_slot(disk: &Disk, at: ByteOffset, len: u64, buffers: &[libc::iovec]) -> FileSlot {
+    if (at.get() | len).is_multiple_of(PAGE) {
+        slot(disk, LayerIndex::TOP, at, buffers)
+    } else {
+        TOP
+    }
 }
 
 /// Fills guest memory with zeros.

@@ -20,19 +20,16 @@ use common::frontend::{
     RawFrontend,
 };
 use vhost::vhost_user::message::FrontendReq;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD as DISCARD, VIRTIO_BLK_T_FLUSH as FLUSH, VIRTIO_BLK_T_GET_ID as GET_ID,
+    VIRTIO_BLK_T_IN as IN, VIRTIO_BLK_T_OUT as OUT, VIRTIO_BLK_T_WRITE_ZEROES as WRITE_ZEROES,
+};
 
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_INDIRECT_DESC;
 /// The base ends here; the disk goes on with zeros.
 const BASE_SECTORS: u64 = 2048;
 const SECTORS: u64 = 2 * BASE_SECTORS;
 const SIZE: u16 = 1024;
-
-const IN: u32 = 0;
-const OUT: u32 = 1;
-const FLUSH: u32 = 4;
-const GET_ID: u32 = 8;
-const DISCARD: u32 = 11;
-const WRITE_ZEROES: u32 = 13;
 
 /// What is in a buffer before the device writes it. No sector is full of it.
 const BEFORE: u8 = 0xee;

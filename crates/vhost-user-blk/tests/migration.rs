@@ -12,11 +12,9 @@ use common::frontend::{
 };
 use common::{Daemon, PROGRAM, SECTORS};
 use vhost::vhost_user::message::FrontendReq;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN as IN, VIRTIO_BLK_T_OUT as OUT};
 
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH;
-
-const IN: u32 = 0;
-const OUT: u32 = 1;
 
 /// A frontend with one queue, whose guest can come and go.
 struct Guest {

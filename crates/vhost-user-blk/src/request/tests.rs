@@ -2,16 +2,13 @@ use super::*;
 use crate::config;
 use crate::guest::{BORDER, DATA, Desc, END, Guest, INDIRECT, NEXT, WRITE};
 use cow_format::Sector;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD as DISCARD, VIRTIO_BLK_T_FLUSH as FLUSH, VIRTIO_BLK_T_GET_ID as GET_ID,
+    VIRTIO_BLK_T_IN as IN, VIRTIO_BLK_T_OUT as OUT, VIRTIO_BLK_T_WRITE_ZEROES as WRITE_ZEROES,
+};
 
 mod chains;
 mod garbage;
-
-const IN: u32 = 0;
-const OUT: u32 = 1;
-const FLUSH: u32 = 4;
-const GET_ID: u32 = 8;
-const DISCARD: u32 = 11;
-const WRITE_ZEROES: u32 = 13;
 
 const CAPACITY: u64 = 1000;
 const HEADER: u64 = DATA;

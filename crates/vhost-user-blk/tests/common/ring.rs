@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost::vhost_user::message::FrontendReq;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::frontend::RawFrontend;
@@ -30,9 +31,9 @@ const STATUS: u64 = 0x4000;
 const DATA: u64 = 0x5000;
 
 /// Request types.
-pub const IN: u32 = 0;
-pub const OUT: u32 = 1;
-pub const FLUSH: u32 = 4;
+pub const IN: u32 = VIRTIO_BLK_T_IN;
+pub const OUT: u32 = VIRTIO_BLK_T_OUT;
+pub const FLUSH: u32 = VIRTIO_BLK_T_FLUSH;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;

@@ -37,6 +37,12 @@ use crate::virtqueue::{Head, RingLayout, SplitQueue};
 /// last.
 const BATCH_MAX: usize = 32;
 
+/// And so many bytes to read, after which no more is taken: a guest can make a request of 4 GiB by
+/// naming one piece of its memory many times, and holes and what is in the page cache are copied here.
+/// Whoever stops the ring waits for that. As much as [`BATCH_MAX`] of the longest requests that
+/// guests really send.
+const BATCH_BYTES_MAX: u64 = 64 << 20;
+
 /// The stack of a worker, in bytes. Its data is on the heap.
 const STACK_BYTES: usize = 256 << 10;
 
@@ -185,6 +191,8 @@ struct Worker<'a> {
     committing: Vec<Option<InFlight<'a>>>,
     uncommitted: Vec<u32>,
     spin: Spin,
+    /// Bytes to read of the batch that is being taken.
+    batch_bytes: u64,
     /// Requests are still being taken.
     open: bool,
     /// [`TIDY`] will come.
@@ -232,6 +240,7 @@ impl<'a> Worker<'a> {
             committing: (0..depth).map(|_| None).collect(),
             uncommitted: (0..u32::from(depth)).rev().collect(),
             spin: Spin::new(shared.poll),
+            batch_bytes: 0,
             open: true,
             tidying: false,
             complained: None,
@@ -279,8 +288,9 @@ impl<'a> Worker<'a> {
     /// Takes and starts a batch of requests; whether there was one.
     fn take(&mut self) -> bool {
         self.router.resident().tick();
+        self.batch_bytes = 0;
         for taken in 0..BATCH_MAX {
-            if !self.can_take() {
+            if !self.can_take() || self.batch_bytes > BATCH_BYTES_MAX {
                 return taken > 0;
             }
             match self.queue.pop() {
@@ -322,6 +332,7 @@ impl<'a> Worker<'a> {
     }
 
     fn read(&mut self, head: Head, pending: Pending, range: SectorRange) {
+        self.batch_bytes += range.len_bytes();
         let memory = &self.start.memory;
         let planned = self.router.plan_read(range, memory, self.iovecs.data(), &mut self.plan);
         if let Err(e) = planned {
@@ -550,6 +561,5 @@ impl<'a> Worker<'a> {
     }
 }
 
-// Its I/O is the worse for the feature.
-#[cfg(all(test, feature = "fault-points"))]
+#[cfg(test)]
 mod tests;

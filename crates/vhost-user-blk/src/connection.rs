@@ -210,12 +210,12 @@ fn wait<D: Device>(
         let session = lock(session);
         let timeout =
             if session.poll_rings() { POLLING_INTERVAL_MS.into() } else { PollTimeout::NONE };
-        let fds = [socket, session.failure().as_fd()].into_iter();
-        let fds: Vec<_> = fds.chain(commands.map(Commands::fd)).collect();
+        // The frontend last: it could always have something to say.
+        let fds = [(session.failure().as_fd(), Event::RingFailed)].into_iter();
+        let fds = fds.chain(commands.map(|commands| (commands.fd(), Event::Command)));
+        let (fds, mut events): (Vec<_>, Vec<_>) = fds.chain([(socket, Event::Message)]).unzip();
         match wait_readable(&fds, timeout)? {
-            Readable::Fd(0) => return Ok(Event::Message),
-            Readable::Fd(1) => return Ok(Event::RingFailed),
-            Readable::Fd(_) => return Ok(Event::Command),
+            Readable::Fd(at) => return Ok(events.swap_remove(at)),
             Readable::Stop => return Ok(Event::Stop),
             Readable::Timeout => {}
         }

@@ -6,16 +6,19 @@
 mod common;
 
 use std::fs;
+use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::frontend::{
     F_CONFIG_WCE, F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, NO_FD, PROTOCOL_FEATURES, RawFrontend,
+    message, state,
 };
 use common::ring::{GuestMemory, IN, RING_SIZE, Ring, is_readable, set_memory};
 use common::soak::{End, Soak, from_env};
@@ -278,6 +281,42 @@ fn whatever_the_frontend_has_said_so_far_the_new_program_knows_it() {
     assert_ne!(frontend.get_u64(FrontendReq::GET_FEATURES), 0);
     assert_eq!(daemon.pid(), pid);
     drop(frontend);
+    daemon.terminate();
+}
+
+/// The daemon listens to others as well while its frontend always has something more to say.
+#[test]
+fn a_frontend_that_never_pauses_does_not_keep_an_upgrade_away() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let control = format!("--control={}", directory.join("control").display());
+    let daemon = Daemon::with_image(directory, &[&control]);
+    let mut frontend = RawFrontend::new(daemon.connect());
+    frontend.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES, PROTOCOL_FEATURES);
+    let mut stream = frontend.stream.try_clone().unwrap();
+    let enough = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let body = state(0, 0);
+            let message = message(FrontendReq::SET_VRING_ENABLE.into(), 1, &body);
+            while !enough.load(Ordering::Relaxed) {
+                stream.write_all(&message.repeat(100)).unwrap();
+            }
+        });
+        let mut command = upgrade(directory, &[]);
+        let begun = Instant::now();
+        let status = loop {
+            let status = command.try_wait().unwrap();
+            if status.is_some() || begun.elapsed() > Duration::from_secs(60) {
+                break status;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        enough.store(true, Ordering::Relaxed);
+        _ = command.kill();
+        assert!(status.is_some_and(|status| status.success()), "{status:?}");
+    });
+    assert_ne!(frontend.get_u64(FrontendReq::GET_FEATURES), 0);
     daemon.terminate();
 }
 

@@ -4,13 +4,11 @@ use std::path::{Path, PathBuf};
 
 use block_io::Host;
 use block_io::image::BaseOptions;
-use block_io::ops::inspect::{Content, inspect};
+use block_io::ops::looks::{Looks, looks_like};
 use clap::ValueEnum;
-use cow_format::Header;
 use cow_format::header::BackingFormat;
 
 use crate::error::CowError;
-use crate::qcow2::begins_like_qcow2;
 
 /// What a base is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -62,25 +60,21 @@ pub fn base_format(base: &Path, said: Option<BaseFormat>) -> Result<BackingForma
     if let Some(said) = said {
         return Ok(said.into());
     }
-    let looks_like = match inspect(&Host, base, None) {
-        // What is wrong with it is said when it is opened.
-        Err(_) => return Ok(BackingFormat::Raw),
-        Ok(found) => match found.files.first().map(|file| &file.content) {
-            Some(Content::Cow(cow)) if matches!(cow.header, Header::Uml(_)) => "uml",
-            Some(Content::Cow(_)) => "native",
-            Some(Content::Raw) | None if begins_like_qcow2(base) => {
-                return Err(CowError::Usage(format!(
-                    "{}: begins like a qcow2 image: make a raw image of it (cow convert -f qcow2 -O raw) and stand over \
-                     that, or say -F raw to take the file's own bytes for a disk",
-                    base.display()
-                )));
-            }
-            Some(Content::Raw) | None => return Ok(BackingFormat::Raw),
-            Some(Content::Unknown) => "a broken COW file",
-        },
+    let found = match looks_like(&Host, base) {
+        None => return Ok(BackingFormat::Raw),
+        Some(Looks::Qcow2) => {
+            return Err(CowError::Usage(format!(
+                "{}: begins like a qcow2 image: make a raw image of it (cow convert -f qcow2 -O raw) and stand over \
+                 that, or say -F raw to take the file's own bytes for a disk",
+                base.display()
+            )));
+        }
+        Some(Looks::Uml) => "uml",
+        Some(Looks::Native) => "native",
+        Some(Looks::BrokenCow) => "a broken COW file",
     };
     Err(CowError::Usage(format!(
-        "{}: begins like a COW file ({looks_like}): say what it is, with -F native or -F uml to stand over the disk in \
+        "{}: begins like a COW file ({found}): say what it is, with -F native or -F uml to stand over the disk in \
          it, or with -F raw to take the file's own bytes for a disk",
         base.display()
     )))

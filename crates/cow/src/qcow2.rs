@@ -2,7 +2,7 @@
 //! imago does not read (zstd, extended L2 entries) qemu-img does.
 
 use std::fs;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -22,13 +22,6 @@ use crate::ui::Ui;
 
 type Storage = imago::file::File;
 type Format = imago::qcow2::Qcow2<Storage>;
-
-/// Whether the file at `path` begins like a qcow2 image. Only good for a hint: a guest can make a raw image look so.
-pub fn begins_like_qcow2(path: &Path) -> bool {
-    let mut magic = [0; 4];
-    let read = fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic));
-    read.is_ok() && magic == *b"QFI\xfb"
-}
 
 /// Where the header says how an image is encrypted; 0: it is not (docs/interop/qcow2.txt of QEMU).
 const CRYPT_METHOD_AT: u64 = 32;

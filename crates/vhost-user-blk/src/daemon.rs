@@ -1,14 +1,14 @@
 //! The daemon's life: socket, disk, one frontend after the other, a clean end.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use block_io::{CachePolicy, CowFormat, Disk, DiskError, DiskOptions, OpenError};
-use cow_format::{HEADER_PREFIX_LEN, Header, HeaderError};
+use block_io::ops::looks::{Looks, looks_like};
+use block_io::{CachePolicy, CowFormat, Disk, DiskError, DiskOptions, Host, OpenError};
+use cow_format::{HeaderError, Sector, SectorCount, SectorRange};
 use nix::poll::PollTimeout;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -17,6 +17,7 @@ use crate::connection::{Commands, Connection, Readable, wait_readable};
 use crate::control::{self, Request};
 use crate::handover::HandoverError;
 use crate::hold::Hold;
+use crate::route::PAGE;
 use crate::session::Session;
 use crate::socket::{Listener, PREDECESSOR_WAIT, Socket, SocketError};
 use crate::upgrade::{Estate, running_program};
@@ -262,6 +263,17 @@ pub(crate) fn open_disk(
     for (depth, layer) in disk.layers().iter().enumerate() {
         log::info!("{}{}", if depth == 0 { "disk " } else { "  over " }, layer.path().display());
     }
+    if let (Some(top), Some(start)) =
+        (disk.layers().first(), SectorRange::new(Sector::new(0), SectorCount::new(0)))
+        && top.file().direct().is_some()
+        && !disk.write_at(start).get().is_multiple_of(PAGE)
+    {
+        log::warn!(
+            "{}: --cow-cache=direct: the data does not begin at a multiple of {PAGE} bytes, as in old files of UML; \
+             writes go through the page cache",
+            top.path().display()
+        );
+    }
     let access = if disk.read_only() { "read-only" } else { "writable" };
     log::info!("{} sectors of 512 bytes, {access}", disk.capacity().get());
     Ok(disk)
@@ -271,10 +283,10 @@ pub(crate) fn open_disk(
 /// header is no good, is left to the opening, which says why.
 pub(crate) fn check_format(path: &Path, expected: Option<Format>) -> Result<(), DaemonError> {
     let Some(expected) = expected else { return Ok(()) };
-    let Ok(header) = read_header(path) else { return Ok(()) };
-    let found = match header {
-        Header::Uml(_) => Format::Uml,
-        _ => Format::Native,
+    let found = match looks_like(&Host, path) {
+        Some(Looks::Uml) => Format::Uml,
+        Some(Looks::Native) => Format::Native,
+        _ => return Ok(()),
     };
     if found == expected {
         return Ok(());
@@ -286,29 +298,12 @@ pub(crate) fn check_format(path: &Path, expected: Option<Format>) -> Result<(), 
 /// bytes of a disk. (Where it is one, for a guest can have written anything there, `cow create -F raw`
 /// makes the COW file.)
 fn check_base(base: &Path) -> Result<(), DaemonError> {
-    let mut magic = [0; 4];
-    let begun = File::open(base).and_then(|mut file| file.read_exact(&mut magic));
-    let is_cow = match read_header(base) {
-        Ok(_) => true,
-        Err(error) => {
-            error.downcast_ref().is_some_and(|error| !matches!(error, HeaderError::NotCow { .. }))
-        }
-    };
-    let found = match (begun, is_cow) {
-        (Ok(()), _) if magic == *b"QFI\xfb" => "a qcow2 image",
-        (_, true) => "a COW file",
-        // What else is wrong with it is said when it is opened.
-        _ => return Ok(()),
+    let found = match looks_like(&Host, base) {
+        Some(Looks::Qcow2) => "a qcow2 image",
+        Some(Looks::Uml | Looks::Native | Looks::BrokenCow) => "a COW file",
+        None => return Ok(()),
     };
     Err(DaemonError::Base { path: base.to_owned(), found })
-}
-
-fn read_header(path: &Path) -> Result<Header, Box<dyn std::error::Error>> {
-    let file = File::open(path)?;
-    let len = file.metadata()?.len();
-    let mut prefix = Vec::new();
-    file.take(u64::try_from(HEADER_PREFIX_LEN)?).read_to_end(&mut prefix)?;
-    Ok(Header::check(&prefix, len)?)
 }
 
 /// Says what to do with a file that is no COW file, which may well be a raw image.

@@ -7,6 +7,7 @@ mod empty;
 mod error;
 mod holes;
 pub mod inspect;
+pub mod looks;
 mod merge;
 mod merge_in_place;
 mod note;

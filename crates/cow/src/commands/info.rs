@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use block_io::Host;
 use block_io::ops::inspect::{BackingFacts, Content, CowFacts, FileFacts, inspect};
+use block_io::ops::looks::{Looks, looks_like};
 use cow_format::header::{NativeState, UmlVersion};
 use cow_format::identity::{BackingIdentity, Timestamp};
 use cow_format::{Header, SECTOR_SIZE};
@@ -13,7 +14,6 @@ use serde::Serialize;
 
 use crate::error::CowError;
 use crate::output::OutputArgs;
-use crate::qcow2::begins_like_qcow2;
 use crate::size::Human;
 use crate::ui::Ui;
 
@@ -48,7 +48,8 @@ impl Args {
             top.problem = Some(problem.to_string());
         }
         if let Some(top) = files.first_mut().filter(|top| top.format == Some("raw")) {
-            top.looks_like = begins_like_qcow2(&self.file).then_some("qcow2");
+            top.looks_like =
+                (looks_like(&Host, &self.file) == Some(Looks::Qcow2)).then_some("qcow2");
         }
         match self.chain {
             true => self.output.print(&files, |files| text(files))?,

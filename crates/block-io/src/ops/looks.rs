@@ -1,0 +1,80 @@
+//! What a file begins like: good for a hint, and no more. A guest can write anything to the start of its disk, so a
+//! format is never guessed; but where nobody has said it, a raw image that begins like something else is rather that.
+
+use std::path::Path;
+
+use cow_format::{ByteOffset, HEADER_PREFIX_LEN, Header, HeaderError};
+
+use crate::storage::{Access, Env, Storage};
+
+/// The first bytes of a qcow2 image (docs/interop/qcow2.txt of QEMU).
+const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
+
+/// Bytes by which a COW file is known.
+const MAGIC_LEN: usize = 8;
+
+/// What a file begins like, if not like the bytes of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Looks {
+    /// A qcow2 image.
+    Qcow2,
+    /// A COW file of User Mode Linux.
+    Uml,
+    /// A COW file of this project.
+    Native,
+    /// A COW file with a header that is no good.
+    BrokenCow,
+}
+
+/// What the file at `path` begins like. `None` also where it cannot be read: who opens it says why.
+pub fn looks_like<E: Env>(env: &E, path: &Path) -> Option<Looks> {
+    let file = env.open(path, Access::Read).ok()?;
+    let len = file.len().ok()?;
+    let mut prefix = vec![0; HEADER_PREFIX_LEN];
+    let read = file.read_at(&mut prefix, ByteOffset::new(0)).ok()?;
+    // What is too short for a magic is none.
+    match Header::check(&prefix[..read.max(MAGIC_LEN)], len) {
+        Ok(Header::Uml(_)) => Some(Looks::Uml),
+        Ok(Header::Native(_)) => Some(Looks::Native),
+        Err(HeaderError::NotCow { .. }) => prefix.starts_with(QCOW2_MAGIC).then_some(Looks::Qcow2),
+        Err(_) => Some(Looks::BrokenCow),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::CowFormat;
+    use crate::image::{CreateOptions, create_cow};
+    use crate::sim::Sim;
+
+    #[test]
+    fn what_begins_like_something_is_told() {
+        let sim = Sim::new();
+        let write = |path: &str, bytes: &[u8]| {
+            let file = sim.create_new(Path::new(path)).unwrap();
+            file.write_all_at(bytes, ByteOffset::new(0)).unwrap();
+        };
+        write("/disk", &[7; 65536]);
+        write("/empty", &[]);
+        write("/qcow2", b"QFI\xfb and more");
+        write("/magic", b"QFI\xfb");
+        write("/broken", &[b"\x89COW\r\n\x1a\n".as_slice(), &[0; 4096]].concat());
+        let disk = Path::new("/disk");
+        for (path, format) in [("/native", CowFormat::Native), ("/uml", CowFormat::Uml)] {
+            create_cow(&sim, Path::new(path), &CreateOptions::over(format, disk)).unwrap();
+        }
+        for (path, expected) in [
+            ("/disk", None),
+            ("/empty", None),
+            ("/missing", None),
+            ("/qcow2", Some(Looks::Qcow2)),
+            ("/magic", Some(Looks::Qcow2)),
+            ("/broken", Some(Looks::BrokenCow)),
+            ("/native", Some(Looks::Native)),
+            ("/uml", Some(Looks::Uml)),
+        ] {
+            assert_eq!(looks_like(&sim, Path::new(path)), expected, "{path}");
+        }
+    }
+}

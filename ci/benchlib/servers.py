@@ -56,8 +56,10 @@ class Server:
         """The file that is written to."""
         return directory / "top"
 
-    def start(self, tools, directory, base, queues=2):
-        return Running(self, self.argv(tools, directory, base, directory / "socket", queues), directory)
+    def start(self, tools, directory, base, queues=2, more=()):
+        """Starts it in `directory`, with further arguments."""
+        argv = self.argv(tools, directory, base, directory / "socket", queues)
+        return Running(self, [*argv, *more], directory)
 
 
 class Running:

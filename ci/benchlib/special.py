@@ -250,36 +250,36 @@ def under_load(context, running):
         load.wait()
 
 
-def recovery(context, server):
-    """From SIGKILL, under a load of writes, to the first request that the next daemon has completed."""
+@contextlib.contextmanager
+def serving_under_load(context, server, *more):
+    """A daemon, started with further arguments, and random writes for as long as the body takes."""
     directory = context.fresh_directory()
     server.create(context.tools, directory, context.base, context.size)
-    first = second = server.start(context.tools, directory, context.base)
+    running = server.start(context.tools, directory, context.base, more=[arg.format(directory) for arg in more])
     try:
-        with under_load(context, first):
-            killed = time.monotonic()
-            # Returns when the process is gone, as a supervisor would notice. What the kernel still does for it is not over.
-            first.kill()
-            second, _ = timed_start(context, server, directory, context.base)
-            return {"recovery": (time.monotonic() - killed) * 1000}
+        with under_load(context, running):
+            yield running
     finally:
+        running.kill()
+
+
+def recovery(context, server):
+    """From SIGKILL, under a load of writes, to the first request that the next daemon has completed."""
+    with serving_under_load(context, server) as first:
+        killed = time.monotonic()
+        # Returns when the process is gone, as a supervisor would notice. What the kernel still does for it is not over.
         first.kill()
+        second, _ = timed_start(context, server, first.directory, context.base)
+        recovered = time.monotonic()
         second.kill()
+    return {"recovery": (recovered - killed) * 1000}
 
 
 def upgrade(context, server):
     """How long the guest waits while the daemon goes on as another program."""
-    directory = context.fresh_directory()
-    server.create(context.tools, directory, context.base, context.size)
-    control = directory / "control"
-    argv = [*server.argv(context.tools, directory, context.base, directory / "socket", 2), f"--control={control}"]
-    running = servers.Running(server, argv, directory)
-    try:
-        with under_load(context, running):
-            told = context.tools.run([context.tools.daemon, "upgrade", f"--control={control}"])
-        return {"pause": float(re.search(r"([0-9.]+) ms", told).group(1))}
-    finally:
-        running.kill()
+    with serving_under_load(context, server, "--control={}/control") as running:
+        told = context.tools.run([context.tools.daemon, "upgrade", f"--control={running.directory}/control"])
+    return {"pause": float(re.search(r"([0-9.]+) ms", told).group(1))}
 
 
 SPECIALS = [

@@ -70,6 +70,11 @@ impl Backend {
         self.process.wait_for(text, BACKEND_TIMEOUT);
     }
 
+    /// Waits until it has written `text` so many times.
+    pub fn wait_for_times(&self, text: &str, times: usize) {
+        self.process.wait_for_times(text, times, BACKEND_TIMEOUT);
+    }
+
     /// Kills it, and waits until it is gone.
     pub fn kill(self) {
         self.process.signal(Signal::SIGKILL);

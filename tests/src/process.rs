@@ -58,6 +58,11 @@ impl Process {
         Self { name: name.to_owned(), child, group, output }
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Everything written so far.
     pub fn output(&self) -> String {
         self.output.text()

@@ -1,11 +1,11 @@
 //! The running daemon when the host fails it: no space, a base cut short. The guest is blk-bench,
 //! which knows what each sector must hold.
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use system_tests::{
     Backend, CowDisk, Outcome, Process, TestDir, blk_bench, cow, patterned, run, run_ok,
@@ -118,6 +118,129 @@ fn a_base_cut_short_fails_reads_and_no_one_dies() {
     let output = run_ok(load(daemon.socket(), &writes));
     assert_eq!(failed_requests(&output), 0, "{output}");
     daemon.stop();
+}
+
+/// Four queues under full load, with a page cache from which most reads are copied, when a file is
+/// cut short that all of them are reading.
+#[test]
+fn a_base_cut_short_under_the_load_of_all_queues_gives_errors_and_no_wrong_data() {
+    for args in [&["--num-queues=4"][..], &["--num-queues=4", "--base-cache=direct"]] {
+        let disk = CowDisk::over(&patterned(32 * MIB, 6));
+        let copy = disk.dir.path("copy");
+        std::fs::copy(&disk.base, &copy).expect("a copy of the base");
+        let daemon = disk.serve(args);
+        let options = [
+            "--ops=read:4,write:1,discard:1",
+            "--block-size=512..64k",
+            "--queues=4",
+            "--depth=16",
+            "--count=60000",
+            "--discard-zeroes",
+            "--output=json",
+        ];
+        let mut command = load(daemon.socket(), &options);
+        command.arg("--base").arg(&copy);
+        let bench = Process::spawn("blk-bench", command);
+        wait_for_writes(&disk.cow, 2 * MIB);
+        let file = OpenOptions::new().write(true).open(&disk.base).expect("the base");
+        file.set_len(MIB as u64).expect("cutting the base short");
+        let (status, output) = bench.wait(PATIENCE);
+        assert!(status.success(), "{args:?}: {output}\n{}", daemon.output());
+        assert!(failed_requests(&output) > 100, "{args:?}: {output}");
+        daemon.stop();
+    }
+}
+
+/// Waits until a COW file takes up so many bytes: a load is under way.
+fn wait_for_writes(cow_file: &Path, bytes: usize) {
+    let deadline = Instant::now() + PATIENCE;
+    let used = || std::fs::metadata(cow_file).map_or(0, |metadata| metadata.blocks() * 512);
+    while used() < bytes as u64 {
+        assert!(Instant::now() < deadline, "{}: is not written", cow_file.display());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The memory file of a running blk-bench.
+fn memory_of(bench: &Process) -> File {
+    let descriptors = format!("/proc/{}/fd", bench.id());
+    let links = std::fs::read_dir(descriptors).expect("its descriptors");
+    let is_memory = |path: &PathBuf| {
+        std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains("memfd:blk-bench"))
+    };
+    let path = links.filter_map(|link| Some(link.ok()?.path())).find(is_memory);
+    OpenOptions::new().write(true).open(path.expect("its memory")).expect("its memory")
+}
+
+/// The frontend's memory is shortened while four queues copy into it, have the kernel read and write
+/// it, and use their rings: once only the data is lost, once the rings as well.
+#[test]
+fn memory_cut_short_under_the_load_of_all_queues_ends_the_session_and_no_more() {
+    let disk = CowDisk::over(&patterned(32 * MIB, 7));
+    let daemon = disk.serve(&["--num-queues=4"]);
+    for (number, rings_are_lost) in [false, true].into_iter().enumerate() {
+        let options = [
+            "--ops=read:2,write:1",
+            "--block-size=512..64k",
+            "--queues=4",
+            "--depth=32",
+            "--runtime=60s",
+            "--output=json",
+        ];
+        let bench = Process::spawn("blk-bench", load(daemon.socket(), &options));
+        wait_for_writes(&disk.cow, (number + 1) * 2 * MIB);
+        let memory = memory_of(&bench);
+        let left = if rings_are_lost { 0 } else { memory.metadata().expect("its size").len() / 2 };
+        memory.set_len(left).expect("shortening it");
+        // The frontend dies of it; or it hears that it has no backend any more.
+        let (status, output) = bench.wait(PATIENCE);
+        assert!(!status.success(), "{output}");
+        daemon.wait_for_times("shortened", number + 1);
+    }
+    let sound = [
+        "--ops=read:1,write:1",
+        "--queues=4",
+        "--depth=16",
+        "--count=4000",
+        "--read-back",
+        "--output=json",
+    ];
+    let output = run_ok(load(daemon.socket(), &sound));
+    assert_eq!(failed_requests(&output), 0, "{output}");
+    daemon.stop();
+}
+
+/// A limit on the length of files: the write that goes over it comes up short, and the rest fails.
+#[test]
+fn writes_past_the_limit_of_a_file_s_length_fail_and_no_one_dies() {
+    for cache in ["--cow-cache=buffered", "--cow-cache=direct"] {
+        let disk = CowDisk::over(&patterned(16 * MIB, 8));
+        disk.serve(&[]).stop(); // creates the COW file
+        let len = std::fs::metadata(&disk.cow).expect("the COW file").len();
+        // In the middle of a page, and of some request.
+        let limit = format!("--fsize={}", len - 8 * MIB as u64 + 1536);
+        let socket = disk.dir.path("socket");
+        let mut command = Command::new("prlimit");
+        command.arg(limit).arg(vhost_user_blk().get_program()).arg("--socket-path").arg(&socket);
+        command.args(["--num-queues=4", cache]).arg(&disk.cow);
+        let daemon = Backend::start("daemon with a limit", command, &socket);
+        let options = [
+            "--ops=read:2,write:4,write-zeroes:1",
+            "--block-size=512..64k",
+            "--queues=4",
+            "--depth=8",
+            "--flush-every=50",
+            "--count=6000",
+            "--read-back",
+            "--output=json",
+        ];
+        let mut command = load(&socket, &options);
+        command.arg("--base").arg(&disk.base);
+        let output = run_ok(command);
+        let failed = failed_requests(&output);
+        assert!((1000..5000).contains(&failed), "{cache}: {output}");
+        daemon.stop();
+    }
 }
 
 /// Lets fdatasync fail as long as a file exists.

@@ -17,7 +17,7 @@ use blk_bench::region::Region;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use system_tests::{Backend, TestDir, cow, patterned, run_ok, sha256, write_image};
+use system_tests::{Backend, TestDir, cow, patterned, run_ok, sha256, vhost_user_blk, write_image};
 
 /// A multiple of a sector, but neither of a page nor of the longest request.
 const SECTORS: u64 = (12 << 11) + 3;
@@ -246,6 +246,63 @@ fn writes_of_one_sector_side_by_side_from_all_queues() {
     let region = Region { start: 0, granule: 1, granules: SECTORS, queues: QUEUES };
     let mix = Mix { read: 20, write: 80, ..Mix::default() };
     let expected = run(&backend, &Job { region, mix, ..job() }, disk.expectation());
+    check_to_the_end(&disk, backend, &expected);
+}
+
+/// A memory cgroup of this test, in either version of the hierarchy. It goes when it is dropped, after its processes.
+struct SmallMemory(PathBuf);
+
+impl SmallMemory {
+    /// `None` where this user may not make one.
+    fn new(limit: u64) -> Option<Self> {
+        let name = format!("vhost-user-blk-test-{}", std::process::id());
+        let hierarchies =
+            [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")];
+        hierarchies.into_iter().find_map(|(root, file)| {
+            let group = Self(Path::new(root).join(&name));
+            // In a directory of another kind, that is no file that can be written.
+            fs::create_dir(&group.0).ok()?;
+            fs::write(group.0.join(file), limit.to_string()).ok()?;
+            Some(group)
+        })
+    }
+}
+
+impl Drop for SmallMemory {
+    fn drop(&mut self) {
+        _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// The kernel takes pages away, mapped ones too, and writers wait for writeback, as when the host's memory is short.
+#[test]
+fn memory_is_short_under_the_load() {
+    let disk = Disk::new();
+    let Some(group) = SmallMemory::new(10 << 20) else {
+        println!("skipped: this user may not make a memory cgroup");
+        return;
+    };
+    // What is in the cache already counts elsewhere.
+    let base = File::open(&disk.base).unwrap();
+    base.sync_all().unwrap();
+    posix_fadvise(&base, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    let socket = disk.dir.path("socket");
+    let mut command = Command::new("sh");
+    command.args(["-c", "echo $$ >$0/cgroup.procs; exec \"$@\""]).arg(&group.0);
+    command.arg(vhost_user_blk().get_program()).arg("--socket-path").arg(&socket);
+    command.arg(format!("--num-queues={QUEUES}"));
+    command.arg(format!("{},{}", disk.cow.display(), disk.base.display()));
+    let backend = Backend::start("daemon in a small memory", command, &socket);
+    let expected = run(&backend, &job(), disk.expectation());
+    assert_eq!(read_back(&backend, &expected).unwrap(), SECTORS);
+    let refused =
+        ["memory.failcnt", "memory.events"].map(|file| fs::read_to_string(group.0.join(file)));
+    let refused = refused.into_iter().flatten().collect::<String>();
+    println!("the limit was met: {refused}");
+    assert!(
+        refused.contains(|digit: char| ('1'..='9').contains(&digit)),
+        "memory was not short: {refused}"
+    );
     check_to_the_end(&disk, backend, &expected);
 }
 

@@ -13,6 +13,7 @@
 //! early.
 
 mod migration;
+mod refusal;
 
 use std::fs::File;
 use std::io;
@@ -29,10 +30,11 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{self, Backend, GpuBackend, VhostUserBackendReqHandlerMut};
 
+use self::refusal::Refusal;
 use crate::config::{self, DeviceConfig, DiskShape};
-use crate::dirty_log::{DirtyLog, LogError};
-use crate::inflight::{Area, AreaInfo, InflightError, Tracker};
-use crate::memory::{Memory, MemoryError, REGIONS_MAX, RegionInfo};
+use crate::dirty_log::DirtyLog;
+use crate::inflight::{Area, AreaInfo, Tracker};
+use crate::memory::{Memory, REGIONS_MAX, RegionInfo};
 use crate::state::{DeviceState, StateError};
 use crate::vring::{RingAddresses, RunningRing, StartCommon, Vring};
 use crate::worker::RingStart;
@@ -81,62 +83,6 @@ enum Transfer {
     Saved(std::result::Result<(), StateError>),
     /// From here it comes; the frontend writes it after SET_DEVICE_STATE_FD.
     Load(File),
-}
-
-/// Why a message is refused.
-#[derive(Debug, thiserror::Error)]
-enum Refusal {
-    #[error("queue {queue}: there is no such queue, {num_queues} are offered (--num-queues)")]
-    NoSuchQueue { queue: u32, num_queues: usize },
-    #[error("features {found:#x}: {unknown:#x} of them were not offered")]
-    Features { found: u64, unknown: u64 },
-    #[error("protocol features {found:#x}: {unknown:#x} of them were not offered")]
-    ProtocolFeatures { found: u64, unknown: u64 },
-    #[error("queue {queue}: size {found}; expected a power of two up to {max} (--queue-size)")]
-    QueueSize { queue: u32, found: u32, max: u16 },
-    #[error("queue {queue}: next available index {found}; a split ring's has 16 bits")]
-    NextAvail { queue: u32, found: u32 },
-    #[error("queue {queue}: its {part} at {address:#x} is in no memory region")]
-    RingOutside { queue: u32, part: &'static str, address: u64 },
-    #[error("queue {queue}: cannot serve it: {source}")]
-    Start { queue: usize, source: io::Error },
-    #[error("queue {queue}: cannot use its descriptor: {source}")]
-    Descriptor { queue: u32, source: io::Error },
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    #[error(transparent)]
-    Inflight(#[from] InflightError),
-    #[error(transparent)]
-    Log(#[from] LogError),
-    #[error("cannot let go of the disk: {0}")]
-    LetGo(io::Error),
-    #[error(transparent)]
-    State(#[from] StateError),
-    #[error("device state: to be transferred only while no ring is running")]
-    StateWhileRunning,
-    #[error("cannot make an in-flight area: {0}")]
-    InflightFile(io::Error),
-    #[error("cannot make the disk durable for the change to write-through: {0}")]
-    Flush(io::Error),
-    #[error(
-        "the configuration space ends at byte {}; asked for {size} bytes at {offset:#x}",
-        config::CONFIG_SPACE_LEN
-    )]
-    ConfigRange { offset: u32, size: usize },
-    #[error("{0} was not offered")]
-    NotOffered(&'static str),
-    #[error(
-        "the frontend has shortened the file of its memory, of the in-flight area or of the dirty log"
-    )]
-    MemoryGone,
-    #[error("postcopy migration was not offered")]
-    Postcopy,
-}
-
-impl From<Refusal> for vhost_user::Error {
-    fn from(refusal: Refusal) -> Self {
-        vhost_user::Error::ReqHandlerError(io::Error::other(refusal))
-    }
 }
 
 type Result<T> = std::result::Result<T, vhost_user::Error>;

@@ -1,0 +1,67 @@
+//! Why a message of the frontend is refused: what the log says when the connection ends.
+
+use std::io;
+
+use vhost::vhost_user;
+
+use crate::config;
+use crate::dirty_log::LogError;
+use crate::inflight::InflightError;
+use crate::memory::MemoryError;
+use crate::state::StateError;
+
+/// Why a message is refused.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Refusal {
+    #[error("queue {queue}: there is no such queue, {num_queues} are offered (--num-queues)")]
+    NoSuchQueue { queue: u32, num_queues: usize },
+    #[error("features {found:#x}: {unknown:#x} of them were not offered")]
+    Features { found: u64, unknown: u64 },
+    #[error("protocol features {found:#x}: {unknown:#x} of them were not offered")]
+    ProtocolFeatures { found: u64, unknown: u64 },
+    #[error("queue {queue}: size {found}; expected a power of two up to {max} (--queue-size)")]
+    QueueSize { queue: u32, found: u32, max: u16 },
+    #[error("queue {queue}: next available index {found}; a split ring's has 16 bits")]
+    NextAvail { queue: u32, found: u32 },
+    #[error("queue {queue}: its {part} at {address:#x} is in no memory region")]
+    RingOutside { queue: u32, part: &'static str, address: u64 },
+    #[error("queue {queue}: cannot serve it: {source}")]
+    Start { queue: usize, source: io::Error },
+    #[error("queue {queue}: cannot use its descriptor: {source}")]
+    Descriptor { queue: u32, source: io::Error },
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error("cannot let go of the disk: {0}")]
+    LetGo(io::Error),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("device state: to be transferred only while no ring is running")]
+    StateWhileRunning,
+    #[error("cannot make an in-flight area: {0}")]
+    InflightFile(io::Error),
+    #[error("cannot make the disk durable for the change to write-through: {0}")]
+    Flush(io::Error),
+    #[error(
+        "the configuration space ends at byte {}; asked for {size} bytes at {offset:#x}",
+        config::CONFIG_SPACE_LEN
+    )]
+    ConfigRange { offset: u32, size: usize },
+    #[error("{0} was not offered")]
+    NotOffered(&'static str),
+    #[error(
+        "the frontend has shortened the file of its memory, of the in-flight area or of the dirty log"
+    )]
+    MemoryGone,
+    #[error("postcopy migration was not offered")]
+    Postcopy,
+}
+
+impl From<Refusal> for vhost_user::Error {
+    fn from(refusal: Refusal) -> Self {
+        vhost_user::Error::ReqHandlerError(io::Error::other(refusal))
+    }
+}

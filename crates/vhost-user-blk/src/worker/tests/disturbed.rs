@@ -8,6 +8,7 @@ use std::path::Path;
 use block_io::image::{CreateOptions, create_cow, snapshot};
 use block_io::{CachePolicy, CowFormat, DiskOptions, Host, disturb};
 use cow_format::{Sector, SectorCount};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
@@ -247,6 +248,8 @@ fn image(directory: &Path, setting: Setting) -> (std::path::PathBuf, Vec<u8>) {
             .for_each(|(i, byte)| *byte = 1 + u8::try_from(i % 200).unwrap());
         file.write_all_at(place, start * 512).unwrap();
     }
+    // What is not written back stays in the page cache.
+    file.sync_all().unwrap();
     create_cow(&Host, &lower, &CreateOptions::over(setting.format, &base)).unwrap();
     let disk = Disk::open_cow(&lower, None, &DiskOptions::default()).unwrap();
     for (start, count) in [(100, 17), (32_760, 20), (SECTORS - 9, 9)] {
@@ -302,6 +305,7 @@ fn play(setting: Setting, seed: u64) -> [[u64; 2]; 16] {
         for _ in 0..setting.steps {
             let lane = &mut lanes[usize::try_from(random(LANES as u64)).unwrap()];
             match random(3) {
+                _ if random(60) == 0 => evict(&disk),
                 0 => lane.turn(&disk, &mut model),
                 _ => lane.send(&mut random, &mut model),
             }
@@ -318,6 +322,15 @@ fn play(setting: Setting, seed: u64) -> [[u64; 2]; 16] {
     drop(shared);
     reopened(disk, &path, &options, &model.content);
     answers
+}
+
+/// Takes what can be taken out of the page cache, as when memory is short: what a queue believes to be
+/// there is not, and streams begin cold.
+fn evict(disk: &Disk) {
+    for layer in disk.layers() {
+        let all = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+        posix_fadvise(layer.file().buffered(), 0, 0, all).unwrap();
+    }
 }
 
 /// The process dies, and another one finds everything; also after a clean end.

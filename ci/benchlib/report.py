@@ -14,31 +14,36 @@ STYLE = """
 * { box-sizing:border-box }
 body { margin:0; background:var(--page); color:var(--ink); font:15px/1.5 system-ui,sans-serif }
 main { max-width:1180px; margin:0 auto; padding:32px 20px 60px }
-h1 { font-size:27px; margin:0 0 4px } h2 { font-size:19px; margin:38px 0 10px } h3 { font-size:16px; margin:0 }
+h1 { font-size:27px; margin:0 0 4px } h2 { font-size:19px; margin:38px 0 10px } h3 { font-size:16px; margin:0 } h3 code { font-weight:400; margin-left:8px }
 p { margin:4px 0 } .soft { color:var(--soft) } code { font-size:12.5px; color:var(--soft); overflow-wrap:anywhere }
 .tiles { display:flex; flex-wrap:wrap; gap:12px; margin:20px 0 }
 .tile { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:12px 18px; min-width:150px }
 .tile b { display:block; font-size:25px; line-height:1.25 }
 .card { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:16px 18px; margin:14px 0 }
-.panels { display:grid; grid-template-columns:repeat(auto-fill,minmax(345px,1fr)); gap:10px 26px; margin-top:12px }
+.panels { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr)); gap:10px 26px; margin-top:12px }
 .chips { display:flex; flex-wrap:wrap; gap:6px; margin:8px 0 }
 .chip { border-radius:20px; padding:1px 10px; font-size:13px; border:1px solid currentColor }
 .good { color:var(--good) } .fair { color:var(--fair) } .bad { color:var(--bad) }
 svg { width:100%; height:auto; display:block } svg text { font:12px system-ui,sans-serif; fill:var(--ink) }
-svg .soft { fill:var(--soft) } svg .grid { stroke:var(--line) } svg .good { fill:var(--good) }
+svg .soft { fill:var(--soft) } svg .strong { font-weight:600 } svg a:hover text { text-decoration:underline } svg .grid { stroke:var(--line) } svg .good { fill:var(--good) }
 svg .fair { fill:var(--fair) } svg .bad { fill:var(--bad) }
 table { border-collapse:collapse; font-size:13px } th,td { text-align:right; padding:3px 10px; border-bottom:1px solid var(--line) }
 th:first-child,td:first-child { text-align:left } summary { cursor:pointer; color:var(--soft); font-size:13px; margin-top:8px }
-.scroll { overflow-x:auto } .key span { display:inline-block; width:11px; height:11px; border-radius:3px; margin:0 5px 0 14px }
+.panels svg { max-width:430px } .scroll { overflow-x:auto } .scroll svg { min-width:860px } .key span { display:inline-block; width:11px; height:11px; border-radius:3px; margin:0 5px 0 14px }
 """
 
 # A load average above this before the run is worth a warning.
 BUSY_LOAD = 0.5
-LABEL_WIDTH, BAR_WIDTH, ROW = 158, 140, 22
+PANEL_WIDTH, LABEL_WIDTH, BAR_WIDTH, ROW, HEAD = 360, 168, 128, 22, 42
 
 
 def escape(text):
     return html.escape(str(text))
+
+
+def figure(value, unit):
+    """A figure in the unit of its panel; long times in milliseconds, and then it says so."""
+    return f"{number(value / 1000)} ms" if unit == "µs" and value >= 1000 else number(value)
 
 
 def overview(document):
@@ -69,8 +74,8 @@ def overview(document):
         against = f"limit {number(entry['theirs'])} {entry['unit']}" if entry["against"] == "limit" else entry["against"]
         parts.append(f'<g><title>{escape(title)}: ours {number(entry["ours"])} {entry["unit"]}, {escape(against)} '
                      f'{number(entry["theirs"])}; aim {number(aim)}×</title>')
-        parts.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(case["name"])} · {escape(entry["label"])} '
-                     f'<tspan class="soft">vs {escape(against)}</tspan></text>')
+        parts.append(f'<a href="#{escape(case["name"])}"><text x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(case["name"])} · '
+                     f'{escape(entry["label"])} <tspan class="soft">vs {escape(against)}</tspan></text></a>')
         first, last = x(entry["ratios"][0]), x(entry["ratios"][-1])
         parts.append(f'<line x1="{first:.1f}" x2="{last:.1f}" y1="{y}" y2="{y}" stroke="var(--{colour})" stroke-width="3" opacity=".45"/>')
         parts.append(f'<circle cx="{x(entry["ratio"]):.1f}" cy="{y}" r="5.5" class="{colour}"/>')
@@ -90,25 +95,26 @@ def panel(document, case, metric):
     top = max(max(values(case, server["name"], key).values()) for server in rows) or 1
     peers = [median(case, server["name"], key) for server in rows if server["group"] == "peer"]
     best = (max if metric["better"] == "more" else min)(peers) if peers else None
-    height = len(rows) * ROW + 24
+    height = len(rows) * ROW + HEAD
     arrow = "more is better" if metric["better"] == "more" else "less is better"
-    parts = [f'<svg viewBox="0 0 345 {height}" role="img"><text x="0" y="13" font-weight="600">{escape(metric["label"])}, '
-             f'{escape(metric["unit"])}</text><text class="soft" x="345" y="13" text-anchor="end">{arrow}</text>']
+    parts = [f'<svg viewBox="0 0 {PANEL_WIDTH} {height}" role="img" aria-label="{escape(metric["label"])}">'
+             f'<text x="0" y="13" class="strong">{escape(metric["label"])}, {escape(metric["unit"])}</text>'
+             f'<text class="soft" x="0" y="29">{arrow}</text>']
     for index, server in enumerate(rows):
         figures, middle = values(case, server["name"], key), median(case, server["name"], key)
-        y = 24 + index * ROW
+        y = HEAD - 6 + index * ROW
         if server["group"] == "ours":
             colour = "--ours" if server["name"] == "ours" else "--ours2"
         else:
             colour = "--peer2" if middle == best else "--peer"
         spread = ", ".join(number(value) for _, value in sorted(figures.items()))
         parts.append(f"<g><title>{escape(server['label'])}: {number(middle)} {escape(metric['unit'])} (rounds: {spread})</title>")
-        weight = ' font-weight="600"' if server["name"] == "ours" else ""
+        weight = ' class="strong"' if server["name"] == "ours" else ""
         parts.append(f'<text x="{LABEL_WIDTH - 8}" y="{y + 14}" text-anchor="end"{weight}>{escape(server["label"])}</text>')
         parts.append(f'<rect x="{LABEL_WIDTH}" y="{y + 3}" width="{max(1, BAR_WIDTH * middle / top):.1f}" height="15" rx="2.5" fill="var({colour})"/>')
         for value in figures.values():
             parts.append(f'<circle cx="{LABEL_WIDTH + BAR_WIDTH * value / top:.1f}" cy="{y + 10.5}" r="2" fill="var(--ink)" opacity=".55"/>')
-        parts.append(f'<text x="{LABEL_WIDTH + BAR_WIDTH + 8}" y="{y + 14}"{weight}>{number(middle)}</text></g>')
+        parts.append(f'<text x="{LABEL_WIDTH + BAR_WIDTH + 12}" y="{y + 14}"{weight}>{figure(middle, metric["unit"])}</text></g>')
     parts.append("</svg>")
     return "".join(parts)
 
@@ -135,7 +141,7 @@ def card(document, case):
         aim = f"aim {number(entry['factor'])}×" if entry["at_most"] is None else f"aim ≤ {number(entry['at_most'])} {entry['unit']}"
         against = "" if entry["against"] == "limit" else f" {number(entry['ratio'])}× {entry['against']}"
         chips.append(f'<span class="chip {rank(entry)}">{escape(entry["label"])}: {number(entry["ours"])} '
-                     f"{escape(entry['unit'])},{escape(against)} ({escape(aim)})</span>")
+                     f"{escape(entry['unit'])}{',' if against else ''}{escape(against)} ({escape(aim)})</span>")
     best = case["against_best"]
     if best:
         colour = "soft" if best["ratio"] >= 1 else "bad"
@@ -143,7 +149,7 @@ def card(document, case):
                      f"({escape(best['peer'])})</span>")
     command = f"<code>{escape(case['command'])}</code>" if "command" in case else ""
     panels = "".join(f"<div>{panel(document, case, metric)}</div>" for metric in case["metrics"])
-    return (f'<section class=card id="{escape(case["name"])}"><h3>{escape(case["title"])}</h3>'
+    return (f'<section class=card id="{escape(case["name"])}"><h3>{escape(case["title"])}<code>{escape(case["name"])}</code></h3>'
             f"<p class=soft>{escape(case['about'])} {command}</p><div class=chips>{''.join(chips)}</div>"
             f"<div class=panels>{panels}</div>{raw_table(document, case)}</section>")
 
@@ -179,12 +185,12 @@ def page(document):
 <meta name="viewport" content="width=device-width,initial-scale=1"><title>vhost-user-blk: benchmark</title>
 <style>{STYLE}</style></head><body><main>
 <h1>vhost-user-blk beside qemu-storage-daemon</h1>
-<p class=soft>{escape(meta["date"])} · revision {escape(meta["revision"])} · {escape(meta["cpus"])} × {escape(meta["cpu"])},
+<p class=soft>{escape(meta["date"].replace("T", " ").replace("+00:00", " UTC"))} · revision {escape(meta["revision"])} · {escape(meta["cpus"])} × {escape(meta["cpu"])},
 {escape(meta["memory_gib"])} GiB, Linux {escape(meta["kernel"])} · {escape(meta["qemu"])}</p>
 {crowd}<div class=tiles>{tiles(document)}</div>
 <h2>Aims</h2><p class=soft>How many times better than the peer, in pairs of the same round: the dot is the median, the line
 spans the rounds, the upright mark is the aim.</p>
-<div class=card>{overview(document)}</div>
+<div class="card scroll">{overview(document)}</div>
 <h2>Cases</h2><p class="soft key">Bars are medians, dots single rounds.
 <span style="background:var(--ours)"></span>vhost-user-blk<span style="background:var(--ours2)"></span>… otherwise configured
 <span style="background:var(--peer2)"></span>the best peer<span style="background:var(--peer)"></span>other peers</p>

@@ -11,11 +11,11 @@ use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use vhost::vhost_user::{self, BackendReqHandler, VhostUserBackendReqHandlerMut};
 
 use crate::handover::duplicate;
-use crate::memory_table::{self, SCM_FDS_MAX};
+use crate::message::SCM_FDS_MAX;
 use crate::replay::{Message, skip_replies};
 use crate::session::{Device, Session};
 use crate::state::DeviceState;
-use crate::{signals, systemd};
+use crate::{log_fd, memory_table, signals, systemd};
 
 /// How often a ring is looked at whose frontend has announced not to kick.
 const POLLING_INTERVAL_MS: u8 = 1;
@@ -140,6 +140,9 @@ impl<D: Device> Connection<D> {
             lock(session).set_mem_table(regions, files, None).map(|_| ())
         });
         if let Some(result) = padded_table {
+            return result;
+        }
+        if let Some(result) = log_fd::handle(socket, |bell| lock(session).set_log_bell(bell)) {
             return result;
         }
         let channel = request_channel(socket);

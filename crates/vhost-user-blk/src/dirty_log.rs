@@ -7,10 +7,12 @@
 //! queues change the same bytes; each change is atomic.
 
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::memory::{GuestAddress, Memory, MemoryError, RegionInfo};
+use crate::notify::Doorbell;
 
 /// Bytes of guest memory for which one bit stands (`VHOST_LOG_PAGE`).
 pub const PAGE_LEN: u64 = 4096;
@@ -103,6 +105,8 @@ pub struct RingLog {
     pub log: Arc<DirtyLog>,
     /// The guest address under which the used ring is marked.
     pub used: u64,
+    /// Rings when there are new marks (SET_LOG_FD).
+    pub bell: Option<Arc<File>>,
 }
 
 impl RingLog {
@@ -110,6 +114,13 @@ impl RingLog {
     pub fn mark_used(&self, offset: usize, len: usize) {
         // The log holds the whole used ring, so this is inside.
         self.log.mark(self.used.saturating_add(offset as u64), len as u64);
+    }
+
+    /// Tells the frontend, if it wants to be told, that there are new marks.
+    pub fn announce(&self) {
+        if let Some(bell) = &self.bell {
+            Doorbell::new(bell.as_fd()).ring();
+        }
     }
 }
 

@@ -108,6 +108,8 @@ pub struct Session<D: Device> {
     inflight: Option<Area>,
     /// SET_LOG_BASE.
     log: Option<Arc<DirtyLog>>,
+    /// SET_LOG_FD: rings when the log is written.
+    log_bell: Option<Arc<File>>,
     /// A ring has run since the disk was last let go.
     served: bool,
     vrings: Vec<Vring<D::Ring>>,
@@ -131,6 +133,7 @@ impl<D: Device> Session<D> {
             transfer: None,
             inflight: None,
             log: None,
+            log_bell: None,
             served: false,
             vrings: (0..shape.num_queues).map(|_| Vring::default()).collect(),
             requests: None,
@@ -144,6 +147,7 @@ impl<D: Device> Session<D> {
         self.transfer = None;
         self.inflight = None;
         self.log = None;
+        self.log_bell = None;
         self.memory = Arc::new(Memory::empty());
         self.requests = None;
     }
@@ -198,6 +202,7 @@ impl<D: Device> Session<D> {
             write_through: &self.write_through,
             inflight: self.inflight.as_ref(),
             log: self.log.as_ref().filter(|_| logging),
+            log_bell: self.log_bell.as_ref(),
         };
         // Nothing may be written that the log should have and cannot.
         let ready = self.features.is_some() && logging == common.log.is_some();

@@ -212,6 +212,7 @@ impl SplitQueue {
     /// anything else is done with the ring.
     pub fn log(&mut self, log: RingLog) {
         log.mark_used(0, used_ring_len(self.size));
+        log.announce();
         self.log = Some(log);
     }
 
@@ -244,6 +245,15 @@ impl SplitQueue {
     fn mark_used(&self, offset: usize, len: usize) {
         if let Some(log) = &self.log {
             log.mark_used(offset, len);
+        }
+    }
+
+    /// The same, and tells the frontend that there are new marks.
+    #[inline]
+    fn mark_and_announce(&self, offset: usize, len: usize) {
+        if let Some(log) = &self.log {
+            log.mark_used(offset, len);
+            log.announce();
         }
     }
 
@@ -348,7 +358,8 @@ impl SplitQueue {
         // Release: the elements, and the data and status bytes before them, are visible before the
         // index.
         store(self.used_idx_ptr(), new, Ordering::Release);
-        self.mark_used(2, 2);
+        // Announces all marks of the batch.
+        self.mark_and_announce(2, 2);
         self.published = new;
         // The guest arms its notification, then looks at used.idx; the index goes first here
         // (2.7.7.2, 2.7.14).
@@ -373,7 +384,7 @@ impl SplitQueue {
         if !self.event_idx && !self.quiet {
             self.quiet = true;
             store(self.used_flags_ptr(), NO_NOTIFY, Ordering::Relaxed);
-            self.mark_used(0, 2);
+            self.mark_and_announce(0, 2);
         }
     }
 
@@ -384,11 +395,11 @@ impl SplitQueue {
         if self.event_idx {
             // Not `avail.idx`: what was made available since is to be noticed below.
             store(self.avail_event_ptr(), self.next_avail, Ordering::Relaxed);
-            self.mark_used(4 + 8 * usize::from(self.size), 2);
+            self.mark_and_announce(4 + 8 * usize::from(self.size), 2);
         } else if self.quiet {
             self.quiet = false;
             store(self.used_flags_ptr(), 0, Ordering::Relaxed);
-            self.mark_used(0, 2);
+            self.mark_and_announce(0, 2);
         }
         // The guest writes avail.idx, then looks whether to kick; the wish goes first here
         // (2.7.13.4.1).

@@ -153,6 +153,7 @@ impl<R: RunningRing> Vring<R> {
             log: common.log.map(|log| RingLog {
                 log: Arc::clone(log),
                 used: self.log_address.unwrap_or(layout.used.0),
+                bell: common.log_bell.map(Arc::clone),
             }),
         })
     }
@@ -268,4 +269,6 @@ pub struct StartCommon<'a> {
     pub inflight: Option<&'a Area>,
     /// The dirty log, if it is to be kept.
     pub log: Option<&'a Arc<DirtyLog>>,
+    /// Rings when the log is written.
+    pub log_bell: Option<&'a Arc<File>>,
 }

@@ -83,6 +83,9 @@ impl<D: Device> Session<D> {
             let message = Message::new(FrontendReq::SET_BACKEND_REQ_FD, &[]);
             messages.push(message.with(channel.as_fd()));
         }
+        if let Some(bell) = &self.log_bell {
+            messages.push(Message::new(FrontendReq::SET_LOG_FD, &[]).with(bell.as_fd()));
+        }
         if let Some(features) = self.features {
             messages.push(Message::new(FrontendReq::SET_FEATURES, &[features]));
         }

@@ -13,6 +13,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use vhost::vhost_user;
 use vhost::vhost_user::message::{VhostUserLog, VhostUserProtocolFeatures};
 
 use super::{Device, Refusal, Session};
@@ -41,6 +42,18 @@ impl<D: Device> Session<D> {
         }
         self.log = Some(Arc::new(log));
         self.check_log()
+    }
+
+    /// SET_LOG_FD, which may come at any time. Once it is answered an earlier descriptor is not used.
+    ///
+    /// # Errors
+    /// If a ring cannot be served any more.
+    pub fn set_log_bell(&mut self, bell: File) -> std::result::Result<(), vhost_user::Error> {
+        if self.is_logging() {
+            self.vrings.iter_mut().for_each(Vring::pause);
+        }
+        self.log_bell = Some(Arc::new(bell));
+        self.reconcile()
     }
 
     /// Whether the log has a bit for everything that is written.

@@ -52,6 +52,7 @@ pub struct Guest {
     sockets: Vec<PathBuf>,
     ubd: Vec<String>,
     script: String,
+    files: Vec<(String, Vec<u8>)>,
     queues: u16,
     fio: bool,
     reconnect: bool,
@@ -69,6 +70,7 @@ impl Guest {
             sockets: vec![],
             ubd: vec![],
             script,
+            files: vec![],
             queues: 1,
             fio: false,
             reconnect: false,
@@ -100,6 +102,12 @@ impl Guest {
     pub fn queues(mut self, queues: u16) -> Self {
         assert_eq!(self.kernel, Kernel::Qemu, "virtio_uml has one queue");
         self.queues = queues;
+        self
+    }
+
+    /// Puts a file into the guest, at a path that does not begin with `/`. Its directory must be there.
+    pub fn with_file(mut self, path: &str, content: Vec<u8>) -> Self {
+        self.files.push((path.to_owned(), content));
         self
     }
 
@@ -163,7 +171,9 @@ impl Guest {
         if self.fio {
             initrd.extend(read("fio.cpio"));
         }
-        initrd.extend(cpio(&[("script", self.script.as_bytes())]));
+        let files = self.files.iter().map(|(path, content)| (path.as_str(), content.as_slice()));
+        let files: Vec<_> = files.chain([("script", self.script.as_bytes())]).collect();
+        initrd.extend(cpio(&files));
         initrd
     }
 
@@ -257,6 +267,21 @@ impl Running {
         let connect = || UnixStream::connect(&self.control[1]).expect("a serial port");
         let mut serial = self.serial.get_or_init(connect);
         writeln!(serial, "{line}").expect("writing to a serial port");
+    }
+
+    /// The number that it has given as the result `key`, the first of them.
+    pub fn number(&self, key: &str) -> usize {
+        let line = format!("@@{key}=");
+        self.wait_for(&line);
+        loop {
+            let output = self.output();
+            let rest = output.split_once(&line).map_or("", |(_, rest)| rest);
+            // The rest of the line may be on its way.
+            if let Some((number, _)) = rest.split_once(['\r', '\n']) {
+                return number.parse().unwrap_or_else(|e| panic!("result {key}: {number:?}: {e}"));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// What it has written to the console so far.

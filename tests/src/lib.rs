@@ -18,7 +18,7 @@ pub use files::{CowDisk, TestDir, patterned, sha256, write_image};
 pub use guest::{Console, Guest, Kernel, Running};
 pub use monitor::Monitor;
 pub use process::Process;
-pub use programs::{Outcome, available, blk_bench, cow, run, run_ok, vhost_user_blk};
+pub use programs::{Outcome, available, blk_bench, compile_c, cow, run, run_ok, vhost_user_blk};
 
 /// Ends the calling test, which then counts as skipped in `ci/test`, where what it needs is not here.
 #[macro_export]

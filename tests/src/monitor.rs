@@ -63,17 +63,55 @@ impl Monitor {
         self.run("migrate", json!({ "uri": format!("unix:{}", socket.display()) }));
     }
 
+    /// The same with a guest that may hardly be stopped. As long as the guest writes to its memory that
+    /// does not come to an end; it is sent again and again, at most so many bytes a second, until
+    /// [`Monitor::let_migration_end`].
+    pub fn migrate_without_end(&mut self, socket: &Path, bandwidth: u64) {
+        // With 0 QEMU (10.0) ends when it has sent everything once: it does not look again for what
+        // has changed.
+        let limits = json!({ "downtime-limit": 1, "max-bandwidth": bandwidth });
+        self.run("migrate-set-parameters", limits);
+        self.run("migrate", json!({ "uri": format!("unix:{}", socket.display()) }));
+    }
+
+    /// Lets it stop the guest, and so end.
+    pub fn let_migration_end(&mut self) {
+        let limits = json!({ "downtime-limit": 20_000, "max-bandwidth": 1_u64 << 40 });
+        self.run("migrate-set-parameters", limits);
+    }
+
+    /// Waits until all of memory has been sent once.
+    pub fn await_first_pass(&mut self) {
+        self.await_state("a second pass", |state| {
+            // 1 during the first pass.
+            state["ram"]["dirty-sync-count"].as_u64() > Some(1)
+        });
+    }
+
     /// Waits until the migration has this status; panics if it fails before. Gives all that is known of
     /// it.
     pub fn await_status(&mut self, status: &str) -> Value {
+        self.await_state(status, |state| state["status"] == status)
+    }
+
+    /// Waits until the guest runs: at the destination of a migration a little after its end.
+    pub fn await_running(&mut self) {
+        self.await_that("query-status", "running", |state| state["running"] == true);
+    }
+
+    fn await_state(&mut self, what: &str, reached: impl Fn(&Value) -> bool) -> Value {
+        self.await_that("query-migrate", what, reached)
+    }
+
+    fn await_that(&mut self, query: &str, what: &str, reached: impl Fn(&Value) -> bool) -> Value {
         let deadline = Instant::now() + self.timeout;
         loop {
-            let state = self.run("query-migrate", json!({}));
-            if state["status"] == status {
+            let state = self.run(query, json!({}));
+            if reached(&state) {
                 return state;
             }
-            assert_ne!(state["status"], "failed", "migration: {state}");
-            assert!(Instant::now() < deadline, "migration: not {status}: {state}");
+            assert_ne!(state["status"], "failed", "{query}: {state}");
+            assert!(Instant::now() < deadline, "{query}: not {what}: {state}");
             thread::sleep(Duration::from_millis(20));
         }
     }

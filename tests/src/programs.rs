@@ -1,7 +1,8 @@
 //! The programs that tests run: this project's own, built once, and others by name.
 
 use std::env;
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -43,6 +44,16 @@ pub fn available(programs: &[&str]) -> Result<(), String> {
         None => Ok(()),
         Some(name) => Err(format!("{name} is not in PATH (ci/setup installs it)")),
     }
+}
+
+/// Compiles a C program or library; `options` are the compiler's.
+pub fn compile_c(source: &str, options: &[&str], out: &Path) {
+    let mut file = out.as_os_str().to_owned();
+    file.push(".c");
+    fs::write(&file, source).expect("writing a C file");
+    let mut cc = Command::new("cc");
+    cc.args(options).arg("-o").arg(out).arg(file);
+    run_ok(cc);
 }
 
 /// The daemon of this workspace.

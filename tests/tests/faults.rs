@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use system_tests::{
-    Backend, CowDisk, Outcome, Process, TestDir, blk_bench, cow, patterned, run, run_ok,
+    Backend, CowDisk, Outcome, Process, TestDir, blk_bench, compile_c, cow, patterned, run, run_ok,
     vhost_user_blk,
 };
 
@@ -259,11 +259,8 @@ int fdatasync(int fd) {
 #[test]
 fn after_a_failed_sync_there_are_reads_and_no_writes_until_the_disk_is_opened_again() {
     let disk = CowDisk::over(&patterned(8 * MIB, 5));
-    let [source, library, fails] = ["sync.c", "sync.so", "fails"].map(|name| disk.dir.path(name));
-    std::fs::write(&source, FAILING_SYNC).expect("a file");
-    let mut cc = Command::new("cc");
-    cc.args(["-shared", "-fPIC", "-o"]).args([&library, &source]);
-    run_ok(cc);
+    let [library, fails] = ["sync.so", "fails"].map(|name| disk.dir.path(name));
+    compile_c(FAILING_SYNC, &["-shared", "-fPIC"], &library);
     let socket = disk.dir.path("socket");
     let mut command = vhost_user_blk();
     command.env("LD_PRELOAD", &library).env("SYNC_FAILS", &fails);

@@ -1,11 +1,18 @@
 //! A guest is migrated from one QEMU to another, and its disk goes from one daemon to another.
 //!
-//! That each page which the daemon writes is marked in the dirty log is not proved here: a guest seldom
-//! looks again at what it was sending when it moved. The daemon's own tests prove it
-//! (`crates/vhost-user-blk/tests/dirty_log.rs`).
+//! A guest under load seldom looks again at what the daemon wrote into its memory while it moved, so a
+//! daemon that forgot to mark that in the dirty log could pass the first test. The second looks at
+//! nothing else, and fails with such a daemon, which the third proves. That each kind of write is
+//! marked the daemon's own tests prove (`crates/vhost-user-blk/tests/dirty_log.rs`).
+
+use std::fs;
+use std::process::Command;
 
 use serde_json::json;
-use system_tests::{Backend, CowDisk, Guest, Kernel, Running, cow, patterned, require, run_ok};
+use system_tests::{
+    Backend, CowDisk, Guest, Kernel, Running, compile_c, cow, patterned, require, run_ok,
+    vhost_user_blk,
+};
 
 const MIB: usize = 1 << 20;
 
@@ -108,4 +115,76 @@ fn a_guest_moves_under_load_and_sees_nothing_of_it() {
     info.arg("info").arg(&disk.cow);
     let info = run_ok(info);
     assert!(info.contains("clean"), "{info}");
+}
+
+/// Of the buffer that [`HELD`] keeps, and of each of the two pieces of the disk that it reads.
+const HELD_MIB: usize = 16;
+const HELD: &str = include_str!("../c/held.c");
+const UNLOGGED: &str = include_str!("../c/unlogged.c");
+
+/// Slow enough that each pass over what has changed takes the guest some of its own time.
+const SLOW: u64 = 16 << 20;
+
+/// Migrates a guest with a buffer that only the daemon writes, and writes anew after it was sent. How
+/// many of its pages hold at the destination what they must not.
+fn wrong_pages_after_the_move(prepare: impl FnOnce(&CowDisk, &mut Command)) -> usize {
+    let script = format!(
+        "
+        (while :; do dd if=/dev/urandom of=/tmp/noise bs=64k count=128 conv=notrunc 2>/dev/null; done) &
+        held /dev/vda {HELD_MIB}
+        kill $!
+        "
+    );
+    let disk = CowDisk::over(&patterned(2 * HELD_MIB * MIB, 7));
+    let program = disk.dir.path("held");
+    compile_c(HELD, &["-static", "-O1"], &program);
+    let program = fs::read(program).expect("the program");
+    let mut command = vhost_user_blk();
+    prepare(&disk, &mut command);
+    let socket = disk.dir.path("socket");
+    command.arg("--socket-path").arg(&socket).arg(disk.spec());
+    let daemon = Backend::start("daemon at the source", command, &socket);
+    let guest = || {
+        let guest = Guest::new(Kernel::Qemu, &script).with_file("bin/held", program.clone());
+        guest.controlled().reconnecting()
+    };
+    let source = guest().disk(&daemon).boot(&disk.dir, "source");
+    source.wait_for("@@held=first");
+    let target_daemon = target_daemon(&disk, &[]);
+    let waiting = disk.dir.path("waiting");
+    let target = guest().disk(&target_daemon).incoming(&waiting).boot(&disk.dir, "target");
+    // It listens once it answers.
+    target.monitor();
+    let mut monitor = source.monitor();
+    monitor.migrate_without_end(&waiting, SLOW);
+    monitor.await_first_pass();
+    source.tell("second");
+    source.wait_for("@@held=second");
+    monitor.let_migration_end();
+    let state = monitor.await_status("completed");
+    println!("{} passes", state["ram"]["dirty-sync-count"]);
+    target.monitor().await_running();
+    target.tell("compare");
+    target.wait_for("@@wrong=");
+    let all = HELD_MIB * MIB / 4096;
+    assert_eq!(target.number("pages"), all);
+    target.number("wrong")
+}
+
+#[test]
+fn what_the_daemon_writes_into_memory_while_it_is_sent_arrives() {
+    require!(Kernel::Qemu.available());
+    assert_eq!(wrong_pages_after_the_move(|_, _| {}), 0);
+}
+
+/// The daemon is the same, with a log of its own in which nobody looks.
+#[test]
+fn a_guest_sees_that_a_daemon_marks_nothing() {
+    require!(Kernel::Qemu.available());
+    let wrong = wrong_pages_after_the_move(|disk, command| {
+        let library = disk.dir.path("unlogged.so");
+        compile_c(UNLOGGED, &["-shared", "-fPIC"], &library);
+        command.env("LD_PRELOAD", library);
+    });
+    assert_eq!(wrong, HELD_MIB * MIB / 4096);
 }

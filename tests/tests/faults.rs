@@ -3,8 +3,10 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use system_tests::{
@@ -282,6 +284,48 @@ fn after_a_failed_sync_there_are_reads_and_no_writes_until_the_disk_is_opened_ag
     daemon.kill();
     let daemon = disk.serve(&[]);
     assert_eq!(failed("--ops=write", "--offset=2M", &flushes), 0);
+    daemon.stop();
+}
+
+/// Has fdatasync hang as long as a file exists, as that of a file system does whose server has gone.
+const HANGING_SYNC: &str = r#"
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int fdatasync(int fd) {
+    while (access(getenv("SYNC_HANGS"), F_OK) == 0) usleep(5000);
+    return syscall(SYS_fdatasync, fd);
+}
+"#;
+
+#[test]
+fn a_sync_that_hangs_is_told_to_nobody_but_the_watchdog() {
+    let disk = CowDisk::over(&patterned(MIB, 6));
+    let [library, hangs, notify] = ["sync.so", "hangs", "notify"].map(|name| disk.dir.path(name));
+    compile_c(HANGING_SYNC, &["-shared", "-fPIC"], &library);
+    let manager = UnixDatagram::bind(&notify).expect("a socket");
+    manager.set_read_timeout(Some(PATIENCE)).expect("a time limit");
+    let socket = disk.dir.path("socket");
+    let mut command = vhost_user_blk();
+    command.env("LD_PRELOAD", &library).env("SYNC_HANGS", &hangs);
+    command.env("NOTIFY_SOCKET", &notify).env("WATCHDOG_USEC", "40000");
+    command.arg("--socket-path").arg(&socket).arg(disk.spec());
+    let daemon = Backend::start("daemon whose syncs hang", command, &socket);
+    std::fs::write(&hangs, "").expect("a file");
+    let bench = Process::spawn("blk-bench", load(&socket, &["--once", "--flush-every=4"]));
+    daemon.wait_for("committer is stuck");
+    manager.set_nonblocking(true).expect("a socket");
+    while manager.recv(&mut [0; 64]).is_ok() {}
+    // Ten signs of life would have been due.
+    thread::sleep(Duration::from_millis(200));
+    assert!(manager.recv(&mut [0; 64]).is_err(), "a sign of life of a daemon that is stuck");
+    manager.set_nonblocking(false).expect("a socket");
+    std::fs::remove_file(&hangs).expect("removing a file");
+    daemon.wait_for("committer gets on again");
+    let (status, output) = bench.wait(PATIENCE);
+    assert!(status.success(), "{output}");
+    assert!(manager.recv(&mut [0; 64]).is_ok(), "no sign of life any more");
     daemon.stop();
 }
 

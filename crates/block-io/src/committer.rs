@@ -8,6 +8,7 @@ use std::thread::{Builder, JoinHandle};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::disk::Disk;
+use crate::pulse::Pulse;
 use crate::storage::Env;
 
 /// Stack of the committer's thread in bytes: a flush pass keeps its pages on the heap, so a small one does.
@@ -35,6 +36,7 @@ struct Shared {
     inbox: Mutex<Inbox>,
     wake: Condvar,
     mailboxes: Vec<Mailbox>,
+    pulse: Arc<Pulse>,
 }
 
 #[derive(Debug, Default)]
@@ -61,7 +63,9 @@ impl Committer {
         let mailbox =
             |_| Ok(Mailbox { answers: Mutex::default(), event: EventFd::from_flags(flags)? });
         let mailboxes = (0..queues).map(mailbox).collect::<io::Result<_>>()?;
-        let shared = Arc::new(Shared { inbox: Mutex::default(), wake: Condvar::new(), mailboxes });
+        let (inbox, wake) = (Mutex::default(), Condvar::new());
+        let pulse = Arc::new(Pulse::waiting());
+        let shared = Arc::new(Shared { inbox, wake, mailboxes, pulse });
         let theirs = Arc::clone(&shared);
         let builder = Builder::new().name("committer".to_owned()).stack_size(STACK_BYTES);
         let thread = builder.spawn(move || theirs.run(flush))?;
@@ -74,6 +78,11 @@ impl Committer {
         debug_assert!(waiter.queue < self.shared.mailboxes.len());
         lock(&self.shared.inbox).waiting.push(waiter);
         self.shared.wake.notify_one();
+    }
+
+    /// The thread's pulse; each pass is one step.
+    pub fn pulse(&self) -> &Arc<Pulse> {
+        &self.shared.pulse
     }
 
     /// Moves the answers for `queue` to the end of `answers`: the tag and whether the flush succeeded. It does not
@@ -115,7 +124,9 @@ impl Shared {
     /// Waits for requests and takes all of them; false when it is time to stop.
     fn next_batch(&self, batch: &mut Vec<Waiter>) -> bool {
         let idle = |inbox: &mut Inbox| inbox.waiting.is_empty() && !inbox.stop;
+        self.pulse.rest();
         let waited = self.wake.wait_while(lock(&self.inbox), idle);
+        self.pulse.beat();
         std::mem::swap(batch, &mut waited.unwrap_or_else(PoisonError::into_inner).waiting);
         !batch.is_empty()
     }

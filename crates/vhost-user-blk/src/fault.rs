@@ -1,29 +1,53 @@
-//! Places at which a test kills the daemon, with the feature `fault-points`; without it, nothing.
+//! Places at which a test kills or stops the daemon, with the feature `fault-points`; without it,
+//! nothing.
 
 /// Says that the place called `name` was reached. With the feature: if the environment variable
 /// `VHOST_USER_BLK_FAULT` is `NAME:N`, the Nth time that NAME is reached is the end of the process,
-/// by SIGKILL.
+/// by SIGKILL; if it is `NAME:N:FILE`, the thread waits there until FILE exists.
 #[cfg(all(feature = "fault-points", not(test)))]
 pub fn reached(name: &str) {
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    static PLAN: OnceLock<Option<(String, AtomicU64)>> = OnceLock::new();
+    struct Plan {
+        name: String,
+        times: AtomicU64,
+        until: Option<String>,
+    }
+
+    static PLAN: OnceLock<Option<Plan>> = OnceLock::new();
     let plan = PLAN.get_or_init(|| {
         let plan = std::env::var("VHOST_USER_BLK_FAULT").ok()?;
-        let (name, times) = plan.split_once(':')?;
-        Some((name.to_owned(), AtomicU64::new(times.parse().ok()?)))
+        let mut parts = plan.splitn(3, ':');
+        let (name, times) = (parts.next()?.to_owned(), parts.next()?.parse().ok()?);
+        Some(Plan { name, times: AtomicU64::new(times), until: parts.next().map(str::to_owned) })
     });
-    if let Some((planned, times)) = plan
-        && planned == name
-        && times.fetch_sub(1, Ordering::SeqCst) == 1
+    if let Some(plan) = plan
+        && plan.name == name
+        && plan.times.fetch_sub(1, Ordering::SeqCst) == 1
     {
-        // SAFETY: no memory is involved. Nothing runs after it, not even another thread's next
-        // instruction for long, which is what a crash is like.
-        unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
-        loop {
-            std::thread::park();
+        match &plan.until {
+            None => die(),
+            Some(file) => wait_for(file),
         }
+    }
+}
+
+#[cfg(all(feature = "fault-points", not(test)))]
+fn die() -> ! {
+    // SAFETY: no memory is involved. Nothing runs after it, not even another thread's next
+    // instruction for long, which is what a crash is like.
+    unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+    loop {
+        std::thread::park();
+    }
+}
+
+#[cfg(all(feature = "fault-points", not(test)))]
+fn wait_for(file: &str) {
+    log::warn!("at a fault point, waiting for {file}");
+    while !std::path::Path::new(file).exists() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
     }
 }
 

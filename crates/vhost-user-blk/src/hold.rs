@@ -22,8 +22,8 @@ use crate::holes::Holes;
 use crate::request::ParseLimits;
 use crate::resident::Mappings;
 use crate::session::Device;
-use crate::signals;
 use crate::worker::{self, RingStart, Shared, WorkerHandle};
+use crate::{signals, watchdog};
 
 /// A disk that is open or will be.
 pub struct Hold {
@@ -165,10 +165,12 @@ impl Hold {
         let watch = BaseWatch::spawn(&disk)
             .inspect_err(|e| log::warn!("the files below the disk are not watched: {e}"));
         let options = &self.options;
+        let committer = Committer::spawn(Arc::clone(&disk), options.num_queues.into())?;
+        watchdog::watch("committer", committer.pulse());
         let shared = Shared {
             mappings: Mappings::new(&disk),
             holes: Holes::new(&disk),
-            committer: Committer::spawn(Arc::clone(&disk), options.num_queues.into())?,
+            committer,
             serial: options.serial,
             limits: ParseLimits { capacity: disk.capacity(), read_only: disk.read_only() },
             poll: Duration::from_micros(options.poll_us.into()),

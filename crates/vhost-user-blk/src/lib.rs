@@ -39,4 +39,5 @@ pub mod takeover;
 pub mod upgrade;
 pub mod virtqueue;
 pub mod vring;
+pub mod watchdog;
 pub mod worker;

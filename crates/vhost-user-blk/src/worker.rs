@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use block_io::pulse::Pulse;
 use block_io::ring::{Event, Plan, Ring, Watch};
 use block_io::{Committer, Disk, Waiter, Writing};
 use cow_format::SectorRange;
@@ -31,6 +32,7 @@ use crate::resident::Mappings;
 use crate::route::Router;
 use crate::spin::Spin;
 use crate::virtqueue::{Head, RingLayout, SplitQueue};
+use crate::watchdog;
 
 /// Requests taken in one turn: enough to share a system call and a
 /// notification among many, few enough that the first is not held up by the
@@ -122,10 +124,13 @@ pub fn spawn(mut start: RingStart, shared: Arc<Shared>) -> io::Result<WorkerHand
     let stop = Arc::new(stop);
     let theirs = Arc::clone(&stop);
     let inflight = start.inflight.take();
+    let name = format!("queue-{}", start.queue);
+    let pulse = Arc::new(Pulse::waiting());
+    watchdog::watch(&name, &pulse);
     let thread = std::thread::Builder::new()
-        .name(format!("queue-{}", start.queue))
+        .name(name)
         .stack_size(STACK_BYTES)
-        .spawn(move || serve(&start, inflight, &shared, &theirs))?;
+        .spawn(move || serve(&start, inflight, &shared, &theirs, &pulse))?;
     Ok(WorkerHandle { thread, stop })
 }
 
@@ -140,8 +145,15 @@ impl WorkerHandle {
     }
 }
 
-fn serve(start: &RingStart, inflight: Option<Tracker>, shared: &Shared, stop: &EventFd) -> u16 {
-    match Worker::new(start, inflight, shared, stop) {
+fn serve(
+    start: &RingStart,
+    inflight: Option<Tracker>,
+    shared: &Shared,
+    stop: &EventFd,
+    pulse: &Pulse,
+) -> u16 {
+    pulse.beat();
+    match Worker::new(start, inflight, shared, stop, pulse) {
         Ok(worker) => worker.run(),
         Err(e) => {
             give_up(start, shared, e.as_ref());
@@ -191,6 +203,7 @@ struct Worker<'a> {
     committing: Vec<Option<InFlight<'a>>>,
     uncommitted: Vec<u32>,
     spin: Spin,
+    pulse: &'a Pulse,
     /// Bytes to read of the batch that is being taken.
     batch_bytes: u64,
     /// Requests are still being taken.
@@ -213,6 +226,7 @@ impl<'a> Worker<'a> {
         inflight: Option<Tracker>,
         shared: &'a Shared,
         stop: &'a EventFd,
+        pulse: &'a Pulse,
     ) -> Result<Self, Box<dyn std::error::Error>> {
         let depth = start.layout.size;
         let memory = Arc::clone(&start.memory);
@@ -240,6 +254,7 @@ impl<'a> Worker<'a> {
             committing: (0..depth).map(|_| None).collect(),
             uncommitted: (0..u32::from(depth)).rev().collect(),
             spin: Spin::new(shared.poll),
+            pulse,
             batch_bytes: 0,
             open: true,
             tidying: false,
@@ -255,6 +270,7 @@ impl<'a> Worker<'a> {
     fn run(mut self) -> u16 {
         self.notify();
         loop {
+            self.pulse.beat();
             let busy = self.turn();
             if !self.open && self.in_flight() == 0 {
                 return self.queue.next_avail();
@@ -553,9 +569,11 @@ impl<'a> Worker<'a> {
             self.tidying = self.tidy_later();
         }
         let asleep = Instant::now();
+        self.pulse.rest();
         if let Err(e) = self.ring.enter(true) {
             self.fail(&e);
         }
+        self.pulse.beat();
         self.spin.slept(asleep.elapsed());
         self.queue.disable_notifications();
     }

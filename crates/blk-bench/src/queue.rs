@@ -3,6 +3,8 @@
 //! A [`Slot`] is the right to have one request in flight: take one, fill its data, submit it, and get it back with the
 //! completion. All of its memory is laid out once, so that a request costs a few stores and no allocation.
 
+mod untracked;
+
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
@@ -451,18 +453,30 @@ impl Queue {
     }
 
     fn next_completion(&mut self) -> Result<Completion, Error> {
+        let (slot, len, request) = self.next_answer()?;
+        let Some(request) = request else {
+            let id = u32::from(slot.0 * self.layout.ring_stride());
+            return Err(self.bad_head(id, "that one is not in flight (answered twice?)"));
+        };
+        Ok(self.completion(slot, len, request))
+    }
+
+    /// The next answer: the slot, the length, and what was asked, if that was not answered before.
+    fn next_answer(&mut self) -> Result<(Slot, u32, Option<Request>), Error> {
         let used = self.ring.pop_used();
         let stride = u32::from(self.layout.ring_stride());
         if !used.id.is_multiple_of(stride) || used.id / stride >= u32::from(self.layout.depth) {
             return Err(self.bad_head(used.id, "that is not the head of a request"));
         }
         let slot = Slot(u16::try_from(used.id / stride).expect("less than depth"));
-        let Some(request) = self.in_flight[slot.index()].take() else {
-            return Err(self.bad_head(used.id, "that one is not in flight (answered twice?)"));
-        };
-        self.in_flight_count -= 1;
+        let request = self.in_flight[slot.index()].take();
+        self.in_flight_count -= usize::from(request.is_some());
+        Ok((slot, used.len, request))
+    }
+
+    fn completion(&self, slot: Slot, used_len: u32, request: Request) -> Completion {
         let status = self.memory.load::<u8>(self.layout.control(slot.0) + STATUS_AT);
-        Ok(Completion { slot, request, status: status.into(), used_len: used.len })
+        Completion { slot, request, status: status.into(), used_len }
     }
 
     fn bad_head(&self, id: u32, why: &'static str) -> Error {

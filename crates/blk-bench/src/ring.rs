@@ -181,6 +181,11 @@ impl DriverRing {
         Used { id: u32::from_le(used.id), len: u32::from_le(used.len) }
     }
 
+    /// Whether as many answers were looked at as heads were pushed.
+    pub fn is_caught_up(&self) -> bool {
+        self.used_next == self.avail_next
+    }
+
     /// Asks for an interrupt at the next completion; true if one has arrived meanwhile, so that sleeping would be wrong.
     pub fn arm(&mut self) -> bool {
         if self.event_idx {

@@ -2,6 +2,8 @@
 //! memory and in-flight area, and checks that every request is answered once and every sector holds
 //! what was acknowledged.
 
+pub mod untracked;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -17,7 +19,8 @@ use nix::sys::signal::Signal;
 use super::{Daemon, PROGRAM};
 
 const QUEUES: u16 = 3;
-const DEPTH: u16 = 24;
+/// Requests in flight in each queue, if nothing else is said.
+pub const DEPTH: u16 = 24;
 /// Sectors that one request covers at most; each request in flight has as many to itself.
 const GRANULE: u32 = 16;
 const GRANULES: u64 = 600;
@@ -41,6 +44,8 @@ struct Lane {
     /// By number among the queue's granules.
     busy: Vec<bool>,
     sequence: u32,
+    /// What the last write of each slot wrote.
+    sequences: Vec<u32>,
     /// Order in which slots were submitted.
     tickets: Vec<u64>,
     next_ticket: u64,
@@ -76,6 +81,17 @@ impl Soak {
 
     /// The same; `inflight` says whether there is such an account.
     pub fn with_inflight(directory: &Path, args: &[&str], first: &End, inflight: bool) -> Self {
+        Self::with_depth(directory, args, first, inflight, DEPTH)
+    }
+
+    /// The same with so many requests in flight in each queue.
+    pub fn with_depth(
+        directory: &Path,
+        args: &[&str],
+        first: &End,
+        inflight: bool,
+        depth: u16,
+    ) -> Self {
         let seed = from_env("RECOVERY_SEED").unwrap_or_else(rand_seed);
         println!("RECOVERY_SEED={seed}");
         let region = Region { start: 3, granule: GRANULE, granules: GRANULES, queues: QUEUES };
@@ -86,7 +102,7 @@ impl Soak {
         let daemon = start(directory, args, first);
         let mut options = Options::new(&daemon.socket);
         options.queues = QUEUES;
-        options.depth = DEPTH;
+        options.depth = depth;
         options.max_data = GRANULE as usize * SECTOR_SIZE;
         options.inflight = inflight;
         options.stall_after = PATIENCE;
@@ -96,7 +112,8 @@ impl Soak {
             busy: vec![false; usize::try_from(region.owned(queue.index())).unwrap()],
             queue,
             sequence: 0,
-            tickets: vec![0; DEPTH.into()],
+            sequences: vec![0; depth.into()],
+            tickets: vec![0; depth.into()],
             next_ticket: 0,
             newest_done: 0,
         };
@@ -126,19 +143,28 @@ impl Soak {
             End::Killed { after } => after,
             End::Fault { or_after, .. } => or_after,
         };
-        let until = self.completed + completions;
-        while self.completed < until && !self.device.is_dead() {
-            self.turn(true);
-        }
+        self.load(completions);
         let by_itself = self.device.is_dead();
         self.restart(args, next);
         by_itself
     }
 
+    /// Loads the daemon until it has given so many answers more, or dies.
+    fn load(&mut self, completions: u64) {
+        let until = self.completed + completions;
+        while self.completed < until && !self.device.is_dead() {
+            self.turn(true);
+        }
+    }
+
+    /// Requests that are not answered.
+    fn in_flight(&self) -> u64 {
+        self.lanes.iter().map(|lane| lane.queue.in_flight() as u64).sum()
+    }
+
     fn restart(&mut self, args: &[&str], next: &End) {
         let killed_at = Instant::now();
-        self.interrupted +=
-            self.lanes.iter().map(|lane| lane.queue.in_flight() as u64).sum::<u64>();
+        self.interrupted += self.in_flight();
         self.bury();
         self.daemon = start(&self.directory, args, next);
         let completed = self.completed;
@@ -231,6 +257,7 @@ impl Soak {
                     queue: lane.queue.index().into(),
                     seed: self.expectation.seed,
                 };
+                lane.sequences[slot.index()] = lane.sequence;
                 let data = lane.queue.data_mut(&mut slot, request.data_len());
                 stamp.write_sectors(data);
             }
@@ -243,7 +270,7 @@ impl Soak {
 
     /// Waits for what is in flight, reads everything back, and ends the daemon.
     pub fn finish(mut self) {
-        while self.lanes.iter().any(|lane| lane.queue.in_flight() > 0) {
+        while self.in_flight() > 0 {
             assert!(!self.device.is_dead(), "the last daemon has died");
             self.turn(false);
         }

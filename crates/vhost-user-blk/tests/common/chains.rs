@@ -55,6 +55,11 @@ impl Memory {
         frontend.send(FrontendReq::SET_MEM_TABLE, &body, &[self.file.as_raw_fd()]);
     }
 
+    /// What ADD_MEM_REG and REM_MEM_REG say of it.
+    pub fn region(&self) -> Vec<u8> {
+        [0, GUEST, self.len, VMM, 0].map(u64::to_ne_bytes).concat()
+    }
+
     /// A log that is just large enough for it.
     pub fn log(&self) -> Log {
         Log::new((GUEST + self.len).div_ceil(8 * PAGE))

@@ -46,6 +46,23 @@ impl Kernel {
     }
 }
 
+impl Kernel {
+    /// Ok if this kernel can go over to another one, else why not.
+    pub fn can_kexec(self) -> Result<(), String> {
+        let boot = cache().join("kernel/boot");
+        let files = fs::read_dir(&boot).into_iter().flatten().flatten();
+        let config = files.map(|file| file.path()).find(|path| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("config-"))
+        });
+        let config = config.and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
+        if self == Self::Qemu && config.contains("\nCONFIG_KEXEC_FILE=y\n") {
+            Ok(())
+        } else {
+            Err(format!("the {self:?} guests' kernel has no CONFIG_KEXEC_FILE"))
+        }
+    }
+}
+
 /// A guest to be booted.
 pub struct Guest {
     kernel: Kernel,
@@ -53,6 +70,7 @@ pub struct Guest {
     ubd: Vec<String>,
     script: String,
     files: Vec<(String, Vec<u8>)>,
+    own_kernel: bool,
     queues: u16,
     fio: bool,
     reconnect: bool,
@@ -71,6 +89,7 @@ impl Guest {
             ubd: vec![],
             script,
             files: vec![],
+            own_kernel: false,
             queues: 1,
             fio: false,
             reconnect: false,
@@ -108,6 +127,13 @@ impl Guest {
     /// Puts a file into the guest, at a path that does not begin with `/`. Its directory must be there.
     pub fn with_file(mut self, path: &str, content: Vec<u8>) -> Self {
         self.files.push((path.to_owned(), content));
+        self
+    }
+
+    /// Puts its own kernel and initrd into the guest, as `/kernel` and `/second` (QEMU only).
+    pub fn with_kernel(mut self) -> Self {
+        assert_eq!(self.kernel, Kernel::Qemu, "UML runs as a program");
+        self.own_kernel = true;
         self
     }
 
@@ -164,16 +190,21 @@ impl Guest {
 
     fn initrd(&self) -> Vec<u8> {
         let read = |name: &str| {
-            let path = cache().join("guest").join(name);
+            let path = cache().join(name);
             fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
         };
-        let mut initrd = read("initrd");
+        let mut initrd = read("guest/initrd");
         if self.fio {
-            initrd.extend(read("fio.cpio"));
+            initrd.extend(read("guest/fio.cpio"));
         }
         let files = self.files.iter().map(|(path, content)| (path.as_str(), content.as_slice()));
         let files: Vec<_> = files.chain([("script", self.script.as_bytes())]).collect();
         initrd.extend(cpio(&files));
+        if self.own_kernel {
+            let kernel = read("kernel/vmlinuz");
+            let more = cpio(&[("kernel", &kernel), ("second", &initrd)]);
+            initrd.extend(more);
+        }
         initrd
     }
 

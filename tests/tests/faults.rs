@@ -312,8 +312,11 @@ fn a_sync_that_hangs_is_told_to_nobody_but_the_watchdog() {
     command.env("NOTIFY_SOCKET", &notify).env("WATCHDOG_USEC", "40000");
     command.arg("--socket-path").arg(&socket).arg(disk.spec());
     let daemon = Backend::start("daemon whose syncs hang", command, &socket);
+    // It can be connected to before it has made the COW file, which it syncs.
+    daemon.wait_for("listening");
     std::fs::write(&hangs, "").expect("a file");
-    let bench = Process::spawn("blk-bench", load(&socket, &["--once", "--flush-every=4"]));
+    let bench =
+        Process::spawn("blk-bench", load(&socket, &["--ops=write", "--once", "--flush-every=4"]));
     daemon.wait_for("committer is stuck");
     manager.set_nonblocking(true).expect("a socket");
     while manager.recv(&mut [0; 64]).is_ok() {}

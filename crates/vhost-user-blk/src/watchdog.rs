@@ -37,8 +37,12 @@ pub fn watch(name: &str, pulse: &Arc<Pulse>) {
 pub fn all_get_on(limit: Duration) -> bool {
     let mut threads = THREADS.lock().unwrap_or_else(PoisonError::into_inner);
     let now = Instant::now();
-    // All are looked at: each look counts for the next.
-    threads.iter_mut().fold(true, |all, thread| !thread.is_stuck(now, limit) && all)
+    let mut all = true;
+    // Also after one that is stuck: each look counts for the next.
+    for thread in threads.iter_mut() {
+        all &= !thread.is_stuck(now, limit);
+    }
+    all
 }
 
 impl Thread {

@@ -5,13 +5,13 @@ mod common;
 use std::collections::BTreeSet;
 use std::os::fd::AsRawFd;
 
-use common::Daemon;
 use common::chains::{Log, Memory, PAGE, Queue, header, readable, wait_until, writable};
 use common::frontend::{
     F_EVENT_IDX, F_FLUSH, F_LOG_ALL, F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES,
     RawFrontend, message,
 };
 use common::ring::FLUSH;
+use common::{Daemon, upgrade_ok};
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -90,6 +90,22 @@ fn the_bell_rings_when_the_log_is_written() {
     queue.wait(&memory);
     frontend.send_u64(FrontendReq::SET_FEATURES, FEATURES);
     assert!(second.read().is_err(), "it rings without a log");
+    daemon.terminate();
+}
+
+#[test]
+fn a_daemon_that_was_upgraded_knows_the_bell() {
+    let directory = tempfile::tempdir().unwrap();
+    let control = format!("--control={}/control", directory.path().display());
+    let daemon = Daemon::with_image(directory.path(), &[&control]);
+    let (mut frontend, memory, mut queue, status) = running(&daemon);
+    let bell = bell();
+    set_log_fd(&mut frontend, &bell);
+    upgrade_ok(directory.path());
+    let log = memory.log();
+    log.set(&mut frontend);
+    frontend.send_u64(FrontendReq::SET_FEATURES, FEATURES | F_LOG_ALL);
+    rings(&memory, &mut queue, status, &bell, &log);
     daemon.terminate();
 }
 

@@ -4,6 +4,7 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recv, recvmsg};
@@ -11,7 +12,7 @@ use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use vhost::vhost_user::{self, BackendReqHandler, VhostUserBackendReqHandlerMut};
 
 use crate::handover::duplicate;
-use crate::message::SCM_FDS_MAX;
+use crate::message::{SCM_FDS_MAX, is_whole};
 use crate::replay::{Message, skip_replies};
 use crate::session::{Device, Session};
 use crate::state::DeviceState;
@@ -19,6 +20,14 @@ use crate::{log_fd, memory_table, signals, systemd};
 
 /// How often a ring is looked at whose frontend has announced not to kick.
 const POLLING_INTERVAL_MS: u8 = 1;
+
+/// While a message has begun and not ended, its rest is looked for this often, in milliseconds.
+const REST_INTERVAL_MS: u8 = 2;
+
+/// So long may the rest of a message take. It takes no time in general; a frontend that is stopped between
+/// two pieces of a message goes on later. One that has died may have left its own end of the connection
+/// in the message, which then never ends.
+const REST_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Who else may tell the daemon something while it serves.
 pub trait Commands {
@@ -125,6 +134,10 @@ impl<D: Device> Connection<D> {
                     commands.inspect(|commands| commands.obey(Some(socket)));
                     continue;
                 }
+                Event::Stalled => {
+                    let name = request_name(next_request(socket));
+                    log::warn!("connection closed: {name}: its end has not come");
+                }
                 Event::Stop => {}
             }
             return Ok(());
@@ -194,8 +207,10 @@ fn receive_whole_messages(socket: BorrowedFd<'_>) -> io::Result<()> {
 
 /// What the main thread has to do next.
 enum Event {
-    /// A message has come, or at least its beginning; or the frontend has gone.
+    /// A message has come, or the frontend has gone.
     Message,
+    /// The beginning of a message has come, and too long nothing more.
+    Stalled,
     /// A worker has given up its ring.
     RingFailed,
     /// There is a command.
@@ -209,18 +224,35 @@ fn wait<D: Device>(
     session: &Mutex<Session<D>>,
     commands: Option<&dyn Commands>,
 ) -> io::Result<Event> {
+    // Since when there is half a message.
+    let mut begun: Option<Instant> = None;
     loop {
         let session = lock(session);
-        let timeout =
-            if session.poll_rings() { POLLING_INTERVAL_MS.into() } else { PollTimeout::NONE };
-        // The frontend last: it could always have something to say.
+        let timeout = match begun {
+            _ if session.poll_rings() => POLLING_INTERVAL_MS.into(),
+            Some(_) => REST_INTERVAL_MS.into(),
+            None => PollTimeout::NONE,
+        };
         let fds = [(session.failure().as_fd(), Event::RingFailed)].into_iter();
         let fds = fds.chain(commands.map(|commands| (commands.fd(), Event::Command)));
-        let (fds, mut events): (Vec<_>, Vec<_>) = fds.chain([(socket, Event::Message)]).unzip();
+        // The frontend last: it could always have something to say. And with half a message it would be
+        // readable all the time.
+        let frontend = begun.is_none().then_some((socket, Event::Message));
+        let (fds, mut events): (Vec<_>, Vec<_>) = fds.chain(frontend).unzip();
         match wait_readable(&fds, timeout)? {
-            Readable::Fd(at) => return Ok(events.swap_remove(at)),
+            Readable::Fd(at) => match events.swap_remove(at) {
+                Event::Message => {}
+                other => return Ok(other),
+            },
             Readable::Stop => return Ok(Event::Stop),
+            Readable::Timeout if begun.is_none() => continue,
             Readable::Timeout => {}
+        }
+        if is_whole(socket) {
+            return Ok(Event::Message);
+        }
+        if begun.get_or_insert_with(Instant::now).elapsed() >= REST_PATIENCE {
+            return Ok(Event::Stalled);
         }
     }
 }

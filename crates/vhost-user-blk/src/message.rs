@@ -5,8 +5,9 @@ use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recv, recvmsg, send};
-use vhost::vhost_user::message::FrontendReq;
+use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use vhost::vhost_user::{Error, Result};
 use zerocopy::native_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -87,6 +88,28 @@ pub fn peek<T: FromBytes + IntoBytes>(socket: BorrowedFd<'_>) -> Option<T> {
     (peeked == bytes.len()).then_some(beginning)
 }
 
+/// Whether all of the next message is there, or so much that receiving does not wait: its end will not
+/// come, or it is none.
+pub fn is_whole(socket: BorrowedFd<'_>) -> bool {
+    let hangup = PollFlags::from_bits_retain(libc::POLLRDHUP);
+    if poll(&mut [PollFd::new(socket, hangup)], PollTimeout::ZERO) != Ok(0) {
+        return true;
+    }
+    let Some(there) = bytes_to_read(socket) else { return true };
+    let header: Option<Header> = peek(socket);
+    let expected = header.map_or(0, |header| header.size());
+    // What is longer than any message is refused by its header.
+    there >= size_of::<Header>()
+        && (expected > MAX_MSG_SIZE || there - size_of::<Header>() >= expected)
+}
+
+fn bytes_to_read(socket: BorrowedFd<'_>) -> Option<usize> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: `count` is valid for the write of an int.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut count) };
+    if result < 0 { None } else { usize::try_from(count).ok() }
+}
+
 /// Takes as many bytes from the socket, and the descriptors that come with them.
 ///
 /// # Errors
@@ -137,6 +160,29 @@ pub(crate) mod tests {
         send_with(&frontend, &[1; 12], SCM_FDS_MAX);
         let files = receive(backend.as_fd(), &mut [0; 12]).unwrap();
         assert_eq!(files.len(), SCM_FDS_MAX);
+    }
+
+    #[test]
+    fn a_message_is_whole_when_nothing_more_will_come() {
+        let [message, endless] = [8, 5000].map(|size| [1, 1, size].map(u32::to_ne_bytes).concat());
+        let message = [message, vec![0; 8]].concat();
+        let (frontend, backend) = UnixStream::pair().unwrap();
+        for byte in &message[..19] {
+            assert!(!is_whole(backend.as_fd()));
+            send_with(&frontend, &[*byte], 0);
+        }
+        assert!(!is_whole(backend.as_fd()));
+        // With the beginning of the next.
+        send_with(&frontend, &[0; 3], 0);
+        assert!(is_whole(backend.as_fd()));
+        receive(backend.as_fd(), &mut [0; 20]).unwrap();
+        assert!(!is_whole(backend.as_fd()));
+        drop(frontend);
+        assert!(is_whole(backend.as_fd()), "its end will not come");
+
+        let (frontend, backend) = UnixStream::pair().unwrap();
+        send_with(&frontend, &endless, 0);
+        assert!(is_whole(backend.as_fd()), "it is no message");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::os::unix::process::CommandExt;
@@ -44,9 +44,17 @@ fn the_manager_is_told_of_readiness_life_and_end() {
     for _ in 0..3 {
         assert_eq!(hear(&manager), "WATCHDOG=1");
     }
+    // A frontend that stops in the middle of a message is not the daemon's fault.
+    frontend.send_half(FrontendReq::SET_FEATURES);
+    for _ in 0..3 {
+        assert_eq!(hear(&manager), "WATCHDOG=1");
+    }
     // Another program in the same process is no other service.
     upgrade_ok(directory.path());
     while hear(&manager) != "READY=1\nSTATUS=serving" {}
+    // The rest of the message comes to the new program.
+    frontend.stream.write_all(&[0; 6]).unwrap();
+    assert_ne!(frontend.get_u64(FrontendReq::GET_FEATURES), 0);
     for _ in 0..3 {
         assert_eq!(hear(&manager), "WATCHDOG=1");
     }

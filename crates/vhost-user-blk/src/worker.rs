@@ -573,7 +573,6 @@ impl<'a> Worker<'a> {
         if let Err(e) = self.ring.enter(true) {
             self.fail(&e);
         }
-        self.pulse.beat();
         self.spin.slept(asleep.elapsed());
         self.queue.disable_notifications();
     }

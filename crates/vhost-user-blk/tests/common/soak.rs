@@ -354,7 +354,23 @@ impl Lane {
     }
 }
 
+/// A daemon that listens. On a machine whose disk is busy enough a dead daemon's I/O takes longer to end
+/// than its successor waits for the lock; then it is started again, as a service manager does.
 fn start(directory: &Path, args: &[&str], end: &End) -> Daemon {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let mut daemon = spawn(directory, args, end);
+        if daemon.listens() {
+            return daemon;
+        }
+        let said = daemon.said();
+        assert!(said.contains("in use by another program"), "it does not listen:\n{said}");
+        assert!(Instant::now() < deadline, "the disk is not let go for {PATIENCE:?}");
+        println!("started again: its predecessor's I/O has not ended");
+    }
+}
+
+fn spawn(directory: &Path, args: &[&str], end: &End) -> Daemon {
     let socket = directory.join("socket");
     let mut command = Command::new(PROGRAM);
     command.arg("--socket-path").arg(&socket).arg(format!("--num-queues={QUEUES}"));
@@ -364,9 +380,7 @@ fn start(directory: &Path, args: &[&str], end: &End) -> Daemon {
     if let End::Fault { place, nth, .. } = end {
         command.env("VHOST_USER_BLK_FAULT", format!("{place}:{nth}"));
     }
-    let mut daemon = Daemon::spawn(command, socket);
-    daemon.wait_line("listening");
-    daemon
+    Daemon::spawn(command, socket)
 }
 
 /// A number from the environment.

@@ -65,7 +65,8 @@ fn a_batch_of_endless_reads_is_cut_off() {
     }
     let start = start(0, &guest, &Arc::new(AtomicBool::new(false)));
     let stop = EventFd::new().unwrap();
-    let mut worker = Worker::new(&start, None, &shared, &stop).unwrap();
+    let pulse = Pulse::waiting();
+    let mut worker = Worker::new(&start, None, &shared, &stop, &pulse).unwrap();
     // Three of 25 MiB are more than a batch takes.
     for answered in [3, 6, REQUESTS] {
         worker.turn();

@@ -282,7 +282,7 @@ fn play(setting: Setting, seed: u64) -> [[u64; 2]; 16] {
     let guests: Vec<_> = guests().collect();
     let starts: Vec<_> =
         guests.iter().enumerate().map(|(at, guest)| start(at, guest, &write_through)).collect();
-    let stop = EventFd::new().unwrap();
+    let (stop, pulse) = (EventFd::new().unwrap(), Pulse::waiting());
     let mut model = Model {
         content,
         busy: vec![false; usize::try_from(SECTORS).unwrap()],
@@ -295,7 +295,7 @@ fn play(setting: Setting, seed: u64) -> [[u64; 2]; 16] {
     };
     {
         let lane = |(guest, start)| Lane {
-            worker: Worker::new(start, None, &shared, &stop).unwrap(),
+            worker: Worker::new(start, None, &shared, &stop, &pulse).unwrap(),
             guest,
             slots: (0..SLOTS).map(|_| None).collect(),
             seen: 0,

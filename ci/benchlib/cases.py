@@ -169,6 +169,12 @@ CASES = [
         (Aim("iops", 2, "qcow2"),), once=True, writes=True,
     ),
     Case(
+        "write-flush-8", "First writes, a flush after every eighth, depth 8",
+        "4 KiB, random, each block once, as a guest's file system commits; IOPS are writes.",
+        ("--ops=write", "--once", "--depth=8", "--flush-every=8"), "iops", "write",
+        (Aim("iops", 1, "qcow2"),), once=True, writes=True,
+    ),
+    Case(
         "rewrite-flush", "Rewrites, each followed by a flush",
         "4 KiB, random, in 256 MiB that were written before; IOPS are writes.",
         ("--ops=write", "--depth=1", "--flush-every=1", REWRITTEN), "iops", "write",

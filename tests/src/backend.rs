@@ -75,6 +75,11 @@ impl Backend {
         self.process.wait_for_times(text, times, BACKEND_TIMEOUT);
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
     /// Kills it, and waits until it is gone.
     pub fn kill(self) {
         self.process.signal(Signal::SIGKILL);

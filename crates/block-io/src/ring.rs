@@ -33,6 +33,13 @@ const ENTRIES_MAX: u32 = 256;
 /// descriptors from those of requests.
 const WATCH: u64 = 1 << 63;
 
+/// The `user_data` of every touch.
+const TOUCH: u64 = 1 << 62;
+
+/// Touches under way at a time, so that a stream of one reader does not fill the
+/// queues, or the kernel's worker threads where the file system needs them to wait in.
+const TOUCHES_MAX: usize = 32;
+
 /// A file of the ring: the place in the list given to [`Ring::new`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileSlot(pub u32);
@@ -171,6 +178,9 @@ pub struct Ring<R> {
     /// For the kernel to read when it takes the entry. All alarms of a ring share
     /// it: the last one's time holds for any that have not been handed over yet.
     alarm: Box<types::Timespec>,
+    /// Where touches read to. Nobody looks at it.
+    touched: Box<[u8; 1]>,
+    touches_in_flight: usize,
     /// Parts that the kernel holds or that are queued for it.
     parts_in_flight: usize,
     #[cfg(feature = "fault-points")]
@@ -214,6 +224,8 @@ impl<R> Ring<R> {
             watched: Vec::new(),
             backlog: VecDeque::new(),
             alarm: Box::default(),
+            touched: Box::default(),
+            touches_in_flight: 0,
             parts_in_flight: 0,
             #[cfg(feature = "fault-points")]
             disturbed: Default::default(),
@@ -244,6 +256,21 @@ impl<R> Ring<R> {
             .build()
             .user_data(WATCH | u64::from(watch.0));
         self.queue(timeout);
+    }
+
+    /// Whether [`Self::touch`] may be called.
+    pub fn can_touch(&self) -> bool {
+        self.touches_in_flight < TOUCHES_MAX
+    }
+
+    /// Reads the byte at `at` of `file` for no other reason than to let the kernel see
+    /// a reader there. It is no request: no event comes of it, whatever becomes of it.
+    pub fn touch(&mut self, file: FileSlot, at: ByteOffset) {
+        let entry = opcode::Read::new(types::Fixed(file.0), self.touched.as_mut_ptr(), 1)
+            .offset(at.get())
+            .build();
+        self.touches_in_flight += 1;
+        self.queue(entry.user_data(TOUCH));
     }
 
     fn arm(&mut self, fd: RawFd, watch: Watch) {
@@ -297,7 +324,8 @@ impl<R> Ring<R> {
         // SAFETY: the entry's buffers are those of a plan in a slot, which
         // `submit`'s caller keeps valid and which the ring itself keeps until
         // the completion has been seen (`finish_part`, `drop`); a poll has none,
-        // and an alarm's is a field of the ring.
+        // and those of an alarm and of a touch are fields of the ring, which waits
+        // for the touches before it goes.
         if self.backlog.is_empty() && unsafe { self.uring.submission().push(&entry) }.is_ok() {
             return;
         }
@@ -367,6 +395,10 @@ impl<R> Ring<R> {
     pub fn next_event(&mut self) -> Option<Event<R>> {
         loop {
             let completion = self.next_completion()?;
+            if completion.data == TOUCH {
+                self.touches_in_flight -= 1;
+                continue;
+            }
             if completion.data & WATCH != 0 {
                 return Some(Event::Ready(self.rearm(&completion)));
             }
@@ -434,7 +466,7 @@ impl<R> Ring<R> {
 impl<R> Drop for Ring<R> {
     /// Waits for the kernel to let go of every buffer.
     fn drop(&mut self) {
-        while self.parts_in_flight > 0 {
+        while self.parts_in_flight + self.touches_in_flight > 0 {
             if let Err(e) = self.enter(true) {
                 // The kernel still may write to the buffers; to end here is
                 // the only thing that keeps others' memory whole.

@@ -181,3 +181,42 @@ fn dropping_a_ring_waits_for_what_is_in_flight() {
     assert_eq!(buffer, b"late");
     drop(late.join().unwrap());
 }
+
+#[test]
+fn touches_say_nothing_are_limited_and_go_on_once_they_are_done() {
+    let file = file_of(&pattern(4096));
+    let mut ring = ring_over(1, &file);
+    // Past the end and of a file that is not there: no error either.
+    let places = [(SLOT, 0), (SLOT, 1 << 40), (FileSlot(0), 0), (FileSlot(9), 0)];
+    for (slot, at) in places.into_iter().cycle().take(TOUCHES_MAX) {
+        assert!(ring.can_touch());
+        ring.touch(slot, ByteOffset::new(at));
+    }
+    assert!(!ring.can_touch());
+    let mut buffer = vec![0; 4096];
+    let mut plan = Plan::default();
+    plan.read(SLOT, ByteOffset::new(0), &[iovec(&mut buffer)]);
+    // SAFETY: the buffer outlives the ring.
+    unsafe { ring.submit("request", &mut plan) }.unwrap();
+    let (request, result) = wait(&mut ring);
+    assert_eq!((request, result.is_ok()), ("request", true));
+    while !ring.can_touch() || ring.touches_in_flight > 0 {
+        assert!(ring.next_event().is_none());
+        ring.enter(ring.touches_in_flight > 0).unwrap();
+    }
+    assert_eq!(buffer, pattern(4096));
+}
+
+#[test]
+fn dropping_a_ring_waits_for_touches() {
+    let (mut reader, mut writer) = std::io::pipe().unwrap();
+    let mut ring: Ring<()> = Ring::new(1, &[None, Some(reader.as_fd())]).unwrap();
+    ring.touch(SLOT, ByteOffset::new(0));
+    ring.enter(false).unwrap();
+    let late = std::thread::spawn(move || writer.write_all(b"xy").unwrap());
+    drop(ring);
+    late.join().unwrap();
+    let mut left = Vec::new();
+    reader.read_to_end(&mut left).unwrap();
+    assert_eq!(left, b"y");
+}

@@ -23,7 +23,7 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::{AccessFlags, geteuid};
 
-use crate::cold_stream::ColdStream;
+use crate::cold_stream::{ColdFile, ColdStreams};
 use crate::memory::Memory;
 use crate::sigbus::Registration;
 
@@ -94,6 +94,7 @@ struct Mapping {
     // First, so that the handler forgets the mapping before it goes.
     registration: Registration,
     map: Map,
+    cold: ColdFile,
 }
 
 /// A read-only mapping of whole pages.
@@ -141,7 +142,10 @@ impl Mapping {
         // registration; what it holds is looked at only by copying it out, and
         // believed only while the mapping is not poisoned.
         match unsafe { Registration::new(map.start.as_ptr().cast(), map.len, PAGE) } {
-            Ok(registration) => Some(Self { registration, map }),
+            Ok(registration) => {
+                let cold = ColdFile::new(stat.st_dev, map.len as u64);
+                Some(Self { registration, map, cold })
+            }
             Err(e) => {
                 log::warn!("a layer is not mapped: {e}");
                 None
@@ -194,7 +198,7 @@ pub struct Resident<'a> {
     now: u64,
     /// Something was copied since [`Self::rested`].
     used: bool,
-    stream: ColdStream,
+    streams: ColdStreams,
 }
 
 impl<'a> Resident<'a> {
@@ -207,7 +211,7 @@ impl<'a> Resident<'a> {
             epoch: Instant::now(),
             now: 0,
             used: false,
-            stream: ColdStream::default(),
+            streams: ColdStreams::default(),
         }
     }
 
@@ -228,6 +232,13 @@ impl<'a> Resident<'a> {
         used
     }
 
+    /// The next byte of a layer that is to be read so that the kernel reads ahead of a
+    /// cold stream, if there is one; what it is does not matter.
+    #[inline]
+    pub fn ahead(&mut self) -> Option<(LayerIndex, ByteOffset)> {
+        self.streams.ahead().map(|(layer, at)| (layer, ByteOffset::new(at)))
+    }
+
     /// Copies `len` bytes of `layer` at `at` to `buffers`, which are as long, if
     /// all of them are in the page cache. False if they are not, or if the file
     /// cannot be read in this way; the buffers' content is then undefined.
@@ -243,16 +254,15 @@ impl<'a> Resident<'a> {
         let mappings = self.mappings;
         let Some(Some(mapping)) = mappings.layers.get(layer.get()) else { return false };
         let Some(end) = at.get().checked_add(len) else { return false };
-        if end > mapping.map.len as u64
-            || mapping.registration.poisoned()
-            || self
-                .stream
-                .goes_on(layer, at.get(), end, |byte| mapping.residency(byte / PAGE as u64, 1) != 0)
-        {
+        if end > mapping.cold.len || mapping.registration.poisoned() {
+            return false;
+        }
+        let is_resident = |byte| mapping.residency(byte / PAGE as u64, 1) != 0;
+        if self.streams.goes_on(layer, (at.get(), end), &mapping.cold, is_resident) {
             return false;
         }
         if !self.is_resident(mapping, layer, at.get(), end) {
-            self.stream.missed(layer, at.get(), end);
+            self.streams.missed(layer, at.get(), end);
             return false;
         }
         // Less than the mapping's length, which is a usize.

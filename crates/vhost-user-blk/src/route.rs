@@ -83,6 +83,12 @@ impl<'a> Router<'a> {
         Ok(())
     }
 
+    /// The next place to be touched ahead of a cold stream, see [`Resident::ahead`].
+    #[inline]
+    pub fn ahead(&mut self) -> Option<(FileSlot, ByteOffset)> {
+        self.resident.ahead().map(|(layer, at)| (buffered(layer), at))
+    }
+
     /// Plans the write of `buffers` to `range`, which is as long as they.
     pub fn plan_write(&self, range: SectorRange, buffers: &[libc::iovec], plan: &mut Plan) {
         let at = self.disk.write_at(range);
@@ -124,12 +130,18 @@ impl<'a> Router<'a> {
     }
 }
 
+/// The buffered description of a layer.
+#[inline]
+fn buffered(layer: LayerIndex) -> FileSlot {
+    // At most 64 layers and a base.
+    #[expect(clippy::cast_possible_truncation)]
+    FileSlot(layer.get() as u32 * FILES_PER_LAYER)
+}
+
 /// The description to use: the direct one where the alignment allows it.
 #[inline]
 fn slot(disk: &Disk, layer: LayerIndex, at: ByteOffset, buffers: &[libc::iovec]) -> FileSlot {
-    // At most 64 layers and a base.
-    #[expect(clippy::cast_possible_truncation)]
-    let buffered = FileSlot(layer.get() as u32 * FILES_PER_LAYER);
+    let buffered = buffered(layer);
     let Some((_, align)) = disk.layers()[layer.get()].file().direct() else { return buffered };
     let (memory, offset) = (u64::from(align.memory), u64::from(align.offset));
     let aligned = at.get().is_multiple_of(offset)

@@ -356,6 +356,11 @@ impl<'a> Worker<'a> {
             return self.answer(head, pending.failed());
         }
         self.submit(InFlight { head, pending, work: Work::Read });
+        while self.ring.can_touch()
+            && let Some((file, at)) = self.router.ahead()
+        {
+            self.ring.touch(file, at);
+        }
     }
 
     fn write(&mut self, head: Head, pending: Pending, range: SectorRange) {

@@ -247,7 +247,7 @@ mod tests {
     fn a_stream_is_touched_ahead_as_far_as_it_has_come_and_no_further_than_the_limit() {
         let mut streams = ColdStreams::default();
         let (mut touched, mut last) = (0, 0);
-        for at in (0..32 << 20).step_by(READ as usize) {
+        for at in (0..(32 << 20) / READ).map(|number| number * READ) {
             read(&mut streams, at, READ);
             let end = at + READ;
             for touch in touches(&mut streams) {
@@ -264,7 +264,7 @@ mod tests {
     #[test]
     fn neither_the_end_of_the_file_nor_of_the_numbers_is_passed() {
         let mut streams = ColdStreams::default();
-        for at in (LEN - (4 << 20)..LEN).step_by(READ as usize) {
+        for at in (1..=32).rev().map(|left| LEN - left * READ) {
             read(&mut streams, at, READ);
             assert!(touches(&mut streams).iter().all(|touch| *touch < LEN));
         }

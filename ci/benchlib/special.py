@@ -142,6 +142,8 @@ def cold_base(context, server):
     loads = {
         "random": ["--depth=32"],
         "sequential": ["--depth=4", "--pattern=sequential", "--block-size=128k"],
+        "one": ["--depth=1", "--pattern=sequential", "--block-size=64k"],
+        "large": ["--depth=8", "--pattern=sequential", "--block-size=1M"],
     }
     for name, load in loads.items():
         forget(context.base)
@@ -314,10 +316,12 @@ SPECIALS = [
         (
             ("random", "random 4 KiB, depth 32", "IOPS", "more"),
             ("sequential", "sequential 128 KiB, depth 4", "MB/s", "more"),
+            ("one", "sequential 64 KiB, depth 1", "MB/s", "more"),
+            ("large", "sequential 1 MiB, depth 8", "MB/s", "more"),
             ("random_cpu", "server CPU per random read", "µs", "less"),
             ("sequential_cpu", "server CPU per sequential read", "µs", "less"),
         ),
-        cold_base, (Aim("random", 1, "qcow2"), Aim("sequential", 1, "qcow2")), only=("ours", "ours-raw", "raw", "raw-direct", "qcow2", "sub"),
+        cold_base, tuple(Aim(metric, 1, "qcow2") for metric in ("random", "sequential", "one", "large")), only=("ours", "ours-raw", "raw", "raw-direct", "qcow2", "sub"),
     ),
     Special(
         "fleet", "Many daemons on one base", "Per daemon; then each reads the same 64 MiB of the base.",

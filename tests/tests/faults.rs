@@ -332,8 +332,9 @@ fn a_sync_that_hangs_is_told_to_nobody_but_the_watchdog() {
     // It can be connected to before it has made the COW file, which it syncs.
     daemon.wait_for("listening");
     std::fs::write(&hangs, "").expect("a file");
-    let bench =
-        Process::spawn("blk-bench", load(&socket, &["--ops=write", "--once", "--flush-every=4"]));
+    // A flush or two: on a busy disk each takes seconds.
+    let writes = ["--ops=write", "--once", "--region=16k", "--flush-every=4"];
+    let bench = Process::spawn("blk-bench", load(&socket, &writes));
     daemon.wait_for("committer is stuck");
     manager.set_nonblocking(true).expect("a socket");
     while manager.recv(&mut [0; 64]).is_ok() {}

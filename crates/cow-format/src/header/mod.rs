@@ -3,6 +3,7 @@
 mod backing;
 mod error;
 pub mod native;
+mod native_check;
 mod native_raw;
 pub mod uml;
 mod uml_raw;

@@ -164,7 +164,7 @@ impl<E: Env> Disk<E> {
         self.read_only
     }
 
-    /// Whether a sync has failed. Every flush and every [`Disk::written`] fails from then on.
+    /// Whether a sync has failed. Every flush and every [`Writing::written`] fails from then on.
     pub fn is_failed(&self) -> bool {
         self.failed.load(Ordering::Acquire)
     }

@@ -544,7 +544,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Changes sectors as the daemon does: the data, then [`Disk::written`], then the acknowledgement.
+    /// Changes sectors as the daemon does: the data, then [`Writing::written`], then the acknowledgement.
     fn write(
         &mut self,
         disk: &Disk<Sim>,

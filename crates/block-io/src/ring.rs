@@ -65,6 +65,8 @@ struct Part {
     /// The part's iovecs: indices into those of its plan.
     first: usize,
     last: usize,
+    /// A thread of the kernel does it from the beginning.
+    aside: bool,
 }
 
 /// The parts of one request; reused from one request to the next, so that
@@ -96,6 +98,12 @@ impl Plan {
         self.parts.iter().map(|part| part.len).sum()
     }
 
+    /// The parts so far are done by threads of the kernel from the beginning, while the ring's
+    /// owner does something else.
+    pub fn set_aside(&mut self) {
+        self.parts.iter_mut().for_each(|part| part.aside = true);
+    }
+
     /// Reads from `file` at `at` into `buffers`, in order.
     pub fn read(&mut self, file: FileSlot, at: ByteOffset, buffers: &[libc::iovec]) {
         self.transfer(Action::Read, file, at, buffers);
@@ -125,6 +133,7 @@ impl Plan {
             len,
             first,
             last: first,
+            aside: false,
         });
     }
 
@@ -140,7 +149,8 @@ impl Plan {
             let first = self.iovecs.len();
             self.iovecs.extend_from_slice(chunk);
             let len = chunk.iter().map(|v| v.iov_len as u64).sum();
-            self.parts.push(Part { action, file, at, len, first, last: self.iovecs.len() });
+            let last = self.iovecs.len();
+            self.parts.push(Part { action, file, at, len, first, last, aside: false });
             at += len;
         }
     }
@@ -521,12 +531,12 @@ impl Part {
 
     /// The part as an entry; its buffers are `iovecs`.
     fn entry(self, iovecs: &[libc::iovec]) -> squeue::Entry {
-        let Part { action, file, at, len, .. } = self;
+        let Part { action, file, at, len, aside, .. } = self;
         let fd = types::Fixed(file.0);
         // At most IOVECS_PER_OP_MAX.
         #[expect(clippy::cast_possible_truncation)]
         let count = iovecs.len() as u32;
-        match (action, iovecs) {
+        let entry = match (action, iovecs) {
             (Action::Allocate(mode), _) => {
                 opcode::Fallocate::new(fd, len).offset(at).mode(mode).build()
             }
@@ -540,7 +550,8 @@ impl Part {
             (Action::Write, _) => {
                 opcode::Writev::new(fd, iovecs.as_ptr(), count).offset(at).build()
             }
-        }
+        };
+        if aside { entry.flags(squeue::Flags::ASYNC) } else { entry }
     }
 }
 

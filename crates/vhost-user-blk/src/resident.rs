@@ -239,6 +239,14 @@ impl<'a> Resident<'a> {
         self.streams.ahead().map(|(layer, at)| (layer, ByteOffset::new(at)))
     }
 
+    /// Whether [`Self::copy`] would find all of `len` bytes of `layer` at `at`.
+    pub fn holds(&mut self, layer: LayerIndex, at: ByteOffset, len: u64) -> bool {
+        let mappings = self.mappings;
+        let Some(Some(mapping)) = mappings.layers.get(layer.get()) else { return false };
+        let Some(end) = at.get().checked_add(len) else { return false };
+        end <= mapping.cold.len && self.is_resident(mapping, layer, at.get(), end)
+    }
+
     /// Copies `len` bytes of `layer` at `at` to `buffers`, which are as long, if
     /// all of them are in the page cache. False if they are not, or if the file
     /// cannot be read in this way; the buffers' content is then undefined.

@@ -55,7 +55,8 @@ impl<'a> Router<'a> {
     }
 
     /// Plans the read of `range` into `buffers`, which are as long as it. What
-    /// no file holds, or what the page cache does, is filled in at once.
+    /// no file holds, or what the page cache does, is filled in at once; with `lend` what the
+    /// page cache holds is planned to be copied by a thread of the kernel.
     ///
     /// # Errors
     /// The bitmaps do not say where the range stands; nothing is planned then.
@@ -64,6 +65,7 @@ impl<'a> Router<'a> {
         range: SectorRange,
         memory: &Memory,
         buffers: &[libc::iovec],
+        lend: bool,
         plan: &mut Plan,
     ) -> Result<(), DiskError> {
         let mut cursor = Cursor { left: buffers, skip: 0 };
@@ -73,6 +75,9 @@ impl<'a> Router<'a> {
                     let piece = cursor.take(len, &mut self.piece);
                     if self.holes.cover(layer, at, len) {
                         zero(memory, piece);
+                    } else if lend && self.resident.holds(layer, at, len) {
+                        plan.read(slot(self.disk, layer, at, piece), at, piece);
+                        plan.set_aside();
                     } else if len > READ_MAX || !self.resident.copy(layer, at, len, memory, piece) {
                         plan.read(slot(self.disk, layer, at, piece), at, piece);
                     }

@@ -51,6 +51,10 @@ const STACK_BYTES: usize = 256 << 10;
 /// How often a queue logs failed requests.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(1);
 
+/// A read of at least so many bytes that are in the page cache can be lent to a thread of the
+/// kernel, while the queue's thread copies the next: for less it takes as long to lend it.
+const LEND_MIN: u64 = 256 << 10;
+
 const KICK: Watch = Watch(0);
 const STOP: Watch = Watch(1);
 const COMMIT: Watch = Watch(2);
@@ -181,6 +185,8 @@ struct InFlight<'a> {
 /// What is being done for it, and so what remains when that is done.
 enum Work<'a> {
     Read,
+    /// The one that is lent, see [`LEND_MIN`].
+    LentRead,
     Write(SectorRange, Writing<'a>),
     /// The ranges are being turned into zeros; whether by hand, which always
     /// works.
@@ -206,6 +212,8 @@ struct Worker<'a> {
     pulse: &'a Pulse,
     /// Bytes to read of the batch that is being taken.
     batch_bytes: u64,
+    /// A read is lent. One at a time: two that copy take the memory's speed.
+    lent: bool,
     /// Requests are still being taken.
     open: bool,
     /// [`TIDY`] will come.
@@ -256,6 +264,7 @@ impl<'a> Worker<'a> {
             spin: Spin::new(shared.poll),
             pulse,
             batch_bytes: 0,
+            lent: false,
             open: true,
             tidying: false,
             complained: None,
@@ -284,12 +293,27 @@ impl<'a> Worker<'a> {
     /// One turn of the loop; whether there was anything to do.
     fn turn(&mut self) -> bool {
         let mut busy = self.take();
-        if let Err(e) = self.ring.enter(false) {
-            self.fail(&e);
-        }
+        self.enter();
         busy |= self.reap();
         self.publish();
         busy
+    }
+
+    /// Hands over what was submitted, and has the kernel report what it has done.
+    fn enter(&mut self) {
+        if let Err(e) = self.ring.enter(false) {
+            self.fail(&e);
+        }
+    }
+
+    /// In the middle of a batch, so that the next long read can be lent.
+    #[inline]
+    fn fetch_lent(&mut self) {
+        if self.lent && self.ring.wants_enter() {
+            self.enter();
+            self.reap();
+            self.publish();
+        }
     }
 
     fn in_flight(&self) -> u16 {
@@ -306,6 +330,7 @@ impl<'a> Worker<'a> {
         self.router.resident().tick();
         self.batch_bytes = 0;
         for taken in 0..BATCH_MAX {
+            self.fetch_lent();
             if !self.can_take() || self.batch_bytes > BATCH_BYTES_MAX {
                 return taken > 0;
             }
@@ -350,12 +375,20 @@ impl<'a> Worker<'a> {
     fn read(&mut self, head: Head, pending: Pending, range: SectorRange) {
         self.batch_bytes += range.len_bytes();
         let memory = &self.start.memory;
-        let planned = self.router.plan_read(range, memory, self.iovecs.data(), &mut self.plan);
+        // With nothing else to copy it would only take longer.
+        let lend = range.len_bytes() >= LEND_MIN && !self.lent && self.queue.has_work();
+        let (data, plan) = (self.iovecs.data(), &mut self.plan);
+        let planned = self.router.plan_read(range, memory, data, lend, plan);
         if let Err(e) = planned {
             self.complain("read failed", &e);
             return self.answer(head, pending.failed());
         }
-        self.submit(InFlight { head, pending, work: Work::Read });
+        self.lent |= lend && !self.plan.is_empty();
+        let work = if lend && self.lent { Work::LentRead } else { Work::Read };
+        self.submit(InFlight { head, pending, work });
+        if lend {
+            self.enter();
+        }
         while self.ring.can_touch()
             && let Some((file, at)) = self.router.ahead()
         {
@@ -432,6 +465,7 @@ impl<'a> Worker<'a> {
     /// The data of a request has been moved, or could not be.
     fn completed(&mut self, request: InFlight<'a>, result: io::Result<()>) {
         let InFlight { head, pending, work } = request;
+        self.lent &= !matches!(work, Work::LentRead);
         match (work, result) {
             (Work::Zero(segments, false, writing), Err(e))
                 if e.raw_os_error() == Some(libc::EOPNOTSUPP) =>
@@ -443,7 +477,9 @@ impl<'a> Worker<'a> {
                 self.complain("I/O failed", &e);
                 self.answer(head, pending.failed());
             }
-            (Work::Read | Work::Commit, Ok(())) => self.answer(head, pending.done()),
+            (Work::Read | Work::LentRead | Work::Commit, Ok(())) => {
+                self.answer(head, pending.done())
+            }
             (Work::Write(range, writing), Ok(())) => {
                 self.written(head, pending, writing, &[range]);
             }

@@ -1,3 +1,5 @@
+use std::io::Write;
+
 use block_io::DiskOptions;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 
@@ -73,4 +75,50 @@ fn a_batch_of_endless_reads_is_cut_off() {
         assert_eq!(guest.used_idx(), answered);
     }
     assert_eq!(guest.read::<1>(header + 16), [0]);
+}
+
+/// While a long read is copied by a thread of the kernel the next is copied here.
+#[test]
+fn one_of_several_long_reads_is_lent() {
+    const LEN: u32 = 256 << 10;
+    let mut image = tempfile::NamedTempFile::new().unwrap();
+    let content = |request: u32| vec![u8::try_from(request).unwrap() + 1; LEN as usize];
+    for request in 0..3 {
+        image.write_all(&content(request)).unwrap();
+    }
+    let options = DiskOptions { read_only: true, ..DiskOptions::default() };
+    let disk = Arc::new(Disk::open_raw(image.path(), &options).unwrap());
+    let shared = shared(&disk, 1);
+    let data = |request: u32| DATA + (1 << 20) + u64::from(request * LEN);
+    let mut guest = Guest::with_end(16, 0, data(3));
+    for request in 0..3 {
+        let (header, first) = (DATA + 64 * u64::from(request), u16::try_from(3 * request).unwrap());
+        let sector = u64::from(request * LEN / 512);
+        guest.write(header, &[u64::from(VIRTIO_BLK_T_IN), sector].map(u64::to_le_bytes).concat());
+        let desc = |address, len, flags, next| Desc { address, len, flags, next };
+        guest.set_desc(first, desc(header, 16, NEXT, first + 1));
+        guest.set_desc(first + 1, desc(data(request), LEN, NEXT | WRITE, first + 2));
+        guest.set_desc(first + 2, desc(header + 16, 1, WRITE, 0));
+        guest.offer(first);
+    }
+    let start = start(0, &guest, &Arc::new(AtomicBool::new(false)));
+    let (stop, pulse) = (EventFd::new().unwrap(), Pulse::waiting());
+    let mut worker = Worker::new(&start, None, &shared, &stop, &pulse).unwrap();
+    let mut begin_next = || {
+        let head = worker.queue.pop().unwrap().unwrap();
+        worker.begin(head);
+        (worker.lent, worker.queue.in_flight())
+    };
+    // Nobody looks whether it has come back; so the second is copied, and so would the last be anyway.
+    assert_eq!(begin_next(), (true, 1));
+    assert_eq!(begin_next(), (true, 1));
+    while guest.used_idx() < 3 {
+        worker.turn();
+    }
+    assert!(!worker.lent);
+    for request in 0..3 {
+        let read = guest.read::<{ LEN as usize }>(data(request));
+        assert!(read[..] == content(request), "{request}");
+        assert_eq!(guest.read::<1>(DATA + 64 * u64::from(request) + 16), [0]);
+    }
 }

@@ -266,12 +266,15 @@ impl<E: Env> Disk<E> {
         if few.is_empty() {
             return Ok(());
         }
-        let top = &self.top().file;
-        let committed = journal.commit(top, &cow.geometry, &self.unflushed, few);
-        if committed.map_err(|err| self.fail(&err))? {
-            return Ok(());
+        // Where no bit is new one sync does, unless it would have to outdo records.
+        if journal.has_records() || bitmap.dirty_pages() > 0 {
+            let top = &self.top().file;
+            let committed = journal.commit(top, &cow.geometry, &self.unflushed, few);
+            if committed.map_err(|err| self.fail(&err))? {
+                return Ok(());
+            }
+            journal.fill(top);
         }
-        journal.fill(top);
         self.flush_in_place(cow, bitmap, journal)
     }
 

@@ -93,6 +93,11 @@ impl Plan {
         self.parts.is_empty()
     }
 
+    /// The number of parts.
+    pub fn len(&self) -> usize {
+        self.parts.len()
+    }
+
     /// The bytes of all parts.
     pub fn len_bytes(&self) -> u64 {
         self.parts.iter().map(|part| part.len).sum()

@@ -30,6 +30,12 @@ pub struct Router<'a> {
 /// The top layer, buffered.
 const TOP: FileSlot = FileSlot(0);
 
+/// The most that is written through the page cache at once. The kernel makes one folio of as much as
+/// a write brings, and ext4 looks at every block of a folio for each later write into it: after
+/// writes of 1 MiB random ones of 4 KiB take 17 to 25 µs each, after writes of 128 KiB 7 µs. The
+/// large ones are slower by a tenth at most.
+const PIECE: u64 = 128 << 10;
+
 /// A page of the page cache, in bytes.
 pub const PAGE: u64 = 4096;
 
@@ -95,9 +101,14 @@ impl<'a> Router<'a> {
     }
 
     /// Plans the write of `buffers` to `range`, which is as long as they.
-    pub fn plan_write(&self, range: SectorRange, buffers: &[libc::iovec], plan: &mut Plan) {
+    pub fn plan_write(&mut self, range: SectorRange, buffers: &[libc::iovec], plan: &mut Plan) {
         let at = self.disk.write_at(range);
-        plan.write(write_slot(self.disk, at, range.len_bytes(), buffers), at, buffers);
+        let slot = write_slot(self.disk, at, range.len_bytes(), buffers);
+        if slot == TOP {
+            plan_pieces(at, range.len_bytes(), buffers, &mut self.piece, plan);
+        } else {
+            plan.write(slot, at, buffers);
+        }
     }
 
     /// Writes `buffers` to `range` at once if that can be expected to be quick;
@@ -167,6 +178,24 @@ fn write_slot(disk: &Disk, at: ByteOffset, len: u64, buffers: &[libc::iovec]) ->
         slot(disk, LayerIndex::TOP, at, buffers)
     } else {
         TOP
+    }
+}
+
+/// Plans a write of `len` bytes through the page cache to the top, [`PIECE`] by piece.
+fn plan_pieces(
+    at: ByteOffset,
+    len: u64,
+    buffers: &[libc::iovec],
+    piece: &mut Vec<libc::iovec>,
+    plan: &mut Plan,
+) {
+    let mut cursor = Cursor { left: buffers, skip: 0 };
+    let mut done = 0;
+    while done < len {
+        let take = (len - done).min(PIECE);
+        // Within the file, whose end is a file offset.
+        plan.write(TOP, ByteOffset::new(at.get() + done), cursor.take(take, piece));
+        done += take;
     }
 }
 
@@ -246,6 +275,19 @@ mod tests {
         assert_eq!(taken(1500), [(5512, 1024), (9000, 476)]);
         assert_eq!(taken(36), [(9476, 36)]);
         assert_eq!(taken(512), []);
+    }
+
+    #[test]
+    fn a_long_write_is_planned_piece_by_piece() {
+        let len = 2 * PIECE + 512;
+        let whole = usize::try_from(len).unwrap();
+        let (mut piece, mut plan) = (Vec::new(), Plan::default());
+        let buffers = [iovec(1 << 20, 4096), iovec(1 << 30, whole - 4096)];
+        plan_pieces(ByteOffset::new(9 << 20), len, &buffers, &mut piece, &mut plan);
+        assert_eq!((plan.len_bytes(), plan.len()), (len, 3));
+        let mut plan = Plan::default();
+        plan_pieces(ByteOffset::new(9 << 20), PIECE, &buffers, &mut piece, &mut plan);
+        assert_eq!((plan.len_bytes(), plan.len()), (PIECE, 1));
     }
 
     #[test]

@@ -67,6 +67,11 @@ impl Journal {
         Journal { area, state, ..Self::none() }
     }
 
+    /// Whether records count, so that a flush in place has to be followed by a new beginning.
+    pub(crate) fn has_records(&self) -> bool {
+        matches!(self.state, State::Inherited | State::Begun { tail: 1.., .. })
+    }
+
     /// Makes `few`, which is all that was written since the last flush, durable. False: it is to be flushed in place. An
     /// error is that of a sync.
     pub(crate) fn commit(

@@ -262,16 +262,25 @@ fn writes_past_the_limit_of_a_file_s_length_fail_and_no_one_dies() {
     }
 }
 
-/// Lets fdatasync fail as long as a file exists.
+/// Lets fdatasync, and writes that are durable on their return, fail as long as a file exists.
 const FAILING_SYNC: &str = r#"
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
+static int fails(void) {
+    int is_there = access(getenv("SYNC_FAILS"), F_OK) == 0;
+    errno = EIO;
+    return is_there;
+}
 int fdatasync(int fd) {
-    if (access(getenv("SYNC_FAILS"), F_OK) == 0) { errno = EIO; return -1; }
-    return syscall(SYS_fdatasync, fd);
+    return fails() ? -1 : syscall(SYS_fdatasync, fd);
+}
+ssize_t pwritev2(int fd, const struct iovec *buffers, int count, off_t at, int flags) {
+    if ((flags & RWF_DSYNC) && fails()) return -1;
+    return syscall(SYS_pwritev2, fd, buffers, count, at, 0L, flags);
 }
 "#;
 

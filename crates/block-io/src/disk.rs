@@ -144,7 +144,7 @@ impl<E: Env> Disk<E> {
             read_only: options.read_only,
             failed: AtomicBool::new(false),
             closed: AtomicBool::new(false),
-            unflushed: Unflushed::new(),
+            unflushed: Unflushed::new(chain.journal.is_wanted()),
             flushing: Mutex::new(chain.journal),
         }
     }

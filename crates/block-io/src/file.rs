@@ -26,8 +26,6 @@ use crate::storage::{
 
 /// What direct I/O must be aligned to where the kernel does not say (statx has said since Linux 6.1): no disk wants more.
 const DIRECT_ALIGN_DEFAULT: u32 = 4096;
-/// Zeros that are written in place of a hole on a file system that cannot punch one.
-static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// Fewer bytes go through the page cache, where the kernel makes larger transfers of them.
 const LARGE_MIN: usize = 128 << 10;
@@ -136,18 +134,7 @@ impl File {
         self.direct.as_ref().map_or(Ok(()), |direct| unlock(&direct.file))
     }
 
-    /// Zeros by writing them, for a file system without holes.
-    fn write_zeros(&self, at: ByteOffset, len: u64) -> io::Result<()> {
-        let (mut at, mut left) = (at.get(), len);
-        while left > 0 {
-            let n = usize::try_from(left).map_or(ZEROS.len(), |left| left.min(ZEROS.len()));
-            self.buffered.write_all_at(&ZEROS[..n], at)?;
-            at += n as u64;
-            left -= n as u64;
-        }
-        Ok(())
-    }
-
+    /// Zeros are written on a file system without holes.
     fn fallocate_or_zeros(&self, mode: FallocateFlags, at: ByteOffset, len: u64) -> io::Result<()> {
         if len == 0 {
             return Ok(());

@@ -89,6 +89,9 @@ impl fmt::Debug for BootId {
     }
 }
 
+/// Zeros that [`Storage::write_zeros`] writes.
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+
 /// One open file.
 ///
 /// A write that returned is in the page cache (it outlives the process); only [`Storage::sync`] makes it outlive a
@@ -115,6 +118,17 @@ pub trait Storage: Send + Sync {
     /// cache they take turns.
     fn bypasses_cache(&self) -> bool {
         false
+    }
+
+    /// Writes `len` bytes of zeros at `at`, which then have their blocks as any other data has.
+    fn write_zeros(&self, at: ByteOffset, len: u64) -> io::Result<()> {
+        let mut done = 0;
+        while done < len {
+            let n = usize::try_from(len - done).map_or(ZEROS.len(), |left| left.min(ZEROS.len()));
+            self.write_all_at(&ZEROS[..n], ByteOffset::new(at.get() + done))?;
+            done += n as u64;
+        }
+        Ok(())
     }
 
     /// Makes `len` bytes at `at` read as zeros and frees their space where it can; the length stays.

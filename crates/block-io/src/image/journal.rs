@@ -21,8 +21,6 @@ use crate::storage::{Env, Storage};
 /// How often a flush waits for writes of the same sectors to end before it is done in place: they take microseconds, or it
 /// is not worth waiting.
 const ATTEMPTS: usize = 8;
-/// Zeros that the journal is filled with.
-static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Used by one flush pass at a time.
 #[derive(Debug)]
@@ -67,6 +65,11 @@ impl Journal {
         Journal { area, state, ..Self::none() }
     }
 
+    /// Whether a flush may go there.
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.area.is_some()
+    }
+
     /// Whether records count, so that a flush in place has to be followed by a new beginning.
     pub(crate) fn has_records(&self) -> bool {
         matches!(self.state, State::Inherited | State::Begun { tail: 1.., .. })
@@ -105,12 +108,12 @@ impl Journal {
     /// Fills an unused journal, so that it has its blocks: the flush in place that follows makes them durable.
     pub(crate) fn fill(&mut self, file: &impl Storage) {
         let (Some(area), State::Unused) = (self.area, &self.state) else { return };
-        self.state = match fill(file, area) {
+        self.state = match file.write_zeros(area.at(), area.len()) {
             Ok(()) => State::Filled,
             Err(err) => {
                 log::debug!("no journal: {err}");
                 // Without it flushes are slower, no less durable. The space may do better elsewhere.
-                _ = file.punch(area.at(), area.len());
+                give_back(file, area);
                 State::Unable
             }
         };
@@ -165,16 +168,6 @@ fn give_back(file: &impl Storage, area: JournalArea) {
     if let Err(err) = file.punch(area.at(), area.len()) {
         log::debug!("the journal keeps its space: {err}");
     }
-}
-
-fn fill(file: &impl Storage, area: JournalArea) -> io::Result<()> {
-    let mut done = 0;
-    while done < area.len() {
-        let n = usize::try_from(area.len() - done).map_or(ZEROS.len(), |n| n.min(ZEROS.len()));
-        file.write_all_at(&ZEROS[..n], ByteOffset::new(area.at().get() + done))?;
-        done += n as u64;
-    }
-    Ok(())
 }
 
 /// Reads `ranges` into `data`, which they may not fill; false if that fails, or if they are being written all the time.

@@ -18,6 +18,8 @@ const _: () = assert!(RANGES_MAX <= journal::RANGES_MAX);
 pub(crate) struct Unflushed {
     /// More than a few, or nobody knows: then nobody need be told more. Writers share a flag that seldom changes.
     much: AtomicBool,
+    /// There is a journal that copies of what is written are made for.
+    copied: bool,
     state: Mutex<State>,
 }
 
@@ -35,12 +37,15 @@ struct State {
 
 impl Unflushed {
     /// Of a disk that has just been opened: what its predecessor did is not known.
-    pub(crate) fn new() -> Self {
-        Unflushed { much: AtomicBool::new(true), state: Mutex::default() }
+    pub(crate) fn new(copied: bool) -> Self {
+        Unflushed { much: AtomicBool::new(true), copied, state: Mutex::default() }
     }
 
     /// A write of data within `range` begins.
     pub(crate) fn begin(&self, range: SectorRange) {
+        if !self.copied {
+            return;
+        }
         let mut state = self.state();
         state.disturbed |= overlaps(&state.copied, range);
         state.under_way.push(range);
@@ -48,6 +53,9 @@ impl Unflushed {
 
     /// It has ended, and [`Self::add`] has been told of it if it succeeded.
     pub(crate) fn end(&self, range: SectorRange) {
+        if !self.copied {
+            return;
+        }
         let under_way = &mut self.state().under_way;
         if let Some(index) = under_way.iter().position(|other| *other == range) {
             under_way.swap_remove(index);
@@ -83,6 +91,7 @@ impl Unflushed {
     /// Lets `copy` read what is in `ranges`; false if it says so, or if a sector may have been half of what it was and half of
     /// what it was going to be, which no disk ever shows. One copy at a time.
     pub(crate) fn undisturbed(&self, ranges: &[SectorRange], copy: impl FnOnce() -> bool) -> bool {
+        debug_assert!(self.copied);
         let mut state = self.state();
         if state.under_way.iter().any(|range| overlaps(ranges, *range)) {
             return false;
@@ -129,7 +138,7 @@ mod tests {
 
     #[test]
     fn little_is_remembered_and_much_is_not() {
-        let unflushed = Unflushed::new();
+        let unflushed = Unflushed::new(true);
         assert_eq!(unflushed.take(), None, "nobody knows what came before");
         assert_eq!(unflushed.take(), Some(vec![]));
         unflushed.add(&[range(8, 8), range(3, 0), range(9, 2), range(20, 1)]);
@@ -150,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_copy_is_disturbed_by_writes_of_its_sectors_only() {
-        let unflushed = Unflushed::new();
+        let unflushed = Unflushed::new(true);
         let few = [range(8, 8), range(100, 1)];
         assert!(unflushed.undisturbed(&few, || true));
         assert!(!unflushed.undisturbed(&few, || false));

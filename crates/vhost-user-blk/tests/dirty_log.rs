@@ -13,7 +13,7 @@ use block_io::image::{CreateOptions, create_cow};
 use block_io::{CowFormat, Host};
 use common::Daemon;
 use common::chains::{
-    Buffer, Log, Memory, PAGE, Queue, header, memfd, pages, readable, wait_until, writable,
+    self, Buffer, Log, Memory, PAGE, Queue, header, memfd, pages, readable, wait_until, writable,
 };
 use common::frontend::{
     F_EVENT_IDX, F_INDIRECT_DESC, F_LOG_ALL, F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES,
@@ -395,17 +395,7 @@ fn a_copy_that_does_not_follow_the_log_is_wrong_in_the_end() {
 
 /// A frontend with one running ring, and no log so far.
 fn running(daemon: &Daemon) -> (RawFrontend, Memory, Queue) {
-    let mut frontend = RawFrontend::new(daemon.connect());
-    frontend.negotiate(FEATURES, PROTOCOL_FEATURES);
-    let mut memory = Memory::new(100);
-    let mut queue = Queue::new(&mut memory, 0, 16);
-    let (head, status) = (memory.take(16), memory.take(1));
-    memory.write(head, &header(FLUSH, 0));
-    queue.describe(&memory, 0, &[readable(head, 16), writable(status, 1)]);
-    memory.set(&mut frontend);
-    queue.start(&mut frontend, false);
-    queue.offer(&memory, 0);
-    queue.wait(&memory);
+    let (frontend, memory, queue, _) = chains::running(daemon, FEATURES);
     (frontend, memory, queue)
 }
 

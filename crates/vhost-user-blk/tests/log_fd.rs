@@ -5,34 +5,15 @@ mod common;
 use std::collections::BTreeSet;
 use std::os::fd::AsRawFd;
 
-use common::chains::{Log, Memory, PAGE, Queue, header, readable, wait_until, writable};
+use common::chains::{Log, Memory, PAGE, Queue, running, wait_until};
 use common::frontend::{
-    F_EVENT_IDX, F_FLUSH, F_LOG_ALL, F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES,
-    RawFrontend, message,
+    F_EVENT_IDX, F_FLUSH, F_LOG_ALL, F_PROTOCOL_FEATURES, F_VERSION_1, RawFrontend, message,
 };
-use common::ring::FLUSH;
 use common::{Daemon, upgrade_ok};
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH | F_EVENT_IDX;
-
-/// A frontend whose ring has answered a flush, which can be offered again as head 0; and the place of
-/// its status.
-fn running(daemon: &Daemon) -> (RawFrontend, Memory, Queue, u64) {
-    let mut frontend = RawFrontend::new(daemon.connect());
-    frontend.negotiate(FEATURES, PROTOCOL_FEATURES);
-    let mut memory = Memory::new(100);
-    let mut queue = Queue::new(&mut memory, 0, 16);
-    let (head, status) = (memory.take(16), memory.take(1));
-    memory.write(head, &header(FLUSH, 0));
-    queue.describe(&memory, 0, &[readable(head, 16), writable(status, 1)]);
-    memory.set(&mut frontend);
-    queue.start(&mut frontend, false);
-    queue.offer(&memory, 0);
-    queue.wait(&memory);
-    (frontend, memory, queue, status)
-}
 
 fn bell() -> EventFd {
     EventFd::new(EFD_NONBLOCK).unwrap()
@@ -61,7 +42,7 @@ fn rings(memory: &Memory, queue: &mut Queue, status: u64, bell: &EventFd, log: &
 fn the_bell_rings_when_the_log_is_written() {
     let directory = tempfile::tempdir().unwrap();
     let daemon = Daemon::with_image(directory.path(), &[]);
-    let (mut frontend, memory, mut queue, status) = running(&daemon);
+    let (mut frontend, memory, mut queue, status) = running(&daemon, FEATURES);
     let (first, second) = (bell(), bell());
     // Before there is a log.
     set_log_fd(&mut frontend, &first);
@@ -98,7 +79,7 @@ fn a_daemon_that_was_upgraded_knows_the_bell() {
     let directory = tempfile::tempdir().unwrap();
     let control = format!("--control={}/control", directory.path().display());
     let daemon = Daemon::with_image(directory.path(), &[&control]);
-    let (mut frontend, memory, mut queue, status) = running(&daemon);
+    let (mut frontend, memory, mut queue, status) = running(&daemon, FEATURES);
     let bell = bell();
     set_log_fd(&mut frontend, &bell);
     upgrade_ok(directory.path());
@@ -113,7 +94,7 @@ fn a_daemon_that_was_upgraded_knows_the_bell() {
 fn a_bell_that_nobody_empties_holds_nobody_up() {
     let directory = tempfile::tempdir().unwrap();
     let daemon = Daemon::with_image(directory.path(), &[]);
-    let (mut frontend, memory, mut queue, _) = running(&daemon);
+    let (mut frontend, memory, mut queue, _) = running(&daemon, FEATURES);
     let full = EventFd::new(0).unwrap();
     full.write(u64::MAX - 1).unwrap();
     memory.log().set(&mut frontend);
@@ -132,7 +113,7 @@ fn no_descriptor_is_left_open() {
     let mut daemon = Daemon::with_image(directory.path(), &[]);
     let mut before = None;
     for round in 0..40 {
-        let (mut frontend, _memory, _queue, _) = running(&daemon);
+        let (mut frontend, _memory, _queue, _) = running(&daemon, FEATURES);
         for _ in 0..3 {
             set_log_fd(&mut frontend, &bell());
         }

@@ -11,7 +11,9 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::frontend::RawFrontend;
+use super::Daemon;
+use super::frontend::{PROTOCOL_FEATURES, RawFrontend};
+use super::ring::FLUSH;
 
 /// Where guest memory begins, for the guest and for the frontend.
 pub const GUEST: u64 = 0x10_0000;
@@ -297,4 +299,21 @@ fn descriptor(buffer: Buffer, flags: u16, next: u16) -> Vec<u8> {
 /// The header of a request.
 pub fn header(kind: u32, sector: u64) -> Vec<u8> {
     [&[kind, 0].map(u32::to_le_bytes).concat(), sector.to_le_bytes().as_slice()].concat()
+}
+
+/// A frontend whose ring has answered a flush, which can be offered again as head 0; and the place of
+/// its status.
+pub fn running(daemon: &Daemon, features: u64) -> (RawFrontend, Memory, Queue, u64) {
+    let mut frontend = RawFrontend::new(daemon.connect());
+    frontend.negotiate(features, PROTOCOL_FEATURES);
+    let mut memory = Memory::new(100);
+    let mut queue = Queue::new(&mut memory, 0, 16);
+    let (head, status) = (memory.take(16), memory.take(1));
+    memory.write(head, &header(FLUSH, 0));
+    queue.describe(&memory, 0, &[readable(head, 16), writable(status, 1)]);
+    memory.set(&mut frontend);
+    queue.start(&mut frontend, false);
+    queue.offer(&memory, 0);
+    queue.wait(&memory);
+    (frontend, memory, queue, status)
 }

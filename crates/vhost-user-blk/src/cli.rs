@@ -13,6 +13,7 @@ use log::LevelFilter;
 
 use crate::control::{Request, Upgrade};
 use crate::socket::Endpoint;
+use crate::spin;
 use crate::systemd;
 
 /// Most queues: a message that passes a queue's descriptor names the queue in eight bits.
@@ -155,9 +156,9 @@ struct Args {
     #[arg(long, value_enum, default_value_t = Cache::Buffered, value_name = "MODE")]
     cow_cache: Cache,
 
-    /// Longest time in microseconds that a queue looks for new requests before it sleeps; 0 sleeps
-    /// at once
-    #[arg(long, value_name = "US", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=POLL_US_MAX.into()))]
+    /// Longest time in microseconds that a queue looks for new requests before it sleeps, if its guest
+    /// is that fast; 0 sleeps at once
+    #[arg(long, value_name = "US", default_value_t = spin::POLL_US, value_parser = clap::value_parser!(u32).range(0..=POLL_US_MAX.into()))]
     poll_us: u32,
 
     /// What to log

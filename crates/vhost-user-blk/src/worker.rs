@@ -30,7 +30,7 @@ use crate::request::{
 };
 use crate::resident::Mappings;
 use crate::route::Router;
-use crate::spin::Spin;
+use crate::spin::{For, Spin};
 use crate::virtqueue::{Head, RingLayout, SplitQueue};
 use crate::watchdog;
 
@@ -598,8 +598,9 @@ impl<'a> Worker<'a> {
     /// Nothing to do at the moment: spins while that has paid, then sleeps.
     fn rest(&mut self) {
         let can_take = self.can_take();
+        let wait = if self.in_flight() == 0 { For::Guest } else { For::Disk };
         let (queue, ring) = (&self.queue, &mut self.ring);
-        if self.spin.until(|| (can_take && queue.has_work()) || ring.wants_enter()) {
+        if self.spin.until(wait, || (can_take && queue.has_work()) || ring.wants_enter()) {
             return;
         }
         if can_take && self.queue.enable_notifications() {
@@ -614,7 +615,7 @@ impl<'a> Worker<'a> {
         if let Err(e) = self.ring.enter(true) {
             self.fail(&e);
         }
-        self.spin.slept(asleep.elapsed());
+        self.spin.slept(wait, asleep.elapsed());
         self.queue.disable_notifications();
     }
 }

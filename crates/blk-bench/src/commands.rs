@@ -100,6 +100,15 @@ fn check_options(args: &RunArgs) -> Result<(), Failure> {
     if args.segment_size.is_some_and(|size| size == 0 || size > u64::from(u32::MAX)) {
         return Err(usage("--segment-size must be 1 to 4G-1"));
     }
+    if let (Some(base), Some(expected)) = (&args.base, &args.write_expected)
+        && let (Ok(base), Ok(expected)) = (base.canonicalize(), expected.canonicalize())
+        && base == expected
+    {
+        let file = base.display();
+        return Err(usage(format!(
+            "--base and --write-expected are one file, {file}: name another"
+        )));
+    }
     Ok(())
 }
 

@@ -151,6 +151,19 @@ fn the_exit_status_tells_wrong_options_from_failures() {
 }
 
 #[test]
+fn a_base_is_not_overwritten_with_what_is_expected() {
+    let base = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&base, [1; 512]).unwrap();
+    let path = base.path().display();
+    let (base_is, expected) = (format!("--base={path}"), format!("--write-expected={path}"));
+    let output = blk_bench(&["run", "--socket-path=/nonexistent", "--verify", &base_is, &expected]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(text.contains("--base and --write-expected are one file"), "{text}");
+    assert_eq!(std::fs::read(&base).unwrap(), [1; 512]);
+}
+
+#[test]
 fn options_that_the_device_cannot_meet_are_wrong_options() {
     let cases: [&[&str]; 4] =
         [&["--queues=5"], &["--region=1G"], &["--offset=8M"], &["--depth=200", "--queue-size=128"]];

@@ -5,6 +5,7 @@
 
 pub mod cli;
 mod cold_stream;
+mod complaints;
 pub mod config;
 pub mod connection;
 pub mod control;

@@ -19,6 +19,7 @@ use block_io::{Committer, Disk, Waiter, Writing};
 use cow_format::SectorRange;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use crate::complaints::Complaints;
 use crate::dirty_log::RingLog;
 use crate::fault;
 use crate::holes::Holes;
@@ -47,9 +48,6 @@ const BATCH_BYTES_MAX: u64 = 64 << 20;
 
 /// The stack of a worker, in bytes. Its data is on the heap.
 const STACK_BYTES: usize = 256 << 10;
-
-/// How often a queue logs failed requests.
-const COMPLAIN_EVERY: Duration = Duration::from_secs(1);
 
 /// A read of at least so many bytes that are in the page cache can be lent to a thread of the
 /// kernel, while the queue's thread copies the next: for less it takes as long to lend it.
@@ -218,9 +216,7 @@ struct Worker<'a> {
     open: bool,
     /// [`TIDY`] will come.
     tidying: bool,
-    /// When a failed request was last logged, and how many were not since.
-    complained: Option<Instant>,
-    not_said: u64,
+    complaints: Complaints,
     // Used again from one request to the next.
     plan: Plan,
     iovecs: IoVecs,
@@ -267,8 +263,7 @@ impl<'a> Worker<'a> {
             lent: false,
             open: true,
             tidying: false,
-            complained: None,
-            not_said: 0,
+            complaints: Complaints::new(start.queue),
             plan: Plan::default(),
             iovecs: IoVecs::new(),
             answers: Vec::new(),
@@ -380,7 +375,7 @@ impl<'a> Worker<'a> {
         let (data, plan) = (self.iovecs.data(), &mut self.plan);
         let planned = self.router.plan_read(range, memory, data, lend, plan);
         if let Err(e) = planned {
-            self.complain("read failed", &e);
+            self.complaints.say("read failed", &e);
             return self.answer(head, pending.failed());
         }
         self.lent |= lend && !self.plan.is_empty();
@@ -474,7 +469,7 @@ impl<'a> Worker<'a> {
                 self.submit(InFlight { head, pending, work: Work::Zero(segments, true, writing) });
             }
             (_, Err(e)) => {
-                self.complain("I/O failed", &e);
+                self.complaints.say("I/O failed", &e);
                 self.answer(head, pending.failed());
             }
             (Work::Read | Work::LentRead | Work::Commit, Ok(())) => {
@@ -502,7 +497,7 @@ impl<'a> Worker<'a> {
     ) {
         fault::reached("data");
         if let Err(e) = writing.written(ranges) {
-            self.complain("write failed", &e);
+            self.complaints.say("write failed", &e);
             return self.answer(head, pending.failed());
         }
         // Before the flush that may follow: a write under way keeps it out of the journal.
@@ -536,22 +531,6 @@ impl<'a> Worker<'a> {
             self.answer(head, if durable { pending.done() } else { pending.failed() });
         }
         self.answers = answers;
-    }
-
-    /// Logs that a request failed; not each one, for a full disk can fail many
-    /// thousands a second.
-    fn complain(&mut self, what: &str, why: &dyn std::fmt::Display) {
-        let quiet = self.complained.is_some_and(|last| last.elapsed() < COMPLAIN_EVERY);
-        if quiet {
-            self.not_said += 1;
-            return;
-        }
-        let queue = self.start.queue;
-        match std::mem::take(&mut self.not_said) {
-            0 => log::warn!("queue {queue}: {what}: {why}"),
-            n => log::warn!("queue {queue}: {what}: {why} ({n} more since the last message)"),
-        }
-        self.complained = Some(Instant::now());
     }
 
     fn answer(&mut self, head: Head, reply: Reply) {

@@ -157,6 +157,11 @@ CASES = [
         ("--ops=write", "--once", "--depth=1"), "p50", "write", (Aim("p50", 4, "sub"),), once=True, writes=True,
     ),
     Case(
+        "write-d1-poll", "First writes, depth 1, polling client",
+        "4 KiB, random, each block once, one at a time, nobody sleeps.",
+        ("--ops=write", "--once", "--depth=1", "--completion=poll"), "p50", "write", (Aim("p50", 4, "sub"),), once=True, writes=True,
+    ),
+    Case(
         "rewrite-d32", "Rewrites, depth 32",
         "4 KiB, random, in 256 MiB that were written before.",
         ("--ops=write", "--depth=32", REWRITTEN), "iops", "write", (Aim("iops", 1, "raw"),),

@@ -80,7 +80,7 @@ class Ubd(servers.Server):
 
 
 ABOUT = "fio with direct I/O in a guest with one CPU and one queue; the kernel runs "
-PEERS = ("ours", "ours-sleep", "ours-uml", "raw", "qcow2", "sub")
+PEERS = ("ours", "ours-sleep", "ours-uml", "raw", "qcow2", "qcow2-poll", "sub")
 
 GUESTS = [
     Special(

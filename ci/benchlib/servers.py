@@ -193,10 +193,10 @@ class OursRaw(Server):
 class Qsd(Server):
     """qemu-storage-daemon with an iothread and io_uring, which is its best."""
 
-    def __init__(self, name, label, detail, image_format="qcow2", create=(), direct=False, chain=False, iothread=""):
+    def __init__(self, name, label, detail, image_format="qcow2", create=(), direct=False, chain=False, iothread=()):
         super().__init__(name, label, "peer", detail)
         self.format, self.create_options, self.direct, self.chain = image_format, create, direct, chain
-        self.iothread = f"iothread,id=io0{iothread}"
+        self.iothread = ",".join(("iothread,id=io0", *iothread))
 
     def create(self, tools, directory, base, size):
         if self.format == "raw":
@@ -290,7 +290,7 @@ SERVERS = [
     Qsd("raw", "QSD raw", "a raw file, buffered; sparse where it is written to", image_format="raw"),
     Qsd("raw-direct", "QSD raw direct", "as raw, with cache.direct=on", image_format="raw", direct=True),
     Qsd("qcow2", "QSD qcow2", "overlay with 64 KiB clusters, buffered"),
-    Qsd("qcow2-poll", "QSD qcow2, polling", "as qcow2, its iothread polls up to 200 µs as ours does", iothread=",poll-max-ns=200000"),
+    Qsd("qcow2-poll", "QSD qcow2, polling", "as qcow2, its iothread polls up to 200 µs as ours does", iothread=("poll-max-ns=200000",)),
     Qsd("sub", "QSD qcow2 sub", "overlay with extended_l2: 4 KiB subclusters", create=SUB),
     Qsd("qcow2-direct", "QSD qcow2 direct", "as qcow2, with cache.direct=on", direct=True),
     Qsd("chain", "QSD qcow2 chain", f"as qcow2, {CHAIN_DEPTH} overlays deep", chain=True),

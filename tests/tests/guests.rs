@@ -105,37 +105,37 @@ fn fio_verifies_in_uml() {
     fio_on_one_queue(Kernel::Uml, &[]);
 }
 
-const NO_POLLING: &str = "--poll-us=0";
-const DIRECT: [&str; 2] = ["--base-cache=direct", "--cow-cache=direct"];
+const NO_POLLING: &[&str] = &["--poll-us=0"];
+const DIRECT: &[&str] = &["--base-cache=direct", "--cow-cache=direct"];
 
 #[test]
 fn fio_verifies_in_uml_without_polling() {
-    fio_on_one_queue(Kernel::Uml, &[NO_POLLING]);
+    fio_on_one_queue(Kernel::Uml, NO_POLLING);
 }
 
 #[test]
 fn fio_verifies_in_uml_with_direct_caches() {
-    fio_on_one_queue(Kernel::Uml, &DIRECT);
+    fio_on_one_queue(Kernel::Uml, DIRECT);
 }
 
 #[test]
 fn fio_verifies_in_uml_with_direct_caches_and_no_polling() {
-    fio_on_one_queue(Kernel::Uml, &[DIRECT[0], DIRECT[1], NO_POLLING]);
+    fio_on_one_queue(Kernel::Uml, &[DIRECT, NO_POLLING].concat());
 }
 
 #[test]
 fn fio_verifies_in_qemu_without_polling() {
-    fio_on_one_queue(Kernel::Qemu, &[NO_POLLING]);
+    fio_on_one_queue(Kernel::Qemu, NO_POLLING);
 }
 
 #[test]
 fn fio_verifies_in_qemu_with_direct_caches() {
-    fio_on_one_queue(Kernel::Qemu, &DIRECT);
+    fio_on_one_queue(Kernel::Qemu, DIRECT);
 }
 
 #[test]
 fn fio_verifies_in_qemu_with_direct_caches_and_no_polling() {
-    fio_on_one_queue(Kernel::Qemu, &[DIRECT[0], DIRECT[1], NO_POLLING]);
+    fio_on_one_queue(Kernel::Qemu, &[DIRECT, NO_POLLING].concat());
 }
 
 fn read_only(kernel: Kernel) {

@@ -229,7 +229,7 @@ struct Cursor<'b> {
 }
 
 impl<'b> Cursor<'b> {
-    /// The next `len` bytes; the whole list itself where it is just that.
+    /// The next `len` bytes, as buffers in `piece`.
     fn take<'p>(&mut self, len: u64, piece: &'p mut Vec<libc::iovec>) -> &'p [libc::iovec] {
         piece.clear();
         let mut wanted = len;

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 
 use common::frontend::{F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend, message};
 use common::ring::{
-    GUEST_BASE, GuestMemory, IN, MEMORY_LEN, Ring, VMM_BASE, set_memory, single_region,
+    GUEST_BASE, GuestMemory, IN, MEMORY_LEN, Ring, VMM_BASE, running, set_memory, single_region,
 };
 use common::{Daemon, sector};
 use nix::sys::eventfd::EventFd;
@@ -181,12 +181,7 @@ fn whatever_a_frontend_sends_the_next_one_is_served() {
     }
     assert_eq!((daemon.open_files(), daemon.threads()), before);
 
-    let mut frontend = RawFrontend::new(daemon.connect());
-    frontend.negotiate(FEATURES, PROTOCOL_FEATURES);
-    let (memory, mut ring) = (GuestMemory::new(), Ring::new(0));
-    set_memory(&mut frontend, &memory);
-    ring.set_up(&mut frontend);
-    ring.enable(&mut frontend, true);
+    let (_frontend, memory, mut ring) = running(daemon.connect(), FEATURES);
     assert_eq!(ring.read_sector(&memory, 3), sector(3));
     daemon.terminate();
 }

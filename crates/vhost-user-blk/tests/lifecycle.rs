@@ -13,7 +13,7 @@ use common::frontend::{
     state,
 };
 use common::ring::{
-    FLUSH, GuestMemory, IN, RING_SIZE, Ring, is_readable, set_memory, single_region,
+    FLUSH, GuestMemory, IN, RING_SIZE, Ring, is_readable, running, set_memory, single_region,
 };
 use common::{Daemon, PROGRAM, SECTORS, content, image, sector, with_fd};
 use nix::sys::signal::Signal;
@@ -30,12 +30,7 @@ struct Guest {
 
 impl Guest {
     fn new(stream: UnixStream) -> Self {
-        let mut frontend = RawFrontend::new(stream);
-        frontend.negotiate(FEATURES, PROTOCOL_FEATURES);
-        let (memory, ring) = (GuestMemory::new(), Ring::new(0));
-        set_memory(&mut frontend, &memory);
-        ring.set_up(&mut frontend);
-        ring.enable(&mut frontend, true);
+        let (frontend, memory, ring) = running(stream, FEATURES);
         Guest { frontend, memory, ring }
     }
 

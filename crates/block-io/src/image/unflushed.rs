@@ -19,7 +19,7 @@ pub(crate) struct Unflushed {
     /// More than a few, or nobody knows: then nobody need be told more. Writers share a flag that seldom changes.
     much: AtomicBool,
     /// There is a journal that copies of what is written are made for.
-    copied: bool,
+    has_journal: bool,
     state: Mutex<State>,
 }
 
@@ -37,13 +37,13 @@ struct State {
 
 impl Unflushed {
     /// Of a disk that has just been opened: what its predecessor did is not known.
-    pub(crate) fn new(copied: bool) -> Self {
-        Unflushed { much: AtomicBool::new(true), copied, state: Mutex::default() }
+    pub(crate) fn new(has_journal: bool) -> Self {
+        Unflushed { much: AtomicBool::new(true), has_journal, state: Mutex::default() }
     }
 
     /// A write of data within `range` begins.
     pub(crate) fn begin(&self, range: SectorRange) {
-        if !self.copied {
+        if !self.has_journal {
             return;
         }
         let mut state = self.state();
@@ -53,7 +53,7 @@ impl Unflushed {
 
     /// It has ended, and [`Self::add`] has been told of it if it succeeded.
     pub(crate) fn end(&self, range: SectorRange) {
-        if !self.copied {
+        if !self.has_journal {
             return;
         }
         let under_way = &mut self.state().under_way;
@@ -91,7 +91,7 @@ impl Unflushed {
     /// Lets `copy` read what is in `ranges`; false if it says so, or if a sector may have been half of what it was and half of
     /// what it was going to be, which no disk ever shows. One copy at a time.
     pub(crate) fn undisturbed(&self, ranges: &[SectorRange], copy: impl FnOnce() -> bool) -> bool {
-        debug_assert!(self.copied);
+        debug_assert!(self.has_journal);
         let mut state = self.state();
         if state.under_way.iter().any(|range| overlaps(ranges, *range)) {
             return false;

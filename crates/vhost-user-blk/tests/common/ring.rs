@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{PipeReader, Read};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -11,7 +12,7 @@ use vhost::vhost_user::message::FrontendReq;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::frontend::RawFrontend;
+use super::frontend::{PROTOCOL_FEATURES, RawFrontend};
 
 /// Guest memory of a test.
 pub const MEMORY_LEN: u64 = 1 << 20;
@@ -215,6 +216,17 @@ fn state_of(queue: u32) -> Vec<u8> {
 pub fn is_readable(fd: &impl AsFd) -> bool {
     let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
     poll(&mut fds, PollTimeout::ZERO).unwrap() > 0
+}
+
+/// A frontend with these features whose ring 0 is served.
+pub fn running(stream: UnixStream, features: u64) -> (RawFrontend, GuestMemory, Ring) {
+    let mut frontend = RawFrontend::new(stream);
+    frontend.negotiate(features, PROTOCOL_FEATURES);
+    let (memory, ring) = (GuestMemory::new(), Ring::new(0));
+    set_memory(&mut frontend, &memory);
+    ring.set_up(&mut frontend);
+    ring.enable(&mut frontend, true);
+    (frontend, memory, ring)
 }
 
 /// Sends the memory table.

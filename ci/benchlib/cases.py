@@ -1,4 +1,4 @@
-"""The cases of DESIGN.md's table: one load each, run by blk-bench against every server."""
+"""The cases of docs/performance/results.md's table: one load each, run by blk-bench against every server."""
 
 import dataclasses
 import json

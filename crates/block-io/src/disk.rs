@@ -1,8 +1,8 @@
 //! [`Disk`]: an open image, as the daemon and the tool use it.
 //!
 //! The caller does the I/O on data: [`Disk::extents`] says what to read from where, [`Disk::write_at`] where to write,
-//! [`Writing::written`] is told when that has completed. Everything that must happen in a certain order (DESIGN section
-//! 3) happens here.
+//! [`Writing::written`] is told when that has completed. Everything that must happen in a certain order
+//! (docs/architecture.md, "Durability") happens here.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};

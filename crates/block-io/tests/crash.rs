@@ -1,5 +1,5 @@
 //! Power cuts and deaths of the process at every step of random programs, and again during recovery, on the simulated
-//! disk (DESIGN section 3). The rules:
+//! disk (docs/architecture.md, "Durability"). The rules:
 //!
 //! - after a power cut each sector has its last flushed content or that of any later write;
 //! - after the death of the process each sector has the content of the last acknowledged write to it, or of a write

@@ -1,5 +1,5 @@
 //! The order of a flush, by types: data is synced before the bits that speak of it are written, and these are
-//! synced before the flush is complete (DESIGN section 3, rule 2).
+//! synced before the flush is complete (docs/architecture.md, "Durability").
 //!
 //! ```text
 //! FlushPass::begin        snapshot of the dirty pages

@@ -1,4 +1,4 @@
-//! The journal of a native COW file (`docs/format-native.md` section 7): a flush of a few sectors is one write.
+//! The journal of a native COW file (`docs/spec/format-native.md` section 7): a flush of a few sectors is one write.
 //!
 //! A flush in place takes two syncs, one before the bits and one after, and the first makes the file system commit
 //! its own journal for each new extent. A record holds the sectors themselves and stands where the file has its blocks

@@ -1,4 +1,4 @@
-//! The delta stream (`docs/format-delta.md`): what a COW file holds, on its way to another place.
+//! The delta stream (`docs/spec/format-delta.md`): what a COW file holds, on its way to another place.
 
 use std::io::{self, Read, Write};
 

@@ -1,6 +1,6 @@
 //! The daemon is killed again and again, at any moment, under a frontend that keeps no account of what
 //! is in flight (it does not negotiate INFLIGHT_SHMFD). What then holds, and what does not, stands in
-//! docs/frontends.md, "When the daemon dies".
+//! docs/guide/frontends.md, "When the daemon dies".
 //!
 //! `RECOVERY_KILLS` kills happen (40 if it is not set), with the random numbers of `RECOVERY_SEED`.
 

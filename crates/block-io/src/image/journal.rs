@@ -1,5 +1,5 @@
 //! The journal of a COW file that is open for writing, and what is done with one after a power cut
-//! (`docs/format-native.md` section 7).
+//! (`docs/spec/format-native.md` section 7).
 //!
 //! A flush of little is one durable write of what was written. A flush of much, and one for which the journal has no room left,
 //! is done in place, after which the journal is begun anew.

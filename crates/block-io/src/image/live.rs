@@ -1,5 +1,5 @@
 //! The live bitmap: in the page cache before a write is acknowledged, so that the write outlives this process
-//! (DESIGN section 3).
+//! (docs/architecture.md, "Durability").
 
 use std::io;
 use std::ops::Range;

@@ -2,7 +2,7 @@
 //!
 //! It exists while the COW file is open for writing, and after the death of the process that had it open; a clean
 //! close removes it. It is used only under the COW file's exclusive lock, or read under its shared lock. Nothing in it is ever
-//! synced on purpose: it speaks of one boot, and the page cache lives as long. Specified in `docs/format-side-file.md`.
+//! synced on purpose: it speaks of one boot, and the page cache lives as long. Specified in `docs/spec/format-side-file.md`.
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,4 @@
-//! The native header's reference to a backing file (`docs/format-native.md` section 5).
+//! The native header's reference to a backing file (`docs/spec/format-native.md` section 5).
 
 use uuid::Uuid;
 

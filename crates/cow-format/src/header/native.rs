@@ -1,4 +1,4 @@
-//! The native header, checked (`docs/format-native.md`).
+//! The native header, checked (`docs/spec/format-native.md`).
 
 use uuid::Uuid;
 use zerocopy::{FromZeros, IntoBytes};
@@ -288,7 +288,7 @@ impl NativeHeader {
     }
 
     /// Which records of the journal count; `None` if none does. Those that count must be put in place before anything
-    /// else if the live bitmap does not count any more: see `docs/format-native.md` section 7.
+    /// else if the live bitmap does not count any more: see `docs/spec/format-native.md` section 7.
     pub const fn journal_epoch(&self) -> Option<Epoch> {
         self.epoch
     }

@@ -1,4 +1,4 @@
-//! What makes a native header valid, field by field (`docs/format-native.md` section 4).
+//! What makes a native header valid, field by field (`docs/spec/format-native.md` section 4).
 
 use uuid::Uuid;
 use zerocopy::FromBytes;

@@ -1,4 +1,4 @@
-//! The native header as it stands on disk (`docs/format-native.md` section 2). Layout only.
+//! The native header as it stands on disk (`docs/spec/format-native.md` section 2). Layout only.
 
 use zerocopy::byteorder::little_endian::{I64, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};

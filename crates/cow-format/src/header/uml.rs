@@ -1,4 +1,4 @@
-//! User Mode Linux's COW header, checked (`docs/format-uml.md`). Versions 1 and 2 are read, version 3 and its
+//! User Mode Linux's COW header, checked (`docs/spec/format-uml.md`). Versions 1 and 2 are read, version 3 and its
 //! padded form are read and written.
 
 use zerocopy::byteorder::big_endian as be;
@@ -321,7 +321,7 @@ fn check_new_mtime(mtime: Timestamp) -> Result<u32, HeaderError> {
     })
 }
 
-/// The layout rules of `docs/format-uml.md`. `alignment` is not 0 and `size` is checked.
+/// The layout rules of `docs/spec/format-uml.md`. `alignment` is not 0 and `size` is checked.
 fn geometry(version: UmlVersion, size: u64, alignment: u32) -> Result<Geometry, HeaderError> {
     let alignment = u64::from(alignment);
     let places = match version {

@@ -1,4 +1,4 @@
-//! The UML COW header as it stands on disk (`docs/format-uml.md`). Layout only.
+//! The UML COW header as it stands on disk (`docs/spec/format-uml.md`). Layout only.
 
 use zerocopy::byteorder::{big_endian as be, little_endian as le};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the golden native files of version 1, from docs/format-native.md alone and apart from the Rust code.
+"""Makes the golden native files of version 1, from docs/spec/format-native.md alone and apart from the Rust code.
 
 They were made once and must open for ever: a change of the format makes new ones beside them. Run in this directory.
 """

@@ -1,4 +1,4 @@
-//! `struct virtio_blk_config` (virtio 1.2, section 5.2.4), as far as this driver uses it.
+//! `struct virtio_blk_config` (virtio 1.3, section 5.2.4), as far as this driver uses it.
 
 use serde::Serialize;
 use virtio_bindings::virtio_blk::{

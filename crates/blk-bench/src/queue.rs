@@ -1,4 +1,4 @@
-//! One request queue of a virtio-blk device (virtio 1.2, section 5.2.6), the driver's side.
+//! One request queue of a virtio-blk device (virtio 1.3, section 5.2.6), the driver's side.
 //!
 //! A [`Slot`] is the right to have one request in flight: take one, fill its data, submit it, and get it back with the
 //! completion. All of its memory is laid out once, so that a request costs a few stores and no allocation.

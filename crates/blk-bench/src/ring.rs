@@ -1,4 +1,4 @@
-//! The driver's side of a split virtqueue (virtio 1.2, section 2.7).
+//! The driver's side of a split virtqueue (virtio 1.3, section 2.7).
 //!
 //! Unlike the ring of the `virtio-driver` crate it makes any number of requests visible with one store of `avail.idx`,
 //! which is what a Linux guest does under load, and does not allocate or chain free lists: the caller names the head.

@@ -1,4 +1,4 @@
-//! virtio-blk requests (virtio 1.2, 5.2.6): a chain of descriptors in, a status byte out. Knows
+//! virtio-blk requests (virtio 1.3, 5.2.6): a chain of descriptors in, a status byte out. Knows
 //! nothing of disks.
 //!
 //! A request is a stream of bytes: a 16-byte header and data that the device reads, data that the

@@ -1,4 +1,4 @@
-//! The device's end of a split virtqueue (virtio 1.2, 2.7), little-endian (VERSION_1).
+//! The device's end of a split virtqueue (virtio 1.3, 2.7), little-endian (VERSION_1).
 //!
 //! The three parts of the ring are resolved to host pointers once, when the ring starts. The guest
 //! may be hostile: each value it can write is read once, by an atomic or volatile access, and
@@ -24,7 +24,7 @@ use crate::memory::{GuestAddress, Memory};
 
 pub use chain::{CHAIN_DESCRIPTORS_MAX, Chain, ChainError, Descriptor};
 
-/// Largest queue (virtio 1.2, 2.7): what 16-bit indices can tell full from empty.
+/// Largest queue (virtio 1.3, 2.7): what 16-bit indices can tell full from empty.
 pub const QUEUE_SIZE_MAX: u16 = 32768;
 
 /// VIRTQ_USED_F_NO_NOTIFY

@@ -1,4 +1,4 @@
-//! The descriptor chain of a request (virtio 1.2, 2.7.5), direct or indirect: each descriptor is
+//! The descriptor chain of a request (virtio 1.3, 2.7.5), direct or indirect: each descriptor is
 //! copied once, and only the copy is looked at.
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};

@@ -313,6 +313,49 @@ fn after_a_failed_sync_there_are_reads_and_no_writes_until_the_disk_is_opened_ag
     daemon.stop();
 }
 
+/// Lets writes of the durable bitmap, which begins at byte 8192, fail for lack of space as long as a file exists.
+const FULL_BITMAP: &str = r#"
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+ssize_t pwrite64(int fd, const void *data, size_t len, off_t at) {
+    if (at == 8192 && access(getenv("BITMAP_IS_FULL"), F_OK) == 0) {
+        errno = ENOSPC;
+        return -1;
+    }
+    return syscall(SYS_pwrite64, fd, data, len, at);
+}
+ssize_t pwrite(int fd, const void *data, size_t len, off_t at) {
+    return pwrite64(fd, data, len, at);
+}
+"#;
+
+/// The guest hears of a flush that failed, and so does the log, with the reason. The next one may succeed.
+#[test]
+fn a_flush_that_fails_for_lack_of_space_is_logged_with_the_reason() {
+    let disk = CowDisk::over(&patterned(8 * MIB, 5));
+    let [library, full] = ["bitmap.so", "full"].map(|name| disk.dir.path(name));
+    compile_c(FULL_BITMAP, &["-shared", "-fPIC"], &library);
+    let socket = disk.dir.path("socket");
+    let mut command = vhost_user_blk();
+    command.env("LD_PRELOAD", &library).env("BITMAP_IS_FULL", &full);
+    command.arg("--socket-path").arg(&socket).arg(disk.spec());
+    let daemon = Backend::start("daemon without space for its bitmap", command, &socket);
+    let failed = || {
+        let write = ["--once", "--region=64k", "--ops=write", "--flush-every=4", "--output=json"];
+        failed_requests(&run_ok(load(&socket, &write)))
+    };
+    std::fs::write(&full, "").expect("a file");
+    assert!(failed() > 0);
+    daemon.wait_for("flush failed: ");
+    daemon.wait_for("cannot write the bitmap: No space left on device");
+    std::fs::remove_file(&full).expect("removing a file");
+    assert_eq!(failed(), 0);
+    daemon.stop();
+}
+
 /// Has fdatasync hang as long as a file exists, as that of a file system does whose server has gone.
 const HANGING_SYNC: &str = r#"
 #define _GNU_SOURCE

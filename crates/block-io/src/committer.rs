@@ -8,6 +8,7 @@ use std::thread::{Builder, JoinHandle};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::disk::Disk;
+use crate::image::DiskError;
 use crate::pulse::Pulse;
 use crate::storage::Env;
 
@@ -22,6 +23,9 @@ pub struct Waiter {
     /// What the queue knows the request by.
     pub tag: u32,
 }
+
+/// What came of a flush. All who waited for one pass share its error.
+pub type Flushed = Result<(), Arc<DiskError>>;
 
 /// The thread that flushes, and the mailboxes in which it answers. Dropping it ends the thread after what was
 /// submitted has been answered.
@@ -47,18 +51,21 @@ struct Inbox {
 
 #[derive(Debug)]
 struct Mailbox {
-    answers: Mutex<Vec<(u32, bool)>>,
+    answers: Mutex<Vec<(u32, Flushed)>>,
     event: EventFd,
 }
 
 impl Committer {
     /// Starts the thread for `disk`, with mailboxes for the queues `0..queues`.
     pub fn spawn<E: Env>(disk: Arc<Disk<E>>, queues: usize) -> io::Result<Self> {
-        Self::spawn_with(queues, move || disk.flush().is_ok())
+        Self::spawn_with(queues, move || disk.flush())
     }
 
-    /// Starts a thread that calls `flush` for one pass; it says whether everything before the call is durable.
-    fn spawn_with(queues: usize, flush: impl FnMut() -> bool + Send + 'static) -> io::Result<Self> {
+    /// Starts a thread that calls `flush` for one pass, which makes everything before the call durable or fails.
+    fn spawn_with(
+        queues: usize,
+        flush: impl FnMut() -> Result<(), DiskError> + Send + 'static,
+    ) -> io::Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let mailbox =
             |_| Ok(Mailbox { answers: Mutex::default(), event: EventFd::from_flags(flags)? });
@@ -85,9 +92,9 @@ impl Committer {
         &self.shared.pulse
     }
 
-    /// Moves the answers for `queue` to the end of `answers`: the tag and whether the flush succeeded. It does not
-    /// read the eventfd, so that a queue can do that in its ring.
-    pub fn drain(&self, queue: usize, answers: &mut Vec<(u32, bool)>) {
+    /// Moves the answers for `queue` to the end of `answers`: the tag and what came of the flush. It does not read
+    /// the eventfd, so that a queue can do that in its ring.
+    pub fn drain(&self, queue: usize, answers: &mut Vec<(u32, Flushed)>) {
         answers.append(&mut lock(&self.shared.mailboxes[queue].answers));
     }
 
@@ -110,13 +117,13 @@ impl Drop for Committer {
 }
 
 impl Shared {
-    fn run(&self, mut flush: impl FnMut() -> bool) {
+    fn run(&self, mut flush: impl FnMut() -> Result<(), DiskError>) {
         let mut batch = Vec::new();
         while self.next_batch(&mut batch) {
             // Everyone in the batch had submitted before this pass began, so one pass answers them all.
-            let ok = flush();
+            let flushed = flush().map_err(Arc::new);
             for waiter in batch.drain(..) {
-                self.mailboxes[waiter.queue].put(waiter.tag, ok);
+                self.mailboxes[waiter.queue].put(waiter.tag, flushed.clone());
             }
         }
     }
@@ -133,9 +140,9 @@ impl Shared {
 }
 
 impl Mailbox {
-    fn put(&self, tag: u32, ok: bool) {
+    fn put(&self, tag: u32, flushed: Flushed) {
         let mut answers = lock(&self.answers);
-        answers.push((tag, ok));
+        answers.push((tag, flushed));
         let first = answers.len() == 1;
         drop(answers);
         // If it was not empty the queue has an event to come already. A full counter is an event to come as well.
@@ -155,7 +162,8 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc;
 
-    fn answers(committer: &Committer, queue: usize, count: usize) -> Vec<(u32, bool)> {
+    /// The tags of `count` answers, and of a failed flush what it says.
+    fn answers(committer: &Committer, queue: usize, count: usize) -> Vec<(u32, Option<String>)> {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         let mut all = Vec::new();
         while all.len() < count {
@@ -164,13 +172,18 @@ mod tests {
             committer.shared.mailboxes[queue].event.read().unwrap();
             committer.drain(queue, &mut all);
         }
-        all
+        all.into_iter().map(|(tag, flushed)| (tag, flushed.err().map(|e| e.to_string()))).collect()
+    }
+
+    fn no_space() -> DiskError {
+        let source = io::Error::from_raw_os_error(libc::ENOSPC);
+        DiskError::Io { path: "vm.cow".into(), action: "write the bitmap", source }
     }
 
     #[test]
     fn waiters_of_all_queues_share_a_pass() {
         let (begun, has_begun) = mpsc::channel();
-        let (go_on, may_go_on) = mpsc::channel::<bool>();
+        let (go_on, may_go_on) = mpsc::channel::<Result<(), DiskError>>();
         let committer = Committer::spawn_with(3, move || {
             begun.send(()).unwrap();
             may_go_on.recv().unwrap()
@@ -182,13 +195,14 @@ mod tests {
         for tag in 0..30 {
             committer.submit(Waiter { queue: tag as usize % 3, tag: 100 + tag });
         }
-        go_on.send(true).unwrap();
-        assert_eq!(answers(&committer, 0, 1), [(1, true)]);
+        go_on.send(Ok(())).unwrap();
+        assert_eq!(answers(&committer, 0, 1), [(1, None)]);
         has_begun.recv().unwrap();
-        go_on.send(false).unwrap();
+        go_on.send(Err(no_space())).unwrap();
         for queue in 0..3 {
-            let expected =
-                (0..30).filter(|tag| *tag as usize % 3 == queue).map(|tag| (100 + tag, false));
+            let expected = (0..30)
+                .filter(|tag| *tag as usize % 3 == queue)
+                .map(|tag| (100 + tag, Some(no_space().to_string())));
             assert_eq!(answers(&committer, queue, 10), expected.collect::<Vec<_>>());
         }
         drop(committer);
@@ -205,7 +219,7 @@ mod tests {
             let before = seen.load(Ordering::Acquire);
             std::thread::yield_now();
             kept.store(before, Ordering::Release);
-            true
+            Ok(())
         })
         .unwrap();
         std::thread::scope(|scope| {
@@ -215,7 +229,7 @@ mod tests {
                     for tag in 0..200 {
                         let mine = written.fetch_add(1, Ordering::AcqRel) + 1;
                         committer.submit(Waiter { queue, tag });
-                        assert_eq!(answers(committer, queue, 1), [(tag, true)]);
+                        assert_eq!(answers(committer, queue, 1), [(tag, None)]);
                         assert!(durable.load(Ordering::Acquire) >= mine);
                     }
                 });
@@ -225,10 +239,10 @@ mod tests {
 
     #[test]
     fn what_was_submitted_is_answered_before_the_end() {
-        let committer = Committer::spawn_with(1, || true).unwrap();
+        let committer = Committer::spawn_with(1, || Ok(())).unwrap();
         let shared = Arc::clone(&committer.shared);
         committer.submit(Waiter { queue: 0, tag: 9 });
         drop(committer);
-        assert_eq!(*lock(&shared.mailboxes[0].answers), [(9, true)]);
+        assert!(matches!(lock(&shared.mailboxes[0].answers)[..], [(9, Ok(()))]));
     }
 }

@@ -17,7 +17,7 @@ pub mod sim;
 pub mod storage;
 pub mod watch;
 
-pub use committer::{Committer, Waiter};
+pub use committer::{Committer, Flushed, Waiter};
 pub use disk::{Disk, Layer, Writing};
 pub use file::Host;
 pub use image::{CachePolicy, CowFormat, DiskError, DiskOptions, OpenError};

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use block_io::pulse::Pulse;
 use block_io::ring::{Event, Plan, Ring, Watch};
-use block_io::{Committer, Disk, Waiter, Writing};
+use block_io::{Committer, Disk, Flushed, Waiter, Writing};
 use cow_format::SectorRange;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -220,7 +220,7 @@ struct Worker<'a> {
     // Used again from one request to the next.
     plan: Plan,
     iovecs: IoVecs,
-    answers: Vec<(u32, bool)>,
+    answers: Vec<(u32, Flushed)>,
     segments: Vec<Vec<Segment>>,
 }
 
@@ -524,11 +524,18 @@ impl<'a> Worker<'a> {
         let mut answers = std::mem::take(&mut self.answers);
         _ = nix::unistd::read(self.shared.committer.event(self.start.queue), &mut [0; 8]);
         self.shared.committer.drain(self.start.queue, &mut answers);
-        for (tag, durable) in answers.drain(..) {
+        for (tag, flushed) in answers.drain(..) {
             let waiting = self.committing.get_mut(tag as usize).and_then(Option::take);
             let Some(InFlight { head, pending, .. }) = waiting else { continue };
             self.uncommitted.push(tag);
-            self.answer(head, if durable { pending.done() } else { pending.failed() });
+            let reply = match flushed {
+                Ok(()) => pending.done(),
+                Err(e) => {
+                    self.complaints.say("flush failed", &e);
+                    pending.failed()
+                }
+            };
+            self.answer(head, reply);
         }
         self.answers = answers;
     }

@@ -1,13 +1,4 @@
-//! The formats of copy-on-write files and the layering. No I/O.
-//!
-//! - [`header`]: what a file says about itself, UML or native; hostile bytes in, checked types out
-//! - [`Geometry`]: where bitmap and data stand
-//! - [`Bitmap`]: which sectors are present
-//! - [`LayerMap`]: which layer of a chain a range comes from
-//! - [`FlushPass`]: in what order things become durable
-//! - [`journal`]: a shorter way for a flush of little
-//! - [`identity`]: whether a backing file is the one that the header means
-//! - [`check`]: whether a file is sound
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
 mod bitmap;

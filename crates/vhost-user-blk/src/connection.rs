@@ -11,7 +11,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recv, recvmsg};
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use vhost::vhost_user::{self, BackendReqHandler, VhostUserBackendReqHandlerMut};
 
-use crate::handover::duplicate;
+use crate::handover::{HandoverError, duplicate};
 use crate::message::{SCM_FDS_MAX, is_whole};
 use crate::replay::{Message, skip_replies};
 use crate::session::{Device, Session};
@@ -44,6 +44,26 @@ pub struct Connection<D: Device> {
     session: Arc<Mutex<Session<D>>>,
 }
 
+/// Why a successor cannot go on with the frontend of its predecessor.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ResumeError {
+    /// The session refuses what the frontend has said.
+    #[error("{}{}", request.map(|code| request_name(Some(code)) + ": ").unwrap_or_default(), reason(source))]
+    Refused {
+        /// The type of the message; `None` for what the guest had set.
+        request: Option<u32>,
+        /// Why.
+        source: vhost_user::Error,
+    },
+    /// A descriptor that was handed over.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
+    /// The socket cannot be used.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
 impl<D: Device> Connection<D> {
     /// Begins to serve the frontend at the other end of `stream`.
     ///
@@ -68,21 +88,17 @@ impl<D: Device> Connection<D> {
         session: &Arc<Mutex<Session<D>>>,
         state: DeviceState,
         messages: impl Iterator<Item = &'a Message<RawFd>>,
-    ) -> Result<Self, String> {
-        let text = |e: io::Error| e.to_string();
-        lock(session).inherit_state(state).map_err(|e| reason(&e))?;
-        let (mut frontend, backend) = UnixStream::pair().map_err(text)?;
-        let mut connection = Self::new(backend, session).map_err(text)?;
+    ) -> Result<Self, ResumeError> {
+        let refused = |request, source| ResumeError::Refused { request, source };
+        lock(session).inherit_state(state).map_err(|e| refused(None, e))?;
+        let (mut frontend, backend) = UnixStream::pair()?;
+        let mut connection = Self::new(backend, session)?;
         for message in messages {
-            let fds = message.fds.iter().map(|&fd| duplicate(fd)).collect::<Result<Vec<_>, _>>();
-            let fds = fds.map_err(|e| e.to_string())?;
+            let fds = message.fds.iter().map(|&fd| duplicate(fd)).collect::<Result<_, _>>()?;
             Message { request: message.request, body: message.body.clone(), fds }
-                .send(&frontend)
-                .map_err(text)?;
-            connection
-                .take_message()
-                .map_err(|e| format!("{}: {}", request_name(Some(message.request)), reason(&e)))?;
-            skip_replies(&mut frontend).map_err(text)?;
+                .send(&frontend)?;
+            connection.take_message().map_err(|e| refused(Some(message.request), e))?;
+            skip_replies(&mut frontend)?;
         }
         // What the crate knows of the session is in its handler, which cannot be given another
         // socket: so the socket's descriptor becomes another's.
@@ -90,7 +106,7 @@ impl<D: Device> Connection<D> {
         let result = unsafe {
             libc::dup3(stream.as_raw_fd(), connection.handler.as_raw_fd(), libc::O_CLOEXEC)
         };
-        if result < 0 { Err(text(io::Error::last_os_error())) } else { Ok(connection) }
+        if result < 0 { Err(io::Error::last_os_error().into()) } else { Ok(connection) }
     }
 
     /// Serves the frontend until it goes, sends what cannot be accepted, or a signal asks the daemon

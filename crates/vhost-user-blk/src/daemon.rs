@@ -13,14 +13,14 @@ use nix::poll::PollTimeout;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::cli::{Cache, Format, Image, Options};
-use crate::connection::{Commands, Connection, Readable, wait_readable};
+use crate::connection::{Commands, Connection, Readable, ResumeError, wait_readable};
 use crate::control::{self, Request};
 use crate::handover::HandoverError;
 use crate::hold::Hold;
 use crate::route::PAGE;
 use crate::session::Session;
 use crate::socket::{Listener, PREDECESSOR_WAIT, Socket, SocketError};
-use crate::upgrade::{Estate, running_program};
+use crate::upgrade::{Estate, UpgradeError, running_program};
 use crate::vring::RunningRing;
 use crate::worker::WorkerHandle;
 use crate::{signals, systemd, takeover};
@@ -103,7 +103,7 @@ pub enum DaemonError {
     Handover(#[from] HandoverError),
     /// What a predecessor's frontend said is refused.
     #[error("cannot go on with the frontend: {0}")]
-    Session(String),
+    Session(#[from] ResumeError),
     /// The system refused something that always works.
     #[error("cannot {what}: {source}")]
     System {
@@ -192,7 +192,7 @@ impl Commands for (&Daemon, &Listener) {
                 let estate = Estate { disk: &disk, listener, control, program: &daemon.program };
                 estate.give(&how, &daemon.session, frontend, client.as_fd())
             }
-            None => "the disk is not open, as its guest is elsewhere".to_owned(),
+            None => UpgradeError::DiskElsewhere,
         };
         log::warn!("no upgrade: {why}");
         control::answer(&client, &Err(format!("{why}; the daemon serves on as it was")));

@@ -104,7 +104,7 @@ fn take(
     let state = DeviceState { write_cache: handover.write_cache };
     let messages = handover.messages.iter().filter(|message| !(rehearsal && starts(message)));
     let connection = Connection::resume(stream, daemon.session(), state, messages);
-    Ok((daemon, Some(connection.map_err(DaemonError::Session)?)))
+    Ok((daemon, Some(connection?)))
 }
 
 /// Without which a ring is not served.

@@ -14,7 +14,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, ExitStatus};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,7 @@ use nix::unistd::{Pid, execve, getpid, getppid};
 use crate::cli::TAKEOVER;
 use crate::connection::{Readable, lock, wait_readable};
 use crate::control::Upgrade;
-use crate::handover::{Handover, Listening, set_inherited};
+use crate::handover::{Handover, HandoverError, Listening, set_inherited};
 use crate::replay::Message;
 use crate::session::{Device, Session};
 use crate::signals;
@@ -38,6 +38,82 @@ use crate::socket::Listener;
 const ANSWER_LEN_MAX: usize = 4096;
 /// How often a child that closed its end of the pipe is asked for its status.
 const CHILD_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Why no other program has taken over. The old one serves on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum UpgradeError {
+    /// A sync has failed.
+    #[error("the disk has failed; only a restart opens it anew")]
+    DiskFailed,
+    /// There is nothing to hand over.
+    #[error("the disk is not open, as its guest is elsewhere")]
+    DiskElsewhere,
+    /// The session cannot be handed on at the moment.
+    #[error("{0}")]
+    Session(&'static str),
+    /// The program cannot be looked at or started.
+    #[error("cannot start {}: {source}", program.display())]
+    Start {
+        /// The program.
+        program: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The program has shown that it cannot take over, or has not shown that it can.
+    #[error("{}: {source}", program.display())]
+    Rehearsal {
+        /// The program.
+        program: PathBuf,
+        /// What it said or did.
+        source: RehearsalError,
+    },
+    /// Another program than the one that was tried.
+    #[error("{} has changed since it was tried", program.display())]
+    Changed {
+        /// The program.
+        program: PathBuf,
+    },
+    /// The daemon is to end.
+    #[error("a signal has asked the daemon to end")]
+    Stopping,
+    /// The handover cannot be written.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
+    /// What cannot be passed on to a program.
+    #[error("an argument contains NUL")]
+    Argument,
+}
+
+impl UpgradeError {
+    fn start(program: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| UpgradeError::Start { program: program.to_owned(), source }
+    }
+}
+
+/// What came of a rehearsal that did not succeed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RehearsalError {
+    /// It said why it cannot take over.
+    #[error("{0}")]
+    Refused(String),
+    /// It did not answer in the time it was given.
+    #[error("gave no answer in time")]
+    NoAnswer,
+    /// It ended.
+    #[error("ended without an answer: {0}")]
+    Ended(ExitStatus),
+    /// It said something else than a rehearsal says.
+    #[error("gave an answer that makes no sense")]
+    Nonsense,
+    /// The daemon is to end.
+    #[error("a signal has asked the daemon to end")]
+    Stopping,
+    /// The system refused something that the rehearsal needs.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
 
 /// What a daemon has to hand over besides its session.
 pub struct Estate<'a> {
@@ -61,29 +137,17 @@ impl Estate<'_> {
         session: &Mutex<Session<D>>,
         connection: Option<BorrowedFd<'_>>,
         client: BorrowedFd<'_>,
-    ) -> String {
+    ) -> UpgradeError {
         let mut session = lock(session);
         let program = how.program.as_deref().unwrap_or(self.program);
-        if self.disk.is_failed() {
-            return "the disk has failed; only a restart opens it anew".to_owned();
-        }
-        if let Some(why) = session.bound() {
-            return why.to_owned();
-        }
-        let tried = match identity(program).and_then(|tried| {
-            let handover = self.handover(&session, connection, client);
-            rehearse(program, handover, how.time)?;
-            Ok(tried)
-        }) {
+        let tried = match self.try_out(program, how.time, &session, connection, client) {
             Ok(tried) => tried,
             Err(why) => return why,
         };
         session.pause();
         let why = match identity(program) {
-            Ok(now) if now != tried => {
-                format!("{} has changed since it was tried", program.display())
-            }
-            Ok(_) if signals::stopping() => "a signal has asked the daemon to end".to_owned(),
+            Ok(now) if now != tried => UpgradeError::Changed { program: program.to_owned() },
+            Ok(_) if signals::stopping() => UpgradeError::Stopping,
             Ok(_) => replace(program, &self.handover(&session, connection, client)),
             Err(why) => why,
         };
@@ -91,6 +155,26 @@ impl Estate<'_> {
             log::error!("cannot go on: {e}");
         }
         why
+    }
+
+    /// Has the program rehearse, while the session is being served; which file it was.
+    fn try_out<D: Device>(
+        &self,
+        program: &Path,
+        time: Duration,
+        session: &Session<D>,
+        connection: Option<BorrowedFd<'_>>,
+        client: BorrowedFd<'_>,
+    ) -> Result<Identity, UpgradeError> {
+        if self.disk.is_failed() {
+            return Err(UpgradeError::DiskFailed);
+        }
+        if let Some(why) = session.bound() {
+            return Err(UpgradeError::Session(why));
+        }
+        let tried = identity(program)?;
+        rehearse(program, self.handover(session, connection, client), time)?;
+        Ok(tried)
     }
 
     fn handover<D: Device>(
@@ -153,14 +237,12 @@ pub fn running_program() -> PathBuf {
 }
 
 /// Tells whether a file is still the same: device, inode, length, time of the last change.
-fn identity(program: &Path) -> Result<[i64; 5], String> {
-    let found = fs::metadata(program).map_err(|e| cannot_start(program, &e))?;
+type Identity = [i64; 5];
+
+fn identity(program: &Path) -> Result<Identity, UpgradeError> {
+    let found = fs::metadata(program).map_err(UpgradeError::start(program))?;
     let numbers = [found.dev(), found.ino(), found.len()].map(u64::cast_signed);
     Ok([numbers[0], numbers[1], numbers[2], found.mtime(), found.mtime_nsec()])
-}
-
-fn cannot_start(program: &Path, e: &io::Error) -> String {
-    format!("cannot start {}: {e}", program.display())
 }
 
 /// The command line of the successor: this one's.
@@ -172,13 +254,13 @@ fn arguments(program: &Path, handover: RawFd) -> Vec<OsString> {
 }
 
 /// Has the program say whether it could take over.
-fn rehearse(program: &Path, mut handover: Handover, time: Duration) -> Result<(), String> {
-    let text = |e: &dyn std::fmt::Display| e.to_string();
-    let (mut ours, theirs) = io::pipe().map_err(|e| text(&e))?;
+fn rehearse(program: &Path, mut handover: Handover, time: Duration) -> Result<(), UpgradeError> {
+    let failed = |source| UpgradeError::Rehearsal { program: program.to_owned(), source };
+    let (mut ours, theirs) = io::pipe().map_err(|e| failed(e.into()))?;
     handover.rehearsal = Some(theirs.as_raw_fd());
     // A frontend, or another daemon, must not find anybody there when this process is killed.
     (handover.listener, handover.control) = (None, None);
-    let file = handover.store().map_err(|e| text(&e))?;
+    let file = handover.store()?;
     let mut fds = handover.fds();
     fds.push(file.as_raw_fd());
     let mut command = Command::new(program);
@@ -196,7 +278,7 @@ fn rehearse(program: &Path, mut handover: Handover, time: Duration) -> Result<()
             Ok(set_inherited(&fds, true)?)
         });
     }
-    let mut child = command.spawn().map_err(|e| cannot_start(program, &e))?;
+    let mut child = command.spawn().map_err(UpgradeError::start(program))?;
     drop(theirs);
     let outcome = hear(&mut ours, &mut child, Instant::now() + time);
     // It has nothing more to do. One that has ended already is only reaped.
@@ -204,51 +286,50 @@ fn rehearse(program: &Path, mut handover: Handover, time: Duration) -> Result<()
         let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
     }
     let _ = child.wait();
-    outcome.map_err(|why| format!("{}: {why}", program.display()))
+    outcome.map_err(failed)
 }
 
 /// What the rehearsing child says.
-fn hear(pipe: &mut PipeReader, child: &mut Child, deadline: Instant) -> Result<(), String> {
+fn hear(pipe: &mut PipeReader, child: &mut Child, deadline: Instant) -> Result<(), RehearsalError> {
     let mut answer = Vec::new();
     while !answer.ends_with(b"\n") && answer.len() < ANSWER_LEN_MAX {
         let left = deadline.saturating_duration_since(Instant::now());
         let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-        match wait_readable(&[pipe.as_fd()], left).map_err(|e| e.to_string())? {
+        match wait_readable(&[pipe.as_fd()], left)? {
             Readable::Fd(_) => {}
-            Readable::Timeout => return Err("gave no answer in time".to_owned()),
-            Readable::Stop => return Err("a signal has asked the daemon to end".to_owned()),
+            Readable::Timeout => return Err(RehearsalError::NoAnswer),
+            Readable::Stop => return Err(RehearsalError::Stopping),
         }
         let mut bytes = [0; 512];
-        match pipe.read(&mut bytes) {
-            Ok(0) => return Err(ended(child, deadline)),
-            Ok(n) => answer.extend(&bytes[..n]),
-            Err(e) => return Err(e.to_string()),
+        match pipe.read(&mut bytes)? {
+            0 => return Err(ended(child, deadline)),
+            n => answer.extend(&bytes[..n]),
         }
     }
     let answer = String::from_utf8_lossy(&answer);
     match answer.trim_end().split_once(' ') {
         Some(("ready", _)) => Ok(()),
-        Some(("refused", why)) => Err(why.to_owned()),
-        _ => Err("gave an answer that makes no sense".to_owned()),
+        Some(("refused", why)) => Err(RehearsalError::Refused(why.to_owned())),
+        _ => Err(RehearsalError::Nonsense),
     }
 }
 
-fn ended(child: &mut Child, deadline: Instant) -> String {
+fn ended(child: &mut Child, deadline: Instant) -> RehearsalError {
     while Instant::now() < deadline {
         match child.try_wait() {
-            Ok(Some(status)) => return format!("ended without an answer: {status}"),
+            Ok(Some(status)) => return RehearsalError::Ended(status),
             Ok(None) => std::thread::sleep(CHILD_INTERVAL),
-            Err(e) => return e.to_string(),
+            Err(e) => return e.into(),
         }
     }
-    "gave no answer in time".to_owned()
+    RehearsalError::NoAnswer
 }
 
 /// Goes on as another program. Returns if that is not possible, with the reason.
-fn replace(program: &Path, handover: &Handover) -> String {
+fn replace(program: &Path, handover: &Handover) -> UpgradeError {
     let file = match handover.store() {
         Ok(file) => file,
-        Err(e) => return e.to_string(),
+        Err(e) => return e.into(),
     };
     let mut fds = handover.fds();
     fds.push(file.as_raw_fd());
@@ -262,7 +343,7 @@ fn replace(program: &Path, handover: &Handover) -> String {
     });
     let arguments = &mut arguments(program, file.as_raw_fd()).into_iter();
     let (Ok(arguments), Ok(variables)) = (strings(arguments), strings(variables)) else {
-        return "an argument contains NUL".to_owned();
+        return UpgradeError::Argument;
     };
     // A signal that comes from here on is the successor's.
     let result = signals::hold().and_then(|()| {
@@ -271,5 +352,5 @@ fn replace(program: &Path, handover: &Handover) -> String {
     });
     let _ = (set_inherited(&fds, false), signals::release());
     let Err(e) = result;
-    cannot_start(program, &e.into())
+    UpgradeError::start(program)(e.into())
 }

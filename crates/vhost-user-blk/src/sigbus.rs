@@ -160,8 +160,14 @@ extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, _context: *mut 
     // positive si_code of a fault, and is not used otherwise. errno is this thread's own.
     let (code, address, saved_errno) =
         unsafe { ((*info).si_code, (*info).si_addr() as usize, *libc::__errno_location()) };
+    // Memory that the machine has lost and that nobody is accessing: the process may go on, and its
+    // next access faults.
+    if code == libc::BUS_MCEERR_AO {
+        poison(address);
+        return;
+    }
     let fault = code > 0;
-    if !(fault && replace_page(address)) {
+    if !(is_access(code) && replace_page(address)) {
         let previous = PREVIOUS.get().map_or(ptr::null(), ptr::from_ref);
         // SAFETY: `previous` is what sigaction gave, or null, which changes nothing.
         unsafe { libc::sigaction(signal, previous, ptr::null_mut()) };
@@ -175,18 +181,28 @@ extern "C" fn on_sigbus(signal: i32, info: *mut libc::siginfo_t, _context: *mut 
     unsafe { *libc::__errno_location() = saved_errno };
 }
 
+/// Whether the kernel reports an access of this thread: past the end of a file, or of memory that
+/// the machine has lost. `BUS_ADRALN` and what the kernel sends unasked are none.
+const fn is_access(code: i32) -> bool {
+    matches!(code, libc::BUS_ADRERR | libc::BUS_MCEERR_AR)
+}
+
+/// Marks the mapping around `address` as lost, if it is a registered one; its page
+/// size in bytes.
+fn poison(address: usize) -> Option<usize> {
+    let used = SLOTS_USED.load(Ordering::Acquire);
+    let (slot, page) =
+        SLOTS[..used].iter().find_map(|slot| Some((slot, slot.page_of(address)?)))?;
+    slot.poisoned.store(true, Ordering::SeqCst);
+    ANY_POISONED.store(true, Ordering::SeqCst);
+    Some(page)
+}
+
 /// Puts a zero page under `address` if it is in a registered mapping. False: it is not, or the page
 /// could not be had.
 fn replace_page(address: usize) -> bool {
-    let used = SLOTS_USED.load(Ordering::Acquire);
-    let Some((slot, page)) =
-        SLOTS[..used].iter().find_map(|slot| Some((slot, slot.page_of(address)?)))
-    else {
-        return false;
-    };
     // Before the page changes: another thread that meets the zeros must find the flag set.
-    slot.poisoned.store(true, Ordering::SeqCst);
-    ANY_POISONED.store(true, Ordering::SeqCst);
+    let Some(page) = poison(address) else { return false };
     // SAFETY: the page lies in a mapping whose owner agreed to this when it was registered and that
     // is still mapped, since this thread is in the middle of an access to it; its start and length
     // are multiples of the page size.
@@ -333,5 +349,22 @@ mod tests {
             libc::kill(libc::getpid(), libc::SIGBUS);
         };
         assert_eq!(killed_by(send), Some(libc::SIGBUS));
+    }
+
+    /// Memory that the machine has lost and nobody is accessing (early kill): marked, not replaced.
+    #[test]
+    fn lost_memory_that_nobody_accesses_is_only_marked() {
+        let lost = mapped(2);
+        // SAFETY: zero is a valid siginfo; the fields set are those of SIGBUS.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        info.si_signo = libc::SIGBUS;
+        info.si_code = libc::BUS_MCEERR_AO;
+        // SAFETY: si_addr is at byte 16 of a siginfo on x86-64 and aarch64, which has 128.
+        unsafe {
+            (&raw mut info).cast::<usize>().add(2).write(lost.start as usize + PAGE);
+        }
+        on_sigbus(libc::SIGBUS, &raw mut info, ptr::null_mut());
+        assert!(lost.registration.poisoned());
+        assert_eq!(read(&lost, PAGE), 0x5a, "the page is the frontend's still");
     }
 }

@@ -22,6 +22,7 @@ use block_io::Disk;
 use nix::poll::PollTimeout;
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, killpg};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, execve, getpid, getppid};
 
@@ -280,17 +281,30 @@ fn rehearse(program: &Path, mut handover: Handover, time: Duration) -> Result<()
     }
     let mut child = command.spawn().map_err(UpgradeError::start(program))?;
     drop(theirs);
-    let outcome = hear(&mut ours, &mut child, Instant::now() + time);
-    // It has nothing more to do. One that has ended already is only reaped.
+    let heard = hear(&mut ours, &child, Instant::now() + time);
+    // It has nothing more to do. Until it is reaped its number is nobody else's.
     if let Ok(group) = i32::try_from(child.id()) {
         let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
     }
-    let _ = child.wait();
-    outcome.map_err(failed)
+    let status = child.wait();
+    match (heard, status) {
+        (Ok(Heard::Ready), _) => Ok(()),
+        (Ok(Heard::Ended), Ok(status)) => Err(failed(RehearsalError::Ended(status))),
+        (Ok(Heard::Ended), Err(e)) => Err(failed(e.into())),
+        (Err(e), _) => Err(failed(e)),
+    }
+}
+
+/// What a rehearsing child does in the end.
+enum Heard {
+    /// It says that it can take over.
+    Ready,
+    /// It has ended without an answer, and is not reaped yet.
+    Ended,
 }
 
 /// What the rehearsing child says.
-fn hear(pipe: &mut PipeReader, child: &mut Child, deadline: Instant) -> Result<(), RehearsalError> {
+fn hear(pipe: &mut PipeReader, child: &Child, deadline: Instant) -> Result<Heard, RehearsalError> {
     let mut answer = Vec::new();
     while !answer.ends_with(b"\n") && answer.len() < ANSWER_LEN_MAX {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -302,27 +316,29 @@ fn hear(pipe: &mut PipeReader, child: &mut Child, deadline: Instant) -> Result<(
         }
         let mut bytes = [0; 512];
         match pipe.read(&mut bytes)? {
-            0 => return Err(ended(child, deadline)),
+            0 => return wait_for_end(child, deadline),
             n => answer.extend(&bytes[..n]),
         }
     }
     let answer = String::from_utf8_lossy(&answer);
     match answer.trim_end().split_once(' ') {
-        Some(("ready", _)) => Ok(()),
+        Some(("ready", _)) => Ok(Heard::Ready),
         Some(("refused", why)) => Err(RehearsalError::Refused(why.to_owned())),
         _ => Err(RehearsalError::Nonsense),
     }
 }
 
-fn ended(child: &mut Child, deadline: Instant) -> RehearsalError {
+/// Waits until the child has ended, without reaping it.
+fn wait_for_end(child: &Child, deadline: Instant) -> Result<Heard, RehearsalError> {
+    let child = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
     while Instant::now() < deadline {
-        match child.try_wait() {
-            Ok(Some(status)) => return RehearsalError::Ended(status),
-            Ok(None) => std::thread::sleep(CHILD_INTERVAL),
-            Err(e) => return e.into(),
+        match waitid(Id::Pid(child), flags).map_err(io::Error::from)? {
+            WaitStatus::StillAlive => std::thread::sleep(CHILD_INTERVAL),
+            _ => return Ok(Heard::Ended),
         }
     }
-    RehearsalError::NoAnswer
+    Err(RehearsalError::NoAnswer)
 }
 
 /// Goes on as another program. Returns if that is not possible, with the reason.

@@ -8,14 +8,14 @@ use std::net::Shutdown;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use std::ffi::OsStr;
 
-/// How long a client may take to say what it wants; meanwhile the frontend's messages wait.
+/// How long a client may take to say all that it wants; meanwhile the frontend's messages wait.
 const REQUEST_TIME: Duration = Duration::from_secs(1);
 /// Longest request, in bytes: a path and a little more.
-const REQUEST_LEN_MAX: u64 = 8192;
+const REQUEST_LEN_MAX: usize = 8192;
 /// How much longer than the daemon gives the new program a client waits for the answer.
 const ANSWER_TIME: Duration = Duration::from_secs(60);
 
@@ -57,13 +57,26 @@ impl Request {
     /// Takes a client's request.
     ///
     /// # Errors
-    /// What the socket says; `InvalidData` for something that is no request.
-    pub fn receive(client: &UnixStream) -> io::Result<Self> {
+    /// What the socket says; `TimedOut` if the request is not whole after [`REQUEST_TIME`];
+    /// `InvalidData` for something that is no request.
+    pub fn receive(mut client: &UnixStream) -> io::Result<Self> {
         client.set_nonblocking(false)?;
-        client.set_read_timeout(Some(REQUEST_TIME))?;
+        let deadline = Instant::now() + REQUEST_TIME;
         let mut bytes = Vec::new();
-        client.take(REQUEST_LEN_MAX).read_to_end(&mut bytes)?;
-        Self::decode(&bytes).ok_or_else(|| io::ErrorKind::InvalidData.into())
+        let mut piece = [0; 512];
+        while bytes.len() <= REQUEST_LEN_MAX {
+            // The time is that of the whole request: a client that sends byte by byte gets no more.
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            client.set_read_timeout(Some(left))?;
+            match client.read(&mut piece)? {
+                0 => return Self::decode(&bytes).ok_or_else(|| io::ErrorKind::InvalidData.into()),
+                n => bytes.extend(&piece[..n]),
+            }
+        }
+        Err(io::ErrorKind::InvalidData.into())
     }
 
     /// Has the daemon at `socket` do it, and returns what it says: in the one case that it was done,
@@ -121,5 +134,29 @@ mod tests {
         for odd in [&b""[..], b"upgrade\0", b"upgrade\0\0x\0", b"upgrade\0\x001\x002\0"] {
             assert_eq!(Request::decode(odd), None);
         }
+    }
+
+    #[test]
+    fn a_client_that_sends_byte_by_byte_is_given_up() {
+        let (mut client, daemon) = UnixStream::pair().unwrap();
+        std::thread::scope(|scope| {
+            // It goes on until it is given up: until the other end is closed.
+            scope.spawn(move || {
+                while client.write_all(b"u").is_ok() {
+                    std::thread::sleep(REQUEST_TIME / 20);
+                }
+            });
+            let received = Request::receive(&daemon);
+            drop(daemon);
+            assert!(received.is_err(), "{received:?}");
+        });
+    }
+
+    #[test]
+    fn a_request_without_end_is_refused() {
+        let (mut client, daemon) = UnixStream::pair().unwrap();
+        client.write_all(&[b'u'; 2 * REQUEST_LEN_MAX]).unwrap();
+        let error = Request::receive(&daemon).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
     }
 }

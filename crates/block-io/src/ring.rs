@@ -1,4 +1,4 @@
-//! A typed io_uring: it owns each request from its submission to the last
+//! A typed ring: it owns each request from its submission to the last
 //! completion of its parts.
 //!
 //! A request is planned as a list of parts ([`Plan`]): one part for each
@@ -7,38 +7,65 @@
 //! or with success ([`Event::Done`]). So a request can be answered once, and
 //! only after the kernel has let go of its buffers.
 //!
-//! The files are registered in the ring when it is made. This is part of the
+//! Below it is one of two engines ([`IoEngine`]), which do the operations and
+//! know no requests: io_uring, or threads for hosts where that is refused.
+//!
+//! The files are registered in the io_uring when it is made. This is part of the
 //! fence of `docs/architecture.md`: as long as the ring lives the kernel
-//! keeps their open file descriptions, and with them the locks.
+//! keeps their open file descriptions, and with them the locks. Why they are
+//! kept by the other engine as well stands in `ring/threads.rs`.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
 use cow_format::ByteOffset;
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
+
+use threads::Threads;
+use uring::Uring;
 
 #[cfg(feature = "fault-points")]
 mod disturbed;
+mod probe;
+mod threads;
+mod uring;
+
+pub use probe::NoUring;
 
 /// Iovecs in one operation: the kernel's UIO_MAXIOV.
 const IOVECS_PER_OP_MAX: usize = 1024;
 
-/// Submission queue entries of one ring. More are queued in user space; this
-/// only bounds how many go to the kernel with one system call.
-const ENTRIES_MAX: u32 = 256;
-
-/// The top bit of `user_data` tells the completions of watched file
-/// descriptors from those of requests.
+/// The top bit of what an operation is known by ([`Completion::data`]) tells the
+/// completions of watched file descriptors and of alarms from those of requests.
 const WATCH: u64 = 1 << 63;
 
-/// The `user_data` of every touch.
+/// What every touch is known by.
 const TOUCH: u64 = 1 << 62;
+
+/// Besides [`WATCH`]: it is an alarm.
+const ALARM: u64 = 1 << 61;
 
 /// Touches under way at a time, so that a stream of one reader does not fill the
 /// queues, or the kernel's worker threads where the file system needs them to wait in.
 const TOUCHES_MAX: usize = 32;
+
+/// Who does the I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IoEngine {
+    /// io_uring.
+    IoUring,
+    /// Threads that make plain system calls: slower, and there on every Linux.
+    Sync,
+}
+
+impl std::fmt::Display for IoEngine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            IoEngine::IoUring => "io_uring",
+            IoEngine::Sync => "sync",
+        })
+    }
+}
 
 /// A file of the ring: the place in the list given to [`Ring::new`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,9 +197,12 @@ pub struct Watch(pub u32);
 pub enum Event<R> {
     /// All parts of the request are done; the first error, if there was one.
     Done(R, io::Result<()>),
-    /// A watched file descriptor became readable. It is level-triggered for
-    /// what was there before, edge-triggered after that.
+    /// A watched file descriptor became readable, or an alarm's time has passed. The
+    /// former is level-triggered for what was there before, edge-triggered after that.
     Ready(Watch),
+    /// A file descriptor is watched no longer, or there is no alarm: the kernel has
+    /// refused it.
+    Lost(Watch, io::Error),
 }
 
 struct Slot<R> {
@@ -182,28 +212,27 @@ struct Slot<R> {
     error: Option<i32>,
 }
 
-/// An io_uring with requests of type `R` in flight. See the module's text.
+/// An engine, by its own type: the compiler puts the few branches between them in line.
+enum Engine {
+    Uring(Uring),
+    Threads(Threads),
+}
+
+/// A ring with requests of type `R` in flight. See the module's text.
 pub struct Ring<R> {
-    uring: IoUring,
+    engine: Engine,
     slots: Vec<Slot<R>>,
     free: Vec<usize>,
     watched: Vec<(RawFd, Watch)>,
-    /// Entries that did not fit into the submission queue.
-    backlog: VecDeque<squeue::Entry>,
-    /// For the kernel to read when it takes the entry. All alarms of a ring share
-    /// it: the last one's time holds for any that have not been handed over yet.
-    alarm: Box<types::Timespec>,
-    /// Where touches read to. Nobody looks at it.
-    touched: Box<[u8; 1]>,
     touches_in_flight: usize,
-    /// Parts that the kernel holds or that are queued for it.
+    /// Parts that the engine has.
     parts_in_flight: usize,
     #[cfg(feature = "fault-points")]
     disturbed: disturbed::Disturbed,
 }
 
-// SAFETY: everything in a Ring is owned by it; the raw pointers in the
-// backlog and the plans are addresses that `submit`'s caller vouches for.
+// SAFETY: everything in a Ring is owned by it; the raw pointers in the plans are
+// addresses that `submit`'s caller vouches for.
 unsafe impl<R: Send> Send for Ring<R> {}
 
 impl<R> Ring<R> {
@@ -211,40 +240,34 @@ impl<R> Ring<R> {
     /// keeps its number free. To be called on the thread that will use it.
     ///
     /// # Errors
-    /// What io_uring_setup(2) and io_uring_register(2) say.
-    pub fn new(depth: usize, files: &[Option<BorrowedFd<'_>>]) -> io::Result<Self> {
-        let entries =
-            u32::try_from(depth).unwrap_or(ENTRIES_MAX).next_power_of_two().clamp(8, ENTRIES_MAX);
-        let uring = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_taskrun_flag()
-            .setup_submit_all()
-            .build(entries)
-            // Kernels before 6.1 know less; the ring works without.
-            .or_else(|e| match e.raw_os_error() {
-                Some(libc::EINVAL) => IoUring::new(entries),
-                _ => Err(e),
-            })?;
-        let fds: Vec<RawFd> =
-            files.iter().map(|f| f.as_ref().map_or(-1, AsRawFd::as_raw_fd)).collect();
-        uring.submitter().register_files(&fds)?;
+    /// What io_uring_setup(2) and io_uring_register(2) say, or clone(2), eventfd(2) and
+    /// epoll_create(2).
+    pub fn new(
+        engine: IoEngine,
+        depth: usize,
+        files: &[Option<BorrowedFd<'_>>],
+    ) -> io::Result<Self> {
+        let engine = match engine {
+            IoEngine::IoUring => Engine::Uring(Uring::new(depth, files)?),
+            IoEngine::Sync => Engine::Threads(Threads::new(files, threads::perform)?),
+        };
+        Ok(Self::over(engine, depth))
+    }
+
+    fn over(engine: Engine, depth: usize) -> Self {
         let slots = (0..depth)
             .map(|_| Slot { request: None, plan: Plan::default(), parts_left: 0, error: None })
             .collect();
-        Ok(Self {
-            uring,
+        Self {
+            engine,
             slots,
             free: (0..depth).rev().collect(),
             watched: Vec::new(),
-            backlog: VecDeque::new(),
-            alarm: Box::default(),
-            touched: Box::default(),
             touches_in_flight: 0,
             parts_in_flight: 0,
             #[cfg(feature = "fault-points")]
             disturbed: Default::default(),
-        })
+        }
     }
 
     /// Requests that can be submitted before one must be given back.
@@ -259,41 +282,40 @@ impl<R> Ring<R> {
 
     /// Reports [`Event::Ready`] whenever `fd` becomes readable. The caller
     /// keeps `fd` open for the life of the ring.
-    pub fn watch(&mut self, fd: BorrowedFd<'_>, watch: Watch) {
+    ///
+    /// # Errors
+    /// `fd` is of a kind that cannot be waited for. (Of io_uring this is learned from an
+    /// [`Event::Lost`].)
+    pub fn watch(&mut self, fd: BorrowedFd<'_>, watch: Watch) -> io::Result<()> {
         self.watched.push((fd.as_raw_fd(), watch));
-        self.arm(fd.as_raw_fd(), watch);
+        match &mut self.engine {
+            Engine::Uring(uring) => uring.watch(fd.as_raw_fd(), WATCH | u64::from(watch.0)),
+            Engine::Threads(threads) => threads.watch(fd, WATCH | u64::from(watch.0))?,
+        }
+        Ok(())
     }
 
     /// Reports [`Event::Ready`] once, when `after` has passed.
     pub fn alarm(&mut self, after: Duration, watch: Watch) {
-        *self.alarm = types::Timespec::from(after);
-        let timeout = opcode::Timeout::new(&raw const *self.alarm)
-            .build()
-            .user_data(WATCH | u64::from(watch.0));
-        self.queue(timeout);
+        let data = WATCH | ALARM | u64::from(watch.0);
+        match &mut self.engine {
+            Engine::Uring(uring) => uring.alarm(after, data),
+            Engine::Threads(threads) => threads.alarm(after, data),
+        }
     }
 
-    /// Whether [`Self::touch`] may be called.
+    /// Whether [`Self::touch`] may be called. Threads have better to do than to touch.
     pub fn can_touch(&self) -> bool {
-        self.touches_in_flight < TOUCHES_MAX
+        matches!(self.engine, Engine::Uring(_)) && self.touches_in_flight < TOUCHES_MAX
     }
 
     /// Reads the byte at `at` of `file` for no other reason than to let the kernel see
     /// a reader there. It is no request: no event comes of it, whatever becomes of it.
     pub fn touch(&mut self, file: FileSlot, at: ByteOffset) {
-        let entry = opcode::Read::new(types::Fixed(file.0), self.touched.as_mut_ptr(), 1)
-            .offset(at.get())
-            .build();
-        self.touches_in_flight += 1;
-        self.queue(entry.user_data(TOUCH));
-    }
-
-    fn arm(&mut self, fd: RawFd, watch: Watch) {
-        let poll = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32)
-            .multi(true)
-            .build()
-            .user_data(WATCH | u64::from(watch.0));
-        self.queue(poll);
+        if let Engine::Uring(uring) = &mut self.engine {
+            self.touches_in_flight += 1;
+            uring.touch(file, at.get(), TOUCH);
+        }
     }
 
     /// Takes `request` and starts the parts of `plan`; they reach the kernel
@@ -306,7 +328,7 @@ impl<R> Ring<R> {
     /// # Safety
     /// The buffers of `plan` stay valid, and nobody else takes a Rust
     /// reference to them, until the request comes back in [`Event::Done`] or
-    /// the ring has been dropped.
+    /// the ring has been dropped; and so long the files of the ring stay open.
     pub unsafe fn submit(&mut self, request: R, plan: &mut Plan) -> Result<(), R> {
         if plan.is_empty() {
             return Err(request);
@@ -330,80 +352,43 @@ impl<R> Ring<R> {
         if crate::disturb::is_on() {
             return self.disturbed.hold(slot, part);
         }
-        let entry = self.slots[slot].plan.entry(part);
-        // Both fit: a plan has far fewer than 2^32 parts, a ring fewer slots.
-        self.queue(entry.user_data((slot as u64) << 32 | part as u64));
+        self.begin_part(slot, part);
     }
 
-    fn queue(&mut self, entry: squeue::Entry) {
-        // SAFETY: the entry's buffers are those of a plan in a slot, which
-        // `submit`'s caller keeps valid and which the ring itself keeps until
-        // the completion has been seen (`finish_part`, `drop`); a poll has none,
-        // and those of an alarm and of a touch are fields of the ring, which waits
-        // for the touches before it goes.
-        if self.backlog.is_empty() && unsafe { self.uring.submission().push(&entry) }.is_ok() {
-            return;
-        }
-        self.backlog.push_back(entry);
+    #[inline]
+    fn begin_part(&mut self, slot: usize, part: usize) {
+        // Both fit: a plan has far fewer than 2^32 parts, a ring fewer slots.
+        let data = (slot as u64) << 32 | part as u64;
+        let plan = &self.slots[slot].plan;
+        let part = plan.parts[part];
+        self.engine.begin(part, &plan.iovecs[part.first..part.last], data);
     }
 
     /// Hands what is queued to the kernel, lets completions come in, and
     /// waits for at least one event if `wait` is set. Without anything to
-    /// hand over or to fetch it is no system call.
+    /// hand over or to fetch it is no system call to io_uring.
     ///
     /// # Errors
-    /// What io_uring_enter(2) says; EINTR counts as success.
+    /// What io_uring_enter(2) or epoll_wait(2) says; EINTR counts as success.
     pub fn enter(&mut self, wait: bool) -> io::Result<()> {
         #[cfg(feature = "fault-points")]
         if self.disturbed.is_busy() {
             return self.enter_disturbed(wait);
         }
-        if !wait && !self.has_queued() && !self.wants_enter() {
-            return Ok(());
-        }
-        loop {
-            self.refill();
-            let wait_now = wait && self.backlog.is_empty();
-            match self.uring.submitter().submit_and_wait(usize::from(wait_now)) {
-                Ok(_) => {}
-                Err(e) if e.raw_os_error() == Some(libc::EINTR) => return Ok(()),
-                // The kernel is out of memory for now, or wants its
-                // completions fetched first: the caller does that and comes
-                // back.
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
-                    return Ok(());
-                }
-                Err(e) => return Err(e),
-            }
-            if self.backlog.is_empty() {
-                return Ok(());
-            }
-        }
+        self.engine.enter(wait)
     }
 
-    fn has_queued(&mut self) -> bool {
-        !self.backlog.is_empty() || !self.uring.submission().is_empty()
-    }
-
-    fn refill(&mut self) {
-        let mut queue = self.uring.submission();
-        while let Some(entry) = self.backlog.front() {
-            // SAFETY: as in `queue`.
-            if unsafe { queue.push(entry) }.is_err() {
-                return;
-            }
-            self.backlog.pop_front();
-        }
-    }
-
-    /// The kernel has completions that one [`Self::enter`] would fetch.
+    /// There are completions that one [`Self::enter`] would fetch.
+    #[inline]
     pub fn wants_enter(&mut self) -> bool {
         #[cfg(feature = "fault-points")]
         if self.disturbed.is_busy() {
             return true;
         }
-        let queue = self.uring.submission();
-        queue.taskrun() || queue.cq_overflow()
+        match &mut self.engine {
+            Engine::Uring(uring) => uring.wants_enter(),
+            Engine::Threads(threads) => threads.wants_enter(),
+        }
     }
 
     /// The next event that has come in, without a system call.
@@ -415,7 +400,7 @@ impl<R> Ring<R> {
                 continue;
             }
             if completion.data & WATCH != 0 {
-                return Some(Event::Ready(self.rearm(&completion)));
+                return Some(self.woken(&completion));
             }
             if let Some(event) = self.finish_part(&completion) {
                 return Some(event);
@@ -429,24 +414,27 @@ impl<R> Ring<R> {
         if self.disturbed.is_busy() {
             return self.disturbed.next();
         }
-        self.uring.completion().next().map(Completion::from)
+        self.engine.next()
     }
 
-    fn rearm(&mut self, completion: &Completion) -> Watch {
+    /// What has become of a watched descriptor or an alarm.
+    fn woken(&mut self, completion: &Completion) -> Event<R> {
         // The lower 32 bits were a u32.
         #[expect(clippy::cast_possible_truncation)]
         let watch = Watch(completion.data as u32);
+        let is_alarm = completion.data & ALARM != 0;
+        if completion.result < 0 && !(is_alarm && completion.result == -libc::ETIME) {
+            return Event::Lost(watch, io::Error::from_raw_os_error(-completion.result));
+        }
         // A descriptor that is broken or whose other side is gone would be
         // ready again at once, for ever.
         let gone = libc::POLLERR | libc::POLLHUP | libc::POLLNVAL;
-        let alive = completion.result >= 0 && completion.result & i32::from(gone) == 0;
-        if alive && !completion.more {
-            let fd = self.watched.iter().find(|(_, w)| *w == watch).map(|(fd, _)| *fd);
-            if let Some(fd) = fd {
-                self.arm(fd, watch);
-            }
+        let over = is_alarm || completion.more || completion.result & i32::from(gone) != 0;
+        let fd = self.watched.iter().find(|(_, w)| *w == watch).map(|(fd, _)| *fd);
+        if let (false, Some(fd), Engine::Uring(uring)) = (over, fd, &mut self.engine) {
+            uring.watch(fd, completion.data);
         }
-        watch
+        Event::Ready(watch)
     }
 
     /// Counts one part's completion; the request, if it was the last one.
@@ -485,7 +473,7 @@ impl<R> Drop for Ring<R> {
             if let Err(e) = self.enter(true) {
                 // The kernel still may write to the buffers; to end here is
                 // the only thing that keeps others' memory whole.
-                log::error!("io_uring cannot be drained: {e}");
+                log::error!("the I/O in flight cannot be waited for: {e}");
                 std::process::abort();
             }
             while self.next_event().is_some() {}
@@ -493,20 +481,40 @@ impl<R> Drop for Ring<R> {
     }
 }
 
-/// What the kernel says of an entry.
+impl Engine {
+    #[inline]
+    fn begin(&mut self, part: Part, iovecs: &[libc::iovec], data: u64) {
+        match self {
+            Engine::Uring(uring) => uring.begin(part, iovecs, data),
+            Engine::Threads(threads) => threads.begin(part, iovecs, data),
+        }
+    }
+
+    #[inline]
+    fn enter(&mut self, wait: bool) -> io::Result<()> {
+        match self {
+            Engine::Uring(uring) => uring.enter(wait),
+            Engine::Threads(threads) => threads.enter(wait),
+        }
+    }
+
+    #[inline]
+    fn next(&mut self) -> Option<Completion> {
+        match self {
+            Engine::Uring(uring) => uring.next(),
+            Engine::Threads(threads) => threads.next(),
+        }
+    }
+}
+
+/// What an engine says of an operation.
 struct Completion {
-    /// The entry's `user_data`.
+    /// What the operation is known by.
     data: u64,
+    /// Bytes, events of poll(2), or a negative errno.
     result: i32,
     /// There will be another one.
     more: bool,
-}
-
-impl From<cqueue::Entry> for Completion {
-    fn from(entry: cqueue::Entry) -> Self {
-        let (data, result) = (entry.user_data(), entry.result());
-        Completion { data, result, more: cqueue::more(entry.flags()) }
-    }
 }
 
 enum Outcome {
@@ -533,39 +541,9 @@ impl Part {
             _ => Outcome::Again(done),
         }
     }
-
-    /// The part as an entry; its buffers are `iovecs`.
-    fn entry(self, iovecs: &[libc::iovec]) -> squeue::Entry {
-        let Part { action, file, at, len, aside, .. } = self;
-        let fd = types::Fixed(file.0);
-        // At most IOVECS_PER_OP_MAX.
-        #[expect(clippy::cast_possible_truncation)]
-        let count = iovecs.len() as u32;
-        let entry = match (action, iovecs) {
-            (Action::Allocate(mode), _) => {
-                opcode::Fallocate::new(fd, len).offset(at).mode(mode).build()
-            }
-            (Action::Read, [one]) if let Ok(len) = u32::try_from(one.iov_len) => {
-                opcode::Read::new(fd, one.iov_base.cast(), len).offset(at).build()
-            }
-            (Action::Write, [one]) if let Ok(len) = u32::try_from(one.iov_len) => {
-                opcode::Write::new(fd, one.iov_base.cast(), len).offset(at).build()
-            }
-            (Action::Read, _) => opcode::Readv::new(fd, iovecs.as_ptr(), count).offset(at).build(),
-            (Action::Write, _) => {
-                opcode::Writev::new(fd, iovecs.as_ptr(), count).offset(at).build()
-            }
-        };
-        if aside { entry.flags(squeue::Flags::ASYNC) } else { entry }
-    }
 }
 
 impl Plan {
-    fn entry(&self, part: usize) -> squeue::Entry {
-        let part = self.parts[part];
-        part.entry(&self.iovecs[part.first..part.last])
-    }
-
     /// `done` bytes of the part have been transferred: the rest remains.
     fn advance(&mut self, part: usize, done: u64) {
         let part = &mut self.parts[part];

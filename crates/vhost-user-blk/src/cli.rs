@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use block_io::ring::IoEngine;
 use clap::builder::{RangedU64ValueParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{ArgGroup, CommandFactory, FromArgMatches, Parser, ValueEnum};
@@ -156,6 +157,14 @@ struct Args {
     #[arg(long, value_enum, default_value_t = Cache::Buffered, value_name = "MODE")]
     cow_cache: Cache,
 
+    /// Who does the I/O: io_uring, or threads that make plain system calls [default: io_uring if the
+    /// host has it, else sync]
+    ///
+    /// Containers, some sysctls and kernels before 5.13 refuse io_uring. Without this option the daemon
+    /// then warns and does with threads, which is as safe and slower; with `io_uring` it refuses to start.
+    #[arg(long, value_enum, value_name = "ENGINE")]
+    io_engine: Option<Engine>,
+
     /// Longest time in microseconds that a queue looks for new requests before it sleeps, if its guest
     /// is that fast; 0 sleeps at once
     #[arg(long, value_name = "US", default_value_t = spin::POLL_US, value_parser = clap::value_parser!(u32).range(0..=POLL_US_MAX.into()))]
@@ -227,6 +236,25 @@ pub enum Cache {
     Direct,
 }
 
+/// `--io-engine`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Engine {
+    /// Linux 5.13 and later, where nothing forbids it
+    #[value(name = "io_uring")]
+    IoUring,
+    /// A few threads for each queue
+    Sync,
+}
+
+impl From<Engine> for IoEngine {
+    fn from(engine: Engine) -> Self {
+        match engine {
+            Engine::IoUring => IoEngine::IoUring,
+            Engine::Sync => IoEngine::Sync,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Level {
     Error,
@@ -276,6 +304,8 @@ pub struct Options {
     pub base_cache: Cache,
     /// Cache policy of the top file.
     pub cow_cache: Cache,
+    /// Who does the I/O, if the user says so.
+    pub io_engine: Option<IoEngine>,
     /// Longest busy wait in microseconds.
     pub poll_us: u32,
     /// Log filter.
@@ -365,6 +395,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
         serial: args.serial,
         base_cache: args.base_cache,
         cow_cache: args.cow_cache,
+        io_engine: args.io_engine.map(IoEngine::from),
         poll_us: args.poll_us,
         log_level: args.log_level.into(),
     })))
@@ -499,6 +530,7 @@ mod tests {
             "--serial=disk 1",
             "--base-cache=direct",
             "--cow-cache=buffered",
+            "--io-engine=sync",
             "--poll-us=0",
             "--log-level=debug",
         ]);
@@ -522,6 +554,7 @@ mod tests {
                 serial,
                 base_cache: Cache::Direct,
                 cow_cache: Cache::Buffered,
+                io_engine: Some(IoEngine::Sync),
                 poll_us: 0,
                 log_level: LevelFilter::Debug,
             }
@@ -574,6 +607,7 @@ mod tests {
             (&["--fd=3", "a", "--serial=123456789012345678901"], "at most 20"),
             (&["--fd=3", "a", "--serial=\u{1b}[2J"], "--serial"),
             (&["--fd=3", "a", "--base-cache=maybe"], "--base-cache"),
+            (&["--fd=3", "a", "--io-engine=aio"], "--io-engine"),
             (&["--fd=3", "a", "--poll-us=1000001"], "--poll-us"),
             (&["--fd=3", "a", "--log-level=loud"], "--log-level"),
             (&["--fd=3", "a", "--no-such-option"], "--no-such-option"),

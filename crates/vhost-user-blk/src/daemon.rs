@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use block_io::ops::looks::{Looks, looks_like};
+use block_io::ring::NoUring;
 use block_io::{CachePolicy, CowFormat, Disk, DiskError, DiskOptions, Host, OpenError};
 use cow_format::{HeaderError, Sector, SectorCount, SectorRange};
 use nix::poll::PollTimeout;
@@ -23,7 +24,7 @@ use crate::socket::{Listener, PREDECESSOR_WAIT, Socket, SocketError};
 use crate::upgrade::{Estate, UpgradeError, running_program};
 use crate::vring::RunningRing;
 use crate::worker::WorkerHandle;
-use crate::{signals, systemd, takeover};
+use crate::{requirements, signals, systemd, takeover};
 
 /// How long to wait before the next try when a connection could not be accepted, in milliseconds:
 /// what is short then (descriptors, memory) is short in the whole system.
@@ -104,6 +105,24 @@ pub enum DaemonError {
     /// What a predecessor's frontend said is refused.
     #[error("cannot go on with the frontend: {0}")]
     Session(#[from] ResumeError),
+    /// What was written for pages of one size would be wrong with others.
+    #[error(
+        "the system's pages have {found} bytes, expected {PAGE}: this program is made and tested for x86-64 only"
+    )]
+    PageSize {
+        /// Bytes; 0 if the system does not say.
+        found: u64,
+    },
+    /// The I/O engine that was asked for.
+    #[error(
+        "--io-engine=io_uring: {source} ({hint}); use --io-engine=sync, or leave the option out"
+    )]
+    Engine {
+        /// What usually is the reason.
+        hint: &'static str,
+        /// What was refused.
+        source: NoUring,
+    },
     /// The system refused something that always works.
     #[error("cannot {what}: {source}")]
     System {
@@ -131,6 +150,7 @@ impl DaemonError {
 /// # Errors
 /// [`DaemonError`]. Whatever it is, the socket file is gone and the disk is as whole as it can be.
 pub fn run(options: &Options) -> Result<(), DaemonError> {
+    requirements::check_page_size()?;
     if let Some(handover) = options.takeover {
         return takeover::run(options, handover);
     }

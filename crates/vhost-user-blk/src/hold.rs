@@ -20,6 +20,7 @@ use crate::daemon::{DaemonError, check_format, open_disk};
 use crate::handover::duplicate;
 use crate::holes::Holes;
 use crate::request::ParseLimits;
+use crate::requirements::Engine;
 use crate::resident::Mappings;
 use crate::session::Device;
 use crate::worker::{self, RingStart, Shared, WorkerHandle};
@@ -30,6 +31,7 @@ pub struct Hold {
     options: Options,
     /// What frontends are told; the disk may not have another size when it is opened.
     capacity: SectorCount,
+    engine: Arc<Engine>,
     failure: Arc<EventFd>,
     open: Mutex<Option<Open>>,
 }
@@ -47,8 +49,11 @@ impl Hold {
     /// # Errors
     /// Why it cannot be opened, or what the system refuses.
     pub fn open(options: &Options) -> Result<Self, DaemonError> {
+        // Before a COW file is made.
+        let engine = Engine::choose(options.io_engine)?;
+        engine.report();
         let disk = open_disk(options, None)?;
-        let hold = Self::of(options, disk.capacity())?;
+        let hold = Self::of(options, disk.capacity(), engine)?;
         *hold.lock() = Some(hold.serve(disk).map_err(DaemonError::system("start a thread"))?);
         Ok(hold)
     }
@@ -60,12 +65,17 @@ impl Hold {
     /// # Errors
     /// Why it cannot be taken, or what the system refuses.
     pub fn inherit(options: &Options, top: &[RawFd], rehearsal: bool) -> Result<Self, DaemonError> {
+        let engine = Engine::choose(options.io_engine)?;
+        // The successor says it once, not its rehearsal as well.
+        if !rehearsal {
+            engine.report();
+        }
         let mut top = top.iter().map(|&fd| duplicate(fd));
         let (buffered, direct) = (top.next().transpose()?, top.next().transpose()?);
         let file = buffered.map(|buffered| File::inherit(buffered, direct)).transpose();
         let file = file.map_err(DaemonError::system("use the predecessor's files"))?;
         let disk = open_disk(options, file)?;
-        let hold = Self::of(options, disk.capacity())?;
+        let hold = Self::of(options, disk.capacity(), engine)?;
         if !rehearsal {
             *hold.lock() = Some(hold.serve(disk).map_err(DaemonError::system("start a thread"))?);
         }
@@ -82,6 +92,8 @@ impl Hold {
     /// # Errors
     /// Why it could not be opened even if nobody else had it, as far as that can be seen.
     pub fn incoming(options: &Options) -> Result<Self, DaemonError> {
+        let engine = Engine::choose(options.io_engine)?;
+        engine.report();
         let (path, base, format) = match &options.image {
             Image::File { path, format } => (path, None, *format),
             Image::Cow { cow, base, format } => (cow, base.as_deref(), *format),
@@ -92,14 +104,15 @@ impl Hold {
         }
         let capacity = look(path, base, raw)?;
         log::info!("disk {}: to be opened when its guest comes", path.display());
-        Self::of(options, capacity)
+        Self::of(options, capacity, engine)
     }
 
-    fn of(options: &Options, capacity: SectorCount) -> Result<Self, DaemonError> {
+    fn of(options: &Options, capacity: SectorCount, engine: Engine) -> Result<Self, DaemonError> {
         let failure = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|e| DaemonError::system("make an eventfd")(e.into()))?;
         let (options, failure) = (options.clone(), Arc::new(failure));
-        Ok(Hold { options, capacity, failure, open: Mutex::new(None) })
+        let engine = Arc::new(engine);
+        Ok(Hold { options, capacity, engine, failure, open: Mutex::new(None) })
     }
 
     /// What a session has to know.
@@ -174,6 +187,7 @@ impl Hold {
             serial: options.serial,
             limits: ParseLimits { capacity: disk.capacity(), read_only: disk.read_only() },
             poll: Duration::from_micros(options.poll_us.into()),
+            engine: Arc::clone(&self.engine),
             failure: Arc::clone(&self.failure),
             disk,
         };

@@ -27,6 +27,7 @@ pub mod notify;
 pub mod prompt_write;
 pub mod replay;
 pub mod request;
+pub mod requirements;
 pub mod resident;
 pub mod route;
 pub mod session;

@@ -1,6 +1,6 @@
 //! One thread for each queue: takes requests from the ring, asks the disk's
-//! layer map where their data stands, has io_uring move it between the files
-//! and guest memory, and puts the answers into the used ring.
+//! layer map where their data stands, has io_uring (or, where that is refused, threads)
+//! move it between the files and guest memory, and puts the answers into the used ring.
 //!
 //! This is the only place where virtio and the layers meet. A turn of the loop
 //! takes a batch of requests, hands it to the kernel with one system call,
@@ -17,6 +17,7 @@ use block_io::pulse::Pulse;
 use block_io::ring::{Event, Plan, Ring, Watch};
 use block_io::{Committer, Disk, Flushed, Waiter, Writing};
 use cow_format::SectorRange;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::complaints::Complaints;
@@ -29,6 +30,7 @@ use crate::notify::{Doorbell, Kick};
 use crate::request::{
     ID_LEN, IoVecs, Operation, ParseLimits, Parsed, Pending, Reply, Segment, parse,
 };
+use crate::requirements::Engine;
 use crate::resident::Mappings;
 use crate::route::Router;
 use crate::spin::{For, Spin};
@@ -78,6 +80,8 @@ pub struct Shared {
     pub limits: ParseLimits,
     /// The longest time that a dry queue spins before it sleeps.
     pub poll: Duration,
+    /// Who does the I/O.
+    pub engine: Arc<Engine>,
     /// Signalled when a queue had to give up its ring.
     pub failure: Arc<EventFd>,
 }
@@ -242,11 +246,11 @@ impl<'a> Worker<'a> {
             queue.log(log.clone());
         }
         let router = Router::new(&shared.disk, &shared.mappings, &shared.holes);
-        let mut ring = Ring::new(usize::from(depth), &router.files())?;
+        let mut ring = shared.engine.ring(usize::from(depth), &router.files())?;
         let kick = Kick::new(start.kick.as_fd())?;
-        ring.watch(start.kick.as_fd(), KICK);
-        ring.watch(stop.as_fd(), STOP);
-        ring.watch(shared.committer.event(start.queue), COMMIT);
+        ring.watch(start.kick.as_fd(), KICK)?;
+        ring.watch(stop.as_fd(), STOP)?;
+        ring.watch(shared.committer.event(start.queue), COMMIT)?;
         Ok(Self {
             ring,
             queue,
@@ -431,7 +435,8 @@ impl<'a> Worker<'a> {
         }
         // SAFETY: the buffers are guest memory (or zeros that live for ever),
         // which `queue` keeps mapped until after the ring has been dropped, and
-        // to which no reference is ever made.
+        // to which no reference is ever made; the files are the disk's, which
+        // `shared` keeps as long.
         if let Err(refused) = unsafe { self.ring.submit(request, &mut self.plan) } {
             // `can_take` leaves room, so this is never reached; the guest gets
             // an answer all the same.
@@ -452,9 +457,28 @@ impl<'a> Worker<'a> {
                     self.tidying = !self.shared.mappings.forget_unused() && self.tidy_later()
                 }
                 Event::Ready(_) => self.open = false,
+                Event::Lost(watch, e) => self.lost(watch, &e),
             }
         }
         busy
+    }
+
+    /// The kernel refuses to wake this thread for something. What was begun is completed all the
+    /// same: that needs no waking, but for a flush, which is then waited for here.
+    #[cold]
+    fn lost(&mut self, watch: Watch, e: &io::Error) {
+        let what = match watch {
+            KICK => "the guest's kicks",
+            STOP => "the order to stop",
+            COMMIT => "flushes",
+            _ => "an alarm",
+        };
+        self.fail(&format_args!("cannot wait for {what}: {e}"));
+        while watch == COMMIT && self.committing.iter().any(Option::is_some) {
+            let event = self.shared.committer.event(self.start.queue);
+            _ = poll(&mut [PollFd::new(event, PollFlags::POLLIN)], PollTimeout::NONE);
+            self.committed();
+        }
     }
 
     /// The data of a request has been moved, or could not be.

@@ -99,9 +99,9 @@ impl<R> Ring<R> {
             }
             let bytes = usize::try_from(len).unwrap_or(usize::MAX);
             shortened.push(prefix(&plan.iovecs[part.first..part.last], bytes));
-            let entry = Part { len, ..part }.entry(shortened.last().map_or(&[], Vec::as_slice));
+            let iovecs = shortened.last().map_or(&[][..], Vec::as_slice);
             begun.push((data, errno));
-            self.queue(entry.user_data(data));
+            self.engine.begin(Part { len, ..part }, iovecs, data);
         }
         self.complete(begun, &mut ended)?;
         ended.sort_by_key(|completion| completion.data);
@@ -119,20 +119,8 @@ impl<R> Ring<R> {
         ended: &mut Vec<Completion>,
     ) -> io::Result<()> {
         loop {
-            self.refill();
-            match self.uring.submitter().submit_and_wait(usize::from(!begun.is_empty())) {
-                Err(e)
-                    if !matches!(
-                        e.raw_os_error(),
-                        Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)
-                    ) =>
-                {
-                    return Err(e);
-                }
-                _ => {}
-            }
-            for entry in self.uring.completion() {
-                let mut completion = Completion::from(entry);
+            self.engine.enter(!begun.is_empty())?;
+            while let Some(mut completion) = self.engine.next() {
                 if completion.data & WATCH != 0 {
                     self.disturbed.watched.push_back(completion);
                     continue;
@@ -145,7 +133,7 @@ impl<R> Ring<R> {
                 }
                 ended.push(completion);
             }
-            if begun.is_empty() && self.backlog.is_empty() {
+            if begun.is_empty() {
                 return Ok(());
             }
         }

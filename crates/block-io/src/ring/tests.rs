@@ -2,6 +2,9 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+use nix::sys::eventfd::EventFd;
 
 use super::*;
 
@@ -15,8 +18,34 @@ fn file_of(content: &[u8]) -> File {
     file
 }
 
-fn ring_over<R>(depth: usize, file: &File) -> Ring<R> {
-    Ring::new(depth, &[None, Some(file.as_fd())]).unwrap()
+fn ring_over<R>(engine: IoEngine, depth: usize, file: &File) -> Ring<R> {
+    Ring::new(engine, depth, &[None, Some(file.as_fd())]).unwrap()
+}
+
+/// A test that both engines pass.
+macro_rules! with_both_engines {
+    ($($test:ident),+ $(,)?) => {
+        mod io_uring {
+            $(#[test] fn $test() { super::$test(super::IoEngine::IoUring); })+
+        }
+        mod sync {
+            $(#[test] fn $test() { super::$test(super::IoEngine::Sync); })+
+        }
+    };
+}
+
+with_both_engines! {
+    a_request_comes_back_once_with_all_its_parts,
+    more_parts_than_entries_and_more_iovecs_than_one_call_takes,
+    a_read_past_the_end_is_an_error_and_not_zeros,
+    the_first_error_is_kept_until_all_parts_are_done,
+    punch_and_zero_keep_the_length,
+    a_watched_descriptor_is_reported_each_time,
+    a_watched_eventfd_need_not_be_read,
+    one_whose_other_side_is_gone_is_reported_once,
+    an_alarm_comes_once_and_not_early,
+    a_buffer_that_is_not_there_is_an_error,
+    a_file_that_is_not_there_is_an_error,
 }
 
 const SLOT: FileSlot = FileSlot(1);
@@ -35,11 +64,10 @@ fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|i| u8::try_from(i * 7 % 251).unwrap()).collect()
 }
 
-#[test]
-fn a_request_comes_back_once_with_all_its_parts() {
+fn a_request_comes_back_once_with_all_its_parts(engine: IoEngine) {
     let content = pattern(64 << 10);
     let file = file_of(&content);
-    let mut ring = ring_over(4, &file);
+    let mut ring = ring_over(engine, 4, &file);
     let (mut a, mut b, mut c) = (vec![0; 1000], vec![0; 3000], vec![0; 512]);
     let mut plan = Plan::default();
     plan.read(SLOT, ByteOffset::new(100), &[iovec(&mut a), iovec(&mut b)]);
@@ -58,11 +86,10 @@ fn a_request_comes_back_once_with_all_its_parts() {
     assert!(ring.next_event().is_none());
 }
 
-#[test]
-fn more_parts_than_entries_and_more_iovecs_than_one_call_takes() {
+fn more_parts_than_entries_and_more_iovecs_than_one_call_takes(engine: IoEngine) {
     let content = pattern(3 << 20);
     let file = file_of(&content);
-    let mut ring = ring_over(1, &file);
+    let mut ring = ring_over(engine, 1, &file);
     let mut buffer = vec![0u8; content.len()];
     let mut plan = Plan::default();
     let (head, tail) = buffer.split_at_mut(2 << 20);
@@ -80,10 +107,9 @@ fn more_parts_than_entries_and_more_iovecs_than_one_call_takes() {
     assert!(buffer == content);
 }
 
-#[test]
-fn a_read_past_the_end_is_an_error_and_not_zeros() {
+fn a_read_past_the_end_is_an_error_and_not_zeros(engine: IoEngine) {
     let file = file_of(&pattern(1000));
-    let mut ring = ring_over(1, &file);
+    let mut ring = ring_over(engine, 1, &file);
     let mut buffer = vec![0; 1024];
     let mut plan = Plan::default();
     plan.read(SLOT, ByteOffset::new(0), &[iovec(&mut buffer)]);
@@ -98,7 +124,7 @@ fn a_read_past_the_end_is_an_error_and_not_zeros() {
 fn short_transfers_go_on_where_they_ended() {
     // A pipe gives what is in it: two short reads, split inside an iovec.
     let (reader, mut writer) = std::io::pipe().unwrap();
-    let mut ring = Ring::new(1, &[None, Some(reader.as_fd())]).unwrap();
+    let mut ring = Ring::new(IoEngine::IoUring, 1, &[None, Some(reader.as_fd())]).unwrap();
     let (mut a, mut b) = (vec![0; 10], vec![0; 10]);
     let mut plan = Plan::default();
     plan.read(SLOT, ByteOffset::new(0), &[iovec(&mut a), iovec(&mut b)]);
@@ -111,10 +137,9 @@ fn short_transfers_go_on_where_they_ended() {
     assert_eq!((&a[..], &b[..]), (&b"0123456789"[..], &b"abcdefghij"[..]));
 }
 
-#[test]
-fn the_first_error_is_kept_until_all_parts_are_done() {
+fn the_first_error_is_kept_until_all_parts_are_done(engine: IoEngine) {
     let mut file = File::open("/proc/self/exe").unwrap();
-    let mut ring = ring_over(1, &file);
+    let mut ring = ring_over(engine, 1, &file);
     let (mut good, mut refused) = (vec![0; 64], vec![1; 64]);
     let mut plan = Plan::default();
     plan.write(SLOT, ByteOffset::new(0), &[iovec(&mut refused)]);
@@ -127,11 +152,10 @@ fn the_first_error_is_kept_until_all_parts_are_done() {
     assert_eq!(good, expected);
 }
 
-#[test]
-fn punch_and_zero_keep_the_length() {
+fn punch_and_zero_keep_the_length(engine: IoEngine) {
     let content = pattern(64 << 10);
     let file = file_of(&content);
-    let mut ring = ring_over(2, &file);
+    let mut ring = ring_over(engine, 2, &file);
     let mut plan = Plan::default();
     plan.punch(SLOT, ByteOffset::new(4096), 8192);
     plan.zero(SLOT, ByteOffset::new(32 << 10), 512);
@@ -147,12 +171,11 @@ fn punch_and_zero_keep_the_length() {
     assert_eq!(file.metadata().unwrap().len(), expected.len() as u64);
 }
 
-#[test]
-fn a_watched_descriptor_is_reported_each_time() {
+fn a_watched_descriptor_is_reported_each_time(engine: IoEngine) {
     let file = file_of(b"");
-    let mut ring: Ring<()> = ring_over(1, &file);
+    let mut ring: Ring<()> = ring_over(engine, 1, &file);
     let (mut reader, mut writer) = std::io::pipe().unwrap();
-    ring.watch(reader.as_fd(), Watch(7));
+    ring.watch(reader.as_fd(), Watch(7)).unwrap();
     ring.enter(false).unwrap();
     assert!(ring.next_event().is_none());
     for _ in 0..3 {
@@ -166,7 +189,7 @@ fn a_watched_descriptor_is_reported_each_time() {
 #[test]
 fn dropping_a_ring_waits_for_what_is_in_flight() {
     let (reader, mut writer) = std::io::pipe().unwrap();
-    let mut ring = Ring::new(1, &[None, Some(reader.as_fd())]).unwrap();
+    let mut ring = Ring::new(IoEngine::IoUring, 1, &[None, Some(reader.as_fd())]).unwrap();
     let mut buffer = vec![0; 4];
     let mut plan = Plan::default();
     plan.read(SLOT, ByteOffset::new(0), &[iovec(&mut buffer)]);
@@ -185,7 +208,7 @@ fn dropping_a_ring_waits_for_what_is_in_flight() {
 #[test]
 fn touches_say_nothing_are_limited_and_go_on_once_they_are_done() {
     let file = file_of(&pattern(4096));
-    let mut ring = ring_over(1, &file);
+    let mut ring = ring_over(IoEngine::IoUring, 1, &file);
     // Past the end and of a file that is not there: no error either.
     let places = [(SLOT, 0), (SLOT, 1 << 40), (FileSlot(0), 0), (FileSlot(9), 0)];
     for (slot, at) in places.into_iter().cycle().take(TOUCHES_MAX) {
@@ -210,7 +233,8 @@ fn touches_say_nothing_are_limited_and_go_on_once_they_are_done() {
 #[test]
 fn dropping_a_ring_waits_for_touches() {
     let (mut reader, mut writer) = std::io::pipe().unwrap();
-    let mut ring: Ring<()> = Ring::new(1, &[None, Some(reader.as_fd())]).unwrap();
+    let mut ring: Ring<()> =
+        Ring::new(IoEngine::IoUring, 1, &[None, Some(reader.as_fd())]).unwrap();
     ring.touch(SLOT, ByteOffset::new(0));
     ring.enter(false).unwrap();
     let late = std::thread::spawn(move || writer.write_all(b"xy").unwrap());
@@ -219,4 +243,169 @@ fn dropping_a_ring_waits_for_touches() {
     let mut left = Vec::new();
     reader.read_to_end(&mut left).unwrap();
     assert_eq!(left, b"y");
+}
+
+fn a_watched_eventfd_need_not_be_read(engine: IoEngine) {
+    let file = file_of(b"");
+    let mut ring: Ring<()> = ring_over(engine, 1, &file);
+    // It rang before anybody looked.
+    let bell = EventFd::from_value(1).unwrap();
+    ring.watch(bell.as_fd(), Watch(3)).unwrap();
+    for _ in 0..3 {
+        ring.enter(true).unwrap();
+        assert!(matches!(ring.next_event(), Some(Event::Ready(Watch(3)))));
+        ring.enter(false).unwrap();
+        assert!(ring.next_event().is_none(), "nothing has happened since");
+        bell.write(1).unwrap();
+    }
+}
+
+fn one_whose_other_side_is_gone_is_reported_once(engine: IoEngine) {
+    let file = file_of(b"");
+    let mut ring: Ring<()> = ring_over(engine, 1, &file);
+    let (reader, writer) = std::io::pipe().unwrap();
+    ring.watch(reader.as_fd(), Watch(1)).unwrap();
+    drop(writer);
+    ring.enter(true).unwrap();
+    assert!(matches!(ring.next_event(), Some(Event::Ready(Watch(1)))));
+    for _ in 0..3 {
+        ring.enter(false).unwrap();
+        assert!(ring.next_event().is_none());
+    }
+}
+
+fn an_alarm_comes_once_and_not_early(engine: IoEngine) {
+    let file = file_of(b"");
+    let mut ring: Ring<()> = ring_over(engine, 1, &file);
+    let (begun, after) = (Instant::now(), Duration::from_millis(20));
+    ring.alarm(after, Watch(5));
+    while !matches!(ring.next_event(), Some(Event::Ready(Watch(5)))) {
+        ring.enter(true).unwrap();
+    }
+    assert!(begun.elapsed() >= after);
+    ring.enter(false).unwrap();
+    assert!(ring.next_event().is_none());
+}
+
+fn a_buffer_that_is_not_there_is_an_error(engine: IoEngine) {
+    let content = pattern(8192);
+    let file = file_of(&content);
+    let mut ring = ring_over(engine, 2, &file);
+    let mut good = vec![0; 4096];
+    // Of the zero page, which no process may map.
+    let gone = libc::iovec { iov_base: std::ptr::without_provenance_mut(16), iov_len: 4096 };
+    let mut plan = Plan::default();
+    plan.read(SLOT, ByteOffset::new(0), &[iovec(&mut good), gone]);
+    // SAFETY: one buffer outlives the ring; the other is nobody's memory.
+    unsafe { ring.submit("read", &mut plan) }.unwrap();
+    let (_, result) = wait(&mut ring);
+    assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EFAULT));
+    assert!(good == content[..4096], "what came before it was read");
+    plan.write(SLOT, ByteOffset::new(0), &[gone]);
+    // SAFETY: as above.
+    unsafe { ring.submit("write", &mut plan) }.unwrap();
+    assert_eq!(wait(&mut ring).1.unwrap_err().raw_os_error(), Some(libc::EFAULT));
+}
+
+fn a_file_that_is_not_there_is_an_error(engine: IoEngine) {
+    let file = file_of(b"");
+    let mut ring = ring_over(engine, 1, &file);
+    let mut buffer = vec![0; 16];
+    for slot in [FileSlot(0), FileSlot(99)] {
+        let mut plan = Plan::default();
+        plan.read(slot, ByteOffset::new(0), &[iovec(&mut buffer)]);
+        // SAFETY: the buffer outlives the ring.
+        unsafe { ring.submit((), &mut plan) }.unwrap();
+        assert_eq!(wait(&mut ring).1.unwrap_err().raw_os_error(), Some(libc::EBADF));
+    }
+}
+
+/// Linux before 5.13 says EINVAL to a multishot poll; every Linux says EBADF to one of what is not open.
+#[test]
+fn a_poll_that_fails_is_not_its_event() {
+    let file = file_of(b"");
+    let mut ring: Ring<()> = ring_over(IoEngine::IoUring, 1, &file);
+    // SAFETY: the number is not that of an open descriptor, which is the point.
+    let not_open = unsafe { BorrowedFd::borrow_raw(1_000_000) };
+    ring.watch(not_open, Watch(1)).unwrap();
+    ring.enter(true).unwrap();
+    match ring.next_event() {
+        Some(Event::Lost(Watch(1), e)) => assert_eq!(e.raw_os_error(), Some(libc::EBADF)),
+        other => panic!("{other:?}"),
+    }
+    let mut ring: Ring<()> = ring_over(IoEngine::Sync, 1, &file);
+    assert_eq!(ring.watch(not_open, Watch(1)).unwrap_err().raw_os_error(), Some(libc::EBADF));
+}
+
+/// What a thread does is held up until the test lets it go.
+mod held_up {
+    use std::sync::{Condvar, Mutex};
+
+    use super::super::threads::{self, Operation, Threads};
+    use super::*;
+
+    /// Operations under way, and how many may end.
+    static GATE: Mutex<(usize, usize)> = Mutex::new((0, 0));
+    static MOVED: Condvar = Condvar::new();
+
+    fn perform(operation: &Operation) -> i32 {
+        let mut gate = GATE.lock().unwrap();
+        gate.0 += 1;
+        MOVED.notify_all();
+        gate = MOVED.wait_while(gate, |gate| gate.1 == 0).unwrap();
+        *gate = (gate.0 - 1, gate.1 - 1);
+        drop(gate);
+        threads::perform(operation)
+    }
+
+    fn let_go(operations: usize) {
+        GATE.lock().unwrap().1 += operations;
+        MOVED.notify_all();
+    }
+
+    fn wait_until_under_way(operations: usize) {
+        let gate = GATE.lock().unwrap();
+        drop(MOVED.wait_while(gate, |gate| gate.0 < operations).unwrap());
+    }
+
+    /// One test, for there is one gate.
+    #[test]
+    fn slow_operations_overlap_up_to_a_limit_and_a_drop_waits_for_them() {
+        const REQUESTS: usize = 7;
+        const AT_A_TIME: usize = 4;
+        let content = pattern(REQUESTS * 512);
+        let file = file_of(&content);
+        let threads = Threads::new(&[None, Some(file.as_fd())], perform).unwrap();
+        let mut ring = Ring::over(Engine::Threads(threads), REQUESTS);
+        let mut buffers = vec![vec![0; 512]; REQUESTS];
+        for (number, buffer) in buffers.iter_mut().enumerate() {
+            let mut plan = Plan::default();
+            plan.read(SLOT, ByteOffset::new(number as u64 * 512), &[iovec(buffer)]);
+            // SAFETY: the buffers outlive the ring.
+            unsafe { ring.submit(number, &mut plan) }.unwrap();
+            ring.enter(false).unwrap();
+        }
+        wait_until_under_way(AT_A_TIME);
+        ring.enter(false).unwrap();
+        assert!(ring.next_event().is_none() && !ring.wants_enter());
+        // Whoever is let go takes the next; no more threads come.
+        let_go(1);
+        wait(&mut ring).1.unwrap();
+        wait_until_under_way(AT_A_TIME);
+        assert_eq!(GATE.lock().unwrap().0, AT_A_TIME);
+        let late = std::thread::spawn(|| let_go(REQUESTS - 1));
+        drop(ring);
+        assert_eq!(buffers.concat(), content);
+        assert_eq!(*GATE.lock().unwrap(), (0, 0));
+        late.join().unwrap();
+    }
+}
+
+#[test]
+fn an_engine_that_can_be_probed_can_be_used() {
+    IoEngine::Sync.probe().unwrap();
+    match IoEngine::IoUring.probe() {
+        Ok(()) => drop(ring_over::<()>(IoEngine::IoUring, 256, &file_of(b""))),
+        Err(why) => println!("skipped: no io_uring here: {why}"),
+    }
 }

@@ -1,6 +1,7 @@
 use std::io::Write;
 
 use block_io::DiskOptions;
+use block_io::ring::IoEngine;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 
 use super::*;
@@ -10,7 +11,7 @@ use crate::guest::{DATA, Desc, Guest, INDIRECT, NEXT, WRITE};
 #[cfg(feature = "fault-points")]
 mod disturbed;
 
-fn shared(disk: &Arc<Disk>, queues: usize) -> Shared {
+fn shared(disk: &Arc<Disk>, queues: usize, engine: IoEngine) -> Shared {
     Shared {
         mappings: Mappings::new(disk),
         holes: Holes::new(disk),
@@ -18,6 +19,7 @@ fn shared(disk: &Arc<Disk>, queues: usize) -> Shared {
         serial: [0; ID_LEN],
         limits: ParseLimits { capacity: disk.capacity(), read_only: disk.read_only() },
         poll: Duration::ZERO,
+        engine: Arc::new(Engine::choose(Some(engine)).unwrap()),
         failure: Arc::new(EventFd::new().unwrap()),
         disk: Arc::clone(disk),
     }
@@ -50,7 +52,7 @@ fn a_batch_of_endless_reads_is_cut_off() {
     image.as_file().set_len(u64::from(PIECE) * PIECES).unwrap();
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
     let disk = Arc::new(Disk::open_raw(image.path(), &options).unwrap());
-    let shared = shared(&disk, 1);
+    let shared = shared(&disk, 1, IoEngine::IoUring);
     let mut guest = Guest::new(64, 0);
     let (header, table, data) = (DATA, DATA + 0x1000, DATA + 0x8000);
     guest.write(header, &[u64::from(VIRTIO_BLK_T_IN), 0].map(u64::to_le_bytes).concat());
@@ -88,7 +90,7 @@ fn one_of_several_long_reads_is_lent() {
     }
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
     let disk = Arc::new(Disk::open_raw(image.path(), &options).unwrap());
-    let shared = shared(&disk, 1);
+    let shared = shared(&disk, 1, IoEngine::IoUring);
     let data = |request: u32| DATA + (1 << 20) + u64::from(request * LEN);
     let mut guest = Guest::with_end(16, 0, data(3));
     for request in 0..3 {

@@ -220,6 +220,7 @@ struct Setting {
     cow_cache: CachePolicy,
     base_cache: CachePolicy,
     write_through: bool,
+    engine: IoEngine,
     steps: u32,
 }
 
@@ -228,6 +229,7 @@ const NATIVE: Setting = Setting {
     cow_cache: CachePolicy::Buffered,
     base_cache: CachePolicy::Buffered,
     write_through: false,
+    engine: IoEngine::IoUring,
     steps: 1200,
 };
 
@@ -275,7 +277,7 @@ fn play(setting: Setting, seed: u64) -> [[u64; 2]; 16] {
     let Setting { cow_cache, base_cache, .. } = setting;
     let options = DiskOptions { cow_cache, base_cache, ..DiskOptions::default() };
     let disk = Arc::new(Disk::open_cow(&path, None, &options).unwrap());
-    let shared = shared(&disk, LANES);
+    let shared = shared(&disk, LANES, setting.engine);
     let write_through = Arc::new(AtomicBool::new(setting.write_through));
     let end = DATA + u64::from(SLOTS) * SLOT_LEN;
     let guests = || (0..LANES).map(|_| Guest::with_end(QUEUE_SIZE, 0, end));
@@ -390,4 +392,23 @@ fn uml() {
 #[test]
 fn write_through() {
     play_all(Setting { write_through: true, steps: 400, ..NATIVE }, 400..404);
+}
+
+const SYNC: Setting = Setting { engine: IoEngine::Sync, ..NATIVE };
+
+#[test]
+fn sync() {
+    play_all(SYNC, 500..512);
+}
+
+#[test]
+fn sync_direct() {
+    let direct = CachePolicy::Direct;
+    play_all(Setting { cow_cache: direct, base_cache: direct, ..SYNC }, 600..608);
+}
+
+#[test]
+fn sync_uml_write_through() {
+    let setting = Setting { format: CowFormat::Uml, write_through: true, steps: 400, ..SYNC };
+    play_all(setting, 700..704);
 }

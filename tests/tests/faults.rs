@@ -20,6 +20,9 @@ const MIB: usize = 1 << 20;
 /// What the daemon logs when a write has found no space.
 const FAILED: &str = "No space left on device";
 
+/// Who does the daemon's I/O.
+const ENGINES: [&str; 2] = ["--io-engine=io_uring", "--io-engine=sync"];
+
 /// For everything that is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -50,6 +53,10 @@ fn a_full_file_system_fails_writes_and_serves_on_when_space_comes_back() {
         println!("skipped: this user may not make a mount namespace");
         return;
     }
+    ENGINES.into_iter().for_each(full_file_system);
+}
+
+fn full_file_system(engine: &str) {
     let disk = CowDisk::over(&patterned(64 * MIB, 1));
     let (socket, mount) = (disk.dir.path("socket"), disk.dir.path("small"));
     std::fs::create_dir(&mount).expect("a directory");
@@ -58,7 +65,7 @@ fn a_full_file_system_fails_writes_and_serves_on_when_space_comes_back() {
     // Only inside of the namespace can the file system be given more room, and the file be kept.
     let script = format!(
         "mount -t tmpfs -o size=4m none {mount}
-         {daemon} --socket-path={socket} {cow_file},{base} &
+         {daemon} {engine} --socket-path={socket} {cow_file},{base} &
          until [ -e {grow} ]; do sleep 0.05; done; mount -o remount,size=256m {mount}
          until [ -e {end} ]; do sleep 0.05; done; kill $!; wait $!
          cp --sparse=always {cow_file} {kept}",
@@ -127,7 +134,11 @@ fn a_base_cut_short_fails_reads_and_no_one_dies() {
 /// cut short that all of them are reading.
 #[test]
 fn a_base_cut_short_under_the_load_of_all_queues_gives_errors_and_no_wrong_data() {
-    for args in [&["--num-queues=4"][..], &["--num-queues=4", "--base-cache=direct"]] {
+    let direct = "--base-cache=direct";
+    let all =
+        [[ENGINES[0]].as_slice(), &[ENGINES[0], direct], &[ENGINES[1]], &[ENGINES[1], direct]];
+    for args in all {
+        let args = &[&["--num-queues=4"], args].concat();
         let disk = CowDisk::over(&patterned(32 * MIB, 6));
         let copy = disk.dir.path("copy");
         std::fs::copy(&disk.base, &copy).expect("a copy of the base");
@@ -179,10 +190,14 @@ fn memory_of(bench: &Process) -> File {
 /// queue's data, two queues with their rings, everything.
 #[test]
 fn memory_cut_short_under_the_load_of_all_queues_ends_the_session_and_no_more() {
+    ENGINES.into_iter().for_each(memory_cut_short);
+}
+
+fn memory_cut_short(engine: &str) {
     /// In one of these rounds it does have work there.
     const DATA_CUTS: usize = 6;
     let disk = CowDisk::over(&patterned(32 * MIB, 7));
-    let daemon = disk.serve(&["--num-queues=4"]);
+    let daemon = disk.serve(&["--num-queues=4", engine]);
     for number in 0..DATA_CUTS + 2 {
         let options = [
             "--ops=read:2,write:1",
@@ -232,7 +247,8 @@ fn memory_cut_short_under_the_load_of_all_queues_ends_the_session_and_no_more() 
 /// A limit on the length of files: the write that goes over it comes up short, and the rest fails.
 #[test]
 fn writes_past_the_limit_of_a_file_s_length_fail_and_no_one_dies() {
-    for cache in ["--cow-cache=buffered", "--cow-cache=direct"] {
+    let caches = ["--cow-cache=buffered", "--cow-cache=direct"];
+    for (engine, cache) in ENGINES.into_iter().flat_map(|engine| caches.map(|c| (engine, c))) {
         let disk = CowDisk::over(&patterned(16 * MIB, 8));
         disk.serve(&[]).stop(); // creates the COW file
         let len = std::fs::metadata(&disk.cow).expect("the COW file").len();
@@ -241,7 +257,7 @@ fn writes_past_the_limit_of_a_file_s_length_fail_and_no_one_dies() {
         let socket = disk.dir.path("socket");
         let mut command = Command::new("prlimit");
         command.arg(limit).arg(vhost_user_blk().get_program()).arg("--socket-path").arg(&socket);
-        command.args(["--num-queues=4", cache]).arg(&disk.cow);
+        command.args(["--num-queues=4", cache, engine]).arg(&disk.cow);
         let daemon = Backend::start("daemon with a limit", command, &socket);
         let options = [
             "--ops=read:2,write:4,write-zeroes:1",
@@ -257,7 +273,7 @@ fn writes_past_the_limit_of_a_file_s_length_fail_and_no_one_dies() {
         command.arg("--base").arg(&disk.base);
         let output = run_ok(command);
         let failed = failed_requests(&output);
-        assert!((1000..5000).contains(&failed), "{cache}: {output}");
+        assert!((1000..5000).contains(&failed), "{engine} {cache}: {output}");
         daemon.stop();
     }
 }

@@ -82,6 +82,16 @@ fn fio(guest: Guest, disk: &CowDisk, options: &[&str]) {
 #[test]
 fn fio_verifies_in_qemu_on_four_queues() {
     require!(Kernel::Qemu.available());
+    fio_on_four_queues(&[]);
+}
+
+#[test]
+fn fio_verifies_in_qemu_on_four_queues_without_io_uring() {
+    require!(Kernel::Qemu.available());
+    fio_on_four_queues(SYNC);
+}
+
+fn fio_on_four_queues(options: &[&str]) {
     let disk = CowDisk::over(&patterned(64 * MIB, 2));
     let script = format!(
         "result queues $(ls /sys/block/vda/mq | wc -l)
@@ -89,7 +99,7 @@ fn fio_verifies_in_qemu_on_four_queues() {
          result digest $(digest /dev/vda)"
     );
     let guest = Guest::new(Kernel::Qemu, &script).queues(4);
-    fio(guest, &disk, &["--num-queues=4"]);
+    fio(guest, &disk, &[&["--num-queues=4"], options].concat());
 }
 
 /// One queue, with the daemon's ways of waiting and of caching that are not the default.
@@ -105,8 +115,15 @@ fn fio_verifies_in_uml() {
     fio_on_one_queue(Kernel::Uml, &[]);
 }
 
+const SYNC: &[&str] = &["--io-engine=sync"];
 const NO_POLLING: &[&str] = &["--poll-us=0"];
 const DIRECT: &[&str] = &["--base-cache=direct", "--cow-cache=direct"];
+
+/// UML's kicks come through pipes.
+#[test]
+fn fio_verifies_in_uml_without_io_uring() {
+    fio_on_one_queue(Kernel::Uml, &[SYNC, NO_POLLING].concat());
+}
 
 #[test]
 fn fio_verifies_in_uml_without_polling() {

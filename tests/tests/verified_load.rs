@@ -179,6 +179,22 @@ fn uml_direct() {
     holds_what_was_written(&["--format=uml", "--cow-cache=direct"], Wait::Eventfd);
 }
 
+/// With threads that make system calls in place of io_uring.
+#[test]
+fn sync_engine() {
+    for format in ["--format=native", "--format=uml"] {
+        holds_what_was_written(&["--io-engine=sync", format], Wait::Eventfd);
+    }
+}
+
+#[test]
+fn sync_engine_direct() {
+    holds_what_was_written(
+        &["--io-engine=sync", "--cow-cache=direct", "--base-cache=direct", "--poll-us=0"],
+        Wait::Eventfd,
+    );
+}
+
 #[test]
 fn without_polling() {
     holds_what_was_written(&["--poll-us=0"], Wait::Eventfd);

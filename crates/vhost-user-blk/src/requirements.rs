@@ -19,7 +19,7 @@ pub fn check_page_size() -> Result<(), DaemonError> {
     check_page(sysconf(SysconfVar::PAGE_SIZE).ok().flatten())
 }
 
-fn check_page(found: Option<nix::libc::c_long>) -> Result<(), DaemonError> {
+fn check_page(found: Option<libc::c_long>) -> Result<(), DaemonError> {
     match found.map(u64::try_from) {
         Some(Ok(PAGE)) => Ok(()),
         Some(Ok(found)) => Err(DaemonError::PageSize { found }),
@@ -89,17 +89,17 @@ impl Engine {
 /// What usually is the reason.
 fn hint(why: &NoUring) -> &'static str {
     match (why, why.errno()) {
-        (_, Some(nix::libc::EPERM | nix::libc::EACCES)) => {
+        (_, Some(libc::EPERM | libc::EACCES)) => {
             "a container's seccomp filter, SELinux, or the sysctl kernel.io_uring_disabled forbids it"
         }
-        (_, Some(nix::libc::ENOSYS)) => {
+        (_, Some(libc::ENOSYS)) => {
             "a container's seccomp filter forbids it, or the kernel was built without it"
         }
-        (_, Some(nix::libc::EINVAL)) | (NoUring::Operation(_), _) => "it needs Linux 5.13 or later",
-        (_, Some(nix::libc::ENOMEM)) => {
+        (_, Some(libc::EINVAL)) | (NoUring::Operation(_), _) => "it needs Linux 5.13 or later",
+        (_, Some(libc::ENOMEM)) => {
             "memory is short, or the limit of locked memory is too low: ulimit -l, LimitMEMLOCK="
         }
-        (_, Some(nix::libc::EMFILE | nix::libc::ENFILE)) => "too many files are open: ulimit -n",
+        (_, Some(libc::EMFILE | libc::ENFILE)) => "too many files are open: ulimit -n",
         _ => "the kernel's reason",
     }
 }

@@ -124,3 +124,14 @@ fn direct_with_a_client_that_polls() {
 fn uml_direct() {
     survives(&["--format=uml", "--cow-cache=direct"], Wait::Eventfd, Some(1000));
 }
+
+#[test]
+fn with_threads_for_io_uring() {
+    survives(&["--io-engine=sync"], Wait::Eventfd, None);
+}
+
+#[test]
+fn direct_with_threads_for_io_uring() {
+    let direct = ["--io-engine=sync", "--cow-cache=direct", "--base-cache=direct"];
+    survives(&direct, Wait::Eventfd, Some(1000));
+}

@@ -29,6 +29,16 @@ fn a_killed_daemon_is_followed_by_one_that_finishes_its_work() {
 }
 
 #[test]
+fn nor_is_anything_lost_with_threads_for_io_uring() {
+    killed_under_load(&["--io-engine=sync"]);
+}
+
+#[test]
+fn nor_with_threads_that_write_directly() {
+    killed_under_load(&["--io-engine=sync", "--cow-cache=direct", "--poll-us=0"]);
+}
+
+#[test]
 fn a_killed_daemon_s_direct_writes_are_finished_as_well() {
     killed_under_load(&["--cow-cache=direct", "--poll-us=0"]);
 }

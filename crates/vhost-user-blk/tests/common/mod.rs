@@ -42,6 +42,42 @@ pub fn with_fd(mut command: Command, fd: OwnedFd) -> Command {
     command
 }
 
+/// `command` in a process that is refused io_uring, as by the seccomp profiles of containers. So are all
+/// that come of it.
+pub fn without_io_uring(mut command: Command) -> Command {
+    // SAFETY: prctl is async-signal-safe, and nothing is allocated.
+    unsafe {
+        command.pre_exec(|| Ok(refuse_io_uring()?));
+    }
+    command
+}
+
+/// Installs the filter in this thread.
+fn refuse_io_uring() -> nix::Result<()> {
+    let op = |code: u32, k: u32, jt: u8, jf: u8| {
+        // The instructions' codes have eight bits.
+        libc::sock_filter { code: u16::try_from(code).unwrap_or(0), jt, jf, k }
+    };
+    // io_uring_setup, io_uring_enter, io_uring_register.
+    let number = |call: libc::c_long| u32::try_from(call).unwrap_or(u32::MAX);
+    let (first, last) = (number(libc::SYS_io_uring_setup), number(libc::SYS_io_uring_register));
+    let refused = libc::SECCOMP_RET_ERRNO | libc::EPERM.unsigned_abs();
+    let mut program = [
+        // The system call's number is the first field of what is filtered.
+        op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        op(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, first, 0, 2),
+        op(libc::BPF_JMP | libc::BPF_JGT | libc::BPF_K, last, 1, 0),
+        op(libc::BPF_RET | libc::BPF_K, refused, 0, 0),
+        op(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0),
+    ];
+    let filter = libc::sock_fprog { len: 5, filter: program.as_mut_ptr() };
+    nix::sys::prctl::set_no_new_privs()?;
+    // SAFETY: the program is valid and outlives the call, which copies it.
+    let result =
+        unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) };
+    nix::errno::Errno::result(result).map(|_| ())
+}
+
 /// A running daemon; killed when dropped.
 pub struct Daemon {
     child: Child,
@@ -61,8 +97,18 @@ impl Daemon {
         daemon
     }
 
-    /// Runs a command line.
+    /// Runs a command line, with the I/O engine of `TEST_IO_ENGINE` unless it names one.
     pub fn spawn(mut command: Command, socket: PathBuf) -> Self {
+        let names_one =
+            command.get_args().any(|arg| arg.to_string_lossy().starts_with("--io-engine"));
+        if let (Ok(engine), false) = (std::env::var("TEST_IO_ENGINE"), names_one) {
+            command.arg(format!("--io-engine={engine}"));
+        }
+        Self::spawn_as_is(command, socket)
+    }
+
+    /// Runs a command line.
+    pub fn spawn_as_is(mut command: Command, socket: PathBuf) -> Self {
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let (sender, lines) = channel();
@@ -153,6 +199,15 @@ impl Daemon {
 
     pub fn threads(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().count()
+    }
+
+    /// How many of its threads have this name.
+    pub fn threads_named(&self, name: &str) -> usize {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        // One may end meanwhile.
+        let names =
+            tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+        names.filter(|found| found.trim_end() == name).count()
     }
 
     pub fn signal(&self, signal: Signal) {

@@ -30,6 +30,8 @@ const UML_HALTED: &str = "reboot: System halted";
 pub enum Kernel {
     /// Debian's cloud kernel in QEMU.
     Qemu,
+    /// That of Debian 11, 5.10, to run the daemon in the guest: its initrd knows no virtio.
+    Bullseye,
     /// User Mode Linux: `virtio_uml`, and its own `ubd` driver.
     Uml,
 }
@@ -38,14 +40,18 @@ impl Kernel {
     /// Ok if guests of this kernel can be booted here, else why not.
     pub fn available(self) -> Result<(), String> {
         available(&[match self {
-            Self::Qemu => "qemu-system-x86_64",
+            Self::Qemu | Self::Bullseye => "qemu-system-x86_64",
             Self::Uml => "linux.uml",
         }])?;
         let needed = match self {
-            Self::Qemu => vec![cache().join("kernel/vmlinuz"), cache().join("guest/initrd")],
-            Self::Uml => vec![cache().join("guest/initrd")],
+            Self::Qemu => vec!["kernel/vmlinuz", "guest/initrd"],
+            Self::Bullseye => {
+                vec!["kernel-bullseye/vmlinuz", "guest/bullseye.cpio", "guest/initrd"]
+            }
+            Self::Uml => vec!["guest/initrd"],
         };
-        match needed.iter().find(|path| !path.exists()) {
+        let mut needed = needed.into_iter().map(|name| cache().join(name));
+        match needed.find(|path| !path.exists()) {
             None => Ok(()),
             Some(path) => Err(format!("{} is missing (ci/setup makes it)", path.display())),
         }
@@ -143,6 +149,23 @@ impl Guest {
         self
     }
 
+    /// Puts a program of this machine into the guest's `/bin`, with the libraries that it names.
+    pub fn with_program(mut self, program: &Path) -> Self {
+        let content =
+            |path: &Path| fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let name = program.file_name().expect("a program's name").to_string_lossy();
+        let mut ldd = Command::new("ldd");
+        ldd.arg(program);
+        let output = run_ok(ldd);
+        // The initrd has the loader and its directory.
+        let libraries = output.split_ascii_whitespace().filter(|word| word.starts_with("/lib/"));
+        for library in libraries {
+            let path = library.trim_start_matches('/').to_owned();
+            self.files.push((path, content(Path::new(library))));
+        }
+        self.with_file(&format!("bin/{name}"), content(program))
+    }
+
     /// Puts fio into the guest.
     pub fn with_fio(mut self) -> Self {
         self.fio = true;
@@ -181,7 +204,7 @@ impl Guest {
         let initrd = dir.path(&format!("{name}.initrd"));
         fs::write(&initrd, self.initrd()).expect("writing the initrd");
         let command = match self.kernel {
-            Kernel::Qemu => self.qemu(&initrd, dir, name),
+            Kernel::Qemu | Kernel::Bullseye => self.qemu(&initrd, dir, name),
             Kernel::Uml => self.uml(&initrd, &dir.path(&format!("{name}.uml"))),
         };
         let process = Process::spawn(&format!("{:?} guest {name}", self.kernel), command);
@@ -200,6 +223,9 @@ impl Guest {
             fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
         };
         let mut initrd = read("guest/initrd");
+        if self.kernel == Kernel::Bullseye {
+            initrd.extend(read("guest/bullseye.cpio"));
+        }
         if self.fio {
             initrd.extend(read("guest/fio.cpio"));
         }
@@ -215,7 +241,11 @@ impl Guest {
     }
 
     fn qemu(&self, initrd: &Path, dir: &TestDir, name: &str) -> Command {
-        let memory = if self.fio { "768M" } else { "256M" };
+        let memory = if self.fio || self.kernel == Kernel::Bullseye { "768M" } else { "256M" };
+        let kernel = match self.kernel {
+            Kernel::Bullseye => "kernel-bullseye/vmlinuz",
+            _ => "kernel/vmlinuz",
+        };
         let accel = if accel() == "kvm" { "kvm" } else { "tcg,thread=multi" };
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-accel", accel, "-cpu", "max", "-m", memory]);
@@ -239,7 +269,7 @@ impl Guest {
             command.arg("-device");
             command.arg(format!("vhost-user-blk-pci,chardev=c{index},num-queues={}", self.queues));
         }
-        command.arg("-kernel").arg(cache().join("kernel/vmlinuz")).arg("-initrd").arg(initrd);
+        command.arg("-kernel").arg(cache().join(kernel)).arg("-initrd").arg(initrd);
         command.args(["-append", "console=ttyS0 quiet panic=-1"]);
         command
     }

@@ -95,7 +95,9 @@ fn hint(why: &NoUring) -> &'static str {
         (_, Some(libc::ENOSYS)) => {
             "a container's seccomp filter forbids it, or the kernel was built without it"
         }
-        (_, Some(libc::EINVAL)) | (NoUring::Operation(_), _) => "it needs Linux 5.13 or later",
+        (_, Some(libc::EINVAL)) | (NoUring::Operation(_), _) => {
+            "it needs Linux 5.13 or later, or 5.10.162 and later of the 5.10 series"
+        }
         (_, Some(libc::ENOMEM)) => {
             "memory is short, or the limit of locked memory is too low: ulimit -l, LimitMEMLOCK="
         }

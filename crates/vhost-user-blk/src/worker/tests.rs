@@ -2,7 +2,7 @@ use std::io::Write;
 
 use block_io::DiskOptions;
 use block_io::ring::IoEngine;
-use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN};
 
 use super::*;
 use crate::guest::{DATA, Desc, Guest, INDIRECT, NEXT, WRITE};
@@ -39,6 +39,36 @@ fn start(queue: usize, guest: &Guest, write_through: &Arc<AtomicBool>) -> RingSt
         err: None,
         inflight: None,
         log: None,
+    }
+}
+
+/// The ring holds one flush.
+#[test]
+fn a_watch_that_is_lost_ends_the_ring_and_what_it_has_is_answered() {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    for engine in [IoEngine::IoUring, IoEngine::Sync] {
+        for watch in [KICK, STOP, COMMIT, TIDY] {
+            let disk = Arc::new(Disk::open_raw(image.path(), &DiskOptions::default()).unwrap());
+            let shared = shared(&disk, 1, engine);
+            let mut guest = Guest::new(16, 0);
+            guest.write(DATA, &[u64::from(VIRTIO_BLK_T_FLUSH), 0].map(u64::to_le_bytes).concat());
+            guest.write(DATA + 16, &[0xff]);
+            guest.set_desc(0, Desc { address: DATA, len: 16, flags: NEXT, next: 1 });
+            guest.set_desc(1, Desc { address: DATA + 16, len: 1, flags: WRITE, next: 0 });
+            guest.offer(0);
+            let start = start(0, &guest, &Arc::new(AtomicBool::new(false)));
+            let (stop, pulse) = (EventFd::new().unwrap(), Pulse::waiting());
+            let mut worker = Worker::new(&start, None, &shared, &stop, &pulse).unwrap();
+            worker.take();
+            worker.lost(watch, &io::Error::from_raw_os_error(libc::EINVAL));
+            assert!(!worker.open);
+            assert_eq!(shared.failure.read().unwrap(), 1, "the session is told");
+            // The entry is taken, and it ends by itself.
+            assert_eq!(worker.run(), 1);
+            assert_eq!((guest.used_idx(), guest.read::<1>(DATA + 16)), (1, [0]));
+            disk.close().unwrap();
+        }
     }
 }
 

@@ -7,6 +7,7 @@ use std::os::fd::BorrowedFd;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent};
 use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::{read, write};
 
@@ -22,8 +23,13 @@ pub struct Kick<'a> {
 
 impl<'a> Kick<'a> {
     /// # Errors
-    /// What fstat(2) says.
+    /// What fstat(2) says; or the descriptor is of a kind that cannot be waited for. A regular
+    /// file, say, or /dev/null, is ready at any time, and its queue would never sleep.
     pub fn new(fd: BorrowedFd<'a>) -> io::Result<Self> {
+        if let Err(e) = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?.add(fd, EpollEvent::empty()) {
+            let what = "the kick descriptor cannot be waited for (expected an eventfd or a pipe)";
+            return Err(io::Error::other(format!("{what}: {e}")));
+        }
         let kind = SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT;
         Ok(Self { fd, is_pipe: kind == SFlag::S_IFIFO || kind == SFlag::S_IFSOCK })
     }
@@ -76,6 +82,18 @@ mod tests {
     use nix::sys::eventfd::{EfdFlags, EventFd};
 
     use super::*;
+
+    #[test]
+    fn what_is_always_ready_is_no_bell() {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        for file in [tempfile::tempfile().unwrap(), null] {
+            let error = Kick::new(file.as_fd()).unwrap_err().to_string();
+            assert!(error.contains("eventfd"), "{error}");
+        }
+        let (reader, _writer) = std::io::pipe().unwrap();
+        assert!(Kick::new(reader.as_fd()).unwrap().is_pipe);
+        assert!(!Kick::new(EventFd::new().unwrap().as_fd()).unwrap().is_pipe);
+    }
 
     #[test]
     fn a_full_bell_holds_nobody_up() {

@@ -20,8 +20,8 @@ const MIB: usize = 1 << 20;
 /// What the daemon logs when a write has found no space.
 const FAILED: &str = "No space left on device";
 
-/// Who does the daemon's I/O.
-const ENGINES: [&str; 2] = ["--io-engine=io_uring", "--io-engine=sync"];
+/// Who does the daemon's I/O: io_uring, where it can be had, and threads.
+const ENGINES: [&[&str]; 2] = [&[], &["--io-engine=sync"]];
 
 /// For everything that is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -56,7 +56,7 @@ fn a_full_file_system_fails_writes_and_serves_on_when_space_comes_back() {
     ENGINES.into_iter().for_each(full_file_system);
 }
 
-fn full_file_system(engine: &str) {
+fn full_file_system(engine: &[&str]) {
     let disk = CowDisk::over(&patterned(64 * MIB, 1));
     let (socket, mount) = (disk.dir.path("socket"), disk.dir.path("small"));
     std::fs::create_dir(&mount).expect("a directory");
@@ -70,6 +70,7 @@ fn full_file_system(engine: &str) {
          until [ -e {end} ]; do sleep 0.05; done; kill $!; wait $!
          cp --sparse=always {cow_file} {kept}",
         mount = mount.display(),
+        engine = engine.join(" "),
         daemon = Path::new(vhost_user_blk().get_program()).display(),
         socket = socket.display(),
         cow_file = cow_file.display(),
@@ -134,11 +135,9 @@ fn a_base_cut_short_fails_reads_and_no_one_dies() {
 /// cut short that all of them are reading.
 #[test]
 fn a_base_cut_short_under_the_load_of_all_queues_gives_errors_and_no_wrong_data() {
-    let direct = "--base-cache=direct";
-    let all =
-        [[ENGINES[0]].as_slice(), &[ENGINES[0], direct], &[ENGINES[1]], &[ENGINES[1], direct]];
-    for args in all {
-        let args = &[&["--num-queues=4"], args].concat();
+    let caches = ["--base-cache=buffered", "--base-cache=direct"];
+    for (engine, cache) in ENGINES.into_iter().flat_map(|engine| caches.map(|c| (engine, c))) {
+        let args = &[&["--num-queues=4", cache], engine].concat();
         let disk = CowDisk::over(&patterned(32 * MIB, 6));
         let copy = disk.dir.path("copy");
         std::fs::copy(&disk.base, &copy).expect("a copy of the base");
@@ -193,11 +192,11 @@ fn memory_cut_short_under_the_load_of_all_queues_ends_the_session_and_no_more() 
     ENGINES.into_iter().for_each(memory_cut_short);
 }
 
-fn memory_cut_short(engine: &str) {
+fn memory_cut_short(engine: &[&str]) {
     /// In one of these rounds it does have work there.
     const DATA_CUTS: usize = 6;
     let disk = CowDisk::over(&patterned(32 * MIB, 7));
-    let daemon = disk.serve(&["--num-queues=4", engine]);
+    let daemon = disk.serve(&[&["--num-queues=4"], engine].concat());
     for number in 0..DATA_CUTS + 2 {
         let options = [
             "--ops=read:2,write:1",
@@ -257,7 +256,7 @@ fn writes_past_the_limit_of_a_file_s_length_fail_and_no_one_dies() {
         let socket = disk.dir.path("socket");
         let mut command = Command::new("prlimit");
         command.arg(limit).arg(vhost_user_blk().get_program()).arg("--socket-path").arg(&socket);
-        command.args(["--num-queues=4", cache, engine]).arg(&disk.cow);
+        command.args(["--num-queues=4", cache]).args(engine).arg(&disk.cow);
         let daemon = Backend::start("daemon with a limit", command, &socket);
         let options = [
             "--ops=read:2,write:4,write-zeroes:1",
@@ -273,7 +272,7 @@ fn writes_past_the_limit_of_a_file_s_length_fail_and_no_one_dies() {
         command.arg("--base").arg(&disk.base);
         let output = run_ok(command);
         let failed = failed_requests(&output);
-        assert!((1000..5000).contains(&failed), "{engine} {cache}: {output}");
+        assert!((1000..5000).contains(&failed), "{engine:?} {cache}: {output}");
         daemon.stop();
     }
 }

@@ -277,7 +277,7 @@ fn play(setting: Setting, seed: u64) -> [[u64; 2]; 16] {
     let Setting { cow_cache, base_cache, .. } = setting;
     let options = DiskOptions { cow_cache, base_cache, ..DiskOptions::default() };
     let disk = Arc::new(Disk::open_cow(&path, None, &options).unwrap());
-    let shared = shared(&disk, LANES, setting.engine);
+    let shared = shared(&disk, LANES, Some(setting.engine));
     let write_through = Arc::new(AtomicBool::new(setting.write_through));
     let end = DATA + u64::from(SLOTS) * SLOT_LEN;
     let guests = || (0..LANES).map(|_| Guest::with_end(QUEUE_SIZE, 0, end));
@@ -350,6 +350,10 @@ fn reopened(disk: Arc<Disk>, path: &Path, options: &DiskOptions, content: &[u8])
 }
 
 fn play_all(setting: Setting, seeds: std::ops::Range<u64>) {
+    if let Err(why) = setting.engine.probe() {
+        println!("skipped: no {} here: {why}", setting.engine);
+        return;
+    }
     let given = std::env::var("TEST_SEED").ok().map(|text| text.parse().expect("TEST_SEED"));
     let seeds = given.map_or(seeds, |seed| seed..seed + 1);
     let mut answers = [[0; 2]; 16];

@@ -1,7 +1,7 @@
 //! The frontend's half of the vhost-user handshake: from a socket to running queues.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -176,10 +176,36 @@ impl Device {
     /// As [`Device::connect`], after which the device is dead; [`Error::Options`] if the new backend's features are
     /// others.
     pub fn reconnect(&mut self, options: &Options) -> Result<(), Error> {
+        let link = self.give_up();
+        let (stream, pid) = connect_stream(options)?;
+        self.resume_over(stream, pid, options, link)
+    }
+
+    /// As [`Device::reconnect`], over a connection that the caller has made.
+    ///
+    /// # Errors
+    /// As [`Device::reconnect`].
+    pub fn resume(&mut self, stream: UnixStream, options: &Options) -> Result<(), Error> {
+        let link = self.give_up();
+        let pid = peer(&stream)?;
+        self.resume_over(stream, pid, options, link)
+    }
+
+    /// Takes the backend for dead.
+    fn give_up(&mut self) -> Arc<Link> {
         let link = Arc::clone(self.watchdog.link());
         self.watchdog.stop();
         link.dead.store(true, Ordering::Relaxed);
-        let (stream, pid) = connect_stream(options)?;
+        link
+    }
+
+    fn resume_over(
+        &mut self,
+        stream: UnixStream,
+        pid: i32,
+        options: &Options,
+        link: Arc<Link>,
+    ) -> Result<(), Error> {
         let watched = stream.try_clone().map_err(Error::io("dup of the socket"))?;
         let mut frontend = Frontend::from_stream(stream, MAX_QUEUES);
         let negotiated = negotiate(&mut frontend, options)?;
@@ -193,6 +219,15 @@ impl Device {
         self.watchdog = Watchdog::spawn(watched, calls(&self.rings)?, link)?;
         (self.frontend, self.pid) = (frontend, pid);
         Ok(())
+    }
+
+    /// A duplicate of the connection, by which its end can be seen.
+    ///
+    /// # Errors
+    /// What dup(2) says.
+    pub fn connection(&self) -> std::io::Result<OwnedFd> {
+        // SAFETY: the frontend keeps it open as long as `self` is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.frontend.as_raw_fd()) }.try_clone_to_owned()
     }
 
     /// The device's configuration space as it was at connect.
@@ -288,9 +323,8 @@ fn connect_stream(options: &Options) -> Result<(UnixStream, i32), Error> {
     loop {
         match UnixStream::connect(&options.socket) {
             Ok(stream) => {
-                let peer = getsockopt(&stream, PeerCredentials)
-                    .map_err(Error::io("SO_PEERCRED of the backend's socket"))?;
-                return Ok((stream, peer.pid()));
+                let pid = peer(&stream)?;
+                return Ok((stream, pid));
             }
             Err(source) if Instant::now() >= until => {
                 return Err(Error::Connect { path: options.socket.clone(), source });
@@ -298,6 +332,12 @@ fn connect_stream(options: &Options) -> Result<(UnixStream, i32), Error> {
             Err(_) => std::thread::sleep(RETRY),
         }
     }
+}
+
+/// The process at the other end.
+fn peer(stream: &UnixStream) -> Result<i32, Error> {
+    let peer = getsockopt(stream, PeerCredentials);
+    Ok(peer.map_err(Error::io("SO_PEERCRED of the backend's socket"))?.pid())
 }
 
 struct Negotiated {

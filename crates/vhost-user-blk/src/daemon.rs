@@ -156,13 +156,19 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     }
     systemd::install();
     signals::install(None).map_err(|e| DaemonError::system("take over signals")(e.into()))?;
-    // The sockets first: a command line with a bad one must not make a COW file. Frontends that come
-    // early wait in the queue.
-    let socket = Socket::open(&options.endpoint)?;
+    // First of all: a command line with a bad socket must not make a COW file.
+    options.endpoint.check()?;
     let control = options.control.as_deref().map(Listener::control).transpose()?;
     raise_fd_limit();
-    let hold = if options.incoming { Hold::incoming(options) } else { Hold::open(options) };
-    live(Daemon::new(socket, control, hold?), None)
+    let hold = if options.incoming { Hold::incoming(options) } else { Hold::open(options) }?;
+    let socket = match Socket::open(&options.endpoint) {
+        Ok(socket) => socket,
+        Err(e) => {
+            hold.close()?;
+            return Err(e.into());
+        }
+    };
+    live(Daemon::new(socket, control, hold), None)
 }
 
 /// A frontend that is connected to the disk.
@@ -221,9 +227,14 @@ impl Commands for (&Daemon, &Listener) {
 
 /// Serves until the end, first the frontend that is connected.
 pub(crate) fn live(daemon: Daemon, connected: Option<Guest>) -> Result<(), DaemonError> {
+    let entrance = match &daemon.socket {
+        Socket::Listening(listener) => Some(signals::Entrance::new(listener)),
+        Socket::Connected(_) => None,
+    };
     systemd::ready();
     let served = serve(&daemon, connected).map_err(DaemonError::system("use the socket"));
     systemd::stopping();
+    drop(entrance);
     // The workers have ended with the last connection.
     daemon.hold.close()?;
     served

@@ -6,14 +6,22 @@
 //! async-signal-safe. The kernel gives a signal for the process to the main thread as long as that
 //! does not block it, so the handler never runs while the main thread is between closing a connection
 //! and [`Connection`]'s drop.
+//!
+//! A frontend may connect again the moment it sees the end of its connection, and some give their
+//! disk up if they are then taken into the queue of a process that is ending. So the handler ends
+//! the listening socket before the connection ([`Entrance`]).
 
+use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::ptr;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+use crate::socket::Listener;
 
 const NO_FD: RawFd = -1;
 
@@ -21,10 +29,13 @@ static STOPPING: AtomicBool = AtomicBool::new(false);
 static WAKE: OnceLock<EventFd> = OnceLock::new();
 static WAKE_FD: AtomicI32 = AtomicI32::new(NO_FD);
 static CONNECTION_FD: AtomicI32 = AtomicI32::new(NO_FD);
+/// Null, or what an [`Entrance`] borrows.
+static LISTENER: AtomicPtr<Listener> = AtomicPtr::new(ptr::null_mut());
 
 extern "C" fn on_signal(_signal: libc::c_int) {
     let errno = Errno::last_raw();
     STOPPING.store(true, Ordering::SeqCst);
+    close_entrance();
     let one = 1u64;
     // SAFETY: `one` outlives the call and has the eight bytes that an eventfd takes; both calls are
     // async-signal-safe and take any fd number, -1 included.
@@ -33,6 +44,16 @@ extern "C" fn on_signal(_signal: libc::c_int) {
         libc::shutdown(CONNECTION_FD.load(Ordering::SeqCst), libc::SHUT_RDWR);
     }
     Errno::set_raw(errno);
+}
+
+/// Ends the listening socket, if there is one. Async-signal-safe.
+fn close_entrance() {
+    let listener = LISTENER.swap(ptr::null_mut(), Ordering::SeqCst);
+    // SAFETY: an `Entrance` borrows it, whose drop would have taken the pointer away, in this same
+    // thread.
+    if let Some(listener) = unsafe { listener.as_ref() } {
+        listener.close_in_handler(WAKE_FD.load(Ordering::SeqCst));
+    }
 }
 
 /// Takes over the signals that end the process, and ignores SIGXFSZ, so that a write past the file
@@ -126,5 +147,27 @@ impl Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         CONNECTION_FD.store(NO_FD, Ordering::SeqCst);
+    }
+}
+
+/// While this lives, a signal ends the listening socket, before it shuts the connection down.
+#[derive(Debug)]
+pub struct Entrance<'a>(PhantomData<&'a Listener>);
+
+impl<'a> Entrance<'a> {
+    /// Names the listener, in the main thread. If a signal has come already it is ended at once.
+    #[must_use]
+    pub fn new(listener: &'a Listener) -> Self {
+        LISTENER.store(ptr::from_ref(listener).cast_mut(), Ordering::SeqCst);
+        if stopping() {
+            close_entrance();
+        }
+        Entrance(PhantomData)
+    }
+}
+
+impl Drop for Entrance<'_> {
+    fn drop(&mut self) {
+        LISTENER.store(ptr::null_mut(), Ordering::SeqCst);
     }
 }

@@ -1,19 +1,24 @@
 //! Where frontends come from: a socket file that the daemon makes, or a descriptor it was given.
 
+use std::ffi::{CString, OsStr};
 use std::fs::{self, File, Metadata};
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, fcntl};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::signal::kill;
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, UnixAddr, connect, getpeername, getsockopt, socket, sockopt,
+    AddressFamily, SockFlag, SockType, UnixAddr, bind, connect, getpeername, getsockopt, socket,
+    sockopt,
 };
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::Pid;
@@ -31,6 +36,10 @@ const RETRY: Duration = Duration::from_millis(5);
 const SOCKET_MODE_MASK: Mode = Mode::from_bits_truncate(0o117);
 /// Nobody else may connect.
 const CONTROL_MODE_MASK: Mode = Mode::from_bits_truncate(0o177);
+/// The listening socket's number is at least so far above the lowest free one: more than what is
+/// opened between that and the accept of a connection, which is four descriptors for each of the 65
+/// files that a disk can have, and some.
+const ROOM_BELOW_LISTENER: RawFd = 512;
 
 /// What the user asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -127,20 +136,36 @@ pub enum Socket {
     Connected(UnixStream),
 }
 
+impl Endpoint {
+    /// Whether there could be such a socket. Nobody can connect yet, and no file is left.
+    ///
+    /// # Errors
+    /// [`SocketError`].
+    pub fn check(&self) -> Result<(), SocketError> {
+        match self {
+            Endpoint::Path(path) => Place::of_frontends(path).make(bind_and_remove),
+            Endpoint::Fd(fd) => check_fd(*fd).map(|_| ()),
+        }
+    }
+}
+
 impl Socket {
-    /// Makes or takes the socket. From here on a frontend can connect; it waits until it is accepted.
+    /// Makes or takes the socket. From here on a frontend can connect; it waits until it is
+    /// accepted. To be called when nothing stands in the way of serving it: some frontends give a
+    /// disk up whose daemon ends after they have connected, while all try again where they cannot
+    /// connect.
     ///
     /// # Errors
     /// [`SocketError`].
     pub fn open(endpoint: &Endpoint) -> Result<Self, SocketError> {
-        match endpoint {
-            Endpoint::Path(path) => {
-                let option = "--socket-path";
-                Listener::bind(Place { option, path, mask: SOCKET_MODE_MASK })
-                    .map(Socket::Listening)
-            }
-            Endpoint::Fd(fd) => from_fd(*fd),
-        }
+        let socket = match endpoint {
+            Endpoint::Path(path) => Socket::Listening(Listener::bind(Place::of_frontends(path))?),
+            Endpoint::Fd(fd) => from_fd(*fd)?,
+        };
+        Ok(match socket {
+            Socket::Listening(listener) => Socket::Listening(listener.placed_high()),
+            connected @ Socket::Connected(_) => connected,
+        })
     }
 }
 
@@ -162,35 +187,58 @@ impl Listener {
     }
 
     fn bind(place: Place<'_>) -> Result<Self, SocketError> {
-        let Place { option, path, .. } = place;
-        let len = path.as_os_str().as_bytes().len();
-        if len > SOCKET_PATH_MAX {
-            return Err(SocketError::PathTooLong { option, path: path.to_owned(), len });
-        }
-        let inner = {
-            // Between bind(2) and listen(2) the socket looks like one that nobody listens on.
-            let lock = lock_directory(place);
-            match bind(place) {
-                Err(e) if e.kind() == io::ErrorKind::AddrInUse => take_over(place, &lock?)?,
-                other => other.map_err(|e| error(place, "make the socket", e))?,
-            }
-        };
-        let metadata =
-            fs::symlink_metadata(path).map_err(|e| error(place, "read its metadata", e))?;
-        let file = SocketFile { path: path.to_owned(), id: file_id(&metadata) };
+        let (inner, file) = place.make(|path| {
+            let inner = UnixListener::bind(path)?;
+            Ok((inner, SocketFile::new(path, file_id(&fs::symlink_metadata(path)?))?))
+        })?;
         Ok(Listener { inner, file: Some(file) })
+    }
+
+    /// The same socket with a number above that of every connection that it will give.
+    ///
+    /// When a process dies the kernel closes its descriptors from the highest number down.
+    /// (close_files() goes up and puts each on a list of work, whose last entry is done first.) So
+    /// a frontend that sees the end of its connection and connects again at once finds nobody; the
+    /// other way round it would be taken into the queue of a process that is ending, which some
+    /// take for the end of the disk.
+    #[must_use]
+    pub fn placed_high(mut self) -> Self {
+        match duplicate_high(self.inner.as_fd()) {
+            Ok(high) => self.inner = UnixListener::from(high),
+            Err(e) => log::warn!(
+                "cannot give the listening socket a high number: {e}; if this process is killed, a frontend that \
+                 connects again at once may lose its disk"
+            ),
+        }
+        self
+    }
+
+    /// Ends it for frontends, its file first, of which the open socket keeps the inode. A socket
+    /// that another process has open as well goes on there. Async-signal-safe.
+    ///
+    /// `stand_in` is an open descriptor that takes the number, which stays this listener's.
+    pub(crate) fn close_in_handler(&self, stand_in: RawFd) {
+        if let Some(file) = &self.file {
+            file.remove();
+        }
+        // SAFETY: both numbers are open; the second is owned by `inner`, which from here on owns a
+        // duplicate of `stand_in`.
+        unsafe { libc::dup3(stand_in, self.inner.as_raw_fd(), libc::O_CLOEXEC) };
     }
 
     /// Goes on with a socket that another program has opened, and the file that it made, named by
     /// device and inode.
-    pub fn inherit(fd: OwnedFd, file: Option<((u64, u64), PathBuf)>) -> Self {
-        let file = file.map(|(id, path)| SocketFile { path, id });
-        Listener { inner: UnixListener::from(fd), file }
+    ///
+    /// # Errors
+    /// If the path has a NUL byte.
+    pub fn inherit(fd: OwnedFd, file: Option<((u64, u64), PathBuf)>) -> io::Result<Self> {
+        let file = file.map(|(id, path)| SocketFile::new(&path, id)).transpose()?;
+        Ok(Listener { inner: UnixListener::from(fd), file })
     }
 
-    /// The file that it made, by device and inode.
+    /// The file that it made, by device and inode, as long as it has it.
     pub fn file_id(&self) -> Option<(u64, u64)> {
-        self.file.as_ref().map(|file| file.id)
+        self.file.as_ref().filter(|file| !file.is_removed()).map(|file| file.id)
     }
 
     /// Takes the next frontend; waits for none if the socket is non-blocking.
@@ -212,22 +260,61 @@ impl Drop for Listener {
     fn drop(&mut self) {
         if let Some(file) = self.file.take() {
             file.remove();
+            file.complain();
         }
     }
 }
 
+/// A socket's file, which is removed once. Later another may have its name, and even its inode
+/// number.
 #[derive(Debug)]
 struct SocketFile {
-    path: PathBuf,
+    path: CString,
     id: (u64, u64),
+    removed: AtomicBool,
+    /// Why it could not be removed; 0 if it was.
+    errno: AtomicI32,
 }
 
 impl SocketFile {
-    /// Removes the file, unless another one has taken its name since.
-    fn remove(self) {
-        let ours = fs::symlink_metadata(&self.path).is_ok_and(|m| file_id(&m) == self.id);
-        if ours && let Err(e) = fs::remove_file(&self.path) {
-            log::warn!("{}: cannot remove the socket: {e}", self.path.display());
+    fn new(path: &Path, id: (u64, u64)) -> io::Result<Self> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        Ok(SocketFile { path, id, removed: AtomicBool::new(false), errno: AtomicI32::new(0) })
+    }
+
+    fn is_removed(&self) -> bool {
+        self.removed.load(Ordering::SeqCst)
+    }
+
+    /// Removes the file, unless another one has taken its name since. Async-signal-safe; errno may
+    /// be another afterwards.
+    fn remove(&self) {
+        if self.removed.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let mut found = MaybeUninit::<libc::stat>::uninit();
+        // SAFETY: the path ends with NUL, and `found` is a whole `stat`.
+        if unsafe { libc::lstat(self.path.as_ptr(), found.as_mut_ptr()) } != 0 {
+            return;
+        }
+        // SAFETY: lstat has filled it.
+        let found = unsafe { found.assume_init() };
+        if (found.st_dev, found.st_ino) != self.id {
+            return;
+        }
+        // SAFETY: the path ends with NUL.
+        if unsafe { libc::unlink(self.path.as_ptr()) } != 0 {
+            self.errno.store(Errno::last_raw(), Ordering::SeqCst);
+        }
+    }
+
+    /// Says why it is still there, if it is.
+    fn complain(&self) {
+        let errno = self.errno.load(Ordering::SeqCst);
+        if errno != 0 {
+            let path = Path::new(OsStr::from_bytes(self.path.as_bytes()));
+            let e = io::Error::from_raw_os_error(errno);
+            log::warn!("{}: cannot remove the socket: {e}", path.display());
         }
     }
 }
@@ -246,13 +333,62 @@ struct Place<'a> {
     mask: Mode,
 }
 
-fn bind(place: Place<'_>) -> io::Result<UnixListener> {
-    // The mode comes from the umask, so that the socket never exists with a wider one. The process
-    // has one thread now.
-    let before = umask(place.mask);
-    let result = UnixListener::bind(place.path);
-    umask(before);
-    result
+impl<'a> Place<'a> {
+    fn of_frontends(path: &'a Path) -> Self {
+        Place { option: "--socket-path", path, mask: SOCKET_MODE_MASK }
+    }
+
+    /// Makes a socket file there, by `make`, in place of one that nobody listens on.
+    fn make<T>(self, make: impl Fn(&Path) -> io::Result<T>) -> Result<T, SocketError> {
+        let Place { option, path, mask } = self;
+        let len = path.as_os_str().as_bytes().len();
+        if len > SOCKET_PATH_MAX {
+            return Err(SocketError::PathTooLong { option, path: path.to_owned(), len });
+        }
+        let make = || {
+            // The mode comes from the umask, so that the socket never exists with a wider one. No
+            // other thread of this process makes files.
+            let before = umask(mask);
+            let result = make(path);
+            umask(before);
+            result
+        };
+        // Between bind(2) and listen(2) the socket looks like one that nobody listens on.
+        let lock = lock_directory(self);
+        match make() {
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
+                make_room(self, &lock?)?;
+                make().map_err(|e| match e.kind() {
+                    io::ErrorKind::AddrInUse => {
+                        SocketError::Alive { option, path: path.to_owned() }
+                    }
+                    _ => error(self, "make the socket", e),
+                })
+            }
+            other => other.map_err(|e| error(self, "make the socket", e)),
+        }
+    }
+}
+
+/// Makes a socket file to which nobody can connect, and removes it.
+fn bind_and_remove(path: &Path) -> io::Result<()> {
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    fs::remove_file(path)
+}
+
+/// A duplicate with a number above those of the connections to come.
+fn duplicate_high(fd: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
+    let duplicate = |min: RawFd| {
+        let number = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(min))?;
+        // SAFETY: the kernel has just made it.
+        Ok::<_, Errno>(unsafe { OwnedFd::from_raw_fd(number) })
+    };
+    // The lowest free number, which is above all that are open unless the parent has left gaps.
+    let lowest = duplicate(0)?;
+    let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let highest = RawFd::try_from(limit).unwrap_or(RawFd::MAX) - 1;
+    duplicate(lowest.as_raw_fd().saturating_add(ROOM_BELOW_LISTENER).min(highest))
 }
 
 /// Locks the directory of a socket, which leaves no file behind: of several daemons one at a time
@@ -267,10 +403,10 @@ fn lock_directory(place: Place<'_>) -> Result<Flock<File>, SocketError> {
         .map_err(|(_, e)| error(place, "lock its directory", e.into()))
 }
 
-/// Takes over a socket file whose process is gone. Between the look and the removal another daemon
+/// Removes a socket file whose process is gone. Between the look and the removal another daemon
 /// might take it over as well, and lose its new socket to us: hence the lock.
-fn take_over(place: Place<'_>, _lock: &Flock<File>) -> Result<UnixListener, SocketError> {
-    let Place { option, path, .. } = place;
+fn make_room(place: Place<'_>, _lock: &Flock<File>) -> Result<(), SocketError> {
+    let path = place.path;
     match fs::symlink_metadata(path) {
         Ok(metadata) => check_stale(place, &metadata)?,
         // Its owner has removed it meanwhile.
@@ -279,14 +415,13 @@ fn take_over(place: Place<'_>, _lock: &Flock<File>) -> Result<UnixListener, Sock
     }
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            return Err(error(place, "remove the stale socket", e));
+            Err(error(place, "remove the stale socket", e))
         }
-        _ => log::info!("{}: took over a socket that nobody listened on", path.display()),
+        _ => {
+            log::info!("{}: took over a socket that nobody listened on", path.display());
+            Ok(())
+        }
     }
-    bind(place).map_err(|e| match e.kind() {
-        io::ErrorKind::AddrInUse => SocketError::Alive { option, path: path.to_owned() },
-        _ => error(place, "make the socket", e),
-    })
 }
 
 /// Whether nobody listens on the socket at `path`.
@@ -337,7 +472,8 @@ fn error(place: Place<'_>, what: &'static str, source: io::Error) -> SocketError
     SocketError::Path { option: place.option, path: place.path.to_owned(), what, source }
 }
 
-fn from_fd(number: RawFd) -> Result<Socket, SocketError> {
+/// Whether a descriptor is a socket that can be used, and whether it listens.
+fn check_fd(number: RawFd) -> Result<bool, SocketError> {
     let bad = |found: &str| SocketError::BadFd { fd: number, found: found.to_owned() };
     if number < 0 {
         return Err(bad("a descriptor number is not negative"));
@@ -360,9 +496,13 @@ fn from_fd(number: RawFd) -> Result<Socket, SocketError> {
     if !listening && getpeername::<UnixAddr>(number).is_err() {
         return Err(bad("the socket neither listens nor is connected"));
     }
+    Ok(listening)
+}
 
+fn from_fd(number: RawFd) -> Result<Socket, SocketError> {
+    let listening = check_fd(number)?;
     // SAFETY: the number is open, as was just seen, and is ours: the parent passed it to be used by
-    // this option, which is looked at once.
+    // this option, which is taken once.
     let owned = unsafe { OwnedFd::from_raw_fd(number) };
     Ok(if listening {
         Socket::Listening(Listener { inner: UnixListener::from(owned), file: None })

@@ -50,10 +50,11 @@ pub fn run(options: &Options, handover_fd: RawFd) -> Result<(), DaemonError> {
         Ok(_) => Ok(format!("upgraded from {} to {VERSION}{}", handover.from, pause(&handover))),
         Err(e) => Err(format!("{e}; the daemon has ended")),
     };
-    // What was inherited has been duplicated, or is not needed any more.
+    // What was inherited has been duplicated, or is not needed any more. The listening socket has
+    // the highest number, and goes before the connection if all of this has failed.
     let fds = handover.fds().into_iter().chain([handover_fd]).collect::<BTreeSet<_>>();
     // SAFETY: they are open, as was seen, or closing them fails; nobody else here uses them.
-    fds.into_iter().for_each(|fd| drop(unsafe { OwnedFd::from_raw_fd(fd) }));
+    fds.into_iter().rev().for_each(|fd| drop(unsafe { OwnedFd::from_raw_fd(fd) }));
     if let Some(client) = client {
         control::answer(&client, &outcome);
     }
@@ -82,7 +83,8 @@ fn take(
     let listen = |listening: Listening, path| {
         // The file is removed with the last program.
         let file = listening.file.filter(|_| !rehearsal).zip(path);
-        Ok::<_, DaemonError>(Listener::inherit(duplicate(listening.fd)?, file))
+        let listener = Listener::inherit(duplicate(listening.fd)?, file);
+        listener.map_err(DaemonError::system("use the socket"))
     };
     let path = match &options.endpoint {
         Endpoint::Path(path) => Some(path.clone()),
@@ -91,7 +93,7 @@ fn take(
     let stream = handover.connection.map(duplicate).transpose()?.map(UnixStream::from);
     let io = DaemonError::system("use the socket");
     let socket = match (handover.listener, &stream) {
-        (Some(listening), _) => Socket::Listening(listen(listening, path)?),
+        (Some(listening), _) => Socket::Listening(listen(listening, path)?.placed_high()),
         (None, Some(stream)) => Socket::Connected(stream.try_clone().map_err(io)?),
         // A rehearsal gets no listening socket, and is over before it needs one.
         (None, None) => Socket::Connected(UnixStream::pair().map_err(io)?.0),

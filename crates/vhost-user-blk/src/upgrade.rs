@@ -363,6 +363,10 @@ fn replace(program: &Path, handover: &Handover) -> UpgradeError {
     };
     // A signal that comes from here on is the successor's.
     let result = signals::hold().and_then(|()| {
+        if signals::stopping() {
+            // It has ended the listening socket.
+            return Err(nix::Error::EINTR);
+        }
         set_inherited(&fds, true)?;
         execve(&arguments[0], &arguments, &variables)
     });

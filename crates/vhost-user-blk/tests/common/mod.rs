@@ -10,11 +10,11 @@ pub mod soak;
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
@@ -30,13 +30,20 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-user-blk");
 
 /// `command` with `fd` as its descriptor 100, and `--fd=100`.
-pub fn with_fd(mut command: Command, fd: OwnedFd) -> Command {
-    command.arg("--fd=100");
-    // SAFETY: dup2 is async-signal-safe.
+pub fn with_fd(command: Command, fd: OwnedFd) -> Command {
+    with_fd_as(100, command, fd)
+}
+
+/// `command` with `fd` as its descriptor `number`, and `--fd=NUMBER`.
+pub fn with_fd_as(number: RawFd, mut command: Command, fd: OwnedFd) -> Command {
+    command.arg(format!("--fd={number}"));
+    // SAFETY: dup2 and fcntl are async-signal-safe.
     unsafe {
-        command.pre_exec(move || match libc::dup2(fd.as_raw_fd(), 100) {
-            -1 => Err(std::io::Error::last_os_error()),
-            _ => Ok(()),
+        command.pre_exec(move || {
+            let there = libc::dup2(fd.as_raw_fd(), number) == number;
+            // Where it had that number before, it would be closed.
+            let stays = there && libc::fcntl(number, libc::F_SETFD, 0) == 0;
+            if stays { Ok(()) } else { Err(std::io::Error::last_os_error()) }
         });
     }
     command
@@ -215,8 +222,8 @@ impl Daemon {
     }
 
     /// Waits for its end, which was brought about.
-    pub fn reap(&mut self) {
-        self.child.wait().unwrap();
+    pub fn reap(&mut self) -> ExitStatus {
+        self.child.wait().unwrap()
     }
 
     /// Waits for its end; the status and everything it logged.
@@ -233,11 +240,17 @@ impl Daemon {
     }
 
     /// Asks it to end, and checks that it ends cleanly.
-    pub fn terminate(self) -> String {
+    pub fn end(self) -> String {
         self.signal(Signal::SIGTERM);
-        let socket = self.socket.clone();
         let (status, log) = self.wait();
         assert_eq!(status, Some(0), "{log}");
+        log
+    }
+
+    /// The same of one that made its socket.
+    pub fn terminate(self) -> String {
+        let socket = self.socket.clone();
+        let log = self.end();
         assert!(!socket.exists(), "the socket is still there");
         log
     }

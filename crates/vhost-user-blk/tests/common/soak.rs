@@ -2,6 +2,7 @@
 //! memory and in-flight area, and checks that every request is answered once and every sector holds
 //! what was acknowledged.
 
+pub mod restarts;
 pub mod untracked;
 
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use blk_bench::stamp::Stamp;
 use nix::sys::signal::Signal;
 
 use super::{Daemon, PROGRAM};
+use restarts::Way;
 
 const QUEUES: u16 = 3;
 /// Requests in flight in each queue, if nothing else is said.
@@ -54,6 +56,7 @@ struct Lane {
 
 pub struct Soak {
     directory: PathBuf,
+    way: Way,
     options: Options,
     pub daemon: Daemon,
     device: Device,
@@ -99,7 +102,7 @@ impl Soak {
         let sectors = region.end() + 5;
         let content: Vec<u8> = (0..sectors).flat_map(super::sector).collect();
         std::fs::write(&base, content).unwrap();
-        let daemon = start(directory, args, first);
+        let daemon = start(directory, &Way::Path, args, first);
         let mut options = Options::new(&daemon.socket);
         options.queues = QUEUES;
         options.depth = depth;
@@ -121,6 +124,7 @@ impl Soak {
         let expectation = Expectation { base: Some(Base::open(&base).unwrap()), seed };
         Soak {
             directory: directory.to_owned(),
+            way: Way::Path,
             options,
             daemon,
             device,
@@ -166,7 +170,7 @@ impl Soak {
         let killed_at = Instant::now();
         self.interrupted += self.in_flight();
         self.bury();
-        self.daemon = start(&self.directory, args, next);
+        self.daemon = start(&self.directory, &self.way, args, next);
         let completed = self.completed;
         // It may die again before it has answered anything, even before it is connected.
         if let Err(e) = self.device.reconnect(&self.options) {
@@ -286,7 +290,11 @@ impl Soak {
             }
         }
         drop(self.device);
-        self.daemon.terminate();
+        match self.way {
+            Way::Path => self.daemon.terminate(),
+            // Whoever made the socket removes it.
+            Way::Fd | Way::Held(_) => self.daemon.end(),
+        };
         if self.recoveries.is_empty() {
             return;
         }
@@ -356,10 +364,10 @@ impl Lane {
 
 /// A daemon that listens. On a machine whose disk is busy enough a dead daemon's I/O takes longer to end
 /// than its successor waits for the lock; then it is started again, as a service manager does.
-fn start(directory: &Path, args: &[&str], end: &End) -> Daemon {
+fn start(directory: &Path, way: &Way, args: &[&str], end: &End) -> Daemon {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let mut daemon = spawn(directory, args, end);
+        let mut daemon = spawn(directory, way, args, end);
         if daemon.listens() {
             return daemon;
         }
@@ -370,10 +378,10 @@ fn start(directory: &Path, args: &[&str], end: &End) -> Daemon {
     }
 }
 
-fn spawn(directory: &Path, args: &[&str], end: &End) -> Daemon {
+fn spawn(directory: &Path, way: &Way, args: &[&str], end: &End) -> Daemon {
     let socket = directory.join("socket");
-    let mut command = Command::new(PROGRAM);
-    command.arg("--socket-path").arg(&socket).arg(format!("--num-queues={QUEUES}"));
+    let mut command = way.listen(Command::new(PROGRAM), &socket);
+    command.arg(format!("--num-queues={QUEUES}"));
     let at = directory.display();
     command.arg(format!("--control={at}/control"));
     command.arg(format!("{at}/cow,{at}/base")).args(args);

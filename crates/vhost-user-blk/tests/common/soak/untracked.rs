@@ -48,7 +48,7 @@ impl Soak {
         (0..self.lanes.len()).for_each(|lane| _ = self.reap(lane));
         self.interrupted += self.in_flight();
         let doubtful: Vec<_> = self.lanes.iter().map(Lane::doubtful).collect();
-        self.daemon = start(&self.directory, args, &End::Killed { after: 0 });
+        self.daemon = start(&self.directory, &self.way, args, &End::Killed { after: 0 });
         match guest {
             Guest::StartedAgain => self.start_again(),
             Guest::GoesOn => self.go_on(losses),

@@ -142,7 +142,9 @@ struct Args {
     num_queues: Option<u16>,
 
     /// Largest ring to accept, in descriptors: a power of two, 4 to 32768
-    #[arg(long, value_name = "N", default_value = "1024", value_parser = queue_size_parser())]
+    ///
+    /// Memory is taken for the rings that a frontend sets up, not for this.
+    #[arg(long, value_name = "N", default_value_t = QUEUE_SIZE_MAX, value_parser = queue_size_parser())]
     queue_size: u16,
 
     /// Serial number that the guest sees, up to 20 characters

@@ -7,12 +7,13 @@ use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use common::chains::{Memory, Queue, header, readable, writable};
 use common::frontend::{
     F_CONFIG_WCE, F_FLUSH, F_LOG_ALL, F_PROTOCOL_FEATURES, F_VERSION_1, P_BACKEND_REQ, P_CONFIG,
     P_CONFIGURE_MEM_SLOTS, P_INFLIGHT_SHMFD, P_LOG_SHMFD, P_MQ, P_REPLY_ACK, PROTOCOL_FEATURES,
     RawFrontend,
 };
-use common::ring::{Call, GUEST_BASE, GuestMemory, MEMORY_LEN, Ring, VMM_BASE, set_memory};
+use common::ring::{Call, GUEST_BASE, GuestMemory, IN, MEMORY_LEN, Ring, VMM_BASE};
 use common::{Daemon, SECTORS, sector};
 use vhost::vhost_user::message::{
     FrontendReq, VHOST_USER_CONFIG_OFFSET, VhostUserConfigFlags, VhostUserHeaderFlag,
@@ -208,20 +209,51 @@ fn crosvm() {
     assert_eq!(frontend.get_config(58, 38).unwrap(), [0; 38]);
 
     frontend.send_u64(FrontendReq::SET_FEATURES, features);
-    let memory = GuestMemory::new();
-    set_memory(&mut frontend, &memory);
-    let mut rings: Vec<_> = (0..queues).map(Ring::new).collect();
+    let mut memory = Memory::new(1500);
+    let rings = (0..queues).map(|number| Queue::new(&mut memory, number, CROSVM_RING_SIZE));
+    let mut rings: Vec<_> = rings.collect();
+    memory.set(&mut frontend);
     for ring in &rings {
-        ring.set_up(&mut frontend);
-        ring.enable(&mut frontend, true);
+        ring.start(&mut frontend, false);
     }
+    let count = u16::try_from(SECTORS).unwrap();
     for ring in &mut rings {
-        assert_eq!(ring.read_sector(&memory, 2047), sector(2047));
+        let answers = read_all_sectors(ring, &mut memory);
+        assert!(
+            answers.iter().zip(0..).all(|(answer, n)| *answer == (0, sector(n))),
+            "{}",
+            ring.number
+        );
     }
     for queue in 0..queues {
-        assert_eq!(frontend.get_vring_base(queue), 1);
+        assert_eq!(frontend.get_vring_base(queue), u32::from(count));
     }
     daemon.terminate();
+}
+
+/// Unless its `max-queue-size=` says less.
+const CROSVM_RING_SIZE: u16 = 32768;
+
+/// Reads each sector of the image by a request of its own, all at the same time, in descriptors up
+/// to the ring's last; status and data of each.
+fn read_all_sectors(ring: &mut Queue, memory: &mut Memory) -> Vec<(u8, [u8; 512])> {
+    let headers = memory.take(16 * SECTORS);
+    let (data, statuses) = (memory.take(512 * SECTORS), memory.take(SECTORS));
+    let first = ring.size - 3 * u16::try_from(SECTORS).unwrap();
+    for (n, head) in (0..SECTORS).zip((first..).step_by(3)) {
+        let (at, status) = (headers + 16 * n, statuses + n);
+        memory.write(at, &header(IN, n));
+        memory.write(status, &[0xee]);
+        let buffers = [readable(at, 16), writable(data + 512 * n, 512), writable(status, 1)];
+        ring.describe(memory, head, &buffers);
+        ring.offer(memory, head);
+    }
+    ring.wait(memory);
+    let answer = |n| {
+        let [status] = memory.read(statuses + n);
+        (status, memory.read(data + 512 * n))
+    };
+    (0..SECTORS).map(answer).collect()
 }
 
 #[test]

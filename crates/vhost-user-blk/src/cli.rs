@@ -46,7 +46,8 @@ file, everything else is read from the base, which is never written. Many daemon
 
 The daemon stays in the foreground and logs to standard error. When the frontend disconnects it keeps \
 the disk and waits for the next one. SIGTERM or SIGINT ends it: what is in flight is completed, the \
-disk is flushed, the socket removed. Exit status: 0 after a clean end, 1 after a failure, 2 for a \
+disk is flushed, the socket removed. SIGHUP does the same; SIGHUP and SIGINT stay ignored if they \
+were (nohup, background jobs of a shell). Exit status: 0 after a clean end, 1 after a failure, 2 for a \
 wrong command line.";
 
 const EXAMPLES: &str = "\

@@ -1,4 +1,4 @@
-//! SIGTERM, SIGINT and SIGHUP ask for a clean end.
+//! SIGTERM, SIGINT and SIGHUP ask for a clean end; of the last two one that is ignored stays so.
 //!
 //! The `vhost` crate receives and sends with blocking calls that it repeats after EINTR, and a
 //! frontend may stop in the middle of a message. So the handler, besides waking the main loop, shuts
@@ -12,6 +12,7 @@
 //! the listening socket before the connection ([`Entrance`]).
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::OnceLock;
@@ -79,13 +80,26 @@ pub fn install(inherited: Option<OwnedFd>) -> nix::Result<()> {
     // No SA_RESTART: poll and the like are to return. Mask: one handler at a time.
     let end = SigAction::new(SigHandler::Handler(on_signal), SaFlags::empty(), SigSet::all());
     let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
-    for signal in ENDING {
+    for signal in ENDING.into_iter().filter(|&signal| !stays_ignored(signal)) {
         // SAFETY: the handler does nothing that is not async-signal-safe.
         unsafe { sigaction(signal, &end)? };
     }
     // SAFETY: ignoring a signal runs no code.
     unsafe { sigaction(Signal::SIGXFSZ, &ignore)? };
     release()
+}
+
+/// Whether a signal was ignored when the process was started and has to stay so: SIGHUP under
+/// nohup(1), SIGINT in a job that a shell runs in the background. SIGTERM means this process.
+fn stays_ignored(signal: Signal) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: no action is set, and `action` is a whole one for the old.
+    let asked = unsafe { libc::sigaction(signal as libc::c_int, ptr::null(), action.as_mut_ptr()) };
+    if signal == Signal::SIGTERM || asked != 0 {
+        return false;
+    }
+    // SAFETY: the kernel has filled it.
+    unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
 }
 
 /// The signals that ask for the end.

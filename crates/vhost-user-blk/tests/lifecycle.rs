@@ -6,6 +6,7 @@ use std::io::{ErrorKind, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use common::frontend::{
@@ -15,7 +16,7 @@ use common::frontend::{
 use common::ring::{
     FLUSH, GuestMemory, IN, RING_SIZE, Ring, is_readable, running, set_memory, single_region,
 };
-use common::{Daemon, PROGRAM, SECTORS, content, image, sector, with_fd};
+use common::{Daemon, PROGRAM, SECTORS, content, image, sector, upgrade_ok, with_fd};
 use nix::sys::signal::Signal;
 use vhost::vhost_user::message::FrontendReq;
 
@@ -243,6 +244,37 @@ fn a_signal_ends_it_in_every_state() {
             assert!(!directory.path().join("socket").exists());
         }
     }
+}
+
+#[test]
+fn signals_that_were_ignored_stay_ignored() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("socket");
+    let mut command = Command::new(PROGRAM);
+    command.arg("--socket-path").arg(&socket);
+    command.arg("--control").arg(directory.path().join("control"));
+    command.arg("--format=raw").arg("--blk-file").arg(image(directory.path()));
+    // SAFETY: signal(2) is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            libc::signal(libc::SIGHUP, libc::SIG_IGN);
+            libc::signal(libc::SIGINT, libc::SIG_IGN);
+            Ok(())
+        });
+    }
+    let mut daemon = Daemon::spawn(command, socket);
+    daemon.wait_line("listening");
+    let mut guest = Guest::new(daemon.connect());
+    for number in 0..2 {
+        for signal in [Signal::SIGHUP, Signal::SIGINT] {
+            daemon.signal(signal);
+            // The handler would have ended the connection before this is looked at.
+            assert_ne!(guest.frontend.get_u64(FrontendReq::GET_FEATURES), 0, "{signal}");
+        }
+        assert_eq!(guest.read(number), sector(number));
+        upgrade_ok(directory.path());
+    }
+    daemon.terminate();
 }
 
 #[test]

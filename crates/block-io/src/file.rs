@@ -20,6 +20,7 @@ use nix::sys::time::TimeSpec;
 use nix::unistd::{Whence, fdatasync, linkat, lseek64};
 
 use crate::lock::{LockRange, try_lock, unlock};
+use crate::proc_fs::{descriptor_path, explain, explain_boot_id, shows_descriptors};
 use crate::storage::{
     Access, BootId, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage,
 };
@@ -355,7 +356,8 @@ impl Env for Host {
         // By descriptor, not by name: exactly the same inode.
         let direct = open_options(access)
             .custom_flags(libc::O_DIRECT)
-            .open(descriptor_path(&file.buffered))?;
+            .open(descriptor_path(&file.buffered))
+            .map_err(explain)?;
         let align = direct_align(&direct);
         file.direct = Some(Direct { file: direct, align });
         Ok(file)
@@ -366,6 +368,14 @@ impl Env for Host {
     }
 
     fn create_unpublished(&self, near: &Path) -> io::Result<(File, Option<PathBuf>)> {
+        let named = || {
+            let name = temporary_name(near);
+            Ok((self.create_new(&name)?, Some(name)))
+        };
+        if !shows_descriptors() {
+            // What has no name could not be given one.
+            return named();
+        }
         let mut options = open_options(Access::ReadWrite);
         match options.custom_flags(libc::O_TMPFILE).open(parent(near)) {
             Ok(file) => Ok((File::new(file)?, None)),
@@ -375,8 +385,7 @@ impl Env for Host {
                     Some(libc::EOPNOTSUPP | libc::EISDIR | libc::ENOENT)
                 ) =>
             {
-                let name = temporary_name(near);
-                Ok((self.create_new(&name)?, Some(name)))
+                named()
             }
             Err(err) => Err(err),
         }
@@ -435,7 +444,7 @@ impl Env for Host {
 
     fn boot_id(&self) -> io::Result<BootId> {
         const PATH: &str = "/proc/sys/kernel/random/boot_id";
-        let text = fs::read_to_string(PATH)?;
+        let text = fs::read_to_string(PATH).map_err(explain_boot_id)?;
         parse_boot_id(&text).ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidData, format!("{PATH}: {text:?} is no UUID"))
         })
@@ -448,11 +457,6 @@ fn parent(path: &Path) -> &Path {
         Some(dir) if !dir.as_os_str().is_empty() => dir,
         _ => Path::new("."),
     }
-}
-
-/// Opening this opens the same inode once more, whatever its name is by now.
-fn descriptor_path(file: &fs::File) -> PathBuf {
-    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
 /// A name beside `path` that no other process uses.

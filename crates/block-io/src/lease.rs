@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
 
 use nix::errno::Errno;
 
@@ -75,10 +76,9 @@ impl AsFd for Leases {
 }
 
 impl Lease {
-    /// For the very file that `fd` is, whatever has its name by now.
-    pub(crate) fn new(fd: BorrowedFd<'_>) -> io::Result<Self> {
-        let file = File::open(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
-        Ok(Self { file, held: false })
+    /// For the file at `path`.
+    pub(crate) fn new(path: &Path) -> io::Result<Self> {
+        Ok(Self { file: File::open(path)?, held: false })
     }
 
     /// Lets the kernel tell the calling thread, which has called [`Leases::block`], and takes the lease: to be had by the file's
@@ -90,6 +90,10 @@ impl Lease {
         Errno::result(owned)?;
         fcntl(&self.file, F_SETSIG, libc::SIGRTMIN())?;
         self.take()
+    }
+
+    pub(crate) fn is_held(&self) -> bool {
+        self.held
     }
 
     /// Takes it again, if it is not held.

@@ -11,6 +11,7 @@ mod lease;
 mod lock;
 mod mem;
 pub mod ops;
+pub mod proc_fs;
 pub mod pulse;
 pub mod ring;
 pub mod sim;

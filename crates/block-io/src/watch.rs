@@ -6,7 +6,7 @@
 //! for writing.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::thread::{Builder, JoinHandle};
 
@@ -15,8 +15,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 
-use crate::disk::Disk;
+use crate::disk::{Disk, Layer};
+use crate::file::{File, Host};
 use crate::lease::{Lease, Leases};
+use crate::proc_fs::{descriptor_path, shows_descriptors};
+use crate::storage::{Access, Env, Storage};
 
 /// Stack of the watching thread in bytes: it writes a log line now and then.
 const STACK_BYTES: usize = 128 << 10;
@@ -25,6 +28,8 @@ const STACK_BYTES: usize = 128 << 10;
 /// attempts are made, so many milliseconds apart.
 const RETRIES: u32 = 10;
 const RETRY_MS: u16 = 100;
+/// Without inotify nobody says so, and it is tried this often.
+const UNTOLD_RETRY_MS: u16 = 1000;
 
 /// What was done to a file on which a disk stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,14 +103,20 @@ impl BaseWatch {
         disk: &Disk,
         report: impl Fn(&Path, Harm) + Send + 'static,
     ) -> io::Result<Self> {
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         let flags = Harm::NOTIFIED.into_iter().map(Harm::flag).collect();
+        let below = &disk.layers()[1..];
+        let paths = below.iter().map(way_to).collect::<io::Result<Vec<_>>>()?;
+        let (inotify, descriptors) = match notify(&paths, flags) {
+            Ok((inotify, descriptors)) => (Some(inotify), descriptors),
+            Err(errno) => {
+                log::warn!("{}", without_inotify(errno));
+                (None, Vec::new())
+            }
+        };
+        let mut descriptors = descriptors.into_iter();
         let mut watched = Vec::new();
-        for layer in &disk.layers()[1..] {
-            // By descriptor: the very file that is open, whatever has its name by now.
-            let path = format!("/proc/self/fd/{}", layer.file().as_fd().as_raw_fd());
-            let descriptor = inotify.add_watch(path.as_str(), flags)?;
-            let lease = Lease::new(layer.file().as_fd()).ok();
+        for (layer, path) in below.iter().zip(paths) {
+            let (descriptor, lease) = (descriptors.next(), Lease::new(&path).ok());
             let path = layer.path().to_owned();
             watched.push(Watched { descriptor, path, lease, unseen: flags, opened: false });
         }
@@ -115,7 +126,7 @@ impl BaseWatch {
         let theirs = stop.as_fd().try_clone_to_owned()?;
         let builder = Builder::new().name("base-watch".to_owned()).stack_size(STACK_BYTES);
         let thread = builder.spawn(move || {
-            if let Err(err) = watch(&inotify, &leases, &mut watched, &theirs, &report) {
+            if let Err(err) = watch(inotify.as_ref(), &leases, &mut watched, &theirs, &report) {
                 log::warn!("the files below the disk are not watched any more: {err}");
             }
         })?;
@@ -134,9 +145,52 @@ impl Drop for BaseWatch {
     }
 }
 
+/// A path of the very file that is open, whatever has its name by now.
+fn way_to(layer: &Layer<File>) -> io::Result<PathBuf> {
+    if shows_descriptors() {
+        return Ok(descriptor_path(layer.file()));
+    }
+    let named = Host.open(layer.path(), Access::Read)?.stat()?;
+    if named.id != layer.file().stat()?.id {
+        return Err(io::Error::other(format!(
+            "{}: is another file by now",
+            layer.path().display()
+        )));
+    }
+    Ok(layer.path().to_owned())
+}
+
+/// Has inotify tell what is done to each of the files.
+fn notify(paths: &[PathBuf], flags: AddWatchFlags) -> nix::Result<(Inotify, Vec<WatchDescriptor>)> {
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    let descriptors = paths.iter().map(|path| inotify.add_watch(path, flags));
+    let descriptors = descriptors.collect::<nix::Result<_>>()?;
+    Ok((inotify, descriptors))
+}
+
+/// What it means that inotify has refused, and what to do.
+fn without_inotify(errno: Errno) -> String {
+    let remedy = match errno {
+        Errno::EMFILE => {
+            ": this user has as many inotify instances as allowed, and each daemon needs one; raise \
+             fs.inotify.max_user_instances (sysctl -w fs.inotify.max_user_instances=8192)"
+        }
+        Errno::ENOSPC => {
+            ": this user has as many inotify watches as allowed; raise fs.inotify.max_user_watches"
+        }
+        _ => "",
+    };
+    format!(
+        "no inotify ({errno}){remedy}. The disk works; a program that writes to the files below it is seen only where \
+         the daemon gets a lease on them"
+    )
+}
+
 struct Watched {
-    descriptor: WatchDescriptor,
+    /// None without inotify.
+    descriptor: Option<WatchDescriptor>,
     path: PathBuf,
+    /// None where it is refused for good.
     lease: Option<Lease>,
     /// What has not been reported yet: a writer causes an event for each write.
     unseen: AddWatchFlags,
@@ -145,7 +199,7 @@ struct Watched {
 }
 
 fn watch(
-    inotify: &Inotify,
+    inotify: Option<&Inotify>,
     leases: &Leases,
     watched: &mut [Watched],
     stopped: &impl AsFd,
@@ -156,26 +210,29 @@ fn watch(
     watched.iter_mut().for_each(|file| file.begin_lease(leases));
     let mut tries = 0;
     loop {
-        let mut fds = [
-            PollFd::new(inotify.as_fd(), PollFlags::POLLIN),
-            PollFd::new(stopped.as_fd(), PollFlags::POLLIN),
-            PollFd::new(leases.as_fd(), PollFlags::POLLIN),
-        ];
-        let timeout = if tries > 0 { PollTimeout::from(RETRY_MS) } else { PollTimeout::NONE };
+        let untold = inotify.is_none() && watched.iter().any(Watched::lacks_lease);
+        let timeout = match () {
+            () if tries > 0 => RETRY_MS.into(),
+            () if untold => UNTOLD_RETRY_MS.into(),
+            () => PollTimeout::NONE,
+        };
+        let fds = [stopped.as_fd(), leases.as_fd()].into_iter();
+        let fds = fds.chain(inotify.map(AsFd::as_fd));
+        let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         match poll(&mut fds, timeout) {
             Err(Errno::EINTR) => continue,
             result => result?,
         };
-        let stop = fds[1].any() == Some(true);
+        let stop = fds[0].any() == Some(true);
         if leases.told() {
             watched.iter_mut().for_each(|file| file.give_back(report));
         }
-        let events = match inotify.read_events() {
-            Err(Errno::EAGAIN | Errno::EINTR) => Vec::new(),
-            events => events?,
+        let events = match inotify.map(Inotify::read_events) {
+            None | Some(Err(Errno::EAGAIN | Errno::EINTR)) => Vec::new(),
+            Some(events) => events?,
         };
         for event in events {
-            for file in watched.iter_mut().filter(|file| file.descriptor == event.wd) {
+            for file in watched.iter_mut().filter(|file| file.descriptor == Some(event.wd)) {
                 let new = file.unseen & event.mask;
                 file.unseen &= !new;
                 let harms = Harm::NOTIFIED.into_iter().filter(|harm| new.contains(harm.flag()));
@@ -188,8 +245,8 @@ fn watch(
         if stop {
             return Ok(());
         }
-        if tries > 0 {
-            tries -= 1;
+        if tries > 0 || untold {
+            tries = tries.saturating_sub(1);
             if watched.iter_mut().all(Watched::take_lease) {
                 tries = 0;
             }
@@ -203,19 +260,31 @@ impl Watched {
         match self.lease.as_mut().map(|lease| lease.begin(leases)) {
             Some(Ok(())) => log::debug!("{path}: leased: who opens it for writing is seen"),
             Some(Err(err)) => {
-                log::debug!("{path}: no lease ({err}): its opening is not seen, writing it is");
+                log::debug!("{path}: no lease ({err}): its opening is not seen");
+                self.forget_unless_busy(&err);
             }
-            None => log::debug!("{path}: no lease: its opening is not seen, writing it is"),
+            None => log::debug!("{path}: no lease: its opening is not seen"),
         }
     }
 
     /// Tries again; whether that need not be repeated.
     fn take_lease(&mut self) -> bool {
-        // What is refused for other reasons will always be.
-        self.lease.as_mut().is_none_or(|lease| match lease.take() {
-            Err(err) => err.raw_os_error() != Some(libc::EAGAIN),
-            Ok(()) => true,
-        })
+        if let Some(Err(err)) = self.lease.as_mut().map(Lease::take) {
+            self.forget_unless_busy(&err);
+        }
+        !self.lacks_lease()
+    }
+
+    /// It may be had later.
+    fn lacks_lease(&self) -> bool {
+        self.lease.as_ref().is_some_and(|lease| !lease.is_held())
+    }
+
+    /// What is refused for another reason than that the file is open for writing will always be.
+    fn forget_unless_busy(&mut self, err: &io::Error) {
+        if err.raw_os_error() != Some(libc::EAGAIN) {
+            self.lease = None;
+        }
     }
 
     fn give_back(&mut self, report: &impl Fn(&Path, Harm)) {
@@ -292,7 +361,7 @@ mod tests {
         leases.block().unwrap();
         let other = dir.path().join("other");
         fs::write(&other, b"").unwrap();
-        let mut lease = Lease::new(fs::File::open(&other).unwrap().as_fd()).unwrap();
+        let mut lease = Lease::new(&other).unwrap();
         match lease.begin(&leases) {
             // A child that another test is just starting may have it open for the moment.
             Err(err) if err.raw_os_error() != Some(libc::EAGAIN) => {

@@ -1,0 +1,41 @@
+//! What is needed of /proc, of which a process may see little or nothing: systemd's
+//! `ProcSubset=pid` hides /proc/sys, and in a chroot there may be no /proc at all.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+
+const DESCRIPTORS: &str = "/proc/self/fd";
+
+/// Opening this opens the same inode once more, whatever its name is by now.
+#[must_use]
+pub fn descriptor_path(file: impl AsFd) -> PathBuf {
+    Path::new(DESCRIPTORS).join(file.as_fd().as_raw_fd().to_string())
+}
+
+/// Whether the paths of [`descriptor_path`] lead anywhere.
+#[must_use]
+pub fn shows_descriptors() -> bool {
+    Path::new(DESCRIPTORS).exists()
+}
+
+/// What to say of an error that came of using a [`descriptor_path`].
+pub(crate) fn explain(err: io::Error) -> io::Error {
+    if err.kind() != io::ErrorKind::NotFound || shows_descriptors() {
+        return err;
+    }
+    let said = "there is no /proc here, by which an open file is opened once more; mount one (a chroot: \
+                mount -t proc proc ROOT/proc)";
+    io::Error::new(io::ErrorKind::NotFound, said)
+}
+
+/// What to say if the boot id cannot be read.
+pub(crate) fn explain_boot_id(err: io::Error) -> io::Error {
+    if err.kind() != io::ErrorKind::NotFound {
+        return err;
+    }
+    let said = "this process does not see /proc/sys, which has the id of the host's boot; without it nobody can \
+                tell whether what the last daemon wrote is still in the page cache. Let it be seen (a systemd unit: \
+                ProcSubset=all, the default; a chroot: mount -t proc proc ROOT/proc)";
+    io::Error::new(io::ErrorKind::NotFound, said)
+}

@@ -49,6 +49,9 @@ pub(crate) fn try_lock(file: impl AsFd, kind: LockKind, range: LockRange) -> Res
         Err(Errno::EAGAIN | Errno::EACCES) => {
             Err(LockError::Held { pid: holder(file, kind, range) })
         }
+        Err(errno @ (Errno::ENOLCK | Errno::ENOSYS | Errno::EOPNOTSUPP)) => {
+            Err(LockError::Unsupported(errno.into()))
+        }
         Err(errno) => Err(LockError::Io(errno.into())),
     }
 }

@@ -205,6 +205,10 @@ pub enum LockError {
         /// The process, where the system knows one (it does not for an OFD lock, which belongs to no process).
         pid: Option<i32>,
     },
+    /// The file system has no locks (NFS without a lock manager, Lustre without `flock`, some of
+    /// FUSE).
+    #[error("the file system has no locks ({0})")]
+    Unsupported(io::Error),
     /// The system could not lock.
     #[error("cannot lock: {0}")]
     Io(#[from] io::Error),

@@ -125,6 +125,15 @@ struct Args {
     #[arg(long)]
     read_only: bool,
 
+    /// Write to the disk even if its file system has no locks
+    ///
+    /// Some network file systems have none. Nothing then keeps a second daemon, or a tool, from
+    /// writing to the same file, which destroys it; and after the death of a daemon its successor
+    /// cannot tell when the I/O of the dead one has ended, so that an old write may land over a new
+    /// one. Without this option such a disk is refused. Files that are only read need no lock.
+    #[arg(long)]
+    allow_unlocked: bool,
+
     /// Wait for a guest that is migrated here: open the disk only when the guest starts to use it
     ///
     /// Until then another daemon has the disk; this one looks at its size only, and keeps a frontend
@@ -295,6 +304,8 @@ pub struct Options {
     pub image: Image,
     /// The guest cannot write.
     pub read_only: bool,
+    /// The disk may be one that cannot be locked.
+    pub allow_unlocked: bool,
     /// The disk is opened when a ring starts.
     pub incoming: bool,
     /// Queues offered.
@@ -392,6 +403,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
         takeover,
         image,
         read_only: args.read_only,
+        allow_unlocked: args.allow_unlocked,
         incoming: args.incoming,
         num_queues: args.num_queues.unwrap_or_else(default_queues),
         queue_size_max: args.queue_size,
@@ -551,6 +563,7 @@ mod tests {
                     format: Some(Format::Uml)
                 },
                 read_only: true,
+                allow_unlocked: false,
                 incoming: true,
                 num_queues: 2,
                 queue_size_max: 256,

@@ -38,7 +38,7 @@ pub enum DaemonError {
     #[error(transparent)]
     Socket(#[from] SocketError),
     /// The disk was not opened.
-    #[error(transparent)]
+    #[error("{0}{hint}", hint = hint(.0))]
     Open(#[from] OpenError),
     /// The file has another format than the command line says.
     #[error(
@@ -142,6 +142,16 @@ impl DaemonError {
 
     pub(crate) fn system(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| DaemonError::System { what, source }
+    }
+}
+
+/// What the daemon's user can do.
+fn hint(error: &OpenError) -> &'static str {
+    match error {
+        OpenError::NoLocks { .. } => {
+            "; if you are certain that no second daemon or tool will, start it with --allow-unlocked"
+        }
+        _ => "",
     }
 }
 
@@ -264,6 +274,7 @@ pub(crate) fn open_disk(
         base_cache: policy(options.base_cache),
         cow_cache: policy(options.cow_cache),
         lock_wait: PREDECESSOR_WAIT,
+        unlocked: options.allow_unlocked,
         ..DiskOptions::default()
     };
     let disk = match (&options.image, inherited) {

@@ -152,13 +152,36 @@ impl<'a, E: Env> Opener<'a, E> {
                 .with_direct(file, access)
                 .map_err(OpenError::io(&path, "open for direct I/O"))?,
         };
-        if let Err(source) = wait_for_lock(&file, &path, lock, self.options.lock_wait) {
-            return Err(OpenError::Locked { path, source });
+        match wait_for_lock(&file, &path, lock, self.options.lock_wait) {
+            Ok(()) => {}
+            Err(LockError::Unsupported(err)) => self.admit_unlocked(&path, lock, err)?,
+            Err(source) => return Err(OpenError::Locked { path, source }),
         }
         self.seen.push((stat.id, path.clone()));
         // Once more: what counts is how it is under the lock.
         let stat = file.stat().map_err(OpenError::io(&path, "stat"))?;
         Ok(Opened { file, path, stat })
+    }
+}
+
+impl<E: Env> Opener<'_, E> {
+    /// Whether a file is taken although it cannot be locked. One that is only read is.
+    fn admit_unlocked(&self, path: &Path, lock: LockKind, err: io::Error) -> Result<(), OpenError> {
+        match lock {
+            LockKind::Shared => log::warn!(
+                "{}: its file system has no locks ({err}): a program that writes to it is not kept from that",
+                path.display()
+            ),
+            LockKind::Exclusive if self.options.unlocked => log::warn!(
+                "{}: its file system has no locks ({err}): a second program that writes to it is not kept from that, \
+                 and destroys it",
+                path.display()
+            ),
+            LockKind::Exclusive => {
+                return Err(OpenError::NoLocks { path: path.to_owned(), source: err });
+            }
+        }
+        Ok(())
     }
 }
 

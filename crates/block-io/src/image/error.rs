@@ -1,13 +1,13 @@
 //! Why an image is not opened, made or changed.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use cow_format::header::BackingFormat;
 use cow_format::identity::IdentityError;
 use cow_format::{DataTruncated, HeaderError};
 
-use super::CHAIN_DEPTH_MAX;
+use super::{CHAIN_DEPTH_MAX, side_file};
 use crate::storage::{FileKind, LockError};
 
 /// An image that was not opened, made or changed. Each names its file first.
@@ -30,6 +30,31 @@ pub enum OpenError {
         path: PathBuf,
         /// Who holds it, if that is known.
         source: LockError,
+    },
+    /// The file cannot be locked, and is to be written.
+    #[error(
+        "{}: its file system has no locks ({source}), so that nothing keeps a second program from writing to it, which \
+         would destroy it",
+        path.display()
+    )]
+    NoLocks {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// There can be no side file beside a UML COW file.
+    #[error(
+        "{}: cannot be made: {source}; a UML COW file has this file beside it while it is written, without which writes that \
+         were acknowledged and not flushed would be lost with the program that serves them. Let its user write to \
+         the directory, make a native COW file of it (cow convert -O native), or open it read-only",
+        path.display()
+    )]
+    SideFile {
+        /// The side file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
     },
     /// The file is not the one that a predecessor handed on, or not in use by it.
     #[error("{}: is not the file that the predecessor has open", path.display())]
@@ -189,6 +214,16 @@ impl OpenError {
     ) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| OpenError::Io { path, action, source }
+    }
+
+    /// For `map_err`: the live bitmap beside the UML COW file `cow` was not made.
+    pub(crate) fn side_file(cow: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| match source.kind() {
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                OpenError::SideFile { path: side_file::path_for(cow), source }
+            }
+            _ => OpenError::io(cow, "make the live bitmap")(source),
+        }
     }
 
     /// For `map_err`: the header of `path` was refused.

@@ -77,6 +77,8 @@ pub struct DiskOptions {
     pub format: CowFormat,
     /// How long to wait for a lock: I/O that a dead process had in flight holds it until it has ended.
     pub lock_wait: Duration,
+    /// Write to a file that cannot be locked. The caller answers for it that nobody else does.
+    pub unlocked: bool,
 }
 
 impl Default for DiskOptions {
@@ -87,6 +89,7 @@ impl Default for DiskOptions {
             cow_cache: CachePolicy::Buffered,
             format: CowFormat::Native,
             lock_wait: LOCK_WAIT,
+            unlocked: false,
         }
     }
 }

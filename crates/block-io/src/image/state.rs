@@ -140,7 +140,8 @@ pub(crate) fn make_writable<E: Env>(
     let live = match &mut header {
         Header::Uml(_) => {
             let path = env.canonical(&cow.path).map_err(OpenError::io(&cow.path, "resolve"))?;
-            LiveBitmap::side_file(env, &cow.file, &path, &geometry, live_is_valid).map_err(make)?
+            LiveBitmap::side_file(env, &cow.file, &path, &geometry, live_is_valid)
+                .map_err(OpenError::side_file(&path))?
         }
         Header::Native(native) => {
             let Some(at) = geometry.live_bitmap_offset() else {

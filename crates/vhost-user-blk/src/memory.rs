@@ -6,6 +6,9 @@
 //! The guest, the frontend and the kernel write this memory while it is looked at. So it is only
 //! touched through raw pointers, by volatile or atomic accesses or by system calls; no reference to
 //! it ever exists, and what is read once is checked in the copy.
+//!
+//! A snapshot is also `GuestMemory` of the `vm-memory` crate, through which the `virtio-queue`
+//! crate checks and reads a ring while it is being set up.
 
 use std::fmt;
 use std::fs::File;
@@ -14,8 +17,15 @@ use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
+use vm_memory::guest_memory::{
+    Error as AccessError, GuestMemorySliceIterator, Result as AccessResult,
+};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, MmapRegion};
+use vm_memory::{
+    FileOffset, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, GuestMemoryRegionBytes,
+    GuestRegionCollection, GuestRegionCollectionError, MemoryRegionAddress, MmapRegion,
+    Permissions, VolatileMemory, VolatileSlice,
+};
 
 pub use vm_memory::GuestAddress;
 
@@ -103,6 +113,9 @@ pub enum MemoryError {
         /// What `mmap` said.
         source: MmapRegionError,
     },
+    /// The regions make no table. What can be wrong was looked for before, so it is never seen.
+    #[error("memory table: {0}")]
+    Table(#[from] GuestRegionCollectionError),
     /// The mapping could not be guarded against SIGBUS.
     #[error(transparent)]
     Sigbus(#[from] SigbusError),
@@ -123,7 +136,7 @@ pub struct OutsideMemory {
 
 /// One mapped region. The fields drop in this order: the handler forgets the mapping before it
 /// goes.
-struct Region {
+pub struct Region {
     info: RegionInfo,
     /// Host address of the region's first byte, inside `mapping`.
     host: *mut u8,
@@ -149,7 +162,7 @@ struct Span {
 /// A snapshot of guest memory.
 pub struct Memory {
     /// Ordered by guest address, like `spans`; kept for their mappings.
-    regions: Vec<Arc<Region>>,
+    regions: GuestRegionCollection<Region>,
     spans: Box<[Span]>,
 }
 
@@ -168,7 +181,7 @@ impl fmt::Debug for Memory {
 impl Memory {
     /// A snapshot without any memory.
     pub fn empty() -> Self {
-        Self::from_sorted(Vec::new())
+        Self::new(GuestRegionCollection::default())
     }
 
     /// A snapshot of exactly these regions, each mapped from its file (SET_MEM_TABLE).
@@ -189,15 +202,12 @@ impl Memory {
     /// This snapshot without the region of this guest address, size and frontend address
     /// (REM_MEM_REG; the offset is not compared, since frontends leave it out).
     pub fn without_region(&self, info: RegionInfo) -> Result<Self, MemoryError> {
-        let same = |region: &Arc<Region>| {
-            let known = region.info;
-            (known.guest_address, known.size, known.vmm_address)
-                == (info.guest_address, info.size, info.vmm_address)
-        };
-        let at = self.regions.iter().position(same).ok_or(MemoryError::NoSuchRegion(info))?;
-        let mut regions = self.regions.clone();
-        regions.remove(at);
-        Ok(Self::from_sorted(regions))
+        let RegionInfo { guest_address, size, vmm_address, .. } = info;
+        let removed = self.regions.remove_region(GuestAddress(guest_address), size).ok();
+        let (regions, _) = removed
+            .filter(|(_, region)| region.info.vmm_address == vmm_address)
+            .ok_or(MemoryError::NoSuchRegion(info))?;
+        Ok(Self::new(regions))
     }
 
     /// The regions, ordered by guest address.
@@ -364,7 +374,7 @@ impl Memory {
         if new.size == 0 {
             return Err(MemoryError::Empty(new));
         }
-        if self.regions.len() >= REGIONS_MAX {
+        if self.regions.num_regions() >= REGIONS_MAX {
             return Err(MemoryError::TooManyRegions);
         }
         let fields = [
@@ -389,15 +399,11 @@ impl Memory {
     }
 
     fn insert(&self, region: Region) -> Result<Self, MemoryError> {
-        let mut regions = self.regions.clone();
-        let at =
-            regions.partition_point(|other| other.info.guest_address < region.info.guest_address);
-        regions.insert(at, Arc::new(region));
-        Ok(Self::from_sorted(regions))
+        Ok(Self::new(self.regions.insert_region(Arc::new(region))?))
     }
 
-    fn from_sorted(regions: Vec<Arc<Region>>) -> Self {
-        let span = |region: &Arc<Region>| Span {
+    fn new(regions: GuestRegionCollection<Region>) -> Self {
+        let span = |region: &Region| Span {
             start: region.info.guest_address,
             len: region.info.size,
             host: region.host,
@@ -424,6 +430,61 @@ impl Memory {
         })
     }
 }
+
+/// For the `virtio-queue` crate, which looks at rings while they are set up; requests take the way
+/// of [`Memory::host_ranges`].
+impl GuestMemory for Memory {
+    type PhysicalMemory = GuestRegionCollection<Region>;
+    type Bitmap = ();
+
+    fn check_range(&self, address: GuestAddress, len: usize, _access: Permissions) -> bool {
+        self.host_ranges(address, len as u64, &mut |_, _| ()).is_ok()
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        address: GuestAddress,
+        len: usize,
+        _access: Permissions,
+    ) -> AccessResult<impl GuestMemorySliceIterator<'a, ()>> {
+        Ok(GuestMemoryBackend::get_slices(&self.regions, address, len))
+    }
+
+    fn physical_memory(&self) -> Option<&Self::PhysicalMemory> {
+        Some(&self.regions)
+    }
+}
+
+impl GuestMemoryRegion for Region {
+    type B = ();
+
+    fn len(&self) -> u64 {
+        self.info.size
+    }
+
+    fn start_addr(&self) -> GuestAddress {
+        GuestAddress(self.info.guest_address)
+    }
+
+    fn bitmap(&self) {}
+
+    /// The mapping may begin before the region and end behind it, in whole pages.
+    fn get_slice(
+        &self,
+        offset: MemoryRegionAddress,
+        len: usize,
+    ) -> AccessResult<VolatileSlice<'_, ()>> {
+        let end = offset.0.checked_add(len as u64);
+        if end.is_none_or(|end| end > self.info.size) {
+            return Err(AccessError::InvalidBackendAddress);
+        }
+        let skipped = self.host.addr() - self.mapping.as_ptr().addr();
+        let offset = usize::try_from(offset.0).map_err(|_| AccessError::InvalidBackendAddress)?;
+        Ok(self.mapping.get_slice(skipped + offset, len)?)
+    }
+}
+
+impl GuestMemoryRegionBytes for Region {}
 
 impl Region {
     /// Maps a checked region from its file.

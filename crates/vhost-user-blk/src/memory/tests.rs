@@ -1,3 +1,7 @@
+use std::sync::atomic::Ordering;
+
+use vm_memory::Bytes;
+
 use super::*;
 
 /// Two regions side by side and one apart.
@@ -9,6 +13,24 @@ fn pieces(memory: &Memory, address: u64, len: u64) -> Result<Vec<usize>, Outside
     let mut pieces = Vec::new();
     memory.host_ranges(GuestAddress(address), len, &mut |_, len| pieces.push(len))?;
     Ok(pieces)
+}
+
+#[test]
+fn the_vm_memory_crate_sees_the_same_memory() {
+    let memory = three();
+    let bytes: Vec<u8> = (0..100).collect();
+    memory.write(GuestAddress(0x1fce), &bytes).unwrap();
+    let mut found = [0; 100];
+    memory.read_slice(&mut found, GuestAddress(0x1fce)).unwrap();
+    assert_eq!(found[..], bytes);
+    let word: u16 = memory.load(GuestAddress(0x1fd0), Ordering::Acquire).unwrap();
+    assert_eq!(word.to_ne_bytes(), [2, 3]);
+    for (address, len) in [(0x1000, 0x1800), (0x1000, 0x1801), (0xfff, 2), (u64::MAX - 1, 2)] {
+        let inside = memory.check_range(GuestAddress(address), len, Permissions::Read);
+        assert_eq!(inside, pieces(&memory, address, len as u64).is_ok(), "{address:#x}");
+        let mut bytes = vec![0; len];
+        assert_eq!(memory.read_slice(&mut bytes, GuestAddress(address)).is_ok(), inside);
+    }
 }
 
 #[test]
@@ -175,6 +197,22 @@ mod mapped {
         assert!(matches!(directory, Err(MemoryError::NotMappable(info)) if info == far));
         let read_only = File::open("/proc/self/exe").unwrap();
         assert!(matches!(memory.with_region(far, read_only), Err(MemoryError::Map { .. })));
+    }
+
+    #[test]
+    fn the_vm_memory_crate_sees_no_more_than_the_region_of_a_mapping() {
+        let file = file(0x3000);
+        file.write_all_at(b"before[inside]behind", 0x10f9).unwrap();
+        let memory = Memory::empty().with_region(region(0, 8, 0x10ff), file).unwrap();
+        let mut found = [0; 8];
+        memory.read_slice(&mut found, GuestAddress(0)).unwrap();
+        assert_eq!(&found, b"[inside]");
+        assert!(memory.read_slice(&mut [0; 9], GuestAddress(0)).is_err());
+        let only = memory.physical_memory().unwrap().iter().next().unwrap();
+        assert!(only.get_slice(MemoryRegionAddress(1), 7).is_ok());
+        for (offset, len) in [(0, 9), (8, 1), (u64::MAX, 1), (0x1000, 1)] {
+            assert!(only.get_slice(MemoryRegionAddress(offset), len).is_err());
+        }
     }
 
     #[test]

@@ -16,7 +16,11 @@ use cow_format::SectorCount;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost_user_blk::memory::{GuestAddress, Memory, RegionInfo};
 use vhost_user_blk::request::{IoVecs, ParseLimits, Parsed, parse};
-use vhost_user_blk::virtqueue::{RingLayout, SplitQueue};
+use vhost_user_blk::virtqueue::SplitQueue;
+use virtio_bindings::virtio_ring::{
+    VRING_DESC_F_INDIRECT as INDIRECT, VRING_DESC_F_NEXT as NEXT, VRING_DESC_F_WRITE as WRITE,
+};
+use virtio_queue::QueueState;
 
 const QUEUE_SIZE: u16 = 128;
 const ROUNDS: u32 = 20_000;
@@ -27,10 +31,6 @@ const USED: u64 = 0x3000;
 const REQUESTS: u64 = 0x10_0000;
 const REQUEST_LEN: u64 = 0x1_0000;
 const REQUEST_COUNT: u16 = 32;
-
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT: u16 = 4;
 
 /// A guest whose requests are written once and offered again and again.
 struct Driver {
@@ -60,7 +60,7 @@ impl Driver {
         at: u64,
         address: u64,
         len: u64,
-        flags: u16,
+        flags: u32,
         next: u16,
     ) -> Result<(), Box<dyn Error>> {
         self.write(at, &address.to_le_bytes())?;
@@ -134,13 +134,17 @@ fn serve(
 fn measure(name: &str, buffers: u16, indirect: bool) -> Result<(), Box<dyn Error>> {
     let mut driver = Driver::new()?;
     driver.prepare(buffers, indirect)?;
-    let layout = RingLayout {
+    let state = QueueState {
+        max_size: QUEUE_SIZE,
         size: QUEUE_SIZE,
-        desc: GuestAddress(DESC),
-        avail: GuestAddress(AVAIL),
-        used: GuestAddress(USED),
+        event_idx_enabled: true,
+        ready: true,
+        desc_table: DESC,
+        avail_ring: AVAIL,
+        used_ring: USED,
+        ..QueueState::default()
     };
-    let mut queue = SplitQueue::new(driver.memory.clone(), layout, true, 0)?;
+    let mut queue = SplitQueue::new(driver.memory.clone(), state)?;
     let mut iovecs = IoVecs::new();
     let apart = if indirect { 1 } else { buffers + 2 };
     let mut best = Duration::MAX;

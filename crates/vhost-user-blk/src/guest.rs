@@ -3,12 +3,15 @@
 
 use std::sync::Arc;
 
-use crate::memory::{GuestAddress, Memory};
-use crate::virtqueue::{RingLayout, SplitQueue};
+use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtio_queue::QueueState;
 
-pub(crate) const NEXT: u16 = 1;
-pub(crate) const WRITE: u16 = 2;
-pub(crate) const INDIRECT: u16 = 4;
+use crate::memory::{GuestAddress, Memory};
+use crate::virtqueue::{QUEUE_SIZE_MAX, SplitQueue, short};
+
+pub(crate) const NEXT: u16 = short(VRING_DESC_F_NEXT);
+pub(crate) const WRITE: u16 = short(VRING_DESC_F_WRITE);
+pub(crate) const INDIRECT: u16 = short(VRING_DESC_F_INDIRECT);
 
 /// A descriptor as the guest writes it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -33,9 +36,7 @@ impl Desc {
 /// A guest with one ring at [`RING`] and room for data above.
 pub(crate) struct Guest {
     pub memory: Arc<Memory>,
-    pub layout: RingLayout,
-    /// Where all indices stood at first.
-    start: u16,
+    pub layout: QueueState,
     /// `avail.idx` as the driver last wrote it.
     pub avail_idx: u16,
 }
@@ -60,21 +61,26 @@ impl Guest {
         let low = usize::try_from(BORDER - RING).unwrap();
         let high = usize::try_from(end - BORDER).unwrap();
         let memory = Arc::new(Memory::anonymous(&[(RING, low), (BORDER, high)]));
-        let layout = RingLayout {
+        let layout = QueueState {
+            max_size: QUEUE_SIZE_MAX,
             size,
-            desc: GuestAddress(RING),
-            avail: GuestAddress(RING + 0x2000),
-            used: GuestAddress(RING + 0x4000),
+            next_avail: start,
+            ready: true,
+            desc_table: RING,
+            avail_ring: RING + 0x2000,
+            used_ring: RING + 0x4000,
+            ..QueueState::default()
         };
-        let mut guest = Self { memory, layout, start, avail_idx: start };
+        let mut guest = Self { memory, layout, avail_idx: start };
         guest.set_avail_idx(start);
-        guest.write(layout.used.0 + 2, &start.to_le_bytes());
+        guest.write(layout.used_ring + 2, &start.to_le_bytes());
         guest
     }
 
     /// The device's end, with nothing taken yet.
     pub(crate) fn queue(&self, event_idx: bool) -> SplitQueue {
-        SplitQueue::new(self.memory.clone(), self.layout, event_idx, self.start).unwrap()
+        let state = QueueState { event_idx_enabled: event_idx, ..self.layout };
+        SplitQueue::new(self.memory.clone(), state).unwrap()
     }
 
     pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
@@ -88,7 +94,7 @@ impl Guest {
     }
 
     pub(crate) fn set_desc(&self, index: u16, desc: Desc) {
-        self.write(self.layout.desc.0 + 16 * u64::from(index), &desc.bytes());
+        self.write(self.layout.desc_table + 16 * u64::from(index), &desc.bytes());
     }
 
     /// Puts an indirect table anywhere.
@@ -101,41 +107,41 @@ impl Guest {
     /// Makes a head available.
     pub(crate) fn offer(&mut self, head: u16) {
         let entry = u64::from(self.avail_idx % self.layout.size);
-        self.write(self.layout.avail.0 + 4 + 2 * entry, &head.to_le_bytes());
+        self.write(self.layout.avail_ring + 4 + 2 * entry, &head.to_le_bytes());
         self.set_avail_idx(self.avail_idx.wrapping_add(1));
     }
 
     pub(crate) fn set_avail_idx(&mut self, index: u16) {
         self.avail_idx = index;
-        self.write(self.layout.avail.0 + 2, &index.to_le_bytes());
+        self.write(self.layout.avail_ring + 2, &index.to_le_bytes());
     }
 
     pub(crate) fn set_avail_flags(&self, flags: u16) {
-        self.write(self.layout.avail.0, &flags.to_le_bytes());
+        self.write(self.layout.avail_ring, &flags.to_le_bytes());
     }
 
     pub(crate) fn set_used_event(&self, event: u16) {
         let size = u64::from(self.layout.size);
-        self.write(self.layout.avail.0 + 4 + 2 * size, &event.to_le_bytes());
+        self.write(self.layout.avail_ring + 4 + 2 * size, &event.to_le_bytes());
     }
 
     pub(crate) fn used_flags(&self) -> u16 {
-        u16::from_le_bytes(self.read(self.layout.used.0))
+        u16::from_le_bytes(self.read(self.layout.used_ring))
     }
 
     pub(crate) fn used_idx(&self) -> u16 {
-        u16::from_le_bytes(self.read(self.layout.used.0 + 2))
+        u16::from_le_bytes(self.read(self.layout.used_ring + 2))
     }
 
     /// The used element that was written when `used.idx` was `index`: id and length.
     pub(crate) fn used(&self, index: u16) -> (u32, u32) {
-        let at = self.layout.used.0 + 4 + 8 * u64::from(index % self.layout.size);
+        let at = self.layout.used_ring + 4 + 8 * u64::from(index % self.layout.size);
         (u32::from_le_bytes(self.read(at)), u32::from_le_bytes(self.read(at + 4)))
     }
 
     pub(crate) fn avail_event(&self) -> u16 {
         let size = u64::from(self.layout.size);
-        u16::from_le_bytes(self.read(self.layout.used.0 + 4 + 8 * size))
+        u16::from_le_bytes(self.read(self.layout.used_ring + 4 + 8 * size))
     }
 }
 

@@ -1,8 +1,13 @@
 //! The two bells of a ring: the guest's kick and our call. Each is an eventfd
 //! or, with UML, a pipe.
+//!
+//! `EventConsumer` and `EventNotifier` of the `vmm-sys-util` crate own their descriptors. Reading
+//! and writing is done here: the crate's `consume` and `notify` sleep where the other side lets
+//! them.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -10,9 +15,36 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent};
 use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::{read, write};
+use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
 /// What one look into a pipe takes out of it, in bytes: many kicks at once.
 const PIPE_READ_LEN: usize = 512;
+
+/// The descriptor of a bell, which the crate's types lend by number only.
+pub trait Bell {
+    /// The descriptor.
+    fn fd(&self) -> BorrowedFd<'_>;
+}
+
+impl Bell for EventConsumer {
+    fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: `self` owns it, and is borrowed as long.
+        unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
+    }
+}
+
+impl Bell for EventNotifier {
+    fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: as above.
+        unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
+    }
+}
+
+/// A bell of ours behind a descriptor that came in a message.
+pub fn notifier(file: File) -> EventNotifier {
+    // SAFETY: `file` owns the descriptor and gives it up.
+    unsafe { EventNotifier::from_raw_fd(file.into_raw_fd()) }
+}
 
 /// The guest's bell.
 #[derive(Debug)]

@@ -18,8 +18,8 @@ mod refusal;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 
 use nix::sys::eventfd::EventFd;
 use vhost::VhostUserMemoryRegionBase;
@@ -29,6 +29,7 @@ use vhost::vhost_user::message::{
     VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{self, Backend, GpuBackend, VhostUserBackendReqHandlerMut};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
 use self::refusal::Refusal;
 use crate::config::{self, DeviceConfig, DiskShape};
@@ -102,6 +103,8 @@ pub struct Session<D: Device> {
     /// Every write is durable before it completes. Shared with the workers.
     write_through: Arc<AtomicBool>,
     memory: Arc<Memory>,
+    /// The same, as the vrings see it.
+    address_space: GuestMemoryAtomic<Memory>,
     /// SET_DEVICE_STATE_FD, until CHECK_DEVICE_STATE.
     transfer: Option<Transfer>,
     /// SET_INFLIGHT_FD. It belongs to the connection: with the next one it comes again.
@@ -120,7 +123,17 @@ pub struct Session<D: Device> {
 
 impl<D: Device> Session<D> {
     /// A session in which no frontend has said anything yet.
+    ///
+    /// # Panics
+    /// If no ring can be as large as `shape` says; the command line does not take such a size.
     pub fn new(device: D, shape: &DiskShape) -> Self {
+        let memory = Arc::new(Memory::empty());
+        let address_space = GuestMemoryAtomic::from(Arc::clone(&memory));
+        let vring = |_| {
+            Vring::new(address_space.clone(), shape.queue_size_max)
+                .expect("--queue-size is a power of two up to 32768")
+        };
+        let vrings = (0..shape.num_queues).map(vring).collect();
         Session {
             device,
             config: DeviceConfig::new(shape),
@@ -129,13 +142,14 @@ impl<D: Device> Session<D> {
             features: None,
             protocol_features: 0,
             write_through: Arc::new(AtomicBool::new(true)),
-            memory: Arc::new(Memory::empty()),
+            memory,
+            vrings,
+            address_space,
             transfer: None,
             inflight: None,
             log: None,
             log_bell: None,
             served: false,
-            vrings: (0..shape.num_queues).map(|_| Vring::default()).collect(),
             requests: None,
         }
     }
@@ -148,17 +162,14 @@ impl<D: Device> Session<D> {
         self.inflight = None;
         self.log = None;
         self.log_bell = None;
-        self.memory = Arc::new(Memory::empty());
+        self.set_memory(Memory::empty());
         self.requests = None;
     }
 
     /// Stops every ring, and puts rings and features back to what they were before anything was
     /// said.
     fn reset_rings(&mut self) {
-        for vring in &mut self.vrings {
-            vring.stop();
-            *vring = Vring::default();
-        }
+        self.vrings.iter_mut().for_each(Vring::reset);
         self.features = None;
         self.write_through.store(true, Ordering::SeqCst);
     }
@@ -198,7 +209,6 @@ impl<D: Device> Session<D> {
         }
         let common = StartCommon {
             memory: &self.memory,
-            event_idx: self.has(config::F_EVENT_IDX),
             write_through: &self.write_through,
             inflight: self.inflight.as_ref(),
             log: self.log.as_ref().filter(|_| logging),
@@ -208,19 +218,19 @@ impl<D: Device> Session<D> {
         let ready = self.features.is_some() && logging == common.log.is_some();
         let all_enabled = !self.has(config::F_PROTOCOL_FEATURES);
         for (queue, vring) in self.vrings.iter_mut().enumerate() {
-            let allowed = ready && (vring.enabled || all_enabled);
-            match vring.layout(&self.memory) {
-                Some(layout) if allowed && !vring.is_running() => {
+            let allowed = ready && (vring.is_enabled() || all_enabled);
+            match vring.located(&self.memory) {
+                Some(ring) if allowed && !vring.is_running() => {
                     let start = |source| Refusal::Start { queue, source };
-                    let ring = vring.start_with(queue, layout, &common).map_err(start)?;
+                    let ring = vring.start_with(queue, ring, &common).map_err(start)?;
                     let again = ring.inflight.as_ref().map_or(0, Tracker::unfinished_count);
                     if again > 0 {
                         log::info!("queue {queue}: {again} requests in flight are done again");
                     }
                     log::debug!(
                         "queue {queue}: {} descriptors from {}",
-                        layout.size,
-                        ring.next_avail
+                        ring.state.size,
+                        ring.state.next_avail
                     );
                     vring.set_running(self.device.start(ring).map_err(start)?);
                     self.served = true;
@@ -269,8 +279,13 @@ impl<D: Device> Session<D> {
         self.vrings.iter_mut().for_each(Vring::pause);
         // With the memory would go the sign that some of it was lost.
         self.check_intact()?;
-        self.memory = Arc::new(memory);
+        self.set_memory(memory);
         self.reconcile()
+    }
+
+    fn set_memory(&mut self, memory: Memory) {
+        self.address_space.lock().unwrap_or_else(PoisonError::into_inner).replace(memory);
+        self.memory = self.address_space.memory().into_inner();
     }
 
     /// Kicks the rings whose frontend does not. False if there is none.
@@ -336,6 +351,8 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
             self.vrings.iter_mut().for_each(Vring::pause);
             self.check_intact()?;
         }
+        let event_idx = self.has(config::F_EVENT_IDX);
+        self.vrings.iter_mut().for_each(|vring| vring.set_event_idx(event_idx));
         log::debug!("features {features:#x}");
         if self.is_logging() && self.log.is_none() {
             log::info!("no ring is served before the dirty log has come");
@@ -387,7 +404,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         let size = size.ok_or(Refusal::QueueSize { queue, found: num, max })?;
         let vring = self.vring(queue)?;
         vring.stop_if_running();
-        vring.size = size;
+        vring.set_size(size);
         self.reconcile()
     }
 
@@ -427,14 +444,14 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
             u16::try_from(base).map_err(|_| Refusal::NextAvail { queue, found: base })?;
         let vring = self.vring(queue)?;
         vring.stop_if_running();
-        vring.next_avail = next_avail;
+        vring.set_next_avail(next_avail);
         self.reconcile()
     }
 
     fn get_vring_base(&mut self, queue: u32) -> Result<VhostUserVringState> {
         let vring = self.vring(queue)?;
         vring.stop();
-        let next_avail = vring.next_avail;
+        let next_avail = vring.next_avail();
         self.check_intact()?;
         self.let_go_if_idle()?;
         Ok(VhostUserVringState::new(queue, next_avail.into()))
@@ -479,7 +496,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
     }
 
     fn set_vring_enable(&mut self, queue: u32, enable: bool) -> Result<()> {
-        self.vring(queue)?.enabled = enable;
+        self.vring(queue)?.set_enabled(enable);
         self.reconcile()
     }
 

@@ -1,8 +1,12 @@
 //! The device's end of a split virtqueue (virtio 1.3, 2.7), little-endian (VERSION_1).
 //!
-//! The three parts of the ring are resolved to host pointers once, when the ring starts. The guest
-//! may be hostile: each value it can write is read once, by an atomic or volatile access, and
-//! checked in the copy. What cannot be answered by failing one request, because it says nothing
+//! A ring is set up as a `Queue` of the `virtio-queue` crate, which checks its size and alignment.
+//! That `Queue` does not walk the running ring: it looks an address up in guest memory at each
+//! access, which takes several times as long. Instead, a starting ring copies the state of its
+//! `Queue` and resolves the three parts of the ring to host pointers once.
+//!
+//! The guest may be hostile: each value it can write is read once, by an atomic or volatile access,
+//! and checked in the copy. What cannot be answered by failing one request, because it says nothing
 //! about any request, is a [`RingError`], after which the ring is to be left alone.
 //!
 //! The way of a request: [`SplitQueue::pop`] gives a [`Head`], [`SplitQueue::chain`] walks its
@@ -14,7 +18,12 @@ mod chain;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_bindings::virtio_ring::{
+    VRING_AVAIL_ALIGN_SIZE, VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_ALIGN_SIZE,
+    VRING_USED_ALIGN_SIZE, VRING_USED_F_NO_NOTIFY, vring_used_elem,
+};
+use virtio_queue::desc::split::VirtqUsedElem;
+use virtio_queue::{Queue, QueueState, QueueT};
 
 use self::chain::DESCRIPTOR_SIZE;
 use crate::dirty_log::RingLog;
@@ -24,24 +33,29 @@ use crate::memory::{GuestAddress, Memory};
 
 pub use chain::{CHAIN_DESCRIPTORS_MAX, Chain, ChainError, Descriptor};
 
-/// Largest queue (virtio 1.3, 2.7): what 16-bit indices can tell full from empty.
+/// Largest queue (virtio 1.3, 2.7): what 16-bit indices can tell full from empty. (The
+/// `virtio-queue` crate does not export its own constant.)
 pub const QUEUE_SIZE_MAX: u16 = 32768;
 
-/// VIRTQ_USED_F_NO_NOTIFY
-const NO_NOTIFY: u16 = 1;
+/// The guest need not kick.
+const NO_NOTIFY: u16 = short(VRING_USED_F_NO_NOTIFY);
 
-/// Where the parts of a ring are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RingLayout {
-    /// Number of entries, a power of two.
-    pub size: u16,
-    /// Descriptor table, 16 bytes an entry.
-    pub desc: GuestAddress,
-    /// Available ring: flags, idx, 2 bytes an entry, used_event.
-    pub avail: GuestAddress,
-    /// Used ring: flags, idx, 8 bytes an entry, avail_event.
-    pub used: GuestAddress,
+/// A constant for a field of 16 bits. The bindings have 32 for all of them.
+pub(crate) const fn short(constant: u32) -> u16 {
+    let [low, high, 0, 0] = constant.to_le_bytes() else {
+        panic!("the field has 16 bits");
+    };
+    u16::from_le_bytes([low, high])
 }
+
+/// Bytes before the entries of the available and of the used ring: flags, idx.
+const HEADER_LEN: usize = 4;
+/// Bytes of an entry of the available ring, and of the event field behind the last one.
+const FIELD_LEN: usize = size_of::<u16>();
+/// Bytes of an entry of the used ring.
+const USED_LEN: usize = size_of::<VirtqUsedElem>();
+// `VirtqUsedElem` has no public constructor, so its fields are written through the kernel's struct.
+const _: () = assert!(size_of::<vring_used_elem>() == USED_LEN);
 
 /// The ring cannot be started, or can no longer be trusted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -72,7 +86,7 @@ pub enum RingError {
         /// Its guest address.
         address: u64,
         /// What it must be a multiple of.
-        align: usize,
+        align: u32,
     },
     /// `avail.idx` is further ahead than the ring has entries.
     #[error("avail.idx {found} is more than the queue size {size} ahead of {next}")]
@@ -153,33 +167,19 @@ pub struct SplitQueue {
 unsafe impl Send for SplitQueue {}
 
 impl SplitQueue {
-    /// Starts on a ring that may be in the middle of its life: the first entry to take is
-    /// `next_avail`, the first used entry to write is where the ring's own `used.idx` stands.
-    pub fn new(
-        memory: Arc<Memory>,
-        layout: RingLayout,
-        event_idx: bool,
-        next_avail: u16,
-    ) -> Result<Self, RingError> {
-        let size = layout.size;
-        if !size.is_power_of_two() || size > QUEUE_SIZE_MAX {
-            return Err(RingError::Size { found: size });
-        }
-        let entries = u64::from(size);
-        let desc = place(
-            &memory,
-            "descriptor table",
-            layout.desc,
-            u64::from(DESCRIPTOR_SIZE) * entries,
-            16,
-        )?;
-        // The event fields are counted in even when EVENT_IDX is off, as section 2.7 does.
-        let avail = place(&memory, "available ring", layout.avail, 6 + 2 * entries, 2)?;
-        let used = place(&memory, "used ring", layout.used, used_ring_len(size) as u64, 4)?;
+    /// Starts on a ring that may be in the middle of its life: the first entry to take is the
+    /// state's `next_avail`, the first used entry to write is where the ring's own `used.idx`
+    /// stands, whatever the state says.
+    pub fn new(memory: Arc<Memory>, state: QueueState) -> Result<Self, RingError> {
+        let checked = Queue::try_from(state).map_err(|error| RingError::of(&error, &state))?;
+        let (size, next_avail) = (checked.size(), checked.next_avail());
+        let desc = place(&memory, DESC_TABLE, checked.desc_table(), desc_table_len(size))?;
+        let avail = place(&memory, AVAIL_RING, checked.avail_ring(), avail_ring_len(size))?;
+        let used = place(&memory, USED_RING, checked.used_ring(), used_ring_len(size))?;
         let mut queue = Self {
             memory,
             size,
-            event_idx,
+            event_idx: checked.event_idx_enabled(),
             desc,
             avail,
             used,
@@ -333,11 +333,11 @@ impl SplitQueue {
         // SAFETY: `used` holds 4 bytes and `size` elements of 8, 4-byte aligned, inside the
         // mapping.
         unsafe {
-            let element = self.used.add(4 + 8 * entry).cast::<u32>();
-            element.write_volatile(u32::from(head.0).to_le());
-            element.add(1).write_volatile(written.to_le());
+            let element = self.used.add(used_offset(entry)).cast::<vring_used_elem>();
+            (&raw mut (*element).id).write_volatile(u32::from(head.0).to_le());
+            (&raw mut (*element).len).write_volatile(written.to_le());
         }
-        self.mark_used(4 + 8 * entry, 8);
+        self.mark_used(used_offset(entry), USED_LEN);
         fault::reached("used-element");
         if let Some(inflight) = &mut self.inflight {
             inflight.answered(head.0);
@@ -395,7 +395,7 @@ impl SplitQueue {
         if self.event_idx {
             // Not `avail.idx`: what was made available since is to be noticed below.
             store(self.avail_event_ptr(), self.next_avail, Ordering::Relaxed);
-            self.mark_and_announce(4 + 8 * usize::from(self.size), 2);
+            self.mark_and_announce(used_offset(self.size.into()), FIELD_LEN);
         } else if self.quiet {
             self.quiet = false;
             store(self.used_flags_ptr(), 0, Ordering::Relaxed);
@@ -453,41 +453,85 @@ impl SplitQueue {
     #[inline]
     fn avail_event_ptr(&self) -> *mut u16 {
         // SAFETY: the part has 6 bytes and 8 for each entry; this field is the last 2 of them.
-        unsafe { self.used.add(4 + 8 * usize::from(self.size)).cast() }
+        unsafe { self.used.add(used_offset(self.size.into())).cast() }
     }
 }
 
-/// Length of a used ring of `size` entries, in bytes.
-pub fn used_ring_len(size: u16) -> usize {
-    6 + 8 * usize::from(size)
+/// Place of entry `index` in a used ring, in bytes; that of the one behind the last is
+/// `avail_event`'s.
+#[inline]
+const fn used_offset(index: usize) -> usize {
+    HEADER_LEN + USED_LEN * index
 }
 
-/// Reads where the ring at `layout` stands.
+/// Length of a used ring of `size` entries, in bytes. The event field is counted in even when
+/// EVENT_IDX is off, as section 2.7 does.
+pub fn used_ring_len(size: u16) -> usize {
+    used_offset(size.into()) + FIELD_LEN
+}
+
+/// The same of an available ring.
+fn avail_ring_len(size: u16) -> usize {
+    HEADER_LEN + FIELD_LEN * (usize::from(size) + 1)
+}
+
+/// The same of a descriptor table.
+fn desc_table_len(size: u16) -> usize {
+    DESCRIPTOR_SIZE as usize * usize::from(size)
+}
+
+/// Reads where the ring of `queue` stands.
 ///
 /// # Errors
-/// Where [`SplitQueue::new`] fails too.
-pub fn indices(memory: &Memory, layout: &RingLayout) -> Result<RingIndices, RingError> {
-    let idx = |part, at| place(memory, part, at, 4, 2).map(|part| part.wrapping_add(2).cast());
+/// If it cannot be read.
+pub fn indices(memory: &Memory, queue: &Queue) -> Result<RingIndices, virtio_queue::Error> {
     Ok(RingIndices {
-        size: layout.size,
-        avail: load(idx("available ring", layout.avail)?, Ordering::Acquire),
-        used: load(idx("used ring", layout.used)?, Ordering::Acquire),
+        size: queue.size(),
+        avail: queue.avail_idx(memory, Ordering::Acquire)?.0,
+        used: queue.used_idx(memory, Ordering::Acquire)?.0,
     })
 }
 
-/// Resolves a part of the ring.
-fn place(
-    memory: &Memory,
-    part: &'static str,
-    at: GuestAddress,
-    len: u64,
-    align: usize,
-) -> Result<*mut u8, RingError> {
-    let host = memory.contiguous(at, len).ok_or(RingError::Place { part, address: at.0, len })?;
+/// A part of a ring: its name, and what its address must be a multiple of.
+#[derive(Clone, Copy, Debug)]
+struct Part(&'static str, u32);
+
+const DESC_TABLE: Part = Part("descriptor table", VRING_DESC_ALIGN_SIZE);
+const AVAIL_RING: Part = Part("available ring", VRING_AVAIL_ALIGN_SIZE);
+const USED_RING: Part = Part("used ring", VRING_USED_ALIGN_SIZE);
+
+impl RingError {
+    /// What the crate refuses, with the value that it leaves out.
+    fn of(error: &virtio_queue::Error, state: &QueueState) -> Self {
+        match error {
+            virtio_queue::Error::InvalidDescTableAlign => {
+                Self::alignment(DESC_TABLE, state.desc_table)
+            }
+            virtio_queue::Error::InvalidAvailRingAlign => {
+                Self::alignment(AVAIL_RING, state.avail_ring)
+            }
+            virtio_queue::Error::InvalidUsedRingAlign => {
+                Self::alignment(USED_RING, state.used_ring)
+            }
+            _ => RingError::Size { found: state.size },
+        }
+    }
+
+    fn alignment(Part(part, align): Part, address: u64) -> Self {
+        RingError::Alignment { part, address, align }
+    }
+}
+
+/// Resolves a part of the ring, at an address that is aligned. (`Queue::is_valid` looks for it in
+/// guest memory too, and takes one that goes over the border of two regions.)
+fn place(memory: &Memory, part: Part, address: u64, len: usize) -> Result<*mut u8, RingError> {
+    let len = len as u64;
+    let outside = RingError::Place { part: part.0, address, len };
+    let host = memory.contiguous(GuestAddress(address), len).ok_or(outside)?;
     // A region may begin anywhere, so the host's address counts as well: the accesses here need up to
     // 4 (descriptors are read at any alignment).
-    if !at.0.is_multiple_of(align as u64) || !host.addr().is_multiple_of(align.min(4)) {
-        return Err(RingError::Alignment { part, address: at.0, align });
+    if !host.addr().is_multiple_of(part.1.min(VRING_USED_ALIGN_SIZE) as usize) {
+        return Err(RingError::alignment(part, address));
     }
     Ok(host)
 }

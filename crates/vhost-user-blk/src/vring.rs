@@ -1,20 +1,27 @@
 //! One ring as the frontend has set it up so far.
+//!
+//! Its state is a vring of the `vhost-user-backend` crate, with a `Queue` of `virtio-queue`. A
+//! worker that serves the ring gets a copy, and when it stops the queue is told where it was. What
+//! that crate does not keep, or does not give out again, is kept beside it.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost::vhost_user::message::{FrontendReq, VhostUserVringAddrFlags};
+use vhost_user_backend::{VringMutex, VringT};
+use virtio_queue::{QueueState, QueueT};
+use vm_memory::GuestMemoryAtomic;
+use vmm_sys_util::event::{EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use crate::dirty_log::{DirtyLog, RingLog};
-use crate::inflight::{Area, Tracker};
+use crate::inflight::{Area, RingIndices, Tracker};
 use crate::memory::Memory;
-use crate::notify::Doorbell;
+use crate::notify::{Bell, Doorbell, notifier};
 use crate::replay::Message;
-use crate::virtqueue::{RingLayout, indices};
+use crate::virtqueue::indices;
 use crate::worker::RingStart;
 
 /// In the number of a queue: no descriptor comes with it, the ring is polled.
@@ -51,48 +58,99 @@ impl RingAddresses {
 
 /// What the frontend said about one ring, and the worker that serves it, if it is being served.
 pub struct Vring<R> {
-    /// Descriptors; 0 as long as it is not known.
-    pub size: u16,
-    /// Where the ring stands.
+    /// Of its queue the size, the next entry of the available ring (out of date while the ring
+    /// runs, and of no concern where there is an in-flight area, which knows better) and EVENT_IDX;
+    /// "ready" from SET_VRING_KICK to what stops the ring. Its addresses are those of the last
+    /// start.
+    state: VringMutex<GuestMemoryAtomic<Memory>>,
+    /// SET_VRING_NUM has come. (The queue of one that has no size has its largest.)
+    sized: bool,
+    /// Where the ring stands, in the terms in which the frontend says it: where that is for the
+    /// guest depends on the memory at the time.
     pub addresses: Option<RingAddresses>,
     /// The guest address under which the frontend wants the used ring logged
     /// (`VHOST_VRING_F_LOG`).
     pub log_address: Option<u64>,
-    /// Next entry of the available ring to be taken; out of date while the ring runs, and of no
-    /// concern where there is an in-flight area, which knows better.
-    pub next_avail: u16,
-    /// SET_VRING_ENABLE.
-    pub enabled: bool,
-    /// `None`: the ring is stopped. Set by SET_VRING_KICK, cleared by what stops the ring.
-    kick: Option<Kick>,
-    call: Option<OwnedFd>,
-    err: Option<OwnedFd>,
+    /// The frontend does not kick: the ring is to be looked at again and again, so we do.
+    polling: Option<EventNotifier>,
+    /// Not in `state`, which has no getter for it.
+    err: Option<EventNotifier>,
     running: Option<R>,
 }
 
-enum Kick {
-    Fd(OwnedFd),
-    /// The frontend does not kick: the ring is to be looked at again and again, so we do.
-    Polling(EventFd),
-}
-
-impl<R> Default for Vring<R> {
-    fn default() -> Self {
-        Vring {
-            size: 0,
+impl<R: RunningRing> Vring<R> {
+    /// A ring of which nothing is known, with `size_max` descriptors at most.
+    ///
+    /// # Errors
+    /// If no ring can have that size.
+    pub fn new(
+        memory: GuestMemoryAtomic<Memory>,
+        size_max: u16,
+    ) -> Result<Self, virtio_queue::Error> {
+        Ok(Vring {
+            state: VringMutex::new(memory, size_max)?,
+            sized: false,
             addresses: None,
             log_address: None,
-            next_avail: 0,
-            enabled: false,
-            kick: None,
-            call: None,
+            polling: None,
             err: None,
             running: None,
-        }
+        })
     }
-}
 
-impl<R: RunningRing> Vring<R> {
+    /// Stops the ring and forgets all that was said of it.
+    pub fn reset(&mut self) {
+        self.stop();
+        self.state.get_mut().get_queue_mut().reset();
+        self.state.set_enabled(false);
+        self.state.set_call(None);
+        self.sized = false;
+        self.addresses = None;
+        self.log_address = None;
+        self.err = None;
+    }
+
+    /// Its queue, by value.
+    fn queue(&self) -> QueueState {
+        self.state.get_ref().get_queue().state()
+    }
+
+    /// Descriptors; 0 as long as it is not known.
+    pub fn size(&self) -> u16 {
+        if self.sized { self.queue().size } else { 0 }
+    }
+
+    /// SET_VRING_NUM, with a size that was checked.
+    pub fn set_size(&mut self, size: u16) {
+        self.state.set_queue_size(size);
+        self.sized = true;
+    }
+
+    /// Next entry of the available ring to be taken, as far as it is known.
+    pub fn next_avail(&self) -> u16 {
+        self.state.queue_next_avail()
+    }
+
+    /// SET_VRING_BASE
+    pub fn set_next_avail(&mut self, next_avail: u16) {
+        self.state.set_queue_next_avail(next_avail);
+    }
+
+    /// Whether `VIRTIO_F_EVENT_IDX` was negotiated. For the next start.
+    pub fn set_event_idx(&mut self, event_idx: bool) {
+        self.state.set_queue_event_idx(event_idx);
+    }
+
+    /// What SET_VRING_ENABLE said last.
+    pub fn is_enabled(&self) -> bool {
+        self.state.get_ref().is_enabled()
+    }
+
+    /// SET_VRING_ENABLE
+    pub fn set_enabled(&mut self, enabled: bool) {
+        self.state.set_enabled(enabled);
+    }
+
     /// Whether a worker serves the ring.
     pub fn is_running(&self) -> bool {
         self.running.is_some()
@@ -100,16 +158,16 @@ impl<R: RunningRing> Vring<R> {
 
     /// Where the ring stands in guest memory, if all is known that it needs to run and all of it
     /// lies in `memory`.
-    pub fn layout(&self, memory: &Memory) -> Option<RingLayout> {
-        let addresses = self.addresses?;
-        if self.size == 0 || self.kick.is_none() {
+    pub fn located(&self, memory: &Memory) -> Option<QueueState> {
+        let (addresses, queue) = (self.addresses?, self.queue());
+        if !self.sized || !queue.ready {
             return None;
         }
-        Some(RingLayout {
-            size: self.size,
-            desc: memory.vmm_va_to_gpa(addresses.desc)?,
-            avail: memory.vmm_va_to_gpa(addresses.avail)?,
-            used: memory.vmm_va_to_gpa(addresses.used)?,
+        Some(QueueState {
+            desc_table: memory.vmm_va_to_gpa(addresses.desc)?.0,
+            avail_ring: memory.vmm_va_to_gpa(addresses.avail)?.0,
+            used_ring: memory.vmm_va_to_gpa(addresses.used)?.0,
+            ..queue
         })
     }
 
@@ -120,42 +178,65 @@ impl<R: RunningRing> Vring<R> {
         self.log_address.or_else(own)
     }
 
-    /// What a worker needs to serve the ring at `layout`.
+    /// What a worker needs to serve the ring, which [`Vring::located`] has found.
     ///
     /// # Errors
     /// If a descriptor cannot be had, or the in-flight area contradicts the ring.
     pub fn start_with(
         &self,
         queue: usize,
-        layout: RingLayout,
+        ring: QueueState,
         common: &StartCommon<'_>,
     ) -> io::Result<RingStart> {
-        let inflight = match (common.inflight, indices(common.memory, &layout)) {
-            (Some(area), Ok(ring)) => Some(area.recover(queue, ring).map_err(io::Error::other)?),
+        let inflight = match (common.inflight, self.stand_at(&ring, common.memory)) {
+            (Some(area), Some(at)) => Some(area.recover(queue, at).map_err(io::Error::other)?),
             // A ring that cannot be read is the guest's fault, and the worker's to give up.
             _ => None,
         };
+        let vring = self.state.get_ref();
+        let kick = vring.get_kick().as_ref().ok_or(io::ErrorKind::NotFound)?;
         Ok(RingStart {
             queue,
             memory: Arc::clone(common.memory),
-            layout,
-            event_idx: common.event_idx,
-            next_avail: inflight.as_ref().map_or(self.next_avail, Tracker::next_avail),
-            write_through: Arc::clone(common.write_through),
-            kick: match &self.kick {
-                Some(Kick::Fd(fd)) => fd.try_clone()?,
-                Some(Kick::Polling(event)) => event.as_fd().try_clone_to_owned()?,
-                None => return Err(io::ErrorKind::NotFound.into()),
+            state: QueueState {
+                next_avail: inflight.as_ref().map_or(ring.next_avail, Tracker::next_avail),
+                ..ring
             },
-            call: self.call.as_ref().map(OwnedFd::try_clone).transpose()?,
-            err: self.err.as_ref().map(OwnedFd::try_clone).transpose()?,
+            write_through: Arc::clone(common.write_through),
+            kick: kick.try_clone()?,
+            call: vring.get_call().as_ref().map(EventNotifier::try_clone).transpose()?,
+            err: self.err.as_ref().map(EventNotifier::try_clone).transpose()?,
             inflight,
             log: common.log.map(|log| RingLog {
                 log: Arc::clone(log),
-                used: self.log_address.unwrap_or(layout.used.0),
+                used: self.log_address.unwrap_or(ring.used_ring),
                 bell: common.log_bell.map(Arc::clone),
             }),
         })
+    }
+
+    /// Tells the queue where the ring is, and reads its indices; `None` if it is not aligned or not
+    /// wholly in `memory`.
+    fn stand_at(&self, ring: &QueueState, memory: &Memory) -> Option<RingIndices> {
+        let QueueState { desc_table, avail_ring, used_ring, .. } = *ring;
+        self.state.set_queue_info(desc_table, avail_ring, used_ring).ok()?;
+        let vring = self.state.get_ref();
+        let queue = vring.get_queue();
+        queue.is_valid(memory).then(|| indices(memory, queue).ok())?
+    }
+
+    /// What the guest kicks.
+    fn kick(&self) -> Option<BorrowedFd<'_>> {
+        let fd = self.state.get_ref().get_kick().as_ref()?.as_raw_fd();
+        // SAFETY: nobody else has the vring, and what closes its kick borrows `self` mutably.
+        Some(unsafe { BorrowedFd::borrow_raw(fd) })
+    }
+
+    /// What the guest is called by.
+    fn call(&self) -> Option<BorrowedFd<'_>> {
+        let fd = self.state.get_ref().get_call().as_ref()?.as_raw_fd();
+        // SAFETY: as in `kick`.
+        Some(unsafe { BorrowedFd::borrow_raw(fd) })
     }
 
     /// The ring is served by `ring` from now on.
@@ -167,7 +248,7 @@ impl<R: RunningRing> Vring<R> {
     /// forgotten.
     pub fn pause(&mut self) {
         if let Some(ring) = self.running.take() {
-            self.next_avail = ring.stop();
+            self.state.set_queue_next_avail(ring.stop());
         }
     }
 
@@ -175,7 +256,9 @@ impl<R: RunningRing> Vring<R> {
     /// SET_VRING_KICK.
     pub fn stop(&mut self) {
         self.pause();
-        self.kick = None;
+        self.state.set_queue_ready(false);
+        self.state.set_kick(None);
+        self.polling = None;
     }
 
     /// Stops a running ring because its set-up changes under it: a frontend that did not read the
@@ -190,20 +273,28 @@ impl<R: RunningRing> Vring<R> {
     /// SET_VRING_KICK; `None` means that the frontend does not kick.
     pub fn set_kick(&mut self, file: Option<File>) -> io::Result<()> {
         self.pause();
-        self.kick = Some(match file {
-            Some(file) => Kick::Fd(file.into()),
+        let (kick, polling) = match file {
+            Some(file) => (file, None),
             None => {
-                Kick::Polling(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?)
+                let flags = EventFlag::CLOEXEC | EventFlag::NONBLOCK;
+                let (kick, polling) = new_event_consumer_and_notifier(flags)?;
+                // SAFETY: `kick` owns the descriptor and gives it up.
+                (unsafe { File::from_raw_fd(kick.into_raw_fd()) }, Some(polling))
             }
-        });
+        };
+        self.state.set_kick(Some(kick));
+        self.state.set_queue_ready(true);
+        self.polling = polling;
         Ok(())
     }
 
     /// The messages that set up ring `queue` as it is, but for its being enabled.
     pub fn export(&self, queue: u32) -> impl Iterator<Item = Message<BorrowedFd<'_>>> {
-        let size = (self.size > 0)
-            .then(|| Message::state(FrontendReq::SET_VRING_NUM, queue, self.size.into()));
-        let base = Message::state(FrontendReq::SET_VRING_BASE, queue, self.next_avail.into());
+        let state = self.queue();
+        let size = self
+            .sized
+            .then(|| Message::state(FrontendReq::SET_VRING_NUM, queue, state.size.into()));
+        let base = Message::state(FrontendReq::SET_VRING_BASE, queue, state.next_avail.into());
         let addresses = self.addresses.map(|RingAddresses { desc, avail, used }| {
             let flags = VhostUserVringAddrFlags::VHOST_VRING_F_LOG.bits();
             let flags = if self.log_address.is_some() { flags } else { 0 };
@@ -213,13 +304,11 @@ impl<R: RunningRing> Vring<R> {
             message
         });
         let bell = |request, fd| Message::new(request, &[queue.into()]).with(fd);
-        let call = self.call.as_ref().map(|fd| bell(FrontendReq::SET_VRING_CALL, fd.as_fd()));
-        let err = self.err.as_ref().map(|fd| bell(FrontendReq::SET_VRING_ERR, fd.as_fd()));
-        let kick = self.kick.as_ref().map(|kick| match kick {
-            Kick::Fd(fd) => bell(FrontendReq::SET_VRING_KICK, fd.as_fd()),
-            Kick::Polling(_) => {
-                Message::new(FrontendReq::SET_VRING_KICK, &[u64::from(queue) | NO_FD])
-            }
+        let call = self.call().map(|fd| bell(FrontendReq::SET_VRING_CALL, fd));
+        let err = self.err.as_ref().map(|err| bell(FrontendReq::SET_VRING_ERR, err.fd()));
+        let kick = self.kick().map(|fd| match self.polling {
+            None => bell(FrontendReq::SET_VRING_KICK, fd),
+            Some(_) => Message::new(FrontendReq::SET_VRING_KICK, &[u64::from(queue) | NO_FD]),
         });
         size.into_iter().chain([base]).chain(addresses).chain(call).chain(kick).chain(err)
     }
@@ -227,10 +316,10 @@ impl<R: RunningRing> Vring<R> {
     /// In place of a frontend that does not kick, kicks. False if the frontend does it itself, or
     /// the ring is not served.
     pub fn poll(&self) -> bool {
-        match (&self.kick, &self.running) {
-            (Some(Kick::Polling(event)), Some(_)) => {
+        match (&self.polling, &self.running) {
+            (Some(polling), Some(_)) => {
                 // Full is as good.
-                let _ = event.write(1);
+                _ = polling.notify();
                 true
             }
             _ => false,
@@ -242,18 +331,18 @@ impl<R: RunningRing> Vring<R> {
     pub fn set_call(&mut self, file: Option<File>) {
         let was_running = self.is_running();
         self.pause();
-        self.call = file.map(OwnedFd::from);
-        if let Some(call) = &self.call
+        self.state.set_call(file);
+        if let Some(call) = self.call()
             && !was_running
         {
-            Doorbell::new(call.as_fd()).ring();
+            Doorbell::new(call).ring();
         }
     }
 
     /// SET_VRING_ERR. A running ring is paused.
     pub fn set_err(&mut self, file: Option<File>) {
         self.pause();
-        self.err = file.map(OwnedFd::from);
+        self.err = file.map(notifier);
     }
 }
 
@@ -261,8 +350,6 @@ impl<R: RunningRing> Vring<R> {
 pub struct StartCommon<'a> {
     /// Guest memory.
     pub memory: &'a Arc<Memory>,
-    /// `VIRTIO_F_EVENT_IDX` was negotiated.
-    pub event_idx: bool,
     /// See [`RingStart`].
     pub write_through: &'a Arc<AtomicBool>,
     /// What the frontend keeps for the time after this process.

@@ -7,7 +7,7 @@
 //! fetches what has completed, and publishes it with one notification.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -19,6 +19,8 @@ use block_io::{Committer, Disk, Flushed, Waiter, Writing};
 use cow_format::SectorRange;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use virtio_queue::QueueState;
+use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
 use crate::complaints::Complaints;
 use crate::dirty_log::RingLog;
@@ -26,7 +28,7 @@ use crate::fault;
 use crate::holes::Holes;
 use crate::inflight::Tracker;
 use crate::memory::Memory;
-use crate::notify::{Doorbell, Kick};
+use crate::notify::{Bell, Doorbell, Kick};
 use crate::request::{
     ID_LEN, IoVecs, Operation, ParseLimits, Parsed, Pending, Reply, Segment, parse,
 };
@@ -34,7 +36,7 @@ use crate::requirements::Engine;
 use crate::resident::Mappings;
 use crate::route::Router;
 use crate::spin::{For, Spin};
-use crate::virtqueue::{Head, RingLayout, SplitQueue};
+use crate::virtqueue::{Head, SplitQueue};
 use crate::watchdog;
 
 /// Requests taken in one turn: enough to share a system call and a
@@ -95,21 +97,18 @@ pub struct RingStart {
     pub queue: usize,
     /// Guest memory.
     pub memory: Arc<Memory>,
-    /// Where the ring is in it.
-    pub layout: RingLayout,
-    /// VIRTIO_RING_F_EVENT_IDX was negotiated.
-    pub event_idx: bool,
-    /// The first entry of the available ring to take.
-    pub next_avail: u16,
+    /// The ring as it was set up: its place in that memory, not checked, and the first entry of the
+    /// available ring to take.
+    pub state: QueueState,
     /// Every write is durable before it completes: no FLUSH was negotiated, or
     /// the guest has turned the write cache off.
     pub write_through: Arc<AtomicBool>,
     /// The guest rings it: an eventfd or a pipe.
-    pub kick: OwnedFd,
+    pub kick: EventConsumer,
     /// Rings the guest: an eventfd or a pipe.
-    pub call: Option<OwnedFd>,
+    pub call: Option<EventNotifier>,
     /// Tells the frontend that the ring was given up.
-    pub err: Option<OwnedFd>,
+    pub err: Option<EventNotifier>,
     /// Where to keep what is in flight, and what a predecessor left there.
     pub inflight: Option<Tracker>,
     /// Where to mark what is written into guest memory.
@@ -166,7 +165,7 @@ fn serve(
         Ok(worker) => worker.run(),
         Err(e) => {
             give_up(start, shared, e.as_ref());
-            start.next_avail
+            start.state.next_avail
         }
     }
 }
@@ -175,7 +174,7 @@ fn serve(
 fn give_up(start: &RingStart, shared: &Shared, why: &dyn std::fmt::Display) {
     log::error!("queue {}: {why}; the ring is stopped", start.queue);
     if let Some(err) = &start.err {
-        Doorbell::new(err.as_fd()).ring();
+        Doorbell::new(err.fd()).ring();
     }
     _ = shared.failure.write(1);
 }
@@ -241,9 +240,8 @@ impl<'a> Worker<'a> {
         stop: &'a EventFd,
         pulse: &'a Pulse,
     ) -> Result<Self, Box<dyn std::error::Error>> {
-        let depth = start.layout.size.min(IN_FLIGHT_MAX);
-        let memory = Arc::clone(&start.memory);
-        let mut queue = SplitQueue::new(memory, start.layout, start.event_idx, start.next_avail)?;
+        let depth = start.state.size.min(IN_FLIGHT_MAX);
+        let mut queue = SplitQueue::new(Arc::clone(&start.memory), start.state)?;
         if let Some(inflight) = inflight {
             queue.track(inflight);
         }
@@ -252,8 +250,8 @@ impl<'a> Worker<'a> {
         }
         let router = Router::new(&shared.disk, &shared.mappings, &shared.holes);
         let mut ring = shared.engine.ring(usize::from(depth), &router.files())?;
-        let kick = Kick::new(start.kick.as_fd())?;
-        ring.watch(start.kick.as_fd(), KICK)?;
+        let kick = Kick::new(start.kick.fd())?;
+        ring.watch(start.kick.fd(), KICK)?;
         ring.watch(stop.as_fd(), STOP)?;
         ring.watch(shared.committer.event(start.queue), COMMIT)?;
         Ok(Self {
@@ -263,7 +261,7 @@ impl<'a> Worker<'a> {
             shared,
             router,
             kick,
-            call: start.call.as_ref().map(|fd| Doorbell::new(fd.as_fd())),
+            call: start.call.as_ref().map(|call| Doorbell::new(call.fd())),
             depth,
             committing: (0..depth).map(|_| None).collect(),
             uncommitted: (0..u32::from(depth)).rev().collect(),

@@ -1,5 +1,6 @@
 use std::collections::VecDeque;
 use std::os::unix::fs::FileExt;
+use virtio_queue::Queue;
 
 use proptest::prelude::*;
 
@@ -34,7 +35,8 @@ impl Rig {
     }
 
     fn recover(&self) -> Result<Tracker, InflightError> {
-        self.area().recover(1, indices(&self.guest.memory, &self.guest.layout).unwrap())
+        let queue = Queue::try_from(self.guest.layout).unwrap();
+        self.area().recover(1, indices(&self.guest.memory, &queue).unwrap())
     }
 
     /// A daemon that begins to serve the ring.

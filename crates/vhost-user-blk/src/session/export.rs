@@ -90,7 +90,7 @@ impl<D: Device> Session<D> {
             messages.push(Message::new(FrontendReq::SET_FEATURES, &[features]));
         }
         for (queue, vring) in (0..).zip(&self.vrings) {
-            if vring.enabled {
+            if vring.is_enabled() {
                 messages.push(Message::state(FrontendReq::SET_VRING_ENABLE, queue, 1));
             }
         }

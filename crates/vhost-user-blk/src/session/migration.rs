@@ -61,7 +61,7 @@ impl<D: Device> Session<D> {
         let Some(log) = &self.log else { return Ok(()) };
         let memory = self.memory.regions().map(|region| region.guest_address + region.size);
         let used = self.vrings.iter().filter_map(|vring| {
-            Some(vring.log_address?.saturating_add(used_ring_len(vring.size) as u64))
+            Some(vring.log_address?.saturating_add(used_ring_len(vring.size()) as u64))
         });
         log.check(memory.chain(used).max().unwrap_or(0))?;
         Ok(())

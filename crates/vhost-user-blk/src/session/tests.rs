@@ -6,10 +6,11 @@ use std::sync::Mutex;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EfdFlags;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use virtio_queue::QueueState;
 
 use super::*;
 use crate::memory::GuestAddress;
-use crate::virtqueue::RingLayout;
+use crate::notify::Bell;
 
 mod migration;
 
@@ -50,9 +51,11 @@ impl Device for FakeDevice {
     type Ring = FakeRing;
 
     fn start(&self, ring: RingStart) -> io::Result<FakeRing> {
-        let RingStart { queue, next_avail, event_idx, .. } = ring;
-        let RingLayout { size, desc, avail, used } = ring.layout;
-        assert_eq!((desc, avail, used), (gpa(0), gpa(0x1000), gpa(0x2000)));
+        let queue = ring.queue;
+        let QueueState { next_avail, size, event_idx_enabled: event_idx, .. } = ring.state;
+        let QueueState { desc_table, avail_ring, used_ring, .. } = ring.state;
+        let places = [desc_table, avail_ring, used_ring].map(GuestAddress);
+        assert_eq!(places, [gpa(0), gpa(0x1000), gpa(0x2000)]);
         self.calls.lock().unwrap().push(Call::Start { queue, next_avail, size, event_idx });
         *self.started.lock().unwrap() = Some(ring);
         Ok(FakeRing { queue, next_avail, calls: Arc::clone(&self.calls) })
@@ -387,9 +390,9 @@ fn a_frontend_that_does_not_kick_is_kicked_for() {
         }
     }
     let kick = rig.started.lock().unwrap().take().unwrap().kick;
-    assert!(!is_readable(&kick));
+    assert!(!is_readable(&kick.fd()));
     assert!(rig.session.poll_rings());
-    assert!(is_readable(&kick));
+    assert!(is_readable(&kick.fd()));
     rig.session.get_vring_base(0).unwrap();
     assert!(!rig.session.poll_rings());
 }
@@ -530,6 +533,25 @@ fn an_in_flight_area_that_contradicts_the_ring_ends_the_session() {
     let refused = reason(rig.session.set_vring_enable(0, true));
     assert!(refused.contains("queue 0: cannot serve it: in-flight area: "), "{refused}");
     assert_eq!(rig.take(), []);
+}
+
+#[test]
+fn a_ring_that_is_not_wholly_in_memory_is_the_worker_s_to_give_up() {
+    let mut rig = Rig::new();
+    let (info, area) = inflight_area(&mut rig.session);
+    // A counter from which no ring could go on, if it were asked.
+    area.write_all_at(&[255, 255], USED_IDX).unwrap();
+    rig.session.set_inflight_fd(&info, area).unwrap();
+    rig.session.set_vring_base(0, 12).unwrap();
+    for step in Step::ALL {
+        if !matches!(step, Step::Memory) {
+            rig.step(step, WITH_PROTOCOL);
+        }
+    }
+    // It ends with the fourth byte of the used ring.
+    let region = VhostUserMemoryRegion::new(GUEST_BASE, 0x2004, VMM_BASE, 0);
+    rig.session.set_mem_table(&[region], vec![file()], None).unwrap();
+    assert_eq!(rig.take(), [start(12)]);
 }
 
 #[test]

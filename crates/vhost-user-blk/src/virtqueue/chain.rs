@@ -1,7 +1,7 @@
 //! The descriptor chain of a request (virtio 1.3, 2.7.5), direct or indirect: each descriptor is
 //! copied once, and only the copy is looked at.
 
-use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtio_queue::desc::split::Descriptor as RawDescriptor;
 
 use crate::memory::{GuestAddress, Memory, OutsideMemory, volatile_read_u64};
 
@@ -10,8 +10,9 @@ use crate::memory::{GuestAddress, Memory, OutsideMemory, volatile_read_u64};
 /// drivers keep to `seg_max` + 2.
 pub const CHAIN_DESCRIPTORS_MAX: u16 = 1024;
 
-/// `size_of::<struct virtq_desc>()`.
+/// Bytes of a descriptor in its table.
 pub(super) const DESCRIPTOR_SIZE: u32 = 16;
+const _: () = assert!(size_of::<RawDescriptor>() == DESCRIPTOR_SIZE as usize);
 
 /// One buffer of a request. Nothing about it is checked but the shape of the chain it is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,16 +112,15 @@ impl Chain<'_> {
     #[inline]
     fn step(&mut self, index: u16) -> Result<Descriptor, ChainError> {
         let mut raw = self.read(index)?;
-        if raw.has(VRING_DESC_F_INDIRECT) {
+        if raw.refers_to_indirect_table() {
             self.enter(&raw)?;
             raw = self.read(0)?;
-            if raw.has(VRING_DESC_F_INDIRECT) {
+            if raw.refers_to_indirect_table() {
                 return Err(ChainError::NestedIndirect);
             }
         }
-        self.next = raw.has(VRING_DESC_F_NEXT).then_some(raw.next);
-        let writable = raw.has(VRING_DESC_F_WRITE);
-        Ok(Descriptor { address: GuestAddress(raw.address), len: raw.len, writable })
+        self.next = raw.has_next().then_some(raw.next());
+        Ok(Descriptor { address: raw.addr(), len: raw.len(), writable: raw.is_write_only() })
     }
 
     /// Goes over to the indirect table that `raw` refers to. Its WRITE flag says nothing
@@ -129,16 +129,16 @@ impl Chain<'_> {
         if self.indirect {
             return Err(ChainError::NestedIndirect);
         }
-        if raw.has(VRING_DESC_F_NEXT) {
+        if raw.has_next() {
             return Err(ChainError::IndirectNext);
         }
-        if raw.len == 0 || !raw.len.is_multiple_of(DESCRIPTOR_SIZE) {
-            return Err(ChainError::IndirectLength { len: raw.len });
+        let (start, len) = (raw.addr(), raw.len());
+        if len == 0 || !len.is_multiple_of(DESCRIPTOR_SIZE) {
+            return Err(ChainError::IndirectLength { len });
         }
-        let start = GuestAddress(raw.address);
-        let host = self.memory.contiguous(start, u64::from(raw.len));
+        let host = self.memory.contiguous(start, u64::from(len));
         self.table = host.map_or(Table::Guest(start), |host| Table::Host(host));
-        self.len = raw.len / DESCRIPTOR_SIZE;
+        self.len = len / DESCRIPTOR_SIZE;
         self.indirect = true;
         Ok(())
     }
@@ -169,33 +169,19 @@ impl Chain<'_> {
                 words.map(u64::from_le_bytes)
             }
         };
-        Ok(RawDescriptor::from_words(words))
+        Ok(descriptor(words))
     }
 }
 
-/// `struct virtq_desc`, a copy.
-#[derive(Clone, Copy, Debug)]
-struct RawDescriptor {
-    address: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-}
-
-impl RawDescriptor {
-    #[inline]
-    fn from_words([address, rest]: [u64; 2]) -> Self {
-        let [l0, l1, l2, l3, f0, f1, n0, n1] = rest.to_le_bytes();
-        Self {
-            address,
-            len: u32::from_le_bytes([l0, l1, l2, l3]),
-            flags: u16::from_le_bytes([f0, f1]),
-            next: u16::from_le_bytes([n0, n1]),
-        }
-    }
-
-    #[inline]
-    fn has(&self, flag: u32) -> bool {
-        u32::from(self.flags) & flag != 0
-    }
+/// A descriptor out of its two words. (The crate's own way is through a copy of its bytes in
+/// memory.)
+#[inline]
+fn descriptor([address, rest]: [u64; 2]) -> RawDescriptor {
+    let [l0, l1, l2, l3, f0, f1, n0, n1] = rest.to_le_bytes();
+    RawDescriptor::new(
+        address,
+        u32::from_le_bytes([l0, l1, l2, l3]),
+        u16::from_le_bytes([f0, f1]),
+        u16::from_le_bytes([n0, n1]),
+    )
 }

@@ -52,8 +52,8 @@ fn requests_go_round_and_indices_wrap() {
 #[test]
 fn a_ring_is_taken_up_where_it_stands() {
     let mut guest = Guest::new(8, 100);
-    guest.write(guest.layout.used.0 + 2, &98_u16.to_le_bytes());
-    guest.write(guest.layout.used.0, &1_u16.to_le_bytes());
+    guest.write(guest.layout.used_ring + 2, &98_u16.to_le_bytes());
+    guest.write(guest.layout.used_ring, &1_u16.to_le_bytes());
     let mut queue = guest.queue(false);
     assert_eq!(guest.used_flags(), 0, "a predecessor's wish for silence is over");
     guest.offer(5);
@@ -94,28 +94,27 @@ fn rings_that_cannot_be_trusted() {
 fn layouts_that_are_refused() {
     let guest = Guest::new(4, 0);
     let good = guest.layout;
-    let start = |layout| SplitQueue::new(guest.memory.clone(), layout, true, 0).map(|_| ());
+    let start = |layout| SplitQueue::new(guest.memory.clone(), layout).map(|_| ());
     assert_eq!(start(good), Ok(()));
     for found in [0, 3, 40000] {
-        assert_eq!(start(RingLayout { size: found, ..good }), Err(RingError::Size { found }));
+        assert_eq!(start(QueueState { size: found, ..good }), Err(RingError::Size { found }));
     }
-    let at = |address| GuestAddress(address);
     let alignment = |part, address, align| Err(RingError::Alignment { part, address, align });
-    let desc = RingLayout { desc: at(RING + 8), ..good };
+    let desc = QueueState { desc_table: RING + 8, ..good };
     assert_eq!(start(desc), alignment("descriptor table", RING + 8, 16));
-    let avail = RingLayout { avail: at(RING + 1), ..good };
+    let avail = QueueState { avail_ring: RING + 1, ..good };
     assert_eq!(start(avail), alignment("available ring", RING + 1, 2));
-    let used = RingLayout { used: at(RING + 2), ..good };
+    let used = QueueState { used_ring: RING + 2, ..good };
     assert_eq!(start(used), alignment("used ring", RING + 2, 4));
     // The last entry that fits, then the first that does not, at the end of memory and at a border.
     for end in [END, BORDER] {
-        assert_eq!(start(RingLayout { used: at(end - 40), ..good }), Ok(()));
+        assert_eq!(start(QueueState { used_ring: end - 40, ..good }), Ok(()));
         let place = RingError::Place { part: "used ring", address: end - 36, len: 38 };
-        assert_eq!(start(RingLayout { used: at(end - 36), ..good }), Err(place));
+        assert_eq!(start(QueueState { used_ring: end - 36, ..good }), Err(place));
     }
     let address = u64::MAX - 15;
     let place = RingError::Place { part: "descriptor table", address, len: 64 };
-    assert_eq!(start(RingLayout { desc: at(address), ..good }), Err(place));
+    assert_eq!(start(QueueState { desc_table: address, ..good }), Err(place));
 }
 
 #[test]

@@ -3,6 +3,7 @@ use std::io::Write;
 use block_io::DiskOptions;
 use block_io::ring::IoEngine;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN};
+use vmm_sys_util::event::{EventFlag, new_event_consumer_and_notifier};
 
 use super::*;
 use crate::guest::{DATA, Desc, Guest, INDIRECT, NEXT, WRITE};
@@ -26,16 +27,14 @@ fn shared(disk: &Arc<Disk>, queues: usize, engine: Option<IoEngine>) -> Shared {
 }
 
 fn start(queue: usize, guest: &Guest, write_through: &Arc<AtomicBool>) -> RingStart {
-    let bell = || OwnedFd::from(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
+    let bell = || new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
     RingStart {
         queue,
         memory: Arc::clone(&guest.memory),
-        layout: guest.layout,
-        event_idx: true,
-        next_avail: 0,
+        state: QueueState { event_idx_enabled: true, ..guest.layout },
         write_through: Arc::clone(write_through),
-        kick: bell(),
-        call: Some(bell()),
+        kick: bell().0,
+        call: Some(bell().1),
         err: None,
         inflight: None,
         log: None,

@@ -75,10 +75,10 @@ impl Pair {
         let layout = guest.layout;
         let mut theirs = Queue::new(SIZE).unwrap();
         theirs.set_size(SIZE);
-        let low = |address: GuestAddress| Some(u32::try_from(address.0).unwrap());
-        theirs.set_desc_table_address(low(layout.desc), Some(0));
-        theirs.set_avail_ring_address(low(layout.avail), Some(0));
-        theirs.set_used_ring_address(low(layout.used), Some(0));
+        let low = |address: u64| Some(u32::try_from(address).unwrap());
+        theirs.set_desc_table_address(low(layout.desc_table), Some(0));
+        theirs.set_avail_ring_address(low(layout.avail_ring), Some(0));
+        theirs.set_used_ring_address(low(layout.used_ring), Some(0));
         theirs.set_event_idx(event_idx);
         theirs.set_next_avail(start);
         theirs.set_next_used(start);
@@ -86,7 +86,7 @@ impl Pair {
         let ours = guest.queue(event_idx);
         let (our_heads, their_heads) = (Vec::new(), Vec::new());
         let pair = Self { guest, ours, our_heads, memory, theirs, their_heads, event_idx };
-        for (at, desc) in (layout.desc.0..).step_by(16).zip(table) {
+        for (at, desc) in (layout.desc_table..).step_by(16).zip(table) {
             pair.write(at, &desc.bytes());
         }
         for start in [DATA, DATA + 0x100, BORDER - 24] {
@@ -94,8 +94,8 @@ impl Pair {
                 pair.write(at, &desc.bytes());
             }
         }
-        pair.write(layout.avail.0 + 2, &start.to_le_bytes());
-        pair.write(layout.used.0 + 2, &start.to_le_bytes());
+        pair.write(layout.avail_ring + 2, &start.to_le_bytes());
+        pair.write(layout.used_ring + 2, &start.to_le_bytes());
         pair
     }
 
@@ -111,10 +111,10 @@ impl Pair {
         let room = usize::from(SIZE - waiting) - self.our_heads.len();
         for head in heads.iter().take(room) {
             let entry = u64::from(self.guest.avail_idx % SIZE);
-            self.write(layout.avail.0 + 4 + 2 * entry, &head.to_le_bytes());
+            self.write(layout.avail_ring + 4 + 2 * entry, &head.to_le_bytes());
             self.guest.avail_idx = self.guest.avail_idx.wrapping_add(1);
         }
-        self.write(layout.avail.0 + 2, &self.guest.avail_idx.to_le_bytes());
+        self.write(layout.avail_ring + 2, &self.guest.avail_idx.to_le_bytes());
     }
 
     fn take(&mut self, count: usize) {
@@ -166,8 +166,8 @@ impl Pair {
     fn compare(&self) {
         let len = 6 + 8 * usize::from(SIZE);
         let (mut ours, mut theirs) = (vec![0; len], vec![0; len]);
-        self.guest.memory.read(self.guest.layout.used, &mut ours).unwrap();
-        self.memory.read_slice(&mut theirs, self.guest.layout.used).unwrap();
+        self.guest.memory.read(GuestAddress(self.guest.layout.used_ring), &mut ours).unwrap();
+        self.memory.read_slice(&mut theirs, GuestAddress(self.guest.layout.used_ring)).unwrap();
         assert_eq!(ours, theirs);
         assert_eq!(self.ours.next_avail(), self.theirs.next_avail());
         assert_eq!(self.ours.used_idx(), self.theirs.next_used());
@@ -181,7 +181,7 @@ impl Pair {
             Step::Publish => self.publish(),
             Step::UsedEvent(distance) => {
                 let event = self.ours.used_idx().wrapping_add_signed(*distance);
-                let at = self.guest.layout.avail.0 + 4 + 2 * u64::from(SIZE);
+                let at = self.guest.layout.avail_ring + 4 + 2 * u64::from(SIZE);
                 self.write(at, &event.to_le_bytes());
             }
             Step::Disable => {

@@ -46,9 +46,9 @@ impl Driver {
         let layout = self.guest.layout;
         let head = self.free.pop().unwrap();
         let entry = u64::from(self.guest.avail_idx % SIZE);
-        store(self.field(layout.avail.0 + 4 + 2 * entry), head, Ordering::Relaxed);
+        store(self.field(layout.avail_ring + 4 + 2 * entry), head, Ordering::Relaxed);
         self.guest.avail_idx = self.guest.avail_idx.wrapping_add(1);
-        store(self.field(layout.avail.0 + 2), self.guest.avail_idx, Ordering::Release);
+        store(self.field(layout.avail_ring + 2), self.guest.avail_idx, Ordering::Release);
     }
 
     /// Whether the device wants to hear of what was offered since it was last told.
@@ -56,7 +56,7 @@ impl Driver {
         fence(Ordering::SeqCst);
         let (old, new) = (self.told, self.guest.avail_idx);
         self.told = new;
-        let used = self.guest.layout.used.0;
+        let used = self.guest.layout.used_ring;
         if self.event_idx {
             let event = load(self.field(used + 4 + 8 * u64::from(SIZE)), Ordering::Relaxed);
             new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
@@ -67,7 +67,7 @@ impl Driver {
 
     /// Gets the answers there are; how many.
     fn collect(&mut self) -> u32 {
-        let used_idx = load(self.field(self.guest.layout.used.0 + 2), Ordering::Acquire);
+        let used_idx = load(self.field(self.guest.layout.used_ring + 2), Ordering::Acquire);
         let mut count = 0;
         while self.seen != used_idx {
             let (id, written) = self.guest.used(self.seen);
@@ -82,14 +82,14 @@ impl Driver {
 
     /// Asks to be notified of the next answer; false if there is one already.
     fn may_sleep(&self) -> bool {
-        let avail = self.guest.layout.avail.0;
+        let avail = self.guest.layout.avail_ring;
         if self.event_idx {
             store(self.field(avail + 4 + 2 * u64::from(SIZE)), self.seen, Ordering::Relaxed);
         } else {
             store(self.field(avail), 0, Ordering::Relaxed);
         }
         fence(Ordering::SeqCst);
-        load(self.field(self.guest.layout.used.0 + 2), Ordering::Relaxed) == self.seen
+        load(self.field(self.guest.layout.used_ring + 2), Ordering::Relaxed) == self.seen
     }
 
     fn run(mut self, kick: &Sender<()>, call: &Receiver<()>) {
@@ -97,7 +97,7 @@ impl Driver {
         while collected < REQUESTS {
             if !self.event_idx {
                 // While it is awake it wants no notification.
-                store(self.field(self.guest.layout.avail.0), 1, Ordering::Relaxed);
+                store(self.field(self.guest.layout.avail_ring), 1, Ordering::Relaxed);
             }
             // Bursts of different lengths, so that the ring is found full, empty and in between.
             let burst = 1 + offered % 7;

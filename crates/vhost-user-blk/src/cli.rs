@@ -11,6 +11,7 @@ use clap::builder::{RangedU64ValueParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{ArgGroup, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use log::LevelFilter;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 
 use crate::control::{Request, Upgrade};
 use crate::socket::Endpoint;
@@ -29,7 +30,7 @@ const QUEUE_SIZE_MIN: u16 = 4;
 /// Largest ring (virtio 1.3, section 2.7).
 const QUEUE_SIZE_MAX: u16 = 32768;
 /// Bytes of a GET_ID answer (virtio 1.3, section 5.2.6).
-pub const SERIAL_LEN: usize = 20;
+pub const SERIAL_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
 
 /// How the first argument begins by which a program learns of its predecessor. No option: nobody else
 /// is to use it.

@@ -1,5 +1,8 @@
 //! The device configuration space and the feature bits (virtio 1.3, section 5.2: block device).
 
+use std::mem::offset_of;
+
+use vhost::vhost_user::message::VhostUserVirtioFeatures;
 use virtio_bindings::{virtio_blk as blk, virtio_config, virtio_ring};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
@@ -33,9 +36,9 @@ pub const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 17;
 pub const RANGES_MAX: u32 = 32;
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`: not a virtio feature, but travels among them.
-pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
+pub const F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 /// `VHOST_F_LOG_ALL`: what is written into guest memory is logged. No virtio feature either.
-pub const F_LOG_ALL: u64 = 1 << 26;
+pub const F_LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 /// `VIRTIO_BLK_F_FLUSH`.
 pub const F_FLUSH: u64 = 1 << blk::VIRTIO_BLK_F_FLUSH;
 /// `VIRTIO_BLK_F_CONFIG_WCE`.
@@ -91,7 +94,10 @@ struct RawConfig {
 }
 
 const _: () = assert!(size_of::<RawConfig>() == 60);
-const _: () = assert!(std::mem::offset_of!(RawConfig, wce) == WCE_OFFSET as usize);
+const _: () =
+    assert!(size_of::<RawConfig>() == offset_of!(blk::virtio_blk_config, max_secure_erase_sectors));
+const _: () = assert!(offset_of!(RawConfig, wce) == WCE_OFFSET as usize);
+const _: () = assert!(offset_of!(blk::virtio_blk_config, wce) == WCE_OFFSET as usize);
 /// Place of the one byte that a driver may write.
 const WCE_OFFSET: u32 = 32;
 

@@ -10,6 +10,10 @@
 mod stream;
 
 use cow_format::{SectorCount, SectorRange};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+    virtio_blk_outhdr,
+};
 
 use self::stream::Stream;
 use crate::config;
@@ -20,10 +24,10 @@ use crate::virtqueue::{Chain, ChainError};
 pub const IOVECS_MAX: usize = 1024;
 
 /// Length of the answer to GET_ID in bytes.
-pub const ID_LEN: usize = 20;
+pub const ID_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
 
-/// `size_of::<struct virtio_blk_req>()` without data and status: type, reserved, sector.
-const HEADER_LEN: usize = 16;
+/// Type, reserved, sector: what stands before the data.
+const HEADER_LEN: usize = size_of::<virtio_blk_outhdr>();
 
 /// Segments of one DISCARD or WRITE_ZEROES.
 const RANGES_MAX: usize = config::RANGES_MAX as usize;
@@ -148,11 +152,19 @@ impl Fault {
 #[repr(u8)]
 pub enum Status {
     /// VIRTIO_BLK_S_OK
-    Ok = 0,
+    Ok = byte(VIRTIO_BLK_S_OK),
     /// VIRTIO_BLK_S_IOERR
-    IoError = 1,
+    IoError = byte(VIRTIO_BLK_S_IOERR),
     /// VIRTIO_BLK_S_UNSUPP
-    Unsupported = 2,
+    Unsupported = byte(VIRTIO_BLK_S_UNSUPP),
+}
+
+/// A constant for a field of 8 bits. The bindings have 32 for all of them.
+const fn byte(constant: u32) -> u8 {
+    let [byte, 0, 0, 0] = constant.to_le_bytes() else {
+        panic!("the field has 8 bits");
+    };
+    byte
 }
 
 /// Where the memory of one request is. Used again for one request after the other, so that nothing

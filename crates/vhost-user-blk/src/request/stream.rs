@@ -4,7 +4,8 @@
 use cow_format::{SECTOR_SIZE, Sector, SectorCount, SectorRange};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP as FLAG_UNMAP,
+    virtio_blk_discard_write_zeroes,
 };
 
 use super::{
@@ -14,11 +15,8 @@ use crate::config;
 use crate::memory::{GuestAddress, Memory, volatile_read};
 use crate::virtqueue::{Chain, ChainError, Descriptor};
 
-/// `size_of::<struct virtio_blk_discard_write_zeroes>()`.
-const SEGMENT_LEN: usize = 16;
-
-/// VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP: the space may be given back.
-const FLAG_UNMAP: u32 = 1;
+/// Bytes of a segment of a discard or write-zeroes request.
+const SEGMENT_LEN: usize = size_of::<virtio_blk_discard_write_zeroes>();
 
 /// A whole chain as a stream of bytes.
 #[derive(Debug, Default)]

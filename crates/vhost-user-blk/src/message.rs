@@ -2,18 +2,20 @@
 //! (vhost-user specification, "Message Specification").
 
 use std::fs::File;
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recv, recvmsg, send};
-use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
+use nix::sys::socket::{MsgFlags, recv, send};
+use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE, VhostUserHeaderFlag};
 use vhost::vhost_user::{Error, Result};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use zerocopy::native_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// Most descriptors that one message can carry (Linux: SCM_MAX_FD). With less room the kernel would
-/// say that there were more, but not close those that it has given.
+/// Most descriptors that one message can carry (Linux: SCM_MAX_FD). With less room they would all
+/// be closed, and the message lost.
 pub const SCM_FDS_MAX: usize = 253;
 
 /// vhost-user specification, "Header".
@@ -37,10 +39,10 @@ struct Acknowledgement {
 const _: () = assert!(size_of::<Acknowledgement>() == 20);
 
 /// Bits of the flags: the protocol's version, of which there is 1, this is a reply, a reply is asked for.
-const VERSION_MASK: u32 = 0x3;
+const VERSION_MASK: u32 = VhostUserHeaderFlag::VERSION.bits();
 const VERSION: u32 = 0x1;
-const REPLY: u32 = 0x4;
-const NEED_REPLY: u32 = 0x8;
+const REPLY: u32 = VhostUserHeaderFlag::REPLY.bits();
+const NEED_REPLY: u32 = VhostUserHeaderFlag::NEED_REPLY.bits();
 
 impl Header {
     /// The type of the message.
@@ -110,48 +112,49 @@ fn bytes_to_read(socket: BorrowedFd<'_>) -> Option<usize> {
     if result < 0 { None } else { usize::try_from(count).ok() }
 }
 
-/// Takes as many bytes from the socket, and the descriptors that come with them.
+/// A socket that is not of the types that the crate passes descriptors through.
+struct Socket<'a>(BorrowedFd<'a>);
+
+impl ScmSocket for Socket<'_> {
+    fn socket_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// Takes as many bytes from the socket, all of which are there ([`is_whole`]), and the descriptors
+/// that come with them.
 ///
 /// # Errors
 /// Those of the socket, and [`Error::InvalidMessage`] if the message is cut short.
 pub fn receive(socket: BorrowedFd<'_>, message: &mut [u8]) -> Result<Vec<File>> {
-    let mut control = nix::cmsg_space!([RawFd; SCM_FDS_MAX]);
-    let len = message.len();
-    let mut iov = [IoSliceMut::new(message)];
-    let flags = MsgFlags::MSG_WAITALL | MsgFlags::MSG_CMSG_CLOEXEC;
-    let socket_error = |e: nix::Error| Error::SocketError(e.into());
-    let received =
-        recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut iov, Some(&mut control), flags)
-            .map_err(socket_error)?;
-    let mut files = Vec::new();
-    for control in received.cmsgs().map_err(socket_error)? {
-        if let ControlMessageOwned::ScmRights(fds) = control {
-            // SAFETY: the kernel has just made these descriptors for this message.
-            files.extend(fds.into_iter().map(|fd| File::from(unsafe { OwnedFd::from_raw_fd(fd) })));
-        }
+    let mut iov = [libc::iovec { iov_base: message.as_mut_ptr().cast(), iov_len: message.len() }];
+    let mut fds = [0; SCM_FDS_MAX];
+    // SAFETY: the iovec is `message`, which takes any bytes.
+    let received = unsafe { Socket(socket).recv_with_fds(&mut iov, &mut fds) };
+    let (bytes, count) = received.map_err(|e| Error::SocketError(e.into()))?;
+    // SAFETY: the kernel has just made these descriptors for this message.
+    let files = fds[..count].iter().map(|&fd| File::from(unsafe { OwnedFd::from_raw_fd(fd) }));
+    let files: Vec<File> = files.collect();
+    for file in &files {
+        // The crate does not ask the kernel for it. Meanwhile no program can be started, for that
+        // is done by this thread.
+        let set = fcntl(file, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC));
+        set.map_err(|e| Error::SocketError(e.into()))?;
     }
-    if received.bytes == len { Ok(files) } else { Err(Error::InvalidMessage) }
+    if bytes == message.len() { Ok(files) } else { Err(Error::InvalidMessage) }
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::io::IoSlice;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
-
-    use nix::sys::socket::{ControlMessage, sendmsg};
 
     use super::*;
 
     /// Sends bytes with so many descriptors.
     pub(crate) fn send_with(frontend: &UnixStream, bytes: &[u8], fds: usize) {
         let fds = vec![frontend.as_raw_fd(); fds];
-        let rights = [ControlMessage::ScmRights(&fds)];
-        let rights = if fds.is_empty() { &rights[..0] } else { &rights };
-        let flags = MsgFlags::empty();
-        let iov = [IoSlice::new(bytes)];
-        let sent = sendmsg::<()>(frontend.as_raw_fd(), &iov, rights, flags, None).unwrap();
-        assert_eq!(sent, bytes.len());
+        assert_eq!(frontend.send_with_fds(&[bytes], &fds).unwrap(), bytes.len());
     }
 
     #[test]
@@ -160,6 +163,10 @@ pub(crate) mod tests {
         send_with(&frontend, &[1; 12], SCM_FDS_MAX);
         let files = receive(backend.as_fd(), &mut [0; 12]).unwrap();
         assert_eq!(files.len(), SCM_FDS_MAX);
+        for file in &files {
+            let flags = FdFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFD).unwrap());
+            assert_eq!(flags, FdFlag::FD_CLOEXEC, "no program that is started may have it");
+        }
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! A session as the messages that make it: what a daemon was told, so that a successor can be told
 //! the same (docs/architecture.md, "Upgrade").
 
-use std::io::{self, IoSlice, Read};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use vhost::vhost_user::message::FrontendReq;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Flags of a message's header: version 1 of the protocol, no reply asked for.
 const VERSION: u32 = 1;
@@ -51,11 +51,8 @@ impl<F: AsFd> Message<F> {
         let len = u32::try_from(self.body.len()).map_err(io::Error::other)?;
         let header = [self.request, VERSION, len].map(u32::to_ne_bytes).concat();
         let fds: Vec<_> = self.fds.iter().map(|fd| fd.as_fd().as_raw_fd()).collect();
-        let rights = [ControlMessage::ScmRights(&fds)];
-        let rights = if fds.is_empty() { &rights[..0] } else { &rights };
         let bytes = [header.as_slice(), &self.body].concat();
-        let flags = MsgFlags::MSG_NOSIGNAL;
-        let sent = sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&bytes)], rights, flags, None)?;
+        let sent = socket.send_with_fds(&[bytes.as_slice()], &fds)?;
         if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 }

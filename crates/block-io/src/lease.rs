@@ -5,11 +5,11 @@
 
 use std::fs::File;
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
+use vmm_sys_util::signal::create_sigset;
 
 // From linux/fcntl.h, which libc does not have.
 const F_SETSIG: libc::c_int = 10;
@@ -38,7 +38,7 @@ pub(crate) struct Lease {
 impl Leases {
     /// For the thread that is going to call [`Self::block`].
     pub(crate) fn new() -> io::Result<Self> {
-        let signals = signals();
+        let signals = signals()?;
         // SAFETY: `signals` is a whole set.
         let fd = unsafe {
             libc::signalfd(-1, &raw const signals, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
@@ -50,7 +50,7 @@ impl Leases {
 
     /// Blocks the signals in the calling thread, which is the one that polls and has the leases from now on.
     pub(crate) fn block(&self) -> io::Result<()> {
-        let signals = signals();
+        let signals = signals()?;
         // SAFETY: `signals` is a whole set, and the old one is not asked for.
         let errno = unsafe {
             libc::pthread_sigmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut())
@@ -121,15 +121,8 @@ impl Lease {
 
 /// A real-time signal, and SIGIO, which the kernel sends where its queue of those is full and which else would end the
 /// process.
-fn signals() -> libc::sigset_t {
-    let mut set = MaybeUninit::uninit();
-    // SAFETY: sigemptyset fills the set, which sigaddset then changes; both signals exist.
-    unsafe {
-        libc::sigemptyset(set.as_mut_ptr());
-        libc::sigaddset(set.as_mut_ptr(), libc::SIGRTMIN());
-        libc::sigaddset(set.as_mut_ptr(), libc::SIGIO);
-        set.assume_init()
-    }
+fn signals() -> io::Result<libc::sigset_t> {
+    Ok(create_sigset(&[libc::SIGRTMIN(), libc::SIGIO])?)
 }
 
 fn fcntl(file: &File, command: libc::c_int, argument: libc::c_int) -> io::Result<libc::c_int> {

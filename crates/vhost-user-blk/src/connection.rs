@@ -13,6 +13,7 @@ use vhost::vhost_user::{self, BackendReqHandler, VhostUserBackendReqHandlerMut};
 
 use crate::handover::{HandoverError, duplicate};
 use crate::message::{SCM_FDS_MAX, is_whole};
+use crate::notify::Bell;
 use crate::replay::{Message, skip_replies};
 use crate::session::{Device, Session};
 use crate::state::DeviceState;
@@ -249,7 +250,7 @@ fn wait<D: Device>(
             Some(_) => REST_INTERVAL_MS.into(),
             None => PollTimeout::NONE,
         };
-        let fds = [(session.failure().as_fd(), Event::RingFailed)].into_iter();
+        let fds = [(session.failure().fd(), Event::RingFailed)].into_iter();
         let fds = fds.chain(commands.map(|commands| (commands.fd(), Event::Command)));
         // The frontend last: it could always have something to say. And with half a message it would be
         // readable all the time.

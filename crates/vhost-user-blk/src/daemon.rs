@@ -165,7 +165,7 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
         return takeover::run(options, handover);
     }
     systemd::install();
-    signals::install(None).map_err(|e| DaemonError::system("take over signals")(e.into()))?;
+    signals::install(None).map_err(DaemonError::system("take over signals"))?;
     // First of all: a command line with a bad socket must not make a COW file.
     options.endpoint.check()?;
     let control = options.control.as_deref().map(Listener::control).transpose()?;

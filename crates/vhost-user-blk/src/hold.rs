@@ -12,7 +12,7 @@ use block_io::ops::inspect::{Content, inspect};
 use block_io::watch::BaseWatch;
 use block_io::{Committer, Disk, DiskError, Host, OpenError};
 use cow_format::SectorCount;
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::cli::{Format, Image, Options};
 use crate::config::DiskShape;
@@ -108,8 +108,8 @@ impl Hold {
     }
 
     fn of(options: &Options, capacity: SectorCount, engine: Engine) -> Result<Self, DaemonError> {
-        let failure = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|e| DaemonError::system("make an eventfd")(e.into()))?;
+        let failure = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
+            .map_err(DaemonError::system("make an eventfd"))?;
         let (options, failure) = (options.clone(), Arc::new(failure));
         let engine = Arc::new(engine);
         Ok(Hold { options, capacity, engine, failure, open: Mutex::new(None) })

@@ -16,6 +16,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent};
 use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::{read, write};
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
+use vmm_sys_util::eventfd::EventFd;
 
 /// What one look into a pipe takes out of it, in bytes: many kicks at once.
 const PIPE_READ_LEN: usize = 512;
@@ -34,6 +35,14 @@ impl Bell for EventConsumer {
 }
 
 impl Bell for EventNotifier {
+    fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: as above.
+        unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
+    }
+}
+
+/// One that only this daemon has.
+impl Bell for EventFd {
     fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: as above.
         unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }

@@ -21,7 +21,6 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 
-use nix::sys::eventfd::EventFd;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -30,6 +29,7 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{self, Backend, GpuBackend, VhostUserBackendReqHandlerMut};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
+use vmm_sys_util::eventfd::EventFd;
 
 use self::refusal::Refusal;
 use crate::config::{self, DeviceConfig, DiskShape};

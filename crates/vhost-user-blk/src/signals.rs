@@ -11,17 +11,20 @@
 //! disk up if they are then taken into the queue of a process that is ending. So the handler ends
 //! the listening socket before the connection ([`Entrance`]).
 
+use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering};
 
 use nix::errno::Errno;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::signal::register_signal_handler;
 
+use crate::notify::Bell;
 use crate::socket::Listener;
 
 const NO_FD: RawFd = -1;
@@ -33,7 +36,11 @@ static CONNECTION_FD: AtomicI32 = AtomicI32::new(NO_FD);
 /// Null, or what an [`Entrance`] borrows.
 static LISTENER: AtomicPtr<Listener> = AtomicPtr::new(ptr::null_mut());
 
-extern "C" fn on_signal(_signal: libc::c_int) {
+extern "C" fn on_signal(
+    _signal: libc::c_int,
+    _info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
     let errno = Errno::last_raw();
     STOPPING.store(true, Ordering::SeqCst);
     close_entrance();
@@ -65,11 +72,11 @@ fn close_entrance() {
 ///
 /// # Errors
 /// What the kernel says to eventfd or sigaction.
-pub fn install(inherited: Option<OwnedFd>) -> nix::Result<()> {
+pub fn install(inherited: Option<OwnedFd>) -> io::Result<()> {
     let wake = match inherited {
         // SAFETY: an eventfd, as the predecessor says; another descriptor would only be useless.
-        Some(fd) => unsafe { EventFd::from_owned_fd(fd) },
-        None => EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+        Some(fd) => unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) },
+        None => EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
     };
     if wake.read().is_ok_and(|signals| signals > 0) {
         STOPPING.store(true, Ordering::SeqCst);
@@ -77,16 +84,16 @@ pub fn install(inherited: Option<OwnedFd>) -> nix::Result<()> {
     }
     let wake = WAKE.get_or_init(|| wake);
     WAKE_FD.store(wake.as_raw_fd(), Ordering::SeqCst);
-    // No SA_RESTART: poll and the like are to return. Mask: one handler at a time.
-    let end = SigAction::new(SigHandler::Handler(on_signal), SaFlags::empty(), SigSet::all());
-    let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
     for signal in ENDING.into_iter().filter(|&signal| !stays_ignored(signal)) {
-        // SAFETY: the handler does nothing that is not async-signal-safe.
-        unsafe { sigaction(signal, &end)? };
+        // The handler does nothing that is not async-signal-safe. The crate blocks all signals
+        // meanwhile, so one handler runs at a time, and asks for no SA_RESTART: poll and the like
+        // are to return.
+        register_signal_handler(signal as libc::c_int, on_signal)?;
     }
+    let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
     // SAFETY: ignoring a signal runs no code.
     unsafe { sigaction(Signal::SIGXFSZ, &ignore)? };
-    release()
+    Ok(release()?)
 }
 
 /// Whether a signal was ignored when the process was started and has to stay so: SIGHUP under
@@ -141,7 +148,7 @@ pub fn stopping() -> bool {
 /// Readable once a signal has asked for the end; `None` before [`install`].
 #[must_use]
 pub fn wake_fd() -> Option<BorrowedFd<'static>> {
-    WAKE.get().map(AsFd::as_fd)
+    WAKE.get().map(Bell::fd)
 }
 
 /// While this lives, a signal shuts the connection down.

@@ -43,7 +43,7 @@ pub fn run(options: &Options, handover_fd: RawFd) -> Result<(), DaemonError> {
     }
     systemd::install();
     let wake = handover.wake.map(duplicate).transpose()?;
-    signals::install(wake).map_err(|e| DaemonError::system("take over signals")(e.into()))?;
+    signals::install(wake).map_err(DaemonError::system("take over signals"))?;
     let client = handover.reply.map(duplicate).transpose()?.map(UnixStream::from);
     let taken = take(options, &handover, false);
     let outcome = match &taken {

@@ -7,7 +7,6 @@
 //! fetches what has completed, and publishes it with one notification.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -18,9 +17,9 @@ use block_io::ring::{Event, Plan, Ring, Watch};
 use block_io::{Committer, Disk, Flushed, Waiter, Writing};
 use cow_format::SectorRange;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use virtio_queue::QueueState;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::complaints::Complaints;
 use crate::dirty_log::RingLog;
@@ -128,8 +127,7 @@ pub struct WorkerHandle {
 /// What the system says to the eventfd or the thread. A ring that cannot be
 /// used is no error here: it is given up, and [`Shared::failure`] signalled.
 pub fn spawn(mut start: RingStart, shared: Arc<Shared>) -> io::Result<WorkerHandle> {
-    let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-    let stop = Arc::new(stop);
+    let stop = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
     let theirs = Arc::clone(&stop);
     let inflight = start.inflight.take();
     let name = format!("queue-{}", start.queue);
@@ -252,7 +250,7 @@ impl<'a> Worker<'a> {
         let mut ring = shared.engine.ring(usize::from(depth), &router.files())?;
         let kick = Kick::new(start.kick.fd())?;
         ring.watch(start.kick.fd(), KICK)?;
-        ring.watch(stop.as_fd(), STOP)?;
+        ring.watch(stop.fd(), STOP)?;
         ring.watch(shared.committer.event(start.queue), COMMIT)?;
         Ok(Self {
             ring,

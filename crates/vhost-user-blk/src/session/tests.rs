@@ -4,9 +4,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::EfdFlags;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use virtio_queue::QueueState;
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
 use crate::memory::GuestAddress;
@@ -95,7 +95,7 @@ struct Rig {
 impl Rig {
     fn new() -> Self {
         let (calls, started) = (Calls::default(), Arc::default());
-        let failure = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+        let failure = EventFd::new(EFD_NONBLOCK).unwrap();
         let device =
             FakeDevice { calls: Arc::clone(&calls), failure, started: Arc::clone(&started) };
         let shape = DiskShape { capacity: 8, num_queues: 2, queue_size_max: 256, read_only: false };
@@ -180,8 +180,8 @@ fn file() -> File {
 }
 
 fn eventfd() -> File {
-    let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
-    event.as_fd().try_clone_to_owned().unwrap().into()
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    File::from(event.fd().try_clone_to_owned().unwrap())
 }
 
 fn is_readable(fd: &impl AsFd) -> bool {
@@ -380,6 +380,18 @@ fn after_disconnect_and_reset_everything_is_to_be_set_up_again() {
 }
 
 #[test]
+fn memory_that_is_replaced_or_whose_frontend_is_gone_is_given_back() {
+    let mut rig = Rig::running(WITH_PROTOCOL);
+    let first = Arc::downgrade(&rig.session.memory);
+    rig.step(Step::Memory, 0);
+    assert!(first.upgrade().is_none());
+    let second = Arc::downgrade(&rig.session.memory);
+    rig.session.disconnect();
+    rig.started.lock().unwrap().take();
+    assert!(second.upgrade().is_none());
+}
+
+#[test]
 fn a_frontend_that_does_not_kick_is_kicked_for() {
     let mut rig = Rig::new();
     assert!(!rig.session.poll_rings());
@@ -454,7 +466,7 @@ fn shortened_memory_ends_the_session_and_a_spoilt_ring_does_not() {
     let mut rig = Rig::running(WITH_PROTOCOL);
     rig.session.failure().write(1).unwrap();
     rig.session.check().unwrap();
-    assert!(!is_readable(rig.session.failure()));
+    assert!(!is_readable(&rig.session.failure().fd()));
 
     let file = file();
     let short = file.try_clone().unwrap();

@@ -21,7 +21,7 @@ fn shared(disk: &Arc<Disk>, queues: usize, engine: Option<IoEngine>) -> Shared {
         limits: ParseLimits { capacity: disk.capacity(), read_only: disk.read_only() },
         poll: Duration::ZERO,
         engine: Arc::new(Engine::choose(engine).unwrap()),
-        failure: Arc::new(EventFd::new().unwrap()),
+        failure: Arc::new(EventFd::new(0).unwrap()),
         disk: Arc::clone(disk),
     }
 }
@@ -58,7 +58,7 @@ fn a_watch_that_is_lost_ends_the_ring_and_what_it_has_is_answered() {
             guest.set_desc(1, Desc { address: DATA + 16, len: 1, flags: WRITE, next: 0 });
             guest.offer(0);
             let start = start(0, &guest, &Arc::new(AtomicBool::new(false)));
-            let (stop, pulse) = (EventFd::new().unwrap(), Pulse::waiting());
+            let (stop, pulse) = (EventFd::new(0).unwrap(), Pulse::waiting());
             let mut worker = Worker::new(&start, None, &shared, &stop, &pulse).unwrap();
             worker.take();
             worker.lost(watch, &io::Error::from_raw_os_error(libc::EINVAL));
@@ -98,7 +98,7 @@ fn a_batch_of_endless_reads_is_cut_off() {
         guest.offer(head);
     }
     let start = start(0, &guest, &Arc::new(AtomicBool::new(false)));
-    let stop = EventFd::new().unwrap();
+    let stop = EventFd::new(0).unwrap();
     let pulse = Pulse::waiting();
     let mut worker = Worker::new(&start, None, &shared, &stop, &pulse).unwrap();
     // Three of 25 MiB are more than a batch takes.
@@ -134,7 +134,7 @@ fn one_of_several_long_reads_is_lent() {
         guest.offer(first);
     }
     let start = start(0, &guest, &Arc::new(AtomicBool::new(false)));
-    let (stop, pulse) = (EventFd::new().unwrap(), Pulse::waiting());
+    let (stop, pulse) = (EventFd::new(0).unwrap(), Pulse::waiting());
     let mut worker = Worker::new(&start, None, &shared, &stop, &pulse).unwrap();
     let mut begin_next = || {
         let head = worker.queue.pop().unwrap().unwrap();

@@ -284,7 +284,7 @@ fn play(setting: Setting, seed: u64) -> [[u64; 2]; 16] {
     let guests: Vec<_> = guests().collect();
     let starts: Vec<_> =
         guests.iter().enumerate().map(|(at, guest)| start(at, guest, &write_through)).collect();
-    let (stop, pulse) = (EventFd::new().unwrap(), Pulse::waiting());
+    let (stop, pulse) = (EventFd::new(0).unwrap(), Pulse::waiting());
     let mut model = Model {
         content,
         busy: vec![false; usize::try_from(SECTORS).unwrap()],

@@ -71,9 +71,14 @@ impl Request {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             client.set_read_timeout(Some(left))?;
-            match client.read(&mut piece)? {
-                0 => return Self::decode(&bytes).ok_or_else(|| io::ErrorKind::InvalidData.into()),
-                n => bytes.extend(&piece[..n]),
+            match client.read(&mut piece) {
+                Ok(0) => {
+                    return Self::decode(&bytes).ok_or_else(|| io::ErrorKind::InvalidData.into());
+                }
+                Ok(n) => bytes.extend(&piece[..n]),
+                // A socket with a limit of time is not read again by the kernel after a signal.
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
             }
         }
         Err(io::ErrorKind::InvalidData.into())

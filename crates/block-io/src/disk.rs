@@ -55,6 +55,7 @@ pub struct Disk<E: Env = Host> {
     /// Where sector 0 stands in layer 0.
     data_offset: ByteOffset,
     size: u64,
+    logical_block: u32,
     /// The state of a COW file that is open for writing; `None` for a raw image or a read-only disk.
     cow: Option<WritableCow<E::File>>,
     read_only: bool,
@@ -140,6 +141,7 @@ impl<E: Env> Disk<E> {
             bits: chain.bits,
             data_offset: chain.data_offset,
             size: chain.size,
+            logical_block: chain.logical_block,
             cow: chain.cow,
             read_only: options.read_only,
             failed: AtomicBool::new(false),
@@ -157,6 +159,12 @@ impl<E: Env> Disk<E> {
     /// The size of the disk in bytes; need not be a multiple of 512.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// What every address and length should be a multiple of, in bytes: 512, or the logical block of the block device that
+    /// the disk is. Reads and writes of parts of it work, through the page cache.
+    pub fn logical_block(&self) -> u32 {
+        self.logical_block
     }
 
     /// Whether the disk refuses writes.

@@ -22,7 +22,7 @@ use nix::unistd::{Whence, fdatasync, linkat, lseek64};
 use crate::lock::{LockRange, try_lock, unlock};
 use crate::proc_fs::{descriptor_path, explain, explain_boot_id, shows_descriptors};
 use crate::storage::{
-    Access, BootId, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage,
+    Access, BootId, Env, FILE_BLOCK, FileId, FileKind, FileStat, LockError, LockKind, Storage,
 };
 
 /// What direct I/O must be aligned to where the kernel does not say (statx has said since Linux 6.1): no disk wants more.
@@ -43,6 +43,8 @@ pub struct File {
     buffered: fs::File,
     direct: Option<Direct>,
     kind: FileKind,
+    /// See [`FileStat::logical_block`].
+    logical_block: u32,
     /// For large transfers past the page cache: opened when the first comes; `None` where the file system cannot. It has
     /// no lock, since nothing outlasts the call that uses it.
     large: OnceLock<Option<fs::File>>,
@@ -67,7 +69,11 @@ pub struct DirectAlign {
 impl File {
     fn new(buffered: fs::File) -> io::Result<Self> {
         let kind = kind_of(&buffered.metadata()?);
-        Ok(File { buffered, direct: None, kind, large: OnceLock::new() })
+        let logical_block = match kind {
+            FileKind::BlockDevice => logical_block(&buffered)?,
+            _ => FILE_BLOCK,
+        };
+        Ok(File { buffered, direct: None, kind, logical_block, large: OnceLock::new() })
     }
 
     /// The description for large transfers.
@@ -111,7 +117,8 @@ impl File {
     pub fn inherit(buffered: OwnedFd, direct: Option<OwnedFd>) -> io::Result<Self> {
         let mut file = Self::new(buffered.into())?;
         let direct = direct.map(fs::File::from);
-        file.direct = direct.map(|file| Direct { align: direct_align(&file), file });
+        let align = |direct: &fs::File| direct_align(direct, file.logical_block);
+        file.direct = direct.map(|direct| Direct { align: align(&direct), file: direct });
         Ok(file)
     }
 
@@ -135,11 +142,20 @@ impl File {
         self.direct.as_ref().map_or(Ok(()), |direct| unlock(&direct.file))
     }
 
-    /// Zeros are written on a file system without holes.
+    /// Zeros are written on a file system without holes, and where a device has not a whole block.
     fn fallocate_or_zeros(&self, mode: FallocateFlags, at: ByteOffset, len: u64) -> io::Result<()> {
+        let blocks = whole_blocks(at, len, self.logical_block);
+        let (end, blocks_end) = (at.get() + len, blocks.end);
+        self.write_zeros(at, blocks.start - at.get())?;
+        self.fallocate_blocks(mode, blocks.start, blocks_end - blocks.start)?;
+        self.write_zeros(ByteOffset::new(blocks_end), end - blocks_end)
+    }
+
+    fn fallocate_blocks(&self, mode: FallocateFlags, at: u64, len: u64) -> io::Result<()> {
         if len == 0 {
             return Ok(());
         }
+        let at = ByteOffset::new(at);
         let (start, length) = (off_t(at.get())?, off_t(len)?);
         loop {
             return match fallocate(&self.buffered, mode, start, length) {
@@ -324,6 +340,7 @@ impl Storage for File {
                 .ok_or_else(|| io::Error::other("mtime with a second or more of nanoseconds"))?,
             born: born.and_then(|d| Timestamp::new(d.as_secs().cast_signed(), d.subsec_nanos())),
             allocated: meta.blocks() * 512,
+            logical_block: self.logical_block,
         })
     }
 
@@ -358,7 +375,7 @@ impl Env for Host {
             .custom_flags(libc::O_DIRECT)
             .open(descriptor_path(&file.buffered))
             .map_err(explain)?;
-        let align = direct_align(&direct);
+        let align = direct_align(&direct, file.logical_block);
         file.direct = Some(Direct { file: direct, align });
         Ok(file)
     }
@@ -493,13 +510,36 @@ fn kind_of(meta: &fs::Metadata) -> FileKind {
     }
 }
 
+/// The part of `len` bytes at `at` that is whole blocks of `block` bytes, a power of two: what a block device can discard
+/// and zero by itself. Where there is none the range is empty and lies at the end.
+#[must_use]
+pub fn whole_blocks(at: ByteOffset, len: u64, block: u32) -> Range<u64> {
+    let (block, end) = (u64::from(block), at.get() + len);
+    let (first, last) = (at.get().next_multiple_of(block), end / block * block);
+    if first < last { first..last } else { end..end }
+}
+
+/// The logical block of a block device, in bytes.
+fn logical_block(device: &fs::File) -> io::Result<u32> {
+    let mut len: libc::c_int = 0;
+    // SAFETY: the request writes one int, which `len` is; the descriptor is open.
+    Errno::result(unsafe { libc::ioctl(device.as_raw_fd(), libc::BLKSSZGET, &raw mut len) })?;
+    match u32::try_from(len) {
+        Ok(len) if len.is_power_of_two() => Ok(len.max(FILE_BLOCK)),
+        _ => Err(io::Error::other(format!(
+            "a logical block of {len} bytes, expected a power of two"
+        ))),
+    }
+}
+
 fn off_t(value: u64) -> io::Result<i64> {
     i64::try_from(value).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
 /// What the kernel asks of direct I/O on this file, or the safe default where it does not say.
-fn direct_align(file: &fs::File) -> DirectAlign {
-    let unknown = DirectAlign { memory: DIRECT_ALIGN_DEFAULT, offset: DIRECT_ALIGN_DEFAULT };
+fn direct_align(file: &fs::File, logical_block: u32) -> DirectAlign {
+    let default = DIRECT_ALIGN_DEFAULT.max(logical_block);
+    let unknown = DirectAlign { memory: default, offset: default };
     let mut answer = std::mem::MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor, which `file` keeps open; `answer` is a whole
     // statx that the kernel writes to.

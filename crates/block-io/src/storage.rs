@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use cow_format::ByteOffset;
+use cow_format::SECTOR_SIZE;
 use cow_format::identity::Timestamp;
 
 /// What a file is.
@@ -50,7 +51,14 @@ pub struct FileStat {
     pub born: Option<Timestamp>,
     /// Bytes that are really allocated (`st_blocks` · 512, as `ls -s` counts them).
     pub allocated: u64,
+    /// Of a block device, its logical block in bytes: what does not begin and end at a multiple of it is read, changed and
+    /// written by the page cache, and can be neither discarded nor zeroed. 512 for any other file.
+    pub logical_block: u32,
 }
+
+/// The logical block of a file that is no block device, in bytes.
+pub const FILE_BLOCK: u32 = 512;
+const _: () = assert!(FILE_BLOCK as u64 == SECTOR_SIZE);
 
 /// Device and inode number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -15,13 +15,11 @@ pub const CONFIG_SPACE_LEN: u32 = 256;
 /// confused.
 const MMIO_CONFIG_OFFSET: u32 = 0x100;
 
-/// Logical block, in bytes: what every address and length of a request is a multiple of.
-const LOGICAL_BLOCK_LEN: u32 = 512;
-/// log2 of the number of logical blocks in a physical one: 4096 bytes, the block of the file systems
-/// that hold the image, and the unit of holes in it.
-const PHYSICAL_BLOCK_EXP: u8 = 3;
-/// Physical block in logical blocks.
-const BLOCKS_PER_PHYSICAL: u16 = 1 << PHYSICAL_BLOCK_EXP;
+/// Physical block, in bytes, if the logical one is not larger: the block of the file systems that
+/// hold the image, and the unit of holes in it.
+const PHYSICAL_BLOCK_LEN: u32 = 4096;
+/// In what segments of DISCARD and WRITE_ZEROES are counted, in bytes.
+const SECTOR_LEN: u32 = 512;
 
 /// Most data segments in a request. With header and status that makes 128 descriptors: the default
 /// ring of QEMU and cloud-hypervisor, which a chain must not exceed when INDIRECT_DESC is off.
@@ -112,6 +110,9 @@ pub struct DiskShape {
     pub queue_size_max: u16,
     /// No request may change the disk.
     pub read_only: bool,
+    /// Logical block in bytes, a power of two: what every address and length of a request is a
+    /// multiple of. Those of a driver that does not care (firmware) are served all the same.
+    pub logical_block: u32,
 }
 
 /// The configuration space of the device.
@@ -126,6 +127,8 @@ impl DeviceConfig {
     pub fn new(shape: &DiskShape) -> Self {
         let seg_max = SEGMENTS_MAX.min(shape.queue_size_max.saturating_sub(2).max(1));
         let ranges = if shape.read_only { 0 } else { RANGES_MAX };
+        let physical = shape.logical_block.max(PHYSICAL_BLOCK_LEN);
+        let per_physical = physical / shape.logical_block.max(1);
         let if_writable = |value: u32| U32::new(if shape.read_only { 0 } else { value });
         DeviceConfig {
             raw: RawConfig {
@@ -135,10 +138,11 @@ impl DeviceConfig {
                 cylinders: U16::ZERO,
                 heads: 0,
                 geometry_sectors: 0,
-                blk_size: U32::new(LOGICAL_BLOCK_LEN),
-                physical_block_exp: PHYSICAL_BLOCK_EXP,
+                blk_size: U32::new(shape.logical_block),
+                // A power of two, at most 8.
+                physical_block_exp: u8::try_from(per_physical.trailing_zeros()).unwrap_or(0),
                 alignment_offset: 0,
-                min_io_size: U16::new(BLOCKS_PER_PHYSICAL),
+                min_io_size: U16::new(u16::try_from(per_physical).unwrap_or(1)),
                 // No preferred size: guests take it for a RAID stripe and align to it.
                 opt_io_size: U32::ZERO,
                 wce: 1,
@@ -146,7 +150,7 @@ impl DeviceConfig {
                 num_queues: U16::new(shape.num_queues),
                 max_discard_sectors: if_writable(DISCARD_SECTORS_MAX),
                 max_discard_seg: U32::new(ranges),
-                discard_sector_alignment: if_writable(BLOCKS_PER_PHYSICAL.into()),
+                discard_sector_alignment: if_writable(physical / SECTOR_LEN),
                 max_write_zeroes_sectors: if_writable(WRITE_ZEROES_SECTORS_MAX),
                 max_write_zeroes_seg: U32::new(ranges),
                 write_zeroes_may_unmap: u8::from(!shape.read_only),
@@ -204,8 +208,13 @@ fn space_offset(offset: u32, size: u32) -> Option<u32> {
 mod tests {
     use super::*;
 
-    const SHAPE: DiskShape =
-        DiskShape { capacity: 0x1234_5678, num_queues: 3, queue_size_max: 1024, read_only: false };
+    const SHAPE: DiskShape = DiskShape {
+        capacity: 0x1234_5678,
+        num_queues: 3,
+        queue_size_max: 1024,
+        read_only: false,
+        logical_block: 512,
+    };
 
     #[test]
     fn fields_stand_where_the_specification_puts_them() {
@@ -222,6 +231,20 @@ mod tests {
         assert_eq!((u32_at(40), u32_at(44)), (RANGES_MAX, 8));
         assert_eq!((u32_at(48), u32_at(52)), (WRITE_ZEROES_SECTORS_MAX, RANGES_MAX));
         assert_eq!(bytes[56], 1);
+    }
+
+    #[test]
+    fn large_logical_blocks_are_told() {
+        for (block, exponent, per_physical, alignment) in
+            [(512, 3, 8, 8), (1024, 2, 4, 8), (4096, 0, 1, 8), (65536, 0, 1, 128)]
+        {
+            let shape = DiskShape { logical_block: block, ..SHAPE };
+            let bytes = DeviceConfig::new(&shape).read(0, 60).unwrap();
+            let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+            assert_eq!((u32_at(20), bytes[24], u32_at(44)), (block, exponent, alignment));
+            assert_eq!(u16::from_le_bytes([bytes[26], bytes[27]]), per_physical);
+            assert_eq!(u64::from_le_bytes(bytes[..8].try_into().unwrap()), SHAPE.capacity);
+        }
     }
 
     #[test]

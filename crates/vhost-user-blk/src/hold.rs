@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use block_io::file::File;
 use block_io::ops::inspect::{Content, inspect};
+use block_io::storage::FILE_BLOCK;
 use block_io::watch::BaseWatch;
 use block_io::{Committer, Disk, DiskError, Host, OpenError};
 use cow_format::SectorCount;
@@ -32,6 +33,7 @@ pub struct Hold {
     /// What frontends are told; the disk may not have another size when it is opened.
     capacity: SectorCount,
     engine: Arc<Engine>,
+    logical_block: u32,
     failure: Arc<EventFd>,
     open: Mutex<Option<Open>>,
 }
@@ -53,7 +55,7 @@ impl Hold {
         let engine = Engine::choose(options.io_engine)?;
         engine.report();
         let disk = open_disk(options, None)?;
-        let hold = Self::of(options, disk.capacity(), engine)?;
+        let hold = Self::of(options, (disk.capacity(), disk.logical_block()), engine)?;
         *hold.lock() = Some(hold.serve(disk).map_err(DaemonError::system("start a thread"))?);
         Ok(hold)
     }
@@ -75,7 +77,7 @@ impl Hold {
         let file = buffered.map(|buffered| File::inherit(buffered, direct)).transpose();
         let file = file.map_err(DaemonError::system("use the predecessor's files"))?;
         let disk = open_disk(options, file)?;
-        let hold = Self::of(options, disk.capacity(), engine)?;
+        let hold = Self::of(options, (disk.capacity(), disk.logical_block()), engine)?;
         if !rehearsal {
             *hold.lock() = Some(hold.serve(disk).map_err(DaemonError::system("start a thread"))?);
         }
@@ -102,17 +104,21 @@ impl Hold {
         if !raw {
             check_format(path, format)?;
         }
-        let capacity = look(path, base, raw)?;
+        let (capacity, logical_block) = look(path, base, raw)?;
         log::info!("disk {}: to be opened when its guest comes", path.display());
-        Self::of(options, capacity, engine)
+        Self::of(options, (capacity, logical_block), engine)
     }
 
-    fn of(options: &Options, capacity: SectorCount, engine: Engine) -> Result<Self, DaemonError> {
+    fn of(
+        options: &Options,
+        (capacity, logical_block): (SectorCount, u32),
+        engine: Engine,
+    ) -> Result<Self, DaemonError> {
         let failure = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
             .map_err(DaemonError::system("make an eventfd"))?;
         let (options, failure) = (options.clone(), Arc::new(failure));
         let engine = Arc::new(engine);
-        Ok(Hold { options, capacity, engine, failure, open: Mutex::new(None) })
+        Ok(Hold { options, capacity, logical_block, engine, failure, open: Mutex::new(None) })
     }
 
     /// What a session has to know.
@@ -122,6 +128,7 @@ impl Hold {
             num_queues: self.options.num_queues,
             queue_size_max: self.options.queue_size_max,
             read_only: self.options.read_only,
+            logical_block: self.logical_block,
         }
     }
 
@@ -199,8 +206,8 @@ impl Hold {
     }
 }
 
-/// The size of a disk that another daemon may be writing to.
-fn look(path: &Path, base: Option<&Path>, raw: bool) -> Result<SectorCount, DaemonError> {
+/// The size of a disk that another daemon may be writing to, and its logical block in bytes.
+fn look(path: &Path, base: Option<&Path>, raw: bool) -> Result<(SectorCount, u32), DaemonError> {
     let found = inspect(&Host, path, base)?;
     let not_cow = || DaemonError::NotCow { path: path.to_owned() };
     let top = found.files.first();
@@ -210,10 +217,11 @@ fn look(path: &Path, base: Option<&Path>, raw: bool) -> Result<SectorCount, Daem
         Some((Content::Raw, _)) => return Err(not_cow()),
         _ => return found.problem.map_or_else(|| Err(not_cow()), |e| Err(e.into())),
     };
+    let logical_block = top.map_or(FILE_BLOCK, |top| top.stat.logical_block);
     match found.problem {
         // Its writer may have added to it in the middle of the look.
-        None | Some(OpenError::Data { .. }) => Ok(capacity),
-        Some(_) if raw => Ok(capacity),
+        None | Some(OpenError::Data { .. }) => Ok((capacity, logical_block)),
+        Some(_) if raw => Ok((capacity, logical_block)),
         Some(problem) => Err(problem.into()),
     }
 }

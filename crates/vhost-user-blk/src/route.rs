@@ -3,6 +3,7 @@
 
 use std::os::fd::BorrowedFd;
 
+use block_io::file::whole_blocks;
 use block_io::ring::{FileSlot, Plan};
 use block_io::{Disk, DiskError, Layer};
 use cow_format::{ByteOffset, Extent, LayerIndex, SectorRange};
@@ -126,14 +127,22 @@ impl<'a> Router<'a> {
 
     /// Plans to turn `segments` into zeros: holes where their space may be given
     /// back, else zeros that keep it. A file system that knows no such thing says
-    /// EOPNOTSUPP; then [`Self::plan_zeros_by_hand`].
-    pub fn plan_zero(&self, segments: &[Segment], plan: &mut Plan) {
+    /// EOPNOTSUPP; then [`Self::plan_zeros_by_hand`]. A block device takes whole blocks
+    /// only: what is left at the edges is written, or with `discard`, which promises
+    /// nothing, left as it is.
+    pub fn plan_zero(&self, segments: &[Segment], discard: bool, plan: &mut Plan) {
         for segment in segments {
             let (at, len) = (self.disk.write_at(segment.range), segment.range.len_bytes());
-            if segment.unmap {
-                plan.punch(TOP, at, len);
-            } else {
-                plan.zero(TOP, at, len);
+            let blocks = whole_blocks(at, len, self.disk.logical_block());
+            let (start, blocks_len) = (ByteOffset::new(blocks.start), blocks.end - blocks.start);
+            if blocks_len > 0 && segment.unmap {
+                plan.punch(TOP, start, blocks_len);
+            } else if blocks_len > 0 {
+                plan.zero(TOP, start, blocks_len);
+            }
+            if !discard {
+                plan_zeros(at, blocks.start - at.get(), plan);
+                plan_zeros(ByteOffset::new(blocks.end), at.get() + len - blocks.end, plan);
             }
         }
     }
@@ -208,6 +217,9 @@ fn zero(memory: &Memory, buffers: &[libc::iovec]) {
 
 /// Plans to write zeros to `len` bytes of the top layer.
 fn plan_zeros(at: ByteOffset, len: u64, plan: &mut Plan) {
+    if len == 0 {
+        return;
+    }
     let chunk = ZEROS.len() as u64;
     let buffer = |len: u64| libc::iovec {
         iov_base: ZEROS.as_ptr().cast_mut().cast(),

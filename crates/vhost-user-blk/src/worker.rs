@@ -426,7 +426,7 @@ impl<'a> Worker<'a> {
             return self.answer(head, pending.done());
         };
         let writing = self.shared.disk.begin_write(hull);
-        self.router.plan_zero(&segments, &mut self.plan);
+        self.router.plan_zero(&segments, discard, &mut self.plan);
         self.submit(InFlight { head, pending, work: Work::Zero(segments, false, writing) });
     }
 

@@ -12,7 +12,7 @@ use super::journal::{Journal, replay};
 use super::state::{check_writable, make_writable, set_backing_path};
 use super::{CachePolicy, CowFormat, DiskOptions, OpenError};
 use crate::disk::{Layer, WritableCow};
-use crate::storage::{Access, Env, Storage};
+use crate::storage::{Access, Env, FILE_BLOCK, Storage};
 
 /// Everything that an open disk consists of.
 pub(crate) struct Chain<F> {
@@ -22,6 +22,7 @@ pub(crate) struct Chain<F> {
     pub(crate) bits: Vec<Bits<F>>,
     pub(crate) data_offset: ByteOffset,
     pub(crate) size: u64,
+    pub(crate) logical_block: u32,
     pub(crate) cow: Option<WritableCow<F>>,
     pub(crate) journal: Journal,
 }
@@ -38,8 +39,10 @@ pub(crate) fn open_single<E: Env>(
     if len == 0 || (!options.read_only && !len.is_multiple_of(SECTOR_SIZE)) {
         return Err(OpenError::RawLength { path: top.path, len });
     }
+    let logical_block = top.stat.logical_block;
     let layers = vec![Layer { file: top.file, path: top.path }];
     Ok(Chain {
+        logical_block,
         layers,
         map: LayerMap::raw(len),
         bits: Vec::new(),
@@ -152,7 +155,8 @@ fn join<F>(
         }
     }
     let (data_offset, size) = (geometry.data_offset(), geometry.virtual_size());
-    Ok(Chain { layers, map, bits: all_bits, data_offset, size, cow, journal })
+    let logical_block = FILE_BLOCK;
+    Ok(Chain { layers, map, bits: all_bits, data_offset, size, logical_block, cow, journal })
 }
 
 /// Where the header leads elsewhere than to the base that was named, it gets the new path, as with UML.

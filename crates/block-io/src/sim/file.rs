@@ -9,7 +9,9 @@ use cow_format::identity::Timestamp;
 use super::inode::Inode;
 use super::{CrashKind, Go, Operation, Sim, Verdict, World, crash_error};
 use crate::mem::SECTOR;
-use crate::storage::{Access, FileId, FileKind, FileStat, LockError, LockKind, Storage};
+use crate::storage::{
+    Access, FILE_BLOCK, FileId, FileKind, FileStat, LockError, LockKind, Storage,
+};
 
 /// An open file of a [`Sim`].
 pub struct SimFile {
@@ -160,6 +162,7 @@ impl Storage for SimFile {
             mtime: Timestamp::new(inode.mtime, 0).ok_or(io::ErrorKind::InvalidData)?,
             born: None,
             allocated: (inode.current.sectors_present() * SECTOR) as u64,
+            logical_block: FILE_BLOCK,
         })
     }
 

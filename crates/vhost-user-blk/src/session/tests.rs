@@ -98,7 +98,9 @@ impl Rig {
         let failure = EventFd::new(EFD_NONBLOCK).unwrap();
         let device =
             FakeDevice { calls: Arc::clone(&calls), failure, started: Arc::clone(&started) };
-        let shape = DiskShape { capacity: 8, num_queues: 2, queue_size_max: 256, read_only: false };
+        let (num_queues, queue_size_max) = (2, 256);
+        let (capacity, read_only, logical_block) = (8, false, 512);
+        let shape = DiskShape { capacity, num_queues, queue_size_max, read_only, logical_block };
         Rig { session: Session::new(device, &shape), calls, started }
     }
 

@@ -16,9 +16,11 @@ use nix::fcntl::{
     AT_FDCWD, AtFlags, FallocateFlags, FcntlArg, OFlag, RenameFlags, fallocate, fcntl, renameat2,
 };
 use nix::sys::stat::futimens;
+use nix::sys::statfs::fstatfs;
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Whence, fdatasync, linkat, lseek64};
 
+use crate::filesystem::is_believed;
 use crate::lock::{LockRange, try_lock, unlock};
 use crate::proc_fs::{descriptor_path, explain, explain_boot_id, shows_descriptors};
 use crate::storage::{
@@ -45,6 +47,8 @@ pub struct File {
     kind: FileKind,
     /// See [`FileStat::logical_block`].
     logical_block: u32,
+    /// Whether the file system is asked for holes; found out when that is wanted.
+    knows_holes: OnceLock<bool>,
     /// For large transfers past the page cache: opened when the first comes; `None` where the file system cannot. It has
     /// no lock, since nothing outlasts the call that uses it.
     large: OnceLock<Option<fs::File>>,
@@ -73,7 +77,8 @@ impl File {
             FileKind::BlockDevice => logical_block(&buffered)?,
             _ => FILE_BLOCK,
         };
-        Ok(File { buffered, direct: None, kind, logical_block, large: OnceLock::new() })
+        let (knows_holes, large) = (OnceLock::new(), OnceLock::new());
+        Ok(File { buffered, direct: None, kind, logical_block, knows_holes, large })
     }
 
     /// The description for large transfers.
@@ -281,7 +286,17 @@ impl Storage for File {
         self.buffered.set_len(len)
     }
 
-    fn next_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>> {
+    fn knows_holes(&self) -> bool {
+        *self.knows_holes.get_or_init(|| match self.kind {
+            FileKind::Regular => {
+                fstatfs(&self.buffered).is_ok_and(|fs| is_believed(fs.filesystem_type()))
+            }
+            // Its node may be on a file system that is.
+            _ => false,
+        })
+    }
+
+    fn seek_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>> {
         let from = off_t(from.get())?;
         let start = match lseek64(&self.buffered, from, Whence::SeekData) {
             Ok(start) => start,

@@ -6,6 +6,7 @@ mod committer;
 mod disk;
 pub mod disturb;
 pub mod file;
+mod filesystem;
 pub mod image;
 mod lease;
 mod lock;

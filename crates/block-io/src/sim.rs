@@ -124,6 +124,7 @@ struct World {
     crash: Option<(u64, CrashKind)>,
     crashed: bool,
     hook: Option<Hook>,
+    lies_about_holes: bool,
 }
 
 /// What the operation under way may still do.
@@ -256,6 +257,11 @@ impl Sim {
         if let Some(ino) = world.names.get(&absolute(path)).copied() {
             world.inode(ino).mtime = clock;
         }
+    }
+
+    /// From now on it is a file system that says of every file that it is one hole, and is not to be believed.
+    pub fn lie_about_holes(&self) {
+        self.world().lies_about_holes = true;
     }
 
     /// Every name there is.

@@ -159,8 +159,21 @@ pub trait Storage: Send + Sync {
     /// Sets the file's length in bytes.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
-    /// The next range of bytes at or after `from` that may be other than zeros; `None` when only a hole follows.
-    fn next_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>>;
+    /// The next range of bytes at or after `from` that may be other than zeros; `None` when only a hole follows. Where
+    /// the holes are not known all is data up to the end.
+    fn next_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>> {
+        if self.knows_holes() {
+            return self.seek_data(from);
+        }
+        let (from, end) = (from.get(), self.len()?);
+        Ok((from < end).then_some(from..end))
+    }
+
+    /// Whether the file system can be believed when it says where the holes are.
+    fn knows_holes(&self) -> bool;
+
+    /// What the file system says of [`Storage::next_data`]; only that asks it.
+    fn seek_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>>;
 
     /// Lets `len` bytes at `to` share the space of those at `at` in `from`, which costs no copy and no space; false if the
     /// file system cannot do that for these two (another file system, another alignment).

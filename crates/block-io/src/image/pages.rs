@@ -36,7 +36,10 @@ pub(crate) fn read_pages(
         buf.resize(usize::try_from(to - from).map_err(io::Error::other)?, 0);
         let n = file.read_at(&mut buf, ByteOffset::new(from))?;
         for (page, bytes) in ((from - start) / page_len..).zip(buf[..n].chunks(BITMAP_PAGE)) {
-            found(page, bytes)?;
+            // Where the holes are not known most of it is zeros.
+            if bytes.iter().any(|&byte| byte != 0) {
+                found(page, bytes)?;
+            }
         }
         at = to;
     }

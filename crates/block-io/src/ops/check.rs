@@ -96,7 +96,9 @@ fn find<F: Storage>(cow: &Opened<F>, header: &Header, bitmap: &Bitmap) -> Result
         // A new UML file is made by writing its last byte: that block is no leak.
         Header::Uml(_) => cow.stat.size.saturating_sub(1) / BLOCK * BLOCK,
     };
-    while let Some(data) = next_data(cow, at)?.filter(|data| data.start < end) {
+    // Where all counts as data nobody knows what is allocated.
+    let knows = cow.file.knows_holes();
+    while let Some(data) = next_data(cow, at)?.filter(|data| knows && data.start < end) {
         let len = data.end.min(end) - data.start;
         leaks.extend(check.allocated(ByteOffset::new(data.start), len));
         at = data.end;

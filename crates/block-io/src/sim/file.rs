@@ -144,9 +144,16 @@ impl Storage for SimFile {
         })
     }
 
-    fn next_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>> {
+    fn knows_holes(&self) -> bool {
+        !self.sim.world().lies_about_holes
+    }
+
+    fn seek_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>> {
         let mut world = self.sim.world();
         world.alive(self.life)?;
+        if world.lies_about_holes {
+            return Ok(None);
+        }
         Ok(world.inode(self.ino).current.next_data(from.get()))
     }
 

@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 
 use cow_format::ByteOffset;
 use cow_format::SECTOR_SIZE;
-use cow_format::identity::Timestamp;
+use cow_format::identity::{ActualIdentity, Inode, Timestamp};
+use uuid::Uuid;
 
 /// What a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +55,17 @@ pub struct FileStat {
     /// Of a block device, its logical block in bytes: what does not begin and end at a multiple of it is read, changed and
     /// written by the page cache, and can be neither discarded nor zeroed. 512 for any other file.
     pub logical_block: u32,
+}
+
+impl FileStat {
+    /// How the file is known as a backing file; `layer` is what its native header says, if it has one.
+    pub fn identity(&self, layer: Option<(Uuid, u64)>) -> ActualIdentity {
+        let device = self.kind == FileKind::BlockDevice;
+        // The node's inode says nothing of the device, and is made anew with each boot.
+        let born = self.born.filter(|_| !device);
+        let inode = born.map(|born| Inode { number: self.id.ino, born });
+        ActualIdentity { size: self.size, mtime: self.mtime, device, inode, layer }
+    }
 }
 
 /// The logical block of a file that is no block device, in bytes.

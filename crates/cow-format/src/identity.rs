@@ -4,6 +4,14 @@ use std::fmt;
 
 use uuid::Uuid;
 
+use crate::sample::Sample;
+
+/// Before this (2001-09-09) no image was made that anybody still uses: whoever sets such a time sets it on every file.
+/// Nix uses 1, OSTree 0, others the beginning of 1980.
+const DATED_SINCE_SECS: i64 = 1_000_000_000;
+/// A file that came so much later than its time (five years) may have got that from `touch -r` or SOURCE_DATE_EPOCH.
+const LATE_SECS: i64 = 5 * 365 * 86_400;
+
 /// A time of modification: seconds since 1970-01-01 00:00:00 UTC and nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Timestamp {
@@ -70,6 +78,8 @@ pub enum BackingIdentity {
         size: u64,
         /// To the nanosecond.
         mtime: Timestamp,
+        /// What tells it from another of the same size and mtime.
+        witness: Witness,
     },
     /// Native, a frozen layer.
     Layer {
@@ -80,6 +90,29 @@ pub enum BackingIdentity {
     },
 }
 
+/// An inode: no file that comes in the place of another has both the same number and the same time of birth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Inode {
+    /// In its file system.
+    pub number: u64,
+    /// When it was made.
+    pub born: Timestamp,
+}
+
+/// What tells an image from another of the same size and mtime. What is absent is not compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Witness {
+    /// The inode that it had; a block device has none that lasts.
+    pub inode: Option<Inode>,
+    /// The sample of its content.
+    pub sample: Option<Sample>,
+}
+
+impl Witness {
+    /// What a program knows that has not looked: nothing.
+    pub const NONE: Self = Self { inode: None, sample: None };
+}
+
 /// What a backing file is found to be, as an image and, if it has a native header, as a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ActualIdentity {
@@ -87,40 +120,159 @@ pub struct ActualIdentity {
     pub size: u64,
     /// The time of its last modification.
     pub mtime: Timestamp,
+    /// It is a block device: the time is that of its node, which each boot and each udev event sets.
+    pub device: bool,
+    /// Its inode, where the file system knows the time of birth.
+    pub inode: Option<Inode>,
     /// UUID and content generation of a native header.
     pub layer: Option<(Uuid, u64)>,
 }
 
-impl BackingIdentity {
-    /// Compares with the file that was found.
-    pub fn verify(&self, actual: &ActualIdentity) -> Result<(), IdentityError> {
-        match *self {
-            Self::ImageSeconds { size, mtime_secs } => {
-                let same = actual.mtime.secs() == i64::from(mtime_secs);
-                let stored = Timestamp { secs: mtime_secs.into(), nanos: 0 };
-                verify_image(size, stored, same, actual)
+/// What is left to be done, or to be said, of a file of which nothing differs so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use]
+pub struct Verdict {
+    /// It is another inode, or nobody knows: the sample of its content must be this one, see [`Verdict::decide`].
+    pub sample: Option<Sample>,
+    /// Why the comparison is worth less than it should be.
+    pub doubt: Option<Doubt>,
+}
+
+impl Verdict {
+    const SAME: Self = Self { sample: None, doubt: None };
+
+    /// Compares the sample of the file with the one that [`Verdict::sample`] asks for.
+    pub fn decide(&self, found: Sample) -> Result<(), IdentityError> {
+        match self.sample {
+            Some(stored) if stored != found => {
+                Err(IdentityError::Replaced { stored, actual: found })
             }
-            Self::Image { size, mtime } => verify_image(size, mtime, mtime == actual.mtime, actual),
-            Self::Layer { uuid, content_generation } => {
-                verify_layer(uuid, content_generation, actual.layer)
-            }
+            _ => Ok(()),
         }
     }
 }
 
+/// Why a backing file that matches may be another all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Doubt {
+    /// A block device, whose node's mtime is worth nothing, and the header has no sample.
+    #[error(
+        "is a block device and known by its size alone; another of the same size in its place is not noticed"
+    )]
+    SizeAlone,
+    /// One of the two times has no nanoseconds.
+    #[error(
+        "mtime agrees in whole seconds only: the header says {stored}, the file has {actual}, as after a copy that \
+         drops nanoseconds; `cow rebind` takes it for good"
+    )]
+    WholeSeconds {
+        /// In the header.
+        stored: Timestamp,
+        /// Of the file.
+        actual: Timestamp,
+    },
+    /// The mtime is one that other files have as well.
+    #[error(
+        "its mtime {mtime} says nothing: other images can have the same; {}",
+        if *sampled {
+            "another of the same size in its place is noticed by a sample of its content only; `cow create --digest` \
+             keeps a digest of all of it"
+        } else {
+            "another of the same size in its place is not noticed"
+        }
+    )]
+    Mtime {
+        /// Of the file.
+        mtime: Timestamp,
+        /// The header has a sample.
+        sampled: bool,
+    },
+}
+
+impl BackingIdentity {
+    /// Compares with the file that was found, whose content is not looked at yet.
+    pub fn verify(&self, actual: &ActualIdentity) -> Result<Verdict, IdentityError> {
+        match *self {
+            Self::ImageSeconds { size, mtime_secs } => {
+                verify_size(size, actual)?;
+                let stored = Timestamp { secs: mtime_secs.into(), nanos: 0 };
+                if !actual.device && actual.mtime.secs != stored.secs {
+                    return Err(IdentityError::Mtime { stored, actual: actual.mtime });
+                }
+                Ok(Verdict { sample: None, doubt: actual.doubt(stored, false, false) })
+            }
+            Self::Image { size, mtime, witness } => {
+                verify_size(size, actual)?;
+                verify_image(mtime, &witness, actual)
+            }
+            Self::Layer { uuid, content_generation } => {
+                verify_layer(uuid, content_generation, actual.layer)?;
+                Ok(Verdict::SAME)
+            }
+        }
+    }
+
+    /// What the header should say of a file that was found to be the right one, without its sample.
+    pub fn renewed(&self, actual: &ActualIdentity) -> Self {
+        match *self {
+            Self::Image { size, mtime, witness } => Self::Image {
+                size,
+                mtime: if actual.device { mtime } else { actual.mtime },
+                witness: Witness { inode: actual.inode, ..witness },
+            },
+            other => other,
+        }
+    }
+}
+
+impl ActualIdentity {
+    /// How the file is known as an image.
+    pub fn image(&self, sample: Sample) -> BackingIdentity {
+        let witness = Witness { inode: self.inode, sample: Some(sample) };
+        BackingIdentity::Image { size: self.size, mtime: self.mtime, witness }
+    }
+
+    fn doubt(&self, stored: Timestamp, exact: bool, sampled: bool) -> Option<Doubt> {
+        if self.device {
+            return (!sampled).then_some(Doubt::SizeAlone);
+        }
+        if exact && self.mtime != stored {
+            return Some(Doubt::WholeSeconds { stored, actual: self.mtime });
+        }
+        let late = self
+            .inode
+            .is_some_and(|inode| inode.born.secs.saturating_sub(self.mtime.secs) > LATE_SECS);
+        (late || self.mtime.secs < DATED_SINCE_SECS)
+            .then_some(Doubt::Mtime { mtime: self.mtime, sampled })
+    }
+}
+
+fn verify_size(stored: u64, actual: &ActualIdentity) -> Result<(), IdentityError> {
+    match stored == actual.size {
+        true => Ok(()),
+        false => Err(IdentityError::Size { stored, actual: actual.size }),
+    }
+}
+
+/// The size agrees. The inode is proof only together with the exact time: a write into it leaves another time.
 fn verify_image(
-    stored: u64,
-    stored_mtime: Timestamp,
-    same_mtime: bool,
+    stored: Timestamp,
+    witness: &Witness,
     actual: &ActualIdentity,
-) -> Result<(), IdentityError> {
-    if stored != actual.size {
-        return Err(IdentityError::Size { stored, actual: actual.size });
+) -> Result<Verdict, IdentityError> {
+    let exact = stored == actual.mtime;
+    if !actual.device && !exact && !same_without_nanos(stored, actual.mtime) {
+        return Err(IdentityError::Mtime { stored, actual: actual.mtime });
     }
-    if !same_mtime {
-        return Err(IdentityError::Mtime { stored: stored_mtime, actual: actual.mtime });
-    }
-    Ok(())
+    let same_inode = witness.inode.is_some() && witness.inode == actual.inode;
+    let sample = witness.sample.filter(|_| actual.device || !(exact && same_inode));
+    let doubt = actual.doubt(stored, true, witness.sample.is_some());
+    Ok(Verdict { sample, doubt })
+}
+
+/// Archives and many file systems keep whole seconds only.
+fn same_without_nanos(one: Timestamp, other: Timestamp) -> bool {
+    one.secs == other.secs && (one.nanos == 0 || other.nanos == 0)
 }
 
 fn verify_layer(
@@ -164,6 +316,19 @@ pub enum IdentityError {
         stored: Timestamp,
         /// Of the file.
         actual: Timestamp,
+    },
+    /// Size and mtime agree, and the content does not. The samples are not shown: who wrote the header need not be one
+    /// who may read the file.
+    #[error(
+        "it was replaced by another of the same size and time: a sample of its content is not what the header says; put \
+         the right one back, or, if it is meant to be this one, `cow rebind`: that compares the digest of all of it \
+         where the header has one (else --trust)"
+    )]
+    Replaced {
+        /// In the header.
+        stored: Sample,
+        /// Of the file.
+        actual: Sample,
     },
     /// The backing file has no native header.
     #[error(
@@ -224,8 +389,9 @@ mod tests {
     fn a_mismatch_says_which_and_both_values() {
         let stored = BackingIdentity::ImageSeconds { size: 10, mtime_secs: 1_700_000_000 };
         let time = |secs, nanos| Timestamp::new(secs, nanos).unwrap();
-        let actual = |size, mtime| ActualIdentity { size, mtime, layer: None };
-        assert_eq!(stored.verify(&actual(10, time(1_700_000_000, 999))), Ok(()));
+        let actual =
+            |size, mtime| ActualIdentity { size, mtime, device: false, inode: None, layer: None };
+        assert_eq!(stored.verify(&actual(10, time(1_700_000_000, 999))), Ok(Verdict::SAME));
         let text = stored.verify(&actual(11, time(1, 0))).unwrap_err().to_string();
         assert!(
             text.contains("size") && text.contains("10 bytes") && text.contains("has 11"),
@@ -237,9 +403,11 @@ mod tests {
             "{text}"
         );
 
-        let exact = BackingIdentity::Image { size: 10, mtime: time(5, 6) };
-        assert_eq!(exact.verify(&actual(10, time(5, 6))), Ok(()));
-        assert!(matches!(exact.verify(&actual(10, time(5, 7))), Err(IdentityError::Mtime { .. })));
+        let mtime = time(1_700_000_000, 6);
+        let exact = BackingIdentity::Image { size: 10, mtime, witness: Witness::NONE };
+        assert_eq!(exact.verify(&actual(10, mtime)), Ok(Verdict::SAME));
+        let other = exact.verify(&actual(10, time(1_700_000_000, 7)));
+        assert!(matches!(other, Err(IdentityError::Mtime { .. })));
     }
 
     #[test]
@@ -247,8 +415,10 @@ mod tests {
         let (uuid, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
         let stored = BackingIdentity::Layer { uuid, content_generation: 3 };
         let mtime = Timestamp::new(0, 0).unwrap();
-        let verify = |layer| stored.verify(&ActualIdentity { size: 0, mtime, layer });
-        assert_eq!(verify(Some((uuid, 3))), Ok(()));
+        let (device, inode) = (false, None);
+        let verify =
+            |layer| stored.verify(&ActualIdentity { size: 0, mtime, device, inode, layer });
+        assert_eq!(verify(Some((uuid, 3))), Ok(Verdict::SAME));
         assert_eq!(verify(None), Err(IdentityError::NotALayer { stored: uuid }));
         assert_eq!(
             verify(Some((other, 3))),
@@ -256,5 +426,91 @@ mod tests {
         );
         assert!(verify(Some((uuid, 4))).unwrap_err().to_string().contains("written after"));
         assert!(verify(Some((uuid, 2))).unwrap_err().to_string().contains("before"));
+    }
+
+    const TIME: Timestamp = Timestamp { secs: 1_700_000_000, nanos: 6 };
+    const INODE: Inode = Inode { number: 5, born: TIME };
+    const SAMPLE: Sample = Sample::from_bytes([1; 32]);
+    const FOUND: ActualIdentity =
+        ActualIdentity { size: 10, mtime: TIME, device: false, inode: Some(INODE), layer: None };
+
+    fn stored(witness: Witness) -> BackingIdentity {
+        BackingIdentity::Image { size: 10, mtime: TIME, witness }
+    }
+
+    #[test]
+    fn another_inode_is_read_and_the_same_is_not() {
+        let stored = stored(Witness { inode: Some(INODE), sample: Some(SAMPLE) });
+        let verdict = Verdict { sample: Some(SAMPLE), doubt: None };
+        let sampled = Ok(verdict);
+        assert_eq!(stored.verify(&FOUND), Ok(Verdict::SAME));
+        let other = |inode| stored.verify(&ActualIdentity { inode, ..FOUND });
+        assert_eq!(other(Some(Inode { number: 6, ..INODE })), sampled);
+        let born = Timestamp { nanos: 7, ..TIME };
+        assert_eq!(other(Some(Inode { born, ..INODE })), sampled);
+        assert_eq!(other(None), sampled);
+        assert_eq!(verdict.decide(SAMPLE), Ok(()));
+        let replaced = verdict.decide(Sample::from_bytes([2; 32])).unwrap_err();
+        assert!(replaced.to_string().contains("replaced by another of the same size and time"));
+        assert!(replaced.to_string().contains("cow rebind"));
+        // Nothing of it saves a file of another size or time.
+        assert!(stored.verify(&ActualIdentity { size: 11, ..FOUND }).is_err());
+        let mtime = Timestamp { nanos: 7, ..TIME };
+        assert!(stored.verify(&ActualIdentity { mtime, ..FOUND }).is_err());
+    }
+
+    #[test]
+    fn the_time_of_a_block_device_is_not_compared() {
+        let mtime = Timestamp { secs: 5, nanos: 5 };
+        let device = ActualIdentity { mtime, device: true, inode: None, ..FOUND };
+        let sampled = stored(Witness { inode: None, sample: Some(SAMPLE) });
+        let read = Ok(Verdict { sample: Some(SAMPLE), doubt: None });
+        assert_eq!(sampled.verify(&device), read);
+        let alone = Ok(Verdict { sample: None, doubt: Some(Doubt::SizeAlone) });
+        assert_eq!(stored(Witness::NONE).verify(&device), alone);
+        let uml = BackingIdentity::ImageSeconds { size: 10, mtime_secs: 1 };
+        assert_eq!(uml.verify(&device), alone);
+        assert!(sampled.verify(&ActualIdentity { size: 11, ..device }).is_err());
+        // It would have to be written anew with each boot.
+        assert_eq!(sampled.renewed(&device), sampled);
+    }
+
+    #[test]
+    fn lost_nanoseconds_are_taken_and_the_sample_decides() {
+        let lost = ActualIdentity { mtime: Timestamp { nanos: 0, ..TIME }, ..FOUND };
+        let doubt = Some(Doubt::WholeSeconds { stored: TIME, actual: lost.mtime });
+        let sampled = stored(Witness { inode: Some(INODE), sample: Some(SAMPLE) });
+        // Even in the same inode: somebody has set the time.
+        assert_eq!(sampled.verify(&lost), Ok(Verdict { sample: Some(SAMPLE), doubt }));
+        assert_eq!(stored(Witness::NONE).verify(&lost), Ok(Verdict { sample: None, doubt }));
+        let whole = BackingIdentity::Image { size: 10, mtime: lost.mtime, witness: Witness::NONE };
+        assert!(whole.verify(&FOUND).is_ok_and(|verdict| verdict.doubt.is_some()));
+        let second = Timestamp { secs: TIME.secs + 1, nanos: 0 };
+        assert!(sampled.verify(&ActualIdentity { mtime: second, ..FOUND }).is_err());
+        assert_eq!(sampled.renewed(&lost).verify(&lost), Ok(Verdict::SAME));
+    }
+
+    #[test]
+    fn a_time_that_many_files_have_is_said() {
+        let at = |secs| Timestamp { secs, nanos: 0 };
+        let doubt = |mtime, born: Timestamp| {
+            let inode = Some(Inode { number: 5, born });
+            let witness = Witness { inode, sample: Some(SAMPLE) };
+            let stored = BackingIdentity::Image { size: 10, mtime, witness };
+            let found = stored.verify(&ActualIdentity { mtime, inode, ..FOUND }).unwrap();
+            assert_eq!(found.sample, None);
+            found.doubt
+        };
+        let now = at(1_790_000_000);
+        for secs in [0, 1, 315_532_800, 1_600_000_000] {
+            let mtime = at(secs);
+            assert_eq!(doubt(mtime, now), Some(Doubt::Mtime { mtime, sampled: true }), "{secs}");
+        }
+        assert_eq!(doubt(at(1_700_000_000), now), None);
+        assert_eq!(doubt(now, at(1_700_000_000)), None);
+        let uml = BackingIdentity::ImageSeconds { size: 10, mtime_secs: 1 };
+        let found = uml.verify(&ActualIdentity { mtime: at(1), ..FOUND }).unwrap();
+        let text = found.doubt.unwrap().to_string();
+        assert!(text.contains("is not noticed"), "{text}");
     }
 }

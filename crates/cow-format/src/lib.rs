@@ -10,6 +10,7 @@ pub mod header;
 pub mod identity;
 pub mod journal;
 mod map;
+pub mod sample;
 mod units;
 
 pub use bitmap::{BITMAP_PAGE, Bitmap, PAGE_SECTORS, Run, Runs};

@@ -4,8 +4,9 @@ use cow_format::header::{
     Backing, BackingFormat, BootId, Field, HeaderWrite, NATIVE_PATH_MAX, NativeHeader, NativeState,
     Part,
 };
-use cow_format::identity::{BackingIdentity, Timestamp};
+use cow_format::identity::{BackingIdentity, Inode, Timestamp, Witness};
 use cow_format::journal::Records;
+use cow_format::sample::Sample;
 use cow_format::{
     Bitmap, FlushPass, HEADER_PREFIX_LEN, Header, HeaderError, Next, PAGE_SECTORS, Sector,
     SectorCount, SectorRange, VIRTUAL_SIZE_MAX,
@@ -57,7 +58,8 @@ fn put(prefix: &mut [u8], write: &HeaderWrite) {
 }
 
 fn image(path: &[u8], size: u64, secs: i64, nanos: u32) -> Backing {
-    let identity = BackingIdentity::Image { size, mtime: Timestamp::new(secs, nanos).unwrap() };
+    let mtime = Timestamp::new(secs, nanos).unwrap();
+    let identity = BackingIdentity::Image { size, mtime, witness: Witness::NONE };
     Backing::new(path, BackingFormat::Raw, identity, None).unwrap()
 }
 
@@ -164,7 +166,8 @@ fn golden_base() {
     let backing = header.backing().unwrap();
     assert_eq!((backing.path(), backing.format()), (&b"base.img"[..], BackingFormat::Raw));
     let mtime = Timestamp::new(1_700_000_000, 123_456_789).unwrap();
-    assert_eq!(*backing.identity(), BackingIdentity::Image { size: 1_000_001, mtime });
+    let witness = Witness::NONE;
+    assert_eq!(*backing.identity(), BackingIdentity::Image { size: 1_000_001, mtime, witness });
     assert_eq!(backing.digest().unwrap()[..], (0..32).collect::<Vec<u8>>());
     let bitmap = Bitmap::new(header.geometry().sectors());
     bitmap.load_durable(0, &file[8192..8192 + 4096]);
@@ -432,7 +435,7 @@ fn backing_references_are_kept_or_refused() {
     let layer = BackingIdentity::Layer { uuid: OWN, content_generation: 1 };
     let seconds = BackingIdentity::ImageSeconds { size: 1, mtime_secs: 1 };
     let mtime = Timestamp::new(i64::MIN, 999_999_999).unwrap();
-    let exact = BackingIdentity::Image { size: u64::MAX, mtime };
+    let exact = BackingIdentity::Image { size: u64::MAX, mtime, witness: Witness::NONE };
     let new = |path: &[u8], format, identity| Backing::new(path, format, identity, Some([7; 32]));
     assert!(new(b"x", BackingFormat::Raw, layer).is_err());
     assert!(new(b"x", BackingFormat::Native, exact).is_err());
@@ -471,4 +474,42 @@ fn boot_ids_are_uuids_and_not_nil() {
     assert!(BootId::parse("").is_none());
     assert!(BootId::parse("00000000-0000-0000-0000-000000000000").is_none());
     assert_eq!(BootId::parse(" f0e0d0c0-b0a0-9080-7060-504030201000\n"), Some(boot()));
+}
+
+#[test]
+fn the_witness_of_a_base_stands_where_the_document_says() {
+    let mtime = Timestamp::new(1_700_000_000, 5).unwrap();
+    let born = Timestamp::new(-2, 7).unwrap();
+    let inode = Some(Inode { number: 0x1234_5678_9abc, born });
+    let sample = Some(Sample::from_bytes([9; 32]));
+    for witness in [
+        Witness { inode, sample },
+        Witness { inode, sample: None },
+        Witness { inode: None, sample },
+        Witness::NONE,
+    ] {
+        let identity = BackingIdentity::Image { size: 1 << 20, mtime, witness };
+        let backing = Backing::new(b"base", BackingFormat::Raw, identity, None).unwrap();
+        let mut header = NativeHeader::create(1 << 20, OWN, Some(backing)).unwrap();
+        let (mut prefix, len) = new_file(&mut header);
+        let expected = [
+            &u32::from(witness.sample.is_some()).to_le_bytes()[..],
+            &u32::from(witness.inode.is_some()).to_le_bytes(),
+            &witness.inode.map_or(0, |inode| inode.number).to_le_bytes(),
+            &witness.inode.map_or(0, |inode| inode.born.secs()).to_le_bytes(),
+            &witness.inode.map_or(0, |inode| inode.born.nanos()).to_le_bytes(),
+            &[0; 4],
+            &witness.sample.map_or([0; 32], Sample::to_bytes),
+        ];
+        assert_eq!(prefix[384..448], expected.concat());
+        let stored = |prefix: &[u8]| *check(prefix, len).unwrap().backing().unwrap().identity();
+        assert_eq!(stored(&prefix), identity);
+        // Kinds of a later program are as good as none.
+        for copy in 0..2 {
+            poke(&mut prefix[copy * COPY..], 384, &2u32.to_le_bytes());
+            poke(&mut prefix[copy * COPY..], 388, &2u32.to_le_bytes());
+        }
+        let none = BackingIdentity::Image { size: 1 << 20, mtime, witness: Witness::NONE };
+        assert_eq!(stored(&prefix), none);
+    }
 }

@@ -70,6 +70,8 @@ fn sha256(bytes: &[u8]) -> String {
 
 fn found_base(len: usize) -> ActualIdentity {
     ActualIdentity {
+        device: false,
+        inode: None,
         size: len as u64,
         mtime: Timestamp::new(BASE_MTIME, 123).unwrap(),
         layer: None,
@@ -105,7 +107,8 @@ fn check_good(name: &str, columns: &[&str]) {
     assert_eq!(format!("[{}]", runs.join(",")), columns[9], "{name}");
 
     let base = base(header.backing_path()).unwrap();
-    header.backing_identity().verify(&found_base(base.len())).unwrap();
+    let verdict = header.backing_identity().verify(&found_base(base.len())).unwrap();
+    assert_eq!((verdict.sample, verdict.doubt), (None, None), "{name}");
     assert_eq!(sha256(&merge(&file, &header, &bitmap, &base)), columns[10], "{name}");
 
     // Written again it is the same header, apart from what UML left after the path's NUL.

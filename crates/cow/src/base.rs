@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 
 use block_io::Host;
 use block_io::image::BaseOptions;
+use block_io::ops::inspect::inspect;
 use block_io::ops::looks::{Looks, looks_like};
 use clap::ValueEnum;
 use cow_format::header::BackingFormat;
 
 use crate::error::CowError;
+use crate::ui::Ui;
 
 /// What a base is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -53,6 +55,17 @@ impl BaseArgs {
         let format = base_format(path, self.base_format)?;
         Ok(Some(BaseOptions { path: path.clone(), format, digest: None }))
     }
+}
+
+/// Says what the reference of the new COW file at `cow` is worth, where that is less than it should be.
+pub fn warn_of_base(cow: &Path, ui: Ui) -> Result<(), CowError> {
+    let found = inspect(&Host, cow, None)?;
+    if let Some(backing) = found.files.first().and_then(|top| top.backing.as_ref())
+        && let Some(doubt) = &backing.doubt
+    {
+        ui.warn(format_args!("{}: {doubt}", backing.path.display()));
+    }
+    Ok(())
 }
 
 /// The format of a base as it was said; raw if nothing was said and nothing speaks against it.

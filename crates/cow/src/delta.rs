@@ -3,7 +3,7 @@
 use std::io::{self, Read, Write};
 
 use cow_format::SECTOR_SIZE;
-use cow_format::identity::{BackingIdentity, Timestamp};
+use cow_format::identity::{BackingIdentity, Timestamp, Witness};
 use uuid::Uuid;
 use zerocopy::little_endian::{I64, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -142,7 +142,7 @@ impl Header {
                 // Not known: no file has as many.
                 raw.base_mtime_nanos = u32::MAX.into();
             }
-            Some(BackingIdentity::Image { size, mtime }) => {
+            Some(BackingIdentity::Image { size, mtime, .. }) => {
                 raw.base_kind = kind::BASE_IMAGE.into();
                 raw.base_size = size.into();
                 raw.base_mtime_secs = mtime.secs().into();
@@ -200,7 +200,8 @@ fn check_image(raw: &RawHeader) -> Result<BackingIdentity, DeltaError> {
         };
     }
     match Timestamp::new(secs, raw.base_mtime_nanos.get()) {
-        Some(mtime) => Ok(BackingIdentity::Image { size, mtime }),
+        // What the exporting host knew of its inodes is nothing here.
+        Some(mtime) => Ok(BackingIdentity::Image { size, mtime, witness: Witness::NONE }),
         None => {
             let nanos = raw.base_mtime_nanos;
             Err(DeltaError::corrupt("mtime of the base", 28, nanos, "below 1000000000 nanoseconds"))
@@ -376,7 +377,8 @@ mod tests {
 
     fn header() -> Header {
         let mtime = Timestamp::new(1_700_000_000, 5).unwrap();
-        let base = Some(BackingIdentity::Image { size: 1 << 20, mtime });
+        let witness = Witness::NONE;
+        let base = Some(BackingIdentity::Image { size: 1 << 20, mtime, witness });
         Header { virtual_size: 1 << 20, base, digest: Some([7; 32]) }
     }
 

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use cow_format::header::{BackingFormat, NativeState};
-use cow_format::identity::{ActualIdentity, BackingIdentity};
+use cow_format::identity::{ActualIdentity, BackingIdentity, Doubt};
 use cow_format::{Bitmap, ByteOffset, Geometry, HEADER_PREFIX_LEN, Header};
 
 use super::bits::Bits;
+use super::identity::verify;
 use super::{CHAIN_DEPTH_MAX, CachePolicy, CowFormat, DiskOptions, OpenError};
 use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};
 
@@ -328,11 +329,10 @@ impl<E: Env> Opener<'_, E> {
             };
             let opened = self.backing(&cow, path)?;
             let header = opened.header_as(reference.format, &cow)?;
-            let identity = opened.identity(header.as_ref());
-            if let Err(source) = reference.identity.verify(&identity)
-                && !self.excuse.is_some_and(|excuse| excuse(&reference, &opened))
-            {
-                return Err(OpenError::Identity { cow, path: opened.path, source });
+            match verify(&reference.identity, &opened, header.as_ref())? {
+                Ok(doubt) => warn(&opened.path, doubt),
+                Err(_) if self.excuse.is_some_and(|excuse| excuse(&reference, &opened)) => {}
+                Err(source) => return Err(OpenError::Identity { cow, path: opened.path, source }),
             }
             let content = match &header {
                 None => Content::Raw,
@@ -343,6 +343,15 @@ impl<E: Env> Opener<'_, E> {
             lowers.push(Lower { opened, header, content });
         }
         Ok(lowers)
+    }
+}
+
+/// Says what a match is worth, where that is less than it should be.
+fn warn(path: &Path, doubt: Option<Doubt>) {
+    match doubt {
+        // Said when the reference was made, and by `cow info`: it is a weakness that a sample makes up for.
+        None | Some(Doubt::Mtime { sampled: true, .. }) => {}
+        Some(doubt) => log::warn!("{}: {doubt}", path.display()),
     }
 }
 
@@ -398,7 +407,7 @@ impl<F: Storage> Opened<F> {
             Some(Header::Native(native)) => Some((native.uuid(), native.content_generation())),
             _ => None,
         };
-        ActualIdentity { size: self.stat.size, mtime: self.stat.mtime, layer }
+        self.stat.identity(layer)
     }
 
     /// The size in bytes of the disk that it holds.

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cow_format::header::{Backing, BackingFormat, NativeHeader, UmlHeader};
-use cow_format::identity::{ActualIdentity, BackingIdentity};
+use cow_format::identity::BackingIdentity;
 use cow_format::{ByteOffset, Header, HeaderError};
 use uuid::Uuid;
 
 use super::chain::{Opened, Opener, path_to_store};
+use super::identity::identity_of;
 use super::{CowFormat, DiskOptions, OpenError};
 use crate::storage::{Env, Storage};
 
@@ -133,16 +134,17 @@ impl<F: Storage> NewCow<F> {
             DiskOptions { read_only: true, lock_wait: Duration::ZERO, ..DiskOptions::default() };
         let mut opener = Opener::new(env, &lock, path);
         let Some(base) = &options.base else {
-            return Ok(NewCow { header: new_header(path, options, None)?, _base: None });
+            return Ok(NewCow { header: new_header::<F>(path, options, None)?, _base: None });
         };
         let (opened, header) = opener.new_base(&base.path, base.format, path)?;
         let found = NewBase {
             options: base,
             stored: path_to_store(env, path, &base.path, options.format)?,
-            identity: opened.identity(header.as_ref()),
-            size: opened.disk_size(header.as_ref()),
+            opened: &opened,
+            header: header.as_ref(),
         };
-        Ok(NewCow { header: new_header(path, options, Some(found))?, _base: Some(opened) })
+        let header = new_header(path, options, Some(found))?;
+        Ok(NewCow { header, _base: Some(opened) })
     }
 
     /// Fills the new file, which has no content yet.
@@ -161,18 +163,24 @@ impl<F: Storage> NewCow<F> {
 }
 
 /// A backing file as it was found.
-struct NewBase<'a> {
+struct NewBase<'a, F> {
     options: &'a BaseOptions,
     stored: PathBuf,
-    identity: ActualIdentity,
-    /// Bytes of disk.
-    size: u64,
+    opened: &'a Opened<F>,
+    header: Option<&'a Header>,
 }
 
-fn new_header(
+impl<F: Storage> NewBase<'_, F> {
+    /// Bytes of disk.
+    fn size(&self) -> u64 {
+        self.opened.disk_size(self.header)
+    }
+}
+
+fn new_header<F: Storage>(
     path: &Path,
     options: &CreateOptions,
-    base: Option<NewBase<'_>>,
+    base: Option<NewBase<'_, F>>,
 ) -> Result<Header, OpenError> {
     match options.format {
         CowFormat::Uml => new_uml_header(path, options, base).map(Header::Uml),
@@ -182,10 +190,10 @@ fn new_header(
     }
 }
 
-fn new_uml_header(
+fn new_uml_header<F: Storage>(
     path: &Path,
     options: &CreateOptions,
-    base: Option<NewBase<'_>>,
+    base: Option<NewBase<'_, F>>,
 ) -> Result<UmlHeader, OpenError> {
     let unable = |what| OpenError::UmlCannot { path: path.to_owned(), what };
     let base = base.ok_or_else(|| unable("be without a backing file"))?;
@@ -195,24 +203,28 @@ fn new_uml_header(
     if base.options.digest.is_some() {
         return Err(unable("hold a digest"));
     }
-    if options.size.is_some_and(|size| size != base.size) {
+    if options.size.is_some_and(|size| size != base.size()) {
         return Err(unable("be of another size than its backing file"));
     }
     let stored = base.stored.as_os_str().as_bytes();
-    UmlHeader::create(stored, base.size, base.identity.mtime).map_err(OpenError::header(path))
+    let mtime = base.opened.stat.mtime;
+    UmlHeader::create(stored, base.size(), mtime).map_err(OpenError::header(path))
 }
 
-fn new_native_header(
+fn new_native_header<F: Storage>(
     path: &Path,
     options: &CreateOptions,
-    base: Option<NewBase<'_>>,
+    base: Option<NewBase<'_, F>>,
 ) -> Result<NativeHeader, OpenError> {
     let size = options
         .size
-        .or(base.as_ref().map(|base| base.size))
+        .or(base.as_ref().map(NewBase::size))
         .ok_or_else(|| OpenError::NoSize { path: path.to_owned() })?;
     let backing = match base {
-        Some(base) => Some(native_backing(&base.stored, base.options, &base.identity)),
+        Some(base) => {
+            let identity = identity_of(base.opened, base.header)?;
+            Some(native_backing(&base.stored, base.options, identity))
+        }
         None => None,
     };
     backing
@@ -223,16 +235,12 @@ fn new_native_header(
         .map_err(OpenError::header(path))
 }
 
-/// How a native header refers to a backing file that was found to be `identity`.
+/// How a native header refers to a backing file that is known as `identity`.
 pub(crate) fn native_backing(
     stored: &Path,
     options: &BaseOptions,
-    identity: &ActualIdentity,
+    identity: BackingIdentity,
 ) -> Result<Backing, HeaderError> {
-    let identity = match identity.layer {
-        Some((uuid, content_generation)) => BackingIdentity::Layer { uuid, content_generation },
-        None => BackingIdentity::Image { size: identity.size, mtime: identity.mtime },
-    };
     Backing::new(stored.as_os_str().as_bytes(), options.format, identity, options.digest)
 }
 

@@ -62,8 +62,8 @@ pub enum ChangeError {
     },
     /// Nothing proves that the base is unchanged.
     #[error(
-        "{}: size or mtime of {} differ from the header's, and there is no digest to prove that the content is the \
-         same; if you know that it is: --trust",
+        "{}: size, mtime or sample of {} differ from the header's, and there is no digest to prove that the content is \
+         the same; if you know that it is: --trust",
         cow.display(), base.display()
     )]
     NoDigest {

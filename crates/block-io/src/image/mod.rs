@@ -6,6 +6,7 @@ mod create;
 mod edit;
 mod error;
 pub(crate) mod flush;
+pub(crate) mod identity;
 pub(crate) mod journal;
 pub(crate) mod learn;
 pub(crate) mod live;

@@ -8,6 +8,7 @@ use cow_format::{Bitmap, ByteOffset, Geometry, Header, LayerMap, SECTOR_SIZE};
 use super::bits::Bits;
 use super::chain::{Content, Lower, Opened, Opener, path_to_store, reference, resolve};
 use super::create::{CreateOptions, create_cow};
+use super::identity::renewed;
 use super::journal::{Journal, replay};
 use super::state::{check_writable, make_writable, set_backing_path};
 use super::{CachePolicy, CowFormat, DiskOptions, OpenError};
@@ -86,6 +87,7 @@ pub(crate) fn open_chain<E: Env>(
     let below = opener.below(path, &header, base)?;
     let geometry = *header.geometry();
     if !options.read_only && !inherited {
+        renew_backing(path, &mut header, below.first())?;
         replay(env, &top, &mut header)?;
     }
     let bits = Bits::find(env, &top, &header)?;
@@ -157,6 +159,23 @@ fn join<F>(
     let (data_offset, size) = (geometry.data_offset(), geometry.virtual_size());
     let logical_block = FILE_BLOCK;
     Ok(Chain { layers, map, bits: all_bits, data_offset, size, logical_block, cow, journal })
+}
+
+/// Lets the header know its base as it is now, whose content was found to be right. It is written with the next change of
+/// the header: nothing depends on it.
+fn renew_backing<F: Storage>(
+    path: &Path,
+    header: &mut Header,
+    nearest: Option<&Lower<F>>,
+) -> Result<(), OpenError> {
+    let (Header::Native(native), Some(nearest)) = (header, nearest) else { return Ok(()) };
+    let Some(backing) = native.backing() else { return Ok(()) };
+    let new = renewed(backing.identity(), &nearest.opened, nearest.header.as_ref())?;
+    if let Some(new) = new {
+        let backing = backing.with_identity(new).map_err(OpenError::header(path))?;
+        native.set_backing(Some(backing));
+    }
+    Ok(())
 }
 
 /// Where the header leads elsewhere than to the base that was named, it gets the new path, as with UML.

@@ -5,11 +5,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use cow_format::Header;
-use cow_format::header::{Backing, BackingFormat};
+use cow_format::header::Backing;
 use cow_format::identity::{ActualIdentity, BackingIdentity};
 
 use super::chain::{Opened, Opener, path_to_store, reference, resolve};
 use super::edit::ChangeError;
+use super::identity::{identity_of, verify};
 use super::state::{set_backing_path, write_native_synced};
 use super::{CowFormat, DiskOptions, OpenError};
 use crate::storage::{Env, Storage};
@@ -44,12 +45,12 @@ pub fn rebind<E: Env>(
         None => resolve(env, cow, &reference.stored)?,
     };
     let opened = opener.backing(cow, path.clone())?;
-    let found = opened.identity(opened.header_as(reference.format, cow)?.as_ref());
-    if reference.identity.verify(&found).is_err() {
-        same_kind(&reference.identity, &found, cow, &path)?;
+    let found = opened.header_as(reference.format, cow)?;
+    if verify(&reference.identity, &opened, found.as_ref())?.is_err() {
+        same_kind(&reference.identity, &opened.identity(found.as_ref()), cow, &path)?;
         prove(&header, &opened, proof, cow)?;
     }
-    write(env, &top, &mut header, &path, &found)?;
+    write(env, &top, &mut header, &path, (&opened, found.as_ref()))?;
     Ok(())
 }
 
@@ -106,19 +107,16 @@ fn write<E: Env>(
     top: &Opened<E::File>,
     header: &mut Header,
     base: &Path,
-    found: &ActualIdentity,
+    (found, found_header): (&Opened<E::File>, Option<&Header>),
 ) -> Result<(), OpenError> {
     let format = CowFormat::of(header);
     let path = path_to_store(env, &top.path, base, format)?;
     let path = path.as_os_str().as_bytes();
     let written = match header {
-        Header::Uml(_) => set_backing_path(&top.file, header, path, found.mtime),
+        Header::Uml(_) => set_backing_path(&top.file, header, path, found.stat.mtime),
         Header::Native(native) => {
             let Some(old) = native.backing() else { return Ok(()) };
-            let identity = match old.format() {
-                BackingFormat::Native => *old.identity(),
-                _ => BackingIdentity::Image { size: found.size, mtime: found.mtime },
-            };
+            let identity = identity_of(found, found_header)?;
             let new = Backing::new(path, old.format(), identity, old.digest().copied());
             native.set_backing(Some(new.map_err(OpenError::header(&top.path))?));
             write_native_synced(&top.file, native)

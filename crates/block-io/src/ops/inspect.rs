@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use cow_format::header::{BackingFormat, NativeState};
-use cow_format::identity::{ActualIdentity, BackingIdentity, IdentityError};
+use cow_format::identity::{ActualIdentity, BackingIdentity, Doubt, IdentityError};
 use cow_format::{Bitmap, Header, HeaderError, SectorCount};
 
 use super::note::note_path;
 use crate::image::bits::Bits;
 use crate::image::chain::{Opened, Reference, reference, resolve};
+use crate::image::identity::verify;
 use crate::image::{CHAIN_DEPTH_MAX, OpenError};
 use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};
 
@@ -84,6 +85,8 @@ pub struct BackingFacts {
     pub found: Option<ActualIdentity>,
     /// Whether that is what the header means.
     pub verdict: Option<Result<(), IdentityError>>,
+    /// Why a match may be worth less than it should be.
+    pub doubt: Option<Doubt>,
 }
 
 /// Looks at the file at `path` and at everything below it. `base` stands in for the path in the first header. Fails only
@@ -214,10 +217,12 @@ impl Inspection {
         let Some(facts) = self.files.last_mut() else { return Ok(()) };
         let header = found.header_as(reference.format, &facts.path)?;
         let actual = found.identity(header.as_ref());
-        let verdict = reference.identity.verify(&actual);
+        let compared = verify(&reference.identity, found, header.as_ref())?;
+        let verdict = compared.map(|_| ());
         if let Some(backing) = &mut facts.backing {
             backing.found = Some(actual);
             backing.verdict = Some(verdict);
+            backing.doubt = compared.ok().flatten();
         }
         let (cow, path) = (facts.path.clone(), found.path.clone());
         verdict.map_err(|source| OpenError::Identity { cow, path, source })
@@ -259,6 +264,7 @@ impl BackingFacts {
             digest,
             found: None,
             verdict: None,
+            doubt: None,
         }
     }
 }

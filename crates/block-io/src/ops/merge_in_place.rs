@@ -29,6 +29,7 @@ use super::{Copying, OpError, parallel};
 use crate::image::bits::Bits;
 use crate::image::chain::{Content, Lower, Opened, Opener, Reference, path_to_store, reference};
 use crate::image::flush::flush;
+use crate::image::identity::identity_of;
 use crate::image::journal::replay;
 use crate::image::learn::learn;
 use crate::image::open::new_map;
@@ -312,20 +313,16 @@ impl<'a, E: Env> Merge<'a, E> {
         let format = CowFormat::of(&self.header);
         let path = path_to_store(self.env, &top.path, &target.path, format)?;
         let path = path.as_os_str().as_bytes();
-        let found = target.identity(self.target.header.as_ref());
         let written = match &mut self.header {
-            Header::Uml(_) => set_backing_path(&top.file, &mut self.header, path, found.mtime),
+            Header::Uml(_) => {
+                set_backing_path(&top.file, &mut self.header, path, target.stat.mtime)
+            }
             Header::Native(native) => {
-                let (format, identity) = match found.layer {
-                    Some((uuid, content_generation)) => {
-                        let layer = BackingIdentity::Layer { uuid, content_generation };
-                        (BackingFormat::Native, layer)
-                    }
-                    None => {
-                        let image = BackingIdentity::Image { size: found.size, mtime: found.mtime };
-                        (BackingFormat::Raw, image)
-                    }
+                let format = match &self.target.header {
+                    Some(_) => BackingFormat::Native,
+                    None => BackingFormat::Raw,
                 };
+                let identity = identity_of(target, self.target.header.as_ref())?;
                 // A digest would be that of the content before.
                 let backing = Backing::new(path, format, identity, None);
                 native.set_backing(Some(backing.map_err(OpenError::header(&top.path))?));

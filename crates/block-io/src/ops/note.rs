@@ -73,7 +73,7 @@ impl Note {
             BackingIdentity::ImageSeconds { size, mtime_secs } => {
                 (raw.size, raw.mtime_secs) = (size.into(), i64::from(mtime_secs).into());
             }
-            BackingIdentity::Image { size, mtime } => {
+            BackingIdentity::Image { size, mtime, .. } => {
                 (raw.identity, raw.size) = (1.into(), size.into());
                 (raw.mtime_secs, raw.mtime_nanos) = (mtime.secs().into(), mtime.nanos().into());
             }

@@ -12,6 +12,7 @@ use super::zeroes::is_zero;
 use super::{OpError, Progress, parallel};
 use crate::disk::Disk;
 use crate::image::chain::{Opened, Opener, path_to_store};
+use crate::image::identity::identity_of;
 use crate::image::state::{check_writable, set_backing_path, write_native_synced};
 use crate::image::{BaseOptions, CowFormat, DiskOptions, OpenError, native_backing};
 use crate::storage::{Env, Storage};
@@ -154,8 +155,8 @@ impl<'a, F: Storage> NewBase<'a, F> {
                 let backing =
                     match (base, path) {
                         (Some((base, opened, header)), Some(path)) => {
-                            let found = opened.identity(header.as_ref());
-                            let backing = native_backing(path, base, &found);
+                            let found = identity_of(opened, header.as_ref())?;
+                            let backing = native_backing(path, base, found);
                             Some(backing.map_err(|source| OpenError::Header {
                                 path: cow.to_owned(),
                                 source,

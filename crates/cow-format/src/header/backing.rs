@@ -3,8 +3,11 @@
 use uuid::Uuid;
 
 use super::error::{Field, HeaderError};
-use super::native_raw::{PATH_LEN, RawBacking, digest, format, identity};
-use crate::identity::{BackingIdentity, Timestamp};
+use super::native_raw::{
+    PATH_LEN, RawBacking, RawWitness, digest, format, identity, inode, sample,
+};
+use crate::identity::{BackingIdentity, Inode, Timestamp, Witness};
+use crate::sample::Sample;
 
 /// The longest backing path of a native header, in bytes.
 pub const NATIVE_PATH_MAX: usize = PATH_LEN;
@@ -102,6 +105,11 @@ impl Backing {
         Ok(Self { path: path.to_vec(), format, identity, digest })
     }
 
+    /// The same file, known in another way.
+    pub fn with_identity(&self, identity: BackingIdentity) -> Result<Self, HeaderError> {
+        Self::new(&self.path, self.format, identity, self.digest)
+    }
+
     /// The path, as bytes; never empty.
     pub fn path(&self) -> &[u8] {
         &self.path
@@ -122,7 +130,11 @@ impl Backing {
         self.digest.as_ref()
     }
 
-    pub(super) fn check(raw: &RawBacking, path_field: &[u8]) -> Result<Option<Self>, HeaderError> {
+    pub(super) fn check(
+        raw: &RawBacking,
+        witness: &RawWitness,
+        path_field: &[u8],
+    ) -> Result<Option<Self>, HeaderError> {
         let path_len = raw.path_len.get();
         if raw.format.get() == format::NONE {
             if path_len != 0 {
@@ -153,10 +165,15 @@ impl Backing {
                 ));
             }
         };
-        Self::new(path, format, check_identity(raw)?, digest).map(Some)
+        Self::new(path, format, check_identity(raw, witness)?, digest).map(Some)
     }
 
-    pub(super) fn encode(&self, raw: &mut RawBacking, path_field: &mut [u8; PATH_LEN]) {
+    pub(super) fn encode(
+        &self,
+        raw: &mut RawBacking,
+        raw_witness: &mut RawWitness,
+        path_field: &mut [u8; PATH_LEN],
+    ) {
         raw.format = self.format.code().into();
         // `new` has checked the length against the field's.
         raw.path_len = u32::try_from(self.path.len()).unwrap_or(0).into();
@@ -164,11 +181,12 @@ impl Backing {
         match self.identity {
             // Not made by `new`.
             BackingIdentity::ImageSeconds { .. } => {}
-            BackingIdentity::Image { size, mtime } => {
+            BackingIdentity::Image { size, mtime, witness } => {
                 raw.identity_kind = identity::IMAGE.into();
                 raw.size = size.into();
                 raw.mtime_secs = mtime.secs().into();
                 raw.mtime_nanos = mtime.nanos().into();
+                encode_witness(&witness, raw_witness);
             }
             BackingIdentity::Layer { uuid, content_generation } => {
                 raw.identity_kind = identity::LAYER.into();
@@ -183,23 +201,49 @@ impl Backing {
     }
 }
 
-fn check_identity(raw: &RawBacking) -> Result<BackingIdentity, HeaderError> {
+fn check_identity(raw: &RawBacking, witness: &RawWitness) -> Result<BackingIdentity, HeaderError> {
     match raw.identity_kind.get() {
         identity::IMAGE => {
-            let nanos = raw.mtime_nanos.get();
-            let Some(mtime) = Timestamp::new(raw.mtime_secs.get(), nanos) else {
-                return Err(HeaderError::field(
-                    Field::Mtime,
-                    format_args!("{nanos} ns"),
-                    "below 1000000000 ns",
-                ));
-            };
-            Ok(BackingIdentity::Image { size: raw.size.get(), mtime })
+            let mtime = check_time(raw.mtime_secs.get(), raw.mtime_nanos.get())?;
+            let witness = check_witness(witness)?;
+            Ok(BackingIdentity::Image { size: raw.size.get(), mtime, witness })
         }
         identity::LAYER => Ok(BackingIdentity::Layer {
             uuid: Uuid::from_bytes(raw.uuid),
             content_generation: raw.content_generation.get(),
         }),
         found => Err(HeaderError::field(Field::BackingIdentity, found, "1 (image) or 2 (layer)")),
+    }
+}
+
+fn check_time(secs: i64, nanos: u32) -> Result<Timestamp, HeaderError> {
+    Timestamp::new(secs, nanos).ok_or_else(|| {
+        HeaderError::field(Field::Mtime, format_args!("{nanos} ns"), "below 1000000000 ns")
+    })
+}
+
+/// A kind that is not known is of a later program, and may be ignored as all of it may.
+fn check_witness(raw: &RawWitness) -> Result<Witness, HeaderError> {
+    let inode = match raw.inode_kind.get() {
+        inode::NUMBER_AND_BIRTH => {
+            let born = check_time(raw.born_secs.get(), raw.born_nanos.get())?;
+            Some(Inode { number: raw.inode.get(), born })
+        }
+        _ => None,
+    };
+    let known = raw.sample_kind.get() == sample::BLOCKS;
+    Ok(Witness { inode, sample: known.then(|| Sample::from_bytes(raw.sample)) })
+}
+
+fn encode_witness(witness: &Witness, raw: &mut RawWitness) {
+    if let Some(known) = witness.inode {
+        raw.inode_kind = inode::NUMBER_AND_BIRTH.into();
+        raw.inode = known.number.into();
+        raw.born_secs = known.born.secs().into();
+        raw.born_nanos = known.born.nanos().into();
+    }
+    if let Some(known) = witness.sample {
+        raw.sample_kind = sample::BLOCKS.into();
+        raw.sample = known.to_bytes();
     }
 }

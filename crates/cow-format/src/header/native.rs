@@ -238,7 +238,7 @@ impl NativeHeader {
             geometry,
             journal,
             epoch: check_epoch(raw, state, journal)?,
-            backing: Backing::check(&raw.backing, &raw.backing_path)?,
+            backing: Backing::check(&raw.backing, &raw.witness, &raw.backing_path)?,
         })
     }
 
@@ -439,7 +439,7 @@ impl NativeHeader {
             raw.journal_epoch = epoch.to_bytes();
         }
         if let Some(backing) = &self.backing {
-            backing.encode(&mut raw.backing, &mut raw.backing_path);
+            backing.encode(&mut raw.backing, &mut raw.witness, &mut raw.backing_path);
         }
         raw.crc32c = checksum(raw.as_bytes()).into();
         raw

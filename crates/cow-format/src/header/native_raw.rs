@@ -48,7 +48,9 @@ pub struct RawHeader {
     pub journal_offset: U64,
     pub journal_len: U64,
     pub journal_epoch: [u8; 16],
-    pub reserved: [u8; 256],
+    pub reserved: [u8; 128],
+    pub witness: RawWitness,
+    pub reserved2: [u8; 64],
     pub backing_path: [u8; PATH_LEN],
 }
 
@@ -67,6 +69,19 @@ pub struct RawBacking {
     pub uuid: [u8; 16],
     pub content_generation: U64,
     pub digest: [u8; 32],
+}
+
+/// What tells the backing file from another of the same size and mtime; all zero: nothing is known.
+#[derive(FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct RawWitness {
+    pub sample_kind: U32,
+    pub inode_kind: U32,
+    pub inode: U64,
+    pub born_secs: I64,
+    pub born_nanos: U32,
+    pub reserved: [u8; 4],
+    pub sample: [u8; 32],
 }
 
 /// Values of `state`.
@@ -97,7 +112,19 @@ pub mod digest {
     pub const BLAKE3: u32 = 1;
 }
 
+/// Values of `witness.sample_kind`; 0, and whatever is not known, counts as absent.
+pub mod sample {
+    pub const BLOCKS: u32 = 1;
+}
+
+/// Values of `witness.inode_kind`; 0, and whatever is not known, counts as absent.
+pub mod inode {
+    pub const NUMBER_AND_BIRTH: u32 = 1;
+}
+
 const _: () = assert!(size_of::<RawBacking>() == 96);
+const _: () = assert!(size_of::<RawWitness>() == 64);
+const _: () = assert!(std::mem::offset_of!(RawHeader, witness) == 384);
 const _: () = assert!(size_of::<RawHeader>() == COPY_LEN);
 const _: () = assert!(std::mem::offset_of!(RawHeader, crc32c) == 16);
 const _: () = assert!(std::mem::offset_of!(RawHeader, backing) == 128);

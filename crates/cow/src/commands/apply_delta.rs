@@ -10,7 +10,7 @@ use block_io::ops::inspect::{Content, inspect};
 use block_io::ops::{CowWriter, OpError};
 use block_io::{CowFormat, Host};
 use cow_format::Header as CowHeader;
-use cow_format::identity::{ActualIdentity, BackingIdentity};
+use cow_format::identity::{ActualIdentity, BackingIdentity, Verdict};
 
 use crate::base::BaseArgs;
 use crate::delta::{Header, Reader, Record};
@@ -107,7 +107,13 @@ impl Args {
         let wrong =
             |why: String| CowError::OtherBase { base: base.clone(), delta: delta.to_owned(), why };
         match identity.verify(&found) {
-            Ok(()) => return Ok(Some(options)),
+            Ok(Verdict { doubt: None, .. }) => return Ok(Some(options)),
+            Ok(Verdict { doubt: Some(doubt), .. }) if digest.is_none() => {
+                ui.warn(format_args!("{}: {doubt}", base.display()));
+                return Ok(Some(options));
+            }
+            // The digest says what they cannot.
+            Ok(_) => {}
             Err(err) => match identity {
                 BackingIdentity::Layer { .. } => return Err(wrong(err.to_string())),
                 BackingIdentity::ImageSeconds { size, .. }
@@ -149,7 +155,7 @@ fn actual(path: &Path) -> Result<ActualIdentity, CowError> {
         },
         Content::Raw | Content::Unknown => None,
     };
-    Ok(ActualIdentity { size: top.stat.size, mtime: top.stat.mtime, layer })
+    Ok(top.stat.identity(layer))
 }
 
 /// Tells how much was read.

@@ -7,7 +7,7 @@ use block_io::image::{CreateOptions, create_cow};
 use block_io::{CowFormat, Host, ops};
 use clap::ValueEnum;
 
-use crate::base::BaseArgs;
+use crate::base::{BaseArgs, warn_of_base};
 use crate::digest::digest_of;
 use crate::error::CowError;
 use crate::size::{Human, Size};
@@ -102,6 +102,7 @@ impl Args {
             journal_len: None,
         };
         create_cow(&Host, &path, &options)?;
+        warn_of_base(&path, ui)?;
         ui.note(self.describe(format));
         Ok(())
     }

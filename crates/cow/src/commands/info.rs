@@ -116,6 +116,9 @@ struct Backing {
     #[serde(skip_serializing_if = "Option::is_none")]
     actual: Option<Identity>,
     matches: bool,
+    /// Why a match may be worth less than it should be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    warning: Option<String>,
 }
 
 /// How a backing file is known: an image by size and mtime, a layer by UUID and generation.
@@ -203,7 +206,7 @@ impl Backing {
             Some((uuid, generation)) if layer => Identity::layer(uuid.to_string(), generation),
             _ => Identity::image(found.size, mtime(found.mtime, seconds_only)),
         });
-        Backing {
+        let mut told = Backing {
             filename: backing.stored.clone(),
             full_filename: backing.path.clone(),
             format: backing.format.to_string(),
@@ -212,7 +215,7 @@ impl Backing {
                 BackingIdentity::ImageSeconds { size, mtime_secs } => {
                     Identity::image(size, Mtime { seconds: mtime_secs.into(), nanoseconds: None })
                 }
-                BackingIdentity::Image { size, mtime: time } => {
+                BackingIdentity::Image { size, mtime: time, .. } => {
                     Identity::image(size, mtime(time, false))
                 }
                 BackingIdentity::Layer { uuid, content_generation } => {
@@ -221,7 +224,15 @@ impl Backing {
             },
             actual,
             matches: matches!(backing.verdict, Some(Ok(()))),
+            warning: backing.doubt.map(|doubt| doubt.to_string()),
+        };
+        if backing.found.is_some_and(|found| found.device) {
+            // That of the node, which nobody compares.
+            for identity in [Some(&mut told.stored), told.actual.as_mut()].into_iter().flatten() {
+                identity.mtime = None;
+            }
         }
+        told
     }
 }
 
@@ -331,7 +342,11 @@ impl std::fmt::Display for Backing {
         if let Some(digest) = &self.digest {
             writeln!(f, "backing digest: {digest}")?;
         }
-        writeln!(f, "backing file matches: {}", if self.matches { "yes" } else { "NO" })
+        writeln!(f, "backing file matches: {}", if self.matches { "yes" } else { "NO" })?;
+        match &self.warning {
+            Some(warning) => writeln!(f, "backing warning: {warning}"),
+            None => Ok(()),
+        }
     }
 }
 

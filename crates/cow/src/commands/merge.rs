@@ -4,7 +4,8 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use block_io::ops::inspect::inspect;
+use block_io::ops::inspect::{FileFacts, inspect};
+use block_io::storage::FileKind;
 use block_io::{Disk, DiskOptions, Host, ops};
 
 use crate::copying::CopyArgs;
@@ -33,7 +34,7 @@ Examples:
   cow merge --in-place --yes --drop-to debian.img vm1.cow    into the base, through all between"
 )]
 pub struct Args {
-    /// The base image, instead of the path that COW names; its size and mtime must match what COW says
+    /// The base image, instead of the path that COW names; size, mtime and content must match what COW says
     #[arg(short, long, value_name = "BASE")]
     base: Option<PathBuf>,
 
@@ -101,7 +102,7 @@ impl Args {
         };
         let depth = match (target, &self.drop_to) {
             (Some((target, depth)), _) => {
-                self.confirm(&target.path, ui)?;
+                self.confirm(target, ui)?;
                 NonZeroUsize::new(depth).unwrap_or(NonZeroUsize::MIN)
             }
             (None, Some(file)) => {
@@ -128,7 +129,8 @@ impl Args {
     }
 
     /// Refuses to go on unless the user has said that it is meant; says who will notice.
-    fn confirm(&self, target: &Path, ui: Ui) -> Result<(), CowError> {
+    fn confirm(&self, facts: &FileFacts, ui: Ui) -> Result<(), CowError> {
+        let target = &facts.path;
         let others = Others::over(target, &self.cow);
         if !self.yes {
             return Err(CowError::NotConfirmed { target: target.to_owned(), others });
@@ -137,6 +139,13 @@ impl Args {
             "{} is overwritten with the merged disk; every other COW file over it becomes invalid ({others})",
             target.display()
         ));
+        if facts.stat.kind == FileKind::BlockDevice {
+            ui.warn(format_args!(
+                "{}: is a block device, which has no mtime that lasts: a native COW file over it finds out only if a block \
+                 of its sample changes, one of UML never",
+                target.display()
+            ));
+        }
         Ok(())
     }
 }

@@ -13,9 +13,9 @@ use crate::ui::Ui;
 
 /// Take a base that was copied, moved or touched
 ///
-/// A COW file knows its base by size and time of modification. Where these differ, but the content is proved the same
-/// by the digest that `create --digest` has put into the COW file, the header gets the new path, size and time. Another
-/// content is refused. A layer is known by its UUID and may be anywhere.
+/// A COW file knows its base by size and time of modification, and by a sample of its content. Where these differ, but the
+/// content is proved the same by the digest that `create --digest` has put into the COW file, the header gets the new path,
+/// time and sample. Another content is refused. A layer is known by its UUID and may be anywhere.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// Take the base without proof that its content is the same: if it is not, the disk is garbage from now on

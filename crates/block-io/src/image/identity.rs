@@ -1,0 +1,66 @@
+//! Whether a backing file is the one that a header means: as much of it is read as that takes.
+
+use std::io;
+
+use cow_format::Header;
+use cow_format::identity::{BackingIdentity, Doubt, IdentityError, Verdict};
+use cow_format::sample::Sample;
+
+use super::OpenError;
+use super::chain::Opened;
+use crate::storage::Storage;
+
+/// Compares the file with what a header says of it. The outer error is that of reading.
+pub(crate) fn verify<F: Storage>(
+    stored: &BackingIdentity,
+    found: &Opened<F>,
+    header: Option<&Header>,
+) -> Result<Result<Option<Doubt>, IdentityError>, OpenError> {
+    let verdict = match stored.verify(&found.identity(header)) {
+        Ok(verdict) => verdict,
+        Err(other) => return Ok(Err(other)),
+    };
+    if verdict.sample.is_none() {
+        return Ok(Ok(verdict.doubt));
+    }
+    Ok(verdict.decide(sample_of(found)?).map(|()| verdict.doubt))
+}
+
+/// How a native header refers to the file: every writer of a reference has it from here.
+pub(crate) fn identity_of<F: Storage>(
+    found: &Opened<F>,
+    header: Option<&Header>,
+) -> Result<BackingIdentity, OpenError> {
+    let actual = found.identity(header);
+    Ok(match actual.layer {
+        Some((uuid, content_generation)) => BackingIdentity::Layer { uuid, content_generation },
+        None => actual.image(sample_of(found)?),
+    })
+}
+
+/// What the header should say of the file, which [`verify`] has found to be the right one, if that is not what it says. A
+/// base that was copied need not be read again at the next opening; one that an older program referred to gets its
+/// sample.
+pub(crate) fn renewed<F: Storage>(
+    stored: &BackingIdentity,
+    found: &Opened<F>,
+    header: Option<&Header>,
+) -> Result<Option<BackingIdentity>, OpenError> {
+    let BackingIdentity::Image { witness, .. } = stored else { return Ok(None) };
+    let actual = found.identity(header);
+    let new = match (witness.sample, stored.verify(&actual)) {
+        (Some(_), Ok(_)) => stored.renewed(&actual),
+        // Half a match is not made a whole one; that is for the user to say: `cow rebind`.
+        (None, Ok(Verdict { doubt: Some(Doubt::WholeSeconds { .. }), .. })) | (_, Err(_)) => {
+            return Ok(None);
+        }
+        (None, Ok(_)) => actual.image(sample_of(found)?),
+    };
+    Ok((new != *stored).then_some(new))
+}
+
+fn sample_of<F: Storage>(found: &Opened<F>) -> Result<Sample, OpenError> {
+    let read = |at, block: &mut [u8]| found.file.read_zero_filled(block, at);
+    let taken: io::Result<Sample> = Sample::take(found.stat.size, read);
+    taken.map_err(OpenError::io(&found.path, "read"))
+}

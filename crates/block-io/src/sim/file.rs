@@ -167,7 +167,8 @@ impl Storage for SimFile {
             kind: FileKind::Regular,
             size: inode.current.len(),
             mtime: Timestamp::new(inode.mtime, 0).ok_or(io::ErrorKind::InvalidData)?,
-            born: None,
+            // No number is given twice, so one time does for all.
+            born: Timestamp::new(0, 0),
             allocated: (inode.current.sectors_present() * SECTOR) as u64,
             logical_block: FILE_BLOCK,
         })

@@ -447,8 +447,7 @@ fn a_live_bitmap_of_another_boot_is_void_and_what_was_flushed_is_there() {
     }
     for format in ["--format=native", "--format=uml"] {
         let disk = CowDisk::over(&patterned(8 * MIB, 4));
-        let [flushed, all, out, boot] =
-            ["flushed", "all", "out", "boot_id"].map(|name| disk.dir.path(name));
+        let [flushed, all, out] = ["flushed", "all", "out"].map(|name| disk.dir.path(name));
         let daemon = disk.serve(&[format]);
         write_half(daemon.socket(), &disk.base, "0", &["--depth=1", "--flush-every=64"], &flushed);
         write_half(daemon.socket(), &flushed, "4M", &["--depth=8"], &all);
@@ -461,27 +460,51 @@ fn a_live_bitmap_of_another_boot_is_void_and_what_was_flushed_is_there() {
         assert!(std::fs::read(&out).unwrap() == std::fs::read(&all).unwrap(), "{format}");
         // Under another boot id only what was flushed is, and nothing in between.
         std::fs::remove_file(&out).expect("removing a file");
-        std::fs::write(&boot, "01234567-89ab-cdef-0123-456789abcdef\n").expect("a file");
-        run_ok(in_namespace(&format!(
-            "mount --bind {} /proc/sys/kernel/random/boot_id; {} merge {} {}",
-            boot.display(),
-            Path::new(cow().get_program()).display(),
-            disk.cow.display(),
-            out.display()
-        )));
+        let merge = format!("merge {} {}", disk.cow.display(), out.display());
+        let merged = cow_after_boot(&disk.dir, &merge);
+        assert_eq!(merged.code, Some(0), "{}", merged.output);
         assert!(std::fs::read(&out).unwrap() == std::fs::read(&flushed).unwrap(), "{format}");
     }
 }
 
-/// Runs a command of `cow` as on a host that has been booted since.
-fn cow_after_boot(directory: &TestDir, args: &str) -> Outcome {
+/// Containers are given boot ids of their own. Who may look beneath sees that it is still the same host.
+#[test]
+fn a_boot_id_that_is_mounted_over_the_hosts_is_not_believed() {
+    let disk = CowDisk::over(&patterned(8 * MIB, 4));
+    let [all, out] = ["all", "out"].map(|name| disk.dir.path(name));
+    let daemon = disk.serve(&[]);
+    write_half(daemon.socket(), &disk.base, "0", &["--depth=8"], &all);
+    drop(daemon);
+    let merge = format!("merge {} {}", disk.cow.display(), out.display());
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-euc", &under_other_boot_id(&disk.dir, "", &merge)]);
+    let merged = run(command);
+    if merged.code != Some(0) {
+        println!("skipped: this user may not make a mount namespace: {}", merged.output);
+        return;
+    }
+    assert!(!merged.output.contains("boot_id"), "{}", merged.output);
+    assert!(std::fs::read(&out).unwrap() == std::fs::read(&all).unwrap());
+    // Who may not is told.
+    std::fs::remove_file(&out).expect("removing a file");
+    let merged = cow_after_boot(&disk.dir, &merge);
+    assert!(merged.output.contains("boot_id: is not the host's own"), "{}", merged.output);
+}
+
+/// A script that runs a command of `cow`, by `prefix`, where another boot id is mounted over the host's.
+fn under_other_boot_id(directory: &TestDir, prefix: &str, args: &str) -> String {
     let boot = directory.path("boot_id");
     std::fs::write(&boot, "01234567-89ab-cdef-0123-456789abcdef\n").expect("a file");
-    run(in_namespace(&format!(
-        "mount --bind {} /proc/sys/kernel/random/boot_id; {} {args}",
+    format!(
+        "mount --bind {} /proc/sys/kernel/random/boot_id; {prefix} {} {args}",
         boot.display(),
         Path::new(cow().get_program()).display(),
-    )))
+    )
+}
+
+/// Runs a command of `cow` as on a host that has been booted since: it may not look beneath the other boot id.
+fn cow_after_boot(directory: &TestDir, args: &str) -> Outcome {
+    run(in_namespace(&under_other_boot_id(directory, "setpriv --bounding-set=-sys_admin", args)))
 }
 
 /// Some of the disk is flushed in place, more of it one write at a time, which goes into the journal. Then the daemon is

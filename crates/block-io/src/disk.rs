@@ -19,7 +19,7 @@ use crate::image::flush::{FlushFailure, flush};
 use crate::image::journal::Journal;
 use crate::image::learn::{Failed, learn, learn_top};
 use crate::image::live::LiveBitmap;
-use crate::image::state::mark_settled;
+use crate::image::state::{Newest, NotMarked, mark_settled, say_not_marked, void_live};
 use crate::image::unflushed::Unflushed;
 use crate::image::{Chain, DiskError, DiskOptions, OpenError, open_chain, open_single};
 use crate::storage::{Env, Storage};
@@ -61,6 +61,8 @@ pub struct Disk<E: Env = Host> {
     read_only: bool,
     /// A sync has failed: for ever.
     failed: AtomicBool,
+    /// That stands in the file, durably.
+    marked: AtomicBool,
     closed: AtomicBool,
     /// What the next flush has to make durable, if it is little.
     unflushed: Unflushed,
@@ -145,6 +147,7 @@ impl<E: Env> Disk<E> {
             cow: chain.cow,
             read_only: options.read_only,
             failed: AtomicBool::new(false),
+            marked: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             unflushed: Unflushed::new(chain.journal.is_wanted()),
             flushing: Mutex::new(chain.journal),
@@ -295,7 +298,7 @@ impl<E: Env> Disk<E> {
     ) -> Result<(), DiskError> {
         self.flush_all(cow, bitmap)?;
         let begun = journal.begin_anew(&self.top().file, &mut lock(&cow.header));
-        begun.map_err(|err| self.fail(&err.into()))
+        begun.map_err(|err| self.fail_with(&err.into(), Newest::InDoubt))
     }
 
     fn flush_all(&self, cow: &WritableCow<E::File>, bitmap: &Bitmap) -> Result<(), DiskError> {
@@ -340,16 +343,15 @@ impl<E: Env> Disk<E> {
     /// Makes everything durable in its place: then neither live bitmap nor journal need count any more.
     fn end_use(&self) -> Result<(), DiskError> {
         let mut journal = lock(&self.flushing);
-        self.check_not_failed()?;
+        self.check_not_failed().inspect_err(|_| self.mark_failed(Newest::InDoubt))?;
         let top = &self.top().file;
         let Some((cow, bitmap)) = self.writable_cow() else {
             return top.sync().map_err(|err| self.fail(&err));
         };
         self.flush_all(cow, bitmap)?;
-        let mut header = lock(&cow.header);
-        // Which header a failed write has left, nobody knows.
-        mark_settled(top, &mut header).map_err(|err| self.fail(&err.into()))?;
-        journal.close(top, &header);
+        let settled = mark_settled(top, &mut lock(&cow.header));
+        settled.map_err(|err| self.fail_with(&err.into(), Newest::InDoubt))?;
+        journal.close(top, &lock(&cow.header));
         let removed = cow.live.close(&self.env);
         removed.map_err(|(path, source)| DiskError::Io {
             path,
@@ -397,6 +399,10 @@ impl<E: Env> Disk<E> {
 
     /// A sync has failed: nothing that this disk says about durability can be believed any more.
     fn fail(&self, err: &std::io::Error) -> DiskError {
+        self.fail_with(err, Newest::Durable)
+    }
+
+    fn fail_with(&self, err: &std::io::Error, newest: Newest) -> DiskError {
         let path = self.top().path.clone();
         if !self.failed.swap(true, Ordering::AcqRel) {
             log::error!(
@@ -404,8 +410,35 @@ impl<E: Env> Disk<E> {
                  writes until it is opened again",
                 path.display()
             );
+            self.mark_failed(newest);
         }
         DiskError::Failed { path }
+    }
+
+    /// Whoever opens the file next must not believe the page cache either: the kernel reports a failed sync once, and then
+    /// takes what it could not write for written.
+    fn mark_failed(&self, newest: Newest) {
+        if self.marked.load(Ordering::Acquire) {
+            return;
+        }
+        let top = self.top();
+        let marked = match &self.cow {
+            None => {
+                // What is read from now on is what is there.
+                if let Err(err) = top.file.drop_cache() {
+                    log::debug!("{}: the page cache stays: {err}", top.path.display());
+                }
+                Ok(())
+            }
+            Some(cow) => match &mut *lock(&cow.header) {
+                Header::Native(native) => void_live(&top.file, native, newest),
+                Header::Uml(_) => cow.live.make_void().map_err(NotMarked::AtAll),
+            },
+        };
+        match marked {
+            Ok(()) => self.marked.store(true, Ordering::Release),
+            Err(err) => say_not_marked(&top.path, &err),
+        }
     }
 
     fn io_error(&self, action: &'static str, source: std::io::Error) -> DiskError {

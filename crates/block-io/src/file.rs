@@ -10,10 +10,12 @@ use std::sync::OnceLock;
 use std::time::UNIX_EPOCH;
 
 use cow_format::ByteOffset;
+use cow_format::header::CacheWitness;
 use cow_format::identity::Timestamp;
 use nix::errno::Errno;
 use nix::fcntl::{
-    AT_FDCWD, AtFlags, FallocateFlags, FcntlArg, OFlag, RenameFlags, fallocate, fcntl, renameat2,
+    AT_FDCWD, AtFlags, FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, RenameFlags, fallocate,
+    fcntl, posix_fadvise, renameat2,
 };
 use nix::sys::stat::futimens;
 use nix::sys::statfs::fstatfs;
@@ -22,10 +24,11 @@ use nix::unistd::{Whence, fdatasync, linkat, lseek64};
 
 use crate::filesystem::is_believed;
 use crate::lock::{LockRange, try_lock, unlock};
-use crate::proc_fs::{descriptor_path, explain, explain_boot_id, shows_descriptors};
+use crate::proc_fs::{descriptor_path, explain, shows_descriptors};
 use crate::storage::{
     Access, BootId, Env, FILE_BLOCK, FileId, FileKind, FileStat, LockError, LockKind, Storage,
 };
+use crate::witness;
 
 /// What direct I/O must be aligned to where the kernel does not say (statx has said since Linux 6.1): no disk wants more.
 const DIRECT_ALIGN_DEFAULT: u32 = 4096;
@@ -275,6 +278,24 @@ impl Storage for File {
         Ok(())
     }
 
+    fn check_writeback(&self) -> io::Result<()> {
+        let fd = self.buffered.as_raw_fd();
+        // It waits for the first page only; what it then looks at is of the whole file.
+        // SAFETY: no memory is involved, and the descriptor is open.
+        let result = unsafe { libc::sync_file_range(fd, 0, 1, libc::SYNC_FILE_RANGE_WAIT_BEFORE) };
+        match (result, Errno::last()) {
+            (0, _) => Ok(()),
+            // A file system or a sandbox that does not know it does not say.
+            (_, Errno::EINVAL | Errno::ESPIPE | Errno::ENOSYS | Errno::EPERM) => Ok(()),
+            (_, errno) => Err(errno.into()),
+        }
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        posix_fadvise(&self.buffered, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+        Ok(())
+    }
+
     fn stamp(&self, mtime: Timestamp) -> io::Result<()> {
         let leave = TimeSpec::new(0, libc::UTIME_OMIT);
         futimens(&self.buffered, &leave, &TimeSpec::new(mtime.secs(), mtime.nanos().into()))?;
@@ -475,11 +496,11 @@ impl Env for Host {
     }
 
     fn boot_id(&self) -> io::Result<BootId> {
-        const PATH: &str = "/proc/sys/kernel/random/boot_id";
-        let text = fs::read_to_string(PATH).map_err(explain_boot_id)?;
-        parse_boot_id(&text).ok_or_else(|| {
-            io::Error::new(io::ErrorKind::InvalidData, format!("{PATH}: {text:?} is no UUID"))
-        })
+        witness::boot_id()
+    }
+
+    fn cache_witness(&self, file: &File) -> Option<CacheWitness> {
+        witness::of(&file.buffered)
     }
 }
 
@@ -497,16 +518,6 @@ fn temporary_name(path: &Path) -> PathBuf {
     name.push(path.file_name().unwrap_or_default());
     name.push(format!(".{}.new", std::process::id()));
     path.with_file_name(name)
-}
-
-fn parse_boot_id(text: &str) -> Option<BootId> {
-    let mut id = [0; 16];
-    let mut digits = text.trim_end().chars().filter(|c| *c != '-').map(|c| c.to_digit(16));
-    for byte in &mut id {
-        let (high, low) = (digits.next()??, digits.next()??);
-        *byte = u8::try_from(high << 4 | low).ok()?;
-    }
-    digits.next().is_none().then_some(BootId(id))
 }
 
 fn open_options(access: Access) -> OpenOptions {
@@ -591,8 +602,6 @@ fn direct_part(buf: &[u8], at: ByteOffset) -> Option<Range<usize>> {
 
 #[cfg(test)]
 mod tests {
-    use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-
     use super::*;
 
     #[test]
@@ -643,15 +652,6 @@ mod tests {
         Host.publish_over(&file, temporary.as_deref(), &path).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"y");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn the_boot_id_is_a_uuid() {
-        let BootId(id) = parse_boot_id("53b98363-bcfd-4521-9d8f-9419f9880b9a\n").unwrap();
-        assert_eq!((id[0], id[15]), (0x53, 0x9a));
-        assert_eq!(parse_boot_id("53b98363"), None);
-        assert_eq!(parse_boot_id("53b98363-bcfd-4521-9d8f-9419f9880b9ag"), None);
-        Host.boot_id().unwrap();
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub mod ring;
 pub mod sim;
 pub mod storage;
 pub mod watch;
+mod witness;
 
 pub use committer::{Committer, Flushed, Waiter};
 pub use disk::{Disk, Layer, Writing};

@@ -38,6 +38,11 @@ impl SparseBytes {
         }
     }
 
+    /// The sectors that hold anything but zeros.
+    pub(crate) fn present(&self, sectors: Range<u64>) -> impl Iterator<Item = u64> {
+        self.sectors.range(sectors).map(|(sector, _)| *sector)
+    }
+
     /// Number of sectors that hold anything but zeros.
     pub(crate) fn sectors_present(&self) -> usize {
         self.sectors.len()

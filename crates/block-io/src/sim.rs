@@ -4,8 +4,11 @@
 //! [`Storage::sync`] of that file may be there, or the synced one, independently of every other sector (so writes
 //! survive or not in any combination and order, torn at 512 bytes); the length is one that the file had since then,
 //! independently of the content; each change of names since the last [`Env::sync_parent`] happened or did not. The boot id
-//! changes. *Death of the process*: every completed operation survives; the one under way is done, not done, or, for a
-//! write, done up to a sector; locks fall. The boot id stays.
+//! changes. *Loss of the page cache* (the file system is shut down and mounted anew): the same, but the boot id stays and
+//! the witness changes. *Death of the process*: every completed operation survives; the one under way is done, not done, or, for a
+//! write, done up to a sector; locks fall. The boot id stays. *Failed write to the disk*, in a sync or before it: of each
+//! sector any content since the last sync is on the disk, the page cache shows the last and takes it for written, until it
+//! forgets it; each opening of the file is told once, at its next sync, and one that is made after somebody was told never.
 //!
 //! Every operation that changes something counts as a step, and a crash can be set at any of them.
 //! Nothing here is random by itself: [`Choices`] decides, from a seed or by enumeration.
@@ -79,6 +82,10 @@ pub enum Operation<'a> {
     Name(&'a Path),
     /// A sync of a directory.
     SyncNames,
+    /// A look at whether writing to the disk has failed; no step.
+    CheckWriteback,
+    /// Forgetting what is in the page cache; no step.
+    DropCache,
 }
 
 /// What a hook makes of an operation.
@@ -117,12 +124,18 @@ struct World {
     locks: Vec<(u64, u64, LockKind)>,
     next_handle: u64,
     boot: u64,
+    /// Counts mounts of the file system: each has a page cache of its own.
+    mounts: u64,
+    /// Nobody can tell one mount from another.
+    no_witness: bool,
     /// Counts processes: handles of an earlier one are dead.
     life: u64,
     clock: i64,
     steps: u64,
     crash: Option<(u64, CrashKind)>,
     crashed: bool,
+    /// The last step after which a process was told that writing to the disk has failed.
+    told_at: Option<u64>,
     hook: Option<Hook>,
     lies_about_holes: bool,
 }
@@ -213,9 +226,15 @@ impl Sim {
 
     /// The power goes, now or at the crash that has happened: `choices` decides what is left; a new boot begins.
     pub fn power_cut(&self, choices: &mut Choices) {
+        self.cache_loss(choices);
+        self.world().boot += 1;
+    }
+
+    /// The page cache goes, now or at the crash that has happened, and the process with it; the host lives on.
+    pub fn cache_loss(&self, choices: &mut Choices) {
         let mut world = self.world();
         world.end_process();
-        world.boot += 1;
+        world.mounts += 1;
         for inode in &mut world.inodes {
             inode.cut(choices);
         }
@@ -236,6 +255,46 @@ impl Sim {
     /// For the mutation that believes the live bitmap of another boot: goes back to the boot before.
     pub fn forge_boot_id(&self) {
         self.world().boot -= 1;
+        self.forge_witness();
+    }
+
+    /// For the mutation that believes the boot id alone: the page cache seems to be that before the last crash.
+    pub fn forge_witness(&self) {
+        self.world().mounts -= 1;
+    }
+
+    /// For the mutation that believes no page cache: this one seems to be another.
+    pub fn spoil_witness(&self) {
+        self.world().mounts += 1;
+    }
+
+    /// From now on nobody can tell one page cache from another.
+    pub fn hide_witness(&self) {
+        self.world().no_witness = true;
+    }
+
+    /// The next sync of each file fails, once; `choices` decides what it leaves.
+    pub fn fail_next_sync(&self, choices: Option<&Choices>) {
+        for inode in &mut self.world().inodes {
+            inode.failing = choices.cloned();
+        }
+    }
+
+    /// The last step after which a process was told that writing to the disk has failed.
+    pub fn told_at(&self) -> Option<u64> {
+        self.world().told_at
+    }
+
+    /// What waits to be written to the disk fails to get there, unseen by anybody so far.
+    pub fn fail_writeback(&self, choices: &mut Choices) {
+        for inode in &mut self.world().inodes {
+            inode.fail_writeback(choices);
+        }
+    }
+
+    /// The page cache forgets whatever it may.
+    pub fn evict(&self) {
+        self.world().inodes.iter_mut().for_each(Inode::drop_cache);
     }
 
     /// Moves a file to another name, durably and outside the fault model: as an administrator does on a calm day.

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use cow_format::ByteOffset;
 use cow_format::SECTOR_SIZE;
+use cow_format::header::CacheWitness;
 use cow_format::identity::{ActualIdentity, Inode, Timestamp};
 use uuid::Uuid;
 
@@ -99,7 +100,7 @@ pub enum LockKind {
     Exclusive,
 }
 
-/// The boot id of the host, the 16 bytes of its UUID: what is in the page cache lives exactly as long as it.
+/// The boot id of the host, the 16 bytes of its UUID: what is in the page cache lives no longer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct BootId(pub [u8; 16]);
 
@@ -164,6 +165,15 @@ pub trait Storage: Send + Sync {
     /// Writes all of `buf` at `at` and makes that outlive a power cut; it says nothing of other writes. After an error
     /// nothing is known of this one, and repeating it does not repair that.
     fn write_durably(&self, buf: &[u8], at: ByteOffset) -> io::Result<()>;
+
+    /// An error if the kernel could not write something of this file to the disk, at any time since somebody last was told so:
+    /// then what the page cache shows may be nowhere else. Each opening is told once, so ask before the first sync.
+    /// Writes nothing.
+    fn check_writeback(&self) -> io::Result<()>;
+
+    /// Forgets what the page cache has of this file and is not waiting to be written: from then on reads show what is on the
+    /// disk. After a failed write to the disk the two can differ.
+    fn drop_cache(&self) -> io::Result<()>;
 
     /// Sets the time of the last change, and makes it outlive a power cut, with all that [`Storage::sync`] does.
     fn stamp(&self, mtime: Timestamp) -> io::Result<()>;
@@ -301,4 +311,7 @@ pub trait Env: Clone + Send + Sync + 'static {
 
     /// The boot id of the running system.
     fn boot_id(&self) -> io::Result<BootId>;
+
+    /// Which life of the page cache holds `file`, within the boot; `None` where nobody can tell.
+    fn cache_witness(&self, file: &Self::File) -> Option<CacheWitness>;
 }

@@ -131,10 +131,30 @@ fn a_failed_sync_is_for_ever() {
             Err(DiskError::Failed { .. })
         ));
         assert!(matches!(disk.close(), Err(DiskError::Failed { .. })));
-        // What was acknowledged can still be read, here and by the next who opens it.
+        // What was acknowledged can still be read here. Who opens it next finds what was flushed.
         assert_eq!(sector(&disk, 3), 1);
         drop(disk);
-        assert_eq!(sector(&open(&sim), 3), 1);
+        assert_eq!(sector(&open(&sim), 3), 0xbb);
+    }
+}
+
+/// While the disk takes nothing at all a failed sync cannot be marked; when it is closed that is tried once more.
+#[test]
+fn a_failed_sync_that_could_not_be_marked_is_marked_later() {
+    for format in FORMATS {
+        let sim = sim(format);
+        let disk = open(&sim);
+        disk.write(range(3, 1), &[1; 512]).unwrap();
+        let on = fail(&sim, EIO, |operation| {
+            is_sync(operation)
+                || is_write(operation)
+                || matches!(operation, Operation::WriteDurably { .. })
+        });
+        assert!(matches!(disk.flush(), Err(DiskError::Failed { .. })));
+        on.store(false, Ordering::Relaxed);
+        assert!(matches!(disk.close(), Err(DiskError::Failed { .. })));
+        drop(disk);
+        assert_eq!(sector(&open(&sim), 3), 0xbb);
     }
 }
 

@@ -1,8 +1,8 @@
 //! The native header: golden files that must open for ever, both copies, states, what is refused.
 
 use cow_format::header::{
-    Backing, BackingFormat, BootId, Field, HeaderWrite, NATIVE_PATH_MAX, NativeHeader, NativeState,
-    Part,
+    Backing, BackingFormat, BootId, CacheWitness, Field, HeaderWrite, NATIVE_PATH_MAX,
+    NativeHeader, NativeState, PageCache, Part,
 };
 use cow_format::identity::{BackingIdentity, Inode, Timestamp, Witness};
 use cow_format::journal::Records;
@@ -21,6 +21,15 @@ const OWN: Uuid = Uuid::from_u128(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff);
 
 fn boot() -> BootId {
     BootId::parse("f0e0d0c0-b0a0-9080-7060-504030201000\n").unwrap()
+}
+
+/// As a header of an older program has it.
+fn unknown_cache() -> PageCache {
+    PageCache { boot: boot(), witness: None }
+}
+
+fn cache() -> PageCache {
+    PageCache { witness: Some(CacheWitness::Superblock(0x0102_0304_0506)), ..unknown_cache() }
 }
 
 fn golden(name: &str) -> Vec<u8> {
@@ -191,10 +200,10 @@ fn golden_live() {
     let header = open(&file).unwrap();
     assert_eq!(
         (header.generation(), header.state()),
-        (9, NativeState::InUse { live: Some(boot()) })
+        (9, NativeState::InUse { live: Some(unknown_cache()) })
     );
-    assert!(header.live_counts(boot()));
-    assert!(!header.live_counts(BootId::new(OWN).unwrap()));
+    // It does not say which page cache of that boot.
+    assert!(!header.live_counts(&unknown_cache()) && !header.live_counts(&cache()));
     let backing = header.backing().unwrap();
     assert_eq!(
         (backing.path(), backing.format()),
@@ -208,10 +217,59 @@ fn golden_live() {
     alone[COPY..].fill(0);
     let mut before = check(&alone, file.len() as u64).unwrap();
     assert_eq!((before.generation(), before.state()), (8, NativeState::Clean));
-    before.set_in_use(Some(boot())).unwrap();
+    before.set_in_use(Some(unknown_cache())).unwrap();
     let write = before.next_write().unwrap();
     assert_eq!(write.at.get(), 4096);
     assert!(write.bytes[..] == file[COPY..2 * COPY]);
+}
+
+/// Made by the second implementation: a file in use that says which page cache its live bitmap stands in.
+#[test]
+fn golden_witness() {
+    let file = golden("v1-witness");
+    let header = open(&file).unwrap();
+    assert_eq!(header.state(), NativeState::InUse { live: Some(cache()) });
+    assert!(header.live_counts(&cache()));
+    let others = [
+        PageCache { boot: BootId::new(OWN).unwrap(), ..cache() },
+        PageCache { witness: Some(CacheWitness::Superblock(7)), ..cache() },
+        PageCache { witness: Some(CacheWitness::Mount(0x0102_0304_0506)), ..cache() },
+        PageCache { witness: Some(CacheWitness::Memory), ..cache() },
+        unknown_cache(),
+    ];
+    assert!(others.iter().all(|other| !header.live_counts(other)));
+
+    // The second copy is what opening the file of the first one writes.
+    let mut alone = file[..HEADER_PREFIX_LEN].to_vec();
+    alone[COPY..].fill(0);
+    let mut before = check(&alone, file.len() as u64).unwrap();
+    before.set_in_use(Some(cache())).unwrap();
+    assert!(before.next_write().unwrap().bytes[..] == file[COPY..2 * COPY]);
+}
+
+#[test]
+fn a_witness_of_a_kind_that_nobody_knows_is_none() {
+    for witness in [CacheWitness::Memory, CacheWitness::Superblock(9), CacheWitness::Mount(9)] {
+        let mut bytes = witness.to_bytes();
+        assert_eq!(CacheWitness::from_bytes(bytes), Some(witness));
+        bytes[0] = 4;
+        assert_eq!(CacheWitness::from_bytes(bytes), None);
+    }
+    assert_eq!(CacheWitness::from_bytes([0; 16]), None);
+}
+
+#[test]
+fn after_a_failed_sync_the_live_bitmap_is_void_and_the_journal_counts() {
+    let mut header = open(&golden("v1-journal")).unwrap();
+    let epoch = header.journal_epoch();
+    let (slot, generation) = (header.next_write().unwrap().at, header.generation());
+    header.make_live_void();
+    // The other copy is whole: the one that may not be is written again.
+    let again = header.write_again().unwrap();
+    assert_eq!((again.at, header.generation()), (slot, generation + 1));
+    assert_eq!(header.state(), NativeState::InUse { live: None });
+    assert!(epoch.is_some() && header.journal_epoch() == epoch);
+    assert_ne!(header.next_write().unwrap().at, slot);
 }
 
 #[test]
@@ -236,7 +294,7 @@ fn copies_are_written_in_turn_and_one_always_serves() {
     for round in 3..7u64 {
         let old = prefix.clone();
         let before = check(&old, len).unwrap();
-        header.set_in_use((round % 2 == 0).then(boot)).unwrap();
+        header.set_in_use((round % 2 == 0).then(cache)).unwrap();
         let write = header.next_write().unwrap();
         assert_eq!(write.at.get(), if round % 2 == 1 { 0 } else { 4096 });
         put(&mut prefix, &write);
@@ -270,7 +328,7 @@ fn a_settled_live_bitmap_is_believed_of_a_whole_clean_file_only() {
         assert_eq!(found, *header);
         (found.live_is_settled(), found.unknown_features(), prefix.clone())
     };
-    header.set_in_use(Some(boot())).unwrap();
+    header.set_in_use(Some(cache())).unwrap();
     assert!(!write(&mut header).0);
     // Somebody else's end of use says nothing about the live bitmap.
     let mut other = header.clone();
@@ -278,7 +336,7 @@ fn a_settled_live_bitmap_is_believed_of_a_whole_clean_file_only() {
     assert!(!write(&mut other).0);
 
     header = other;
-    header.set_in_use(Some(boot())).unwrap();
+    header.set_in_use(Some(cache())).unwrap();
     write(&mut header);
     header.set_clean_and_settled().unwrap();
     let (settled, unknown, clean) = write(&mut header);
@@ -286,7 +344,7 @@ fn a_settled_live_bitmap_is_believed_of_a_whole_clean_file_only() {
     // It stays so while nothing but the header changes.
     header.resize(2 * MIB).unwrap();
     assert!(write(&mut header).0);
-    header.set_in_use(Some(boot())).unwrap();
+    header.set_in_use(Some(cache())).unwrap();
     assert!(!write(&mut header).0);
     // The copy that stands in for a newer one is not the last word.
     for broken in [100, COPY + 100] {

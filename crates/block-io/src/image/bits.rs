@@ -8,10 +8,9 @@ use cow_format::{BITMAP_PAGE, Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS
 use super::OpenError;
 use super::chain::Opened;
 use super::journal::must_be_replayed;
-use super::live::open_side_file;
 use super::pages::read_pages;
 use super::side_file;
-use super::state::native_boot;
+use super::trust::{Trust, live_counts, valid_side_file};
 use crate::storage::{Env, Storage};
 
 const PAGE_LEN: u64 = BITMAP_PAGE as u64;
@@ -22,7 +21,7 @@ pub(crate) struct Bits<F> {
     live: Option<Live<F>>,
 }
 
-/// The live bitmap, of this boot.
+/// The live bitmap, of this page cache.
 enum Live<F> {
     /// In the COW file itself.
     Native(ByteOffset),
@@ -35,13 +34,14 @@ impl<F: Storage> Bits<F> {
         env: &E,
         cow: &Opened<F>,
         header: &Header,
+        trust: Trust,
     ) -> Result<Self, OpenError> {
         if let Header::Native(native) = header
-            && must_be_replayed(env, native)?
+            && must_be_replayed(env, cow, native, trust)?
         {
             return Err(OpenError::Journal { path: cow.path.clone() });
         }
-        Self::find_as_it_is(env, cow, header)
+        Self::find_as_it_is(env, cow, header, trust)
     }
 
     /// The same of a file that only is to be told about: it may lack what stands in the journal.
@@ -49,19 +49,14 @@ impl<F: Storage> Bits<F> {
         env: &E,
         cow: &Opened<F>,
         header: &Header,
+        trust: Trust,
     ) -> Result<Self, OpenError> {
         let geometry = *header.geometry();
         let live = match header {
-            Header::Uml(_) => {
-                let path = env.canonical(&cow.path).map_err(OpenError::io(&cow.path, "resolve"))?;
-                let file = open_side_file(env, &cow.file, &path, &geometry);
-                file.map_err(OpenError::io(&cow.path, "read the live bitmap"))?.map(Live::SideFile)
-            }
-            Header::Native(native) => match native_boot(env)? {
-                Some(boot) if native.live_counts(boot) => {
-                    geometry.live_bitmap_offset().map(Live::Native)
-                }
-                _ => None,
+            Header::Uml(_) => valid_side_file(env, cow, header, trust)?.map(Live::SideFile),
+            Header::Native(native) => match live_counts(env, &cow.file, native, trust)? {
+                true => geometry.live_bitmap_offset().map(Live::Native),
+                false => None,
             },
         };
         Ok(Bits { geometry, live })

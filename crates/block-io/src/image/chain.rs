@@ -12,6 +12,7 @@ use cow_format::{Bitmap, ByteOffset, Geometry, HEADER_PREFIX_LEN, Header};
 
 use super::bits::Bits;
 use super::identity::verify;
+use super::trust::Trust;
 use super::{CHAIN_DEPTH_MAX, CachePolicy, CowFormat, DiskOptions, OpenError};
 use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};
 
@@ -357,7 +358,7 @@ fn warn(path: &Path, doubt: Option<Doubt>) {
 
 impl<E: Env> Opener<'_, E> {
     /// What a COW file below the top holds. A native one is frozen; a UML one is known by its mtime, and its live bitmap
-    /// counts as long as it is of this boot.
+    /// counts as long as it is of this page cache.
     fn frozen(
         &self,
         opened: &Opened<E::File>,
@@ -369,7 +370,7 @@ impl<E: Env> Opener<'_, E> {
         {
             return Err(OpenError::NotFrozen { cow: cow.to_owned(), path: opened.path.clone() });
         }
-        let bits = Bits::find(self.env, opened, header)?;
+        let bits = Bits::find(self.env, opened, header, Trust::Witness)?;
         bits.check_data(opened)?;
         Ok(Content::Cow(*header.geometry(), bits))
     }

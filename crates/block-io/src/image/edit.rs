@@ -7,9 +7,8 @@ use cow_format::{Bitmap, Header};
 
 use super::bits::Bits;
 use super::chain::{Opened, Opener};
-use super::flush::flush;
-use super::journal::replay;
-use super::state::mark_clean;
+use super::state::settle;
+use super::trust::recover;
 use super::{DiskOptions, OpenError};
 use crate::storage::{Env, Storage};
 
@@ -99,8 +98,8 @@ impl<F: Storage> Edit<F> {
     pub(crate) fn open<E: Env<File = F>>(env: &E, path: &Path) -> Result<Self, OpenError> {
         let cow = Opener::new(env, &DiskOptions::default(), path).top()?;
         let mut header = cow.header()?;
-        replay(env, &cow, &mut header)?;
-        let bitmap = Bits::find(env, &cow, &header)?.load_all(&cow)?;
+        let trust = recover(env, &cow, &mut header)?;
+        let bitmap = Bits::find(env, &cow, &header, trust)?.load_all(&cow)?;
         cow.check_data(header.geometry(), &bitmap)?;
         Ok(Edit { cow, header, bitmap })
     }
@@ -108,10 +107,7 @@ impl<F: Storage> Edit<F> {
     /// Makes what only the live bitmap knows durable, and a native file's state clean: then the durable bitmap says
     /// everything.
     pub(crate) fn settle(&mut self) -> Result<(), OpenError> {
-        let flushed = flush(&self.cow.file, &self.bitmap, self.header.geometry());
-        flushed.map_err(|failure| failure.at(&self.cow.path))?;
-        mark_clean(&self.cow.file, &mut self.header).map_err(|err| err.at(&self.cow.path))?;
-        Ok(())
+        settle(&self.cow, &mut self.header, &self.bitmap)
     }
 }
 

@@ -14,7 +14,8 @@ use uuid::Uuid;
 use super::OpenError;
 use super::chain::Opened;
 use super::flush::flush;
-use super::state::{UpdateError, native_boot, write_native_synced};
+use super::state::{UpdateError, write_native_synced};
+use super::trust::{Trust, live_counts};
 use super::unflushed::Unflushed;
 use crate::storage::{Env, Storage};
 
@@ -119,7 +120,8 @@ impl Journal {
         };
     }
 
-    /// After a flush in place: no record counts any more, and new ones may come. An error leaves nobody sure which count.
+    /// After a flush in place: no record counts any more, and new ones may come. An error leaves nobody sure which count,
+    /// and the copy of the header that was written in doubt.
     pub(crate) fn begin_anew(
         &mut self,
         file: &impl Storage,
@@ -203,32 +205,44 @@ fn read(
     true
 }
 
-/// Whether flushed sectors stand in the journal and maybe not in their place. Under the boot of the live bitmap they do: the
-/// page cache has everything.
-pub(crate) fn must_be_replayed<E: Env>(env: &E, native: &NativeHeader) -> Result<bool, OpenError> {
-    let counts = |boot| native.live_counts(boot);
-    Ok(native.journal_epoch().is_some() && !native_boot(env)?.is_some_and(counts))
-}
-
-/// After a power cut: puts in place, durably, what stands in the journal. For a file under its exclusive lock, before its
-/// bitmaps are read. Can be interrupted, and then begins again.
-pub(crate) fn replay<E: Env>(
+/// Whether flushed sectors stand in the journal and maybe not in their place. Where the live bitmap counts they do: the page
+/// cache has everything.
+pub(crate) fn must_be_replayed<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
-    header: &mut Header,
-) -> Result<(), OpenError> {
-    let Header::Native(native) = header else { return Ok(()) };
-    let (true, Some(area), Some(epoch)) =
-        (must_be_replayed(env, native)?, native.journal(), native.journal_epoch())
-    else {
-        return Ok(());
+    native: &NativeHeader,
+    trust: Trust,
+) -> Result<bool, OpenError> {
+    let Some((area, epoch)) = native.journal().zip(native.journal_epoch()) else {
+        return Ok(false);
     };
+    if live_counts(env, &cow.file, native, trust)? {
+        return Ok(false);
+    }
+    let journal = read_journal(cow, area)?;
+    Ok(Records::new(&journal, epoch, native.geometry().sectors()).next().is_some())
+}
+
+/// Puts in place, durably, what stands in the journal of a file whose live bitmap does not count. For a file under its
+/// exclusive lock, before its bitmaps are read. Can be interrupted, and then begins again.
+pub(crate) fn replay<F: Storage>(cow: &Opened<F>, header: &mut Header) -> Result<(), OpenError> {
+    let Header::Native(native) = header else { return Ok(()) };
+    let Some((area, epoch)) = native.journal().zip(native.journal_epoch()) else { return Ok(()) };
     let count = put_in_place(cow, native.geometry(), area, epoch)?;
-    log::info!("{}: {count} flushes put in place from the journal", cow.path.display());
+    if count > 0 {
+        log::info!("{}: {count} flushes put in place from the journal", cow.path.display());
+    }
     native.end_journal();
     write_native_synced(&cow.file, native).map_err(|err| err.at(&cow.path))?;
     give_back(&cow.file, area);
     Ok(())
+}
+
+fn read_journal<F: Storage>(cow: &Opened<F>, area: JournalArea) -> Result<Vec<u8>, OpenError> {
+    let mut journal = vec![0; usize::try_from(area.len()).unwrap_or(0)];
+    let read = cow.file.read_zero_filled(&mut journal, area.at());
+    read.map_err(OpenError::io(&cow.path, "read the journal"))?;
+    Ok(journal)
 }
 
 fn put_in_place<F: Storage>(
@@ -238,8 +252,7 @@ fn put_in_place<F: Storage>(
     epoch: Epoch,
 ) -> Result<usize, OpenError> {
     let io = |action| OpenError::io(&cow.path, action);
-    let mut journal = vec![0; usize::try_from(area.len()).unwrap_or(0)];
-    cow.file.read_zero_filled(&mut journal, area.at()).map_err(io("read the journal"))?;
+    let journal = read_journal(cow, area)?;
     let records = Records::new(&journal, epoch, geometry.sectors());
     let records = records.collect::<Result<Vec<_>, _>>();
     let records = records.map_err(|err| io("use the journal")(io::Error::other(err)))?;

@@ -9,10 +9,10 @@ use std::sync::{Mutex, PoisonError};
 use cow_format::{
     BITMAP_PAGE, Bitmap, ByteOffset, Geometry, PAGE_SECTORS, Sector, SectorCount, SectorRange,
 };
-use zerocopy::IntoBytes;
 
 use super::bits::for_each_strange;
 use super::side_file::{self, RawSideHeader};
+use super::trust::make_void;
 use crate::storage::{Access, Env, Storage};
 
 /// Locks over the pages of the live bitmap. Few queues set new bits at once, so that a collision is rare.
@@ -76,8 +76,9 @@ impl<F: Storage> LiveBitmap<F> {
             _ => {}
         }
         let file = env.create_new(&path)?;
-        let header = RawSideHeader::new(env.boot_id()?, &cow.stat()?, geometry);
-        file.write_all_at(header.as_bytes(), ByteOffset::new(0))?;
+        let witness = env.cache_witness(cow);
+        let header = RawSideHeader::new(env.boot_id()?, witness, &cow.stat()?, geometry);
+        file.write_all_at(header.bytes(), ByteOffset::new(0))?;
         Ok(Self::new(Place::SideFile { file, path }))
     }
 
@@ -129,6 +130,14 @@ impl<F: Storage> LiveBitmap<F> {
         Ok(())
     }
 
+    /// After a failed sync: makes a live bitmap void that stands in a file of its own. In the COW file its header does.
+    pub(crate) fn make_void(&self) -> io::Result<()> {
+        match &self.place {
+            Place::Native(_) => Ok(()),
+            Place::SideFile { file, .. } => make_void(file),
+        }
+    }
+
     /// Ends the live bitmap's use after a full flush and the clean state: nothing is left beside a UML file.
     pub(crate) fn close<E: Env<File = F>>(&self, env: &E) -> Result<(), (PathBuf, io::Error)> {
         match &self.place {
@@ -160,24 +169,6 @@ fn take_out_strange_bits(
             (run.end - run.start) * page_len,
         )
     })
-}
-
-/// The side file of `cow`, if it is of this boot and COW file. Changes nothing.
-pub(crate) fn open_side_file<E: Env>(
-    env: &E,
-    cow: &E::File,
-    cow_path: &Path,
-    geometry: &Geometry,
-) -> io::Result<Option<E::File>> {
-    let file = match env.open(&side_file::path_for(cow_path), Access::Read) {
-        Ok(file) => file,
-        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(err) => return Err(err),
-    };
-    let header = RawSideHeader::new(env.boot_id()?, &cow.stat()?, geometry);
-    let mut found = RawSideHeader::buffer();
-    file.read_zero_filled(&mut found, ByteOffset::new(0))?;
-    Ok((found == header.as_bytes()).then_some(file))
 }
 
 /// Some words of a bitmap page with new bits in them.

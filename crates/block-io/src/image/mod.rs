@@ -17,6 +17,7 @@ mod resize;
 pub(crate) mod side_file;
 mod snapshot;
 pub(crate) mod state;
+pub(crate) mod trust;
 pub(crate) mod unflushed;
 
 pub use create::{BaseOptions, CreateOptions, create_cow, create_file};

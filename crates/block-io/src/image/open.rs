@@ -9,8 +9,9 @@ use super::bits::Bits;
 use super::chain::{Content, Lower, Opened, Opener, path_to_store, reference, resolve};
 use super::create::{CreateOptions, create_cow};
 use super::identity::renewed;
-use super::journal::{Journal, replay};
+use super::journal::Journal;
 use super::state::{check_writable, make_writable, set_backing_path};
+use super::trust::{Trust, recover};
 use super::{CachePolicy, CowFormat, DiskOptions, OpenError};
 use crate::disk::{Layer, WritableCow};
 use crate::storage::{Access, Env, FILE_BLOCK, Storage};
@@ -86,11 +87,15 @@ pub(crate) fn open_chain<E: Env>(
     }
     let below = opener.below(path, &header, base)?;
     let geometry = *header.geometry();
+    let trust = match (inherited, options.read_only) {
+        (true, _) => Trust::Held,
+        (false, true) => Trust::Witness,
+        (false, false) => recover(env, &top, &mut header)?,
+    };
     if !options.read_only && !inherited {
         renew_backing(path, &mut header, below.first())?;
-        replay(env, &top, &mut header)?;
     }
-    let bits = Bits::find(env, &top, &header)?;
+    let bits = Bits::find(env, &top, &header, trust)?;
     bits.check_data(&top)?;
 
     if inherited && !bits.live_counts() {

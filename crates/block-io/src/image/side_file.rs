@@ -2,10 +2,11 @@
 //!
 //! It exists while the COW file is open for writing, and after the death of the process that had it open; a clean
 //! close removes it. It is used only under the COW file's exclusive lock, or read under its shared lock. Nothing in it is ever
-//! synced on purpose: it speaks of one boot, and the page cache lives as long. Specified in `docs/spec/format-side-file.md`.
+//! synced on purpose: it speaks of one page cache, and lives in it. Specified in `docs/spec/format-side-file.md`.
 
 use std::path::{Path, PathBuf};
 
+use cow_format::header::CacheWitness;
 use cow_format::{BITMAP_PAGE, ByteOffset, Geometry};
 use zerocopy::little_endian::{I64, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -14,7 +15,7 @@ use crate::storage::{BootId, FileStat};
 
 /// The first bytes of a side file.
 const MAGIC: [u8; 8] = *b"COWLIVE\n";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Where the live bitmap begins: after one page for the header.
 pub(crate) const BITMAP_AT: ByteOffset = ByteOffset::new(BITMAP_PAGE as u64);
 
@@ -38,20 +39,30 @@ pub(crate) struct RawSideHeader {
     data_offset: U64,
     durable_offset: U64,
     bitmap_len: U64,
+    /// Which life of the page cache within the boot, as in a native header.
+    witness: [u8; WITNESS_LEN],
     reserved: U32,
     /// CRC32C of everything before.
     crc: U32,
 }
 
-const RAW_LEN: usize = 104;
+const RAW_LEN: usize = 120;
+const WITNESS_LEN: usize = 16;
+const WITNESS_AT: usize = 96;
+const _: () = assert!(std::mem::offset_of!(RawSideHeader, witness) == WITNESS_AT);
 const _: () = assert!(size_of::<RawSideHeader>() == RAW_LEN);
 const CRC_AT: usize = RAW_LEN - size_of::<U32>();
 const BORN_UNKNOWN: u32 = u32::MAX;
 
 impl RawSideHeader {
-    /// The header that the side file of this COW file has during this boot. There is exactly one, so that a side file
+    /// The header that the side file of this COW file has in this page cache. There is exactly one, so that a side file
     /// is valid when its header is equal.
-    pub(crate) fn new(boot: BootId, cow: &FileStat, geometry: &Geometry) -> Self {
+    pub(crate) fn new(
+        boot: BootId,
+        witness: Option<CacheWitness>,
+        cow: &FileStat,
+        geometry: &Geometry,
+    ) -> Self {
         let (born_secs, born_nanos) =
             cow.born.map_or((0, BORN_UNKNOWN), |born| (born.secs(), born.nanos()));
         let mut raw = RawSideHeader {
@@ -67,6 +78,7 @@ impl RawSideHeader {
             data_offset: geometry.data_offset().get().into(),
             durable_offset: geometry.bitmap_offset().get().into(),
             bitmap_len: geometry.bitmap_len().into(),
+            witness: witness.map_or([0; WITNESS_LEN], CacheWitness::to_bytes),
             reserved: U32::ZERO,
             crc: U32::ZERO,
         };
@@ -74,7 +86,18 @@ impl RawSideHeader {
         raw
     }
 
-    /// Room for a header as it is read.
+    /// As it is written.
+    pub(crate) fn bytes(&self) -> &[u8; RAW_LEN] {
+        zerocopy::transmute_ref!(self)
+    }
+
+    /// The witness in a header as it was read.
+    pub(crate) fn witness_in(read: &[u8; RAW_LEN]) -> Option<CacheWitness> {
+        let bytes = read[WITNESS_AT..].first_chunk()?;
+        CacheWitness::from_bytes(*bytes)
+    }
+
+    /// Room for a header as it is read; written, it is that of no file.
     pub(crate) fn buffer() -> [u8; RAW_LEN] {
         [0; RAW_LEN]
     }

@@ -6,17 +6,18 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 
-use cow_format::header::{self, Backing, NativeHeader, NativeState, UmlHeader};
+use cow_format::header::{Backing, NativeHeader, NativeState, PageCache, UmlHeader};
 use cow_format::identity::Timestamp;
-use cow_format::{ByteOffset, Geometry, Header, HeaderError};
+use cow_format::{Bitmap, ByteOffset, Geometry, Header, HeaderError};
 
 use super::OpenError;
 use super::chain::Opened;
+use super::flush::{FlushFailure, flush};
 use super::live::LiveBitmap;
+use super::trust::page_cache;
 use crate::disk::WritableCow;
 use crate::mem::SECTOR;
 use crate::storage::{Env, Storage};
-use uuid::Uuid;
 
 /// A header that could not be changed.
 #[derive(Debug)]
@@ -150,25 +151,116 @@ pub(crate) fn make_writable<E: Env>(
             let settled = native.live_is_settled();
             let live = LiveBitmap::native(&cow.file, at, &geometry, live_is_valid || settled);
             let live = live.map_err(make)?;
-            // Only now: under this boot's name it must say nothing that does not hold.
-            if !live_is_valid {
-                let boot = native_boot(env)?;
-                let set = native.set_in_use(boot).map_err(UpdateError::from);
-                let written = set.and_then(|()| write_native(&cow.file, native));
-                written.map_err(|err| err.at(&cow.path))?;
-            }
-            if settled {
-                // Before the first live bit: under the header before this one nobody would look for it.
-                cow.file.sync().map_err(OpenError::io(&cow.path, "sync"))?;
+            // Only now: under this page cache's name it must say nothing that does not hold.
+            let here = page_cache(env, &cow.file)?;
+            match (live_is_valid, here) {
+                // A predecessor may have known less of it.
+                (true, Some(here)) => native.set_live(here),
+                (true, None) => {}
+                (false, here) => begin_use(&cow.file, native, here).map_err(|e| e.at(&cow.path))?,
             }
             live
         }
     };
     if !inherited {
+        warn_without_witness(env, cow);
         hold_name(env, &cow.path).map_err(OpenError::io(&cow.path, "sync the directory of"))?;
     }
     let unread = AtomicBool::new(live_is_valid);
     Ok(WritableCow { header: Mutex::new(header), geometry, live, unread })
+}
+
+/// Writes that the file is in use, durably: then one of its header's copies is known to be whole whatever a later sync says,
+/// and nobody looks at the live bitmap under the header before.
+fn begin_use(
+    file: &impl Storage,
+    native: &mut NativeHeader,
+    here: Option<PageCache>,
+) -> Result<(), UpdateError> {
+    file.sync()?;
+    native.set_in_use(here)?;
+    let write = native.next_write()?;
+    let written = file.write_durably(&write.bytes[..], write.at);
+    written.inspect_err(|_| _ = void_live(file, native, Newest::InDoubt))?;
+    Ok(())
+}
+
+/// What is known of the copy of a native header that was written last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Newest {
+    /// It is durable.
+    Durable,
+    /// Writing it has failed: the other one is durable.
+    InDoubt,
+}
+
+/// How far the mark of a failed sync got.
+#[derive(Debug)]
+pub(crate) enum NotMarked {
+    /// Not even into the page cache.
+    AtAll(io::Error),
+    /// It is not durable: it is lost if the page cache forgets it.
+    Durably(io::Error),
+}
+
+/// After a failed sync: from now on the file is as after a power cut, whoever opens it next. First in the page cache, at
+/// once, so that a death of this process finds it there; then durably, since the page cache may forget it.
+pub(crate) fn void_live(
+    file: &impl Storage,
+    native: &mut NativeHeader,
+    newest: Newest,
+) -> Result<(), NotMarked> {
+    native.make_live_void();
+    let write = match newest {
+        Newest::Durable => native.next_write(),
+        Newest::InDoubt => native.write_again(),
+    };
+    let write = write.map_err(|err| NotMarked::AtAll(io::Error::other(err)))?;
+    file.write_all_at(&write.bytes[..], write.at).map_err(NotMarked::AtAll)?;
+    file.write_durably(&write.bytes[..], write.at).map_err(NotMarked::Durably)
+}
+
+/// The same for a file that is changed as a whole, and that only a tool has open.
+pub(crate) fn mark_failed<F: Storage>(cow: &Opened<F>, header: &mut Header, newest: Newest) {
+    if let Header::Native(native) = header
+        && let Err(err) = void_live(&cow.file, native, newest)
+    {
+        say_not_marked(&cow.path, &err);
+    }
+}
+
+/// Makes everything durable that `bitmap` says, and then the state clean.
+pub(crate) fn settle<F: Storage>(
+    cow: &Opened<F>,
+    header: &mut Header,
+    bitmap: &Bitmap,
+) -> Result<(), OpenError> {
+    if let Err(failure) = flush(&cow.file, bitmap, header.geometry()) {
+        if let FlushFailure::Sync(_) = failure {
+            mark_failed(cow, header, Newest::Durable);
+        }
+        return Err(failure.at(&cow.path));
+    }
+    mark_clean(&cow.file, header).map_err(|err| {
+        // Everything is durable, but nobody knows which header is.
+        mark_failed(cow, header, Newest::InDoubt);
+        err.at(&cow.path)
+    })
+}
+
+/// Says what has to be done where a failed sync could not be marked.
+pub(crate) fn say_not_marked(path: &Path, err: &NotMarked) {
+    let path = path.display();
+    match err {
+        NotMarked::Durably(err) => log::error!(
+            "{path}: that a sync has failed stands in the page cache only ({err}); if memory becomes scarce before it is \
+             opened again, what was flushed can be lost: unmount its file system and mount it again first, or reboot"
+        ),
+        NotMarked::AtAll(err) => log::error!(
+            "{path}: that a sync has failed could not be written into it ({err}): before it is opened again, unmount its \
+             file system and mount it again, or reboot; else what was flushed can be lost"
+        ),
+    }
 }
 
 /// Lengthens a file that ends before the disk's last sector does, as one does over a base of no whole number of sectors.
@@ -181,6 +273,18 @@ fn hold_last_sector(file: &impl Storage, geometry: &Geometry) -> io::Result<()> 
         file.sync()?;
     }
     Ok(())
+}
+
+/// What does not hold where nothing tells one page cache from another.
+fn warn_without_witness<E: Env>(env: &E, cow: &Opened<E::File>) {
+    if env.cache_witness(&cow.file).is_none() {
+        log::warn!(
+            "{}: this file system (or a sandbox without /sys) does not show whether it was mounted anew: should the daemon \
+             die, what was flushed is kept, but what was written since may be lost; with ext4, XFS, Btrfs, F2FS and tmpfs, \
+             and from Linux 6.8 on with all, it is kept as well",
+            cow.path.display()
+        );
+    }
 }
 
 /// Makes the file's name durable: whoever made it may have died before doing so, and a flush is worth nothing if the
@@ -232,10 +336,4 @@ pub(crate) fn set_backing_path(
         }
     }
     Ok(())
-}
-
-/// The boot id as a native header has it.
-pub(crate) fn native_boot<E: Env>(env: &E) -> Result<Option<header::BootId>, OpenError> {
-    let boot = env.boot_id().map_err(OpenError::io("/proc/sys/kernel/random/boot_id", "read"))?;
-    Ok(header::BootId::new(Uuid::from_bytes(boot.0)))
 }

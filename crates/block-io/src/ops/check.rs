@@ -13,6 +13,7 @@ use crate::image::bits::Bits;
 use crate::image::chain::{Opened, Opener};
 use crate::image::journal::must_be_replayed;
 use crate::image::state::write_native_synced;
+use crate::image::trust::{Trust, recover};
 use crate::storage::{Env, Storage};
 
 /// Bytes of disk that one page of the bitmap speaks of.
@@ -40,14 +41,19 @@ pub fn check<E: Env>(env: &E, path: &Path, repair: bool) -> Result<Vec<Checked>,
     let options = DiskOptions { read_only: !repair, ..DiskOptions::default() };
     let cow = Opener::new(env, &options, path).top()?;
     let mut header = cow.header()?;
+    let trust = match repair {
+        // A clean file is not looked at any closer.
+        true => recover(env, &cow, &mut header)?,
+        false => Trust::Witness,
+    };
     if let Header::Native(native) = &header
-        && must_be_replayed(env, native)?
+        && must_be_replayed(env, &cow, native, trust)?
     {
         // Until then nobody knows which sectors are present.
         checked.push(Checked { finding: Finding::Journal, repaired: false });
         return Ok(checked);
     }
-    let bits = Bits::find(env, &cow, &header)?;
+    let bits = Bits::find(env, &cow, &header, trust)?;
     let bitmap = bits.load_all(&cow)?;
     if bits.live_counts() && matches!(header, Header::Uml(_)) {
         checked.push(Checked { finding: Finding::NotClosed, repaired: false });
@@ -67,7 +73,7 @@ fn close_in_order<E: Env>(env: &E, path: &Path) -> Result<bool, OpError> {
     let header = cow.header()?;
     let not_closed = match &header {
         Header::Native(native) => matches!(native.state(), NativeState::InUse { .. }),
-        Header::Uml(_) => Bits::find(env, &cow, &header)?.live_counts(),
+        Header::Uml(_) => Bits::find(env, &cow, &header, Trust::Witness)?.live_counts(),
     };
     drop(cow);
     if not_closed {

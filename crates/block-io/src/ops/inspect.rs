@@ -10,6 +10,7 @@ use super::note::note_path;
 use crate::image::bits::Bits;
 use crate::image::chain::{Opened, Reference, reference, resolve};
 use crate::image::identity::verify;
+use crate::image::trust::Trust;
 use crate::image::{CHAIN_DEPTH_MAX, OpenError};
 use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};
 
@@ -249,7 +250,7 @@ fn look_inside<E: Env>(
         }
         Err(err) => return Err(err),
     };
-    let bits = Bits::find_as_it_is(env, opened, &header)?;
+    let bits = Bits::find_as_it_is(env, opened, &header, Trust::Witness)?;
     let (bitmap, live) = (bits.load_all(opened)?, bits.live_counts());
     Ok(Content::Cow(Box::new(CowFacts { header, bitmap, live })))
 }

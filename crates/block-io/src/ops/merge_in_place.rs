@@ -30,10 +30,10 @@ use crate::image::bits::Bits;
 use crate::image::chain::{Content, Lower, Opened, Opener, Reference, path_to_store, reference};
 use crate::image::flush::flush;
 use crate::image::identity::identity_of;
-use crate::image::journal::replay;
 use crate::image::learn::learn;
 use crate::image::open::new_map;
-use crate::image::state::{mark_clean, set_backing_path, write_native_synced};
+use crate::image::state::{set_backing_path, settle, write_native_synced};
+use crate::image::trust::{Trust, recover};
 use crate::image::{CowFormat, DiskOptions, OpenError};
 use crate::storage::{Env, FileKind, Storage};
 
@@ -118,7 +118,7 @@ impl<'a, E: Env> Merge<'a, E> {
         if matches!(&header, Header::Native(native) if native.state() == NativeState::Frozen) {
             return Err(OpenError::Frozen { path: cow.to_owned() }.into());
         }
-        replay(env, &top, &mut header)?;
+        let trust = recover(env, &top, &mut header)?;
         let real = env.canonical(cow).map_err(OpError::io(cow, "resolve"))?;
         let note = |reference: &Reference, target: &Opened<E::File>| {
             Note::new(&real, &top.stat, &target.stat, &reference.identity)
@@ -128,7 +128,7 @@ impl<'a, E: Env> Merge<'a, E> {
         };
         let mut opener = opener.writing(depth.get() - 1, &interrupted);
         let mut below = opener.below(cow, &header, base)?;
-        let map = whole_map(env, &top, &header, &below)?;
+        let map = whole_map(env, &top, &header, &below, trust)?;
         below.truncate(depth.get());
         let above = below.len().checked_sub(2).and_then(|above| below.get(above));
         let stored = match above {
@@ -156,8 +156,7 @@ impl<'a, E: Env> Merge<'a, E> {
         if let Some(bitmap) = self.map.top()
             && !is_read_only(&self.header)
         {
-            make_durable(&self.top, bitmap, self.header.geometry())?;
-            mark_clean(&self.top.file, &mut self.header).map_err(|err| err.at(&self.top.path))?;
+            settle(&self.top, &mut self.header, bitmap)?;
         }
         Ok(())
     }
@@ -340,9 +339,10 @@ fn whole_map<E: Env>(
     top: &Opened<E::File>,
     header: &Header,
     below: &[Lower<E::File>],
+    trust: Trust,
 ) -> Result<LayerMap, OpenError> {
     let geometry = header.geometry();
-    let bits = Bits::find(env, top, header)?;
+    let bits = Bits::find(env, top, header, trust)?;
     bits.check_data(top)?;
     let map = new_map(top, below, geometry, Bitmap::unknown(geometry.sectors()), false)?;
     let lowers = below.iter().filter_map(|lower| match &lower.content {

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
+use cow_format::header::CacheWitness;
+
 use super::file::SimFile;
 use super::inode::{Inode, NameChange};
 use super::{Go, Operation, Sim, Verdict, crash_error};
@@ -91,6 +93,11 @@ impl Env for Sim {
         let world = self.world();
         world.alive(world.life)?;
         Ok(world.names.contains_key(&absolute(path)))
+    }
+
+    fn cache_witness(&self, _file: &SimFile) -> Option<CacheWitness> {
+        let world = self.world();
+        (!world.no_witness).then_some(CacheWitness::Superblock(world.mounts))
     }
 
     fn boot_id(&self) -> io::Result<BootId> {

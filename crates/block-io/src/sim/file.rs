@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cow_format::ByteOffset;
 use cow_format::identity::Timestamp;
@@ -20,17 +21,33 @@ pub struct SimFile {
     handle: u64,
     life: u64,
     access: Access,
+    /// The failed writes to the disk that it has been told of.
+    told: AtomicU64,
 }
 
 impl SimFile {
     pub(super) fn new(sim: &Sim, world: &mut World, ino: u64, access: Access) -> Self {
         world.next_handle += 1;
-        SimFile { sim: sim.clone(), ino, handle: world.next_handle, life: world.life, access }
+        let (handle, life) = (world.next_handle, world.life);
+        let told = AtomicU64::new(world.inode(ino).told);
+        SimFile { sim: sim.clone(), ino, handle, life, access, told }
     }
 
     /// The inode number, as hooks see it.
     pub fn ino(&self) -> u64 {
         self.ino
+    }
+
+    /// Fails once after each time that writing to the disk has failed.
+    fn tell(&self) -> io::Result<()> {
+        let mut world = self.sim.world();
+        let inode = world.inode(self.ino);
+        inode.told = inode.failures;
+        if self.told.swap(inode.failures, Ordering::Relaxed) == inode.failures {
+            return Ok(());
+        }
+        world.told_at = Some(world.steps);
+        Err(io::Error::from_raw_os_error(libc::EIO))
     }
 
     /// Does one change of the file, or crashes round it. `change` gets what may be done of it.
@@ -100,10 +117,27 @@ impl Storage for SimFile {
     fn write_durably(&self, buf: &[u8], at: ByteOffset) -> io::Result<()> {
         self.step(Operation::WriteDurably { at, len: buf.len() }, |inode, clock, _, crash| {
             inode.write(&buf[..done(buf, crash)], at.get(), clock);
-            if crash.is_none() {
+            if crash.is_none() && !inode.fail_if_told_to() {
                 inode.sync_range(at.get(), buf.len());
             }
-        })
+        })?;
+        self.tell()
+    }
+
+    fn check_writeback(&self) -> io::Result<()> {
+        match self.sim.hooked(self.ino, Operation::CheckWriteback)? {
+            Verdict::Skip => Ok(()),
+            _ => self.tell(),
+        }
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        if self.sim.hooked(self.ino, Operation::DropCache)? != Verdict::Skip {
+            let mut world = self.sim.world();
+            world.alive(self.life)?;
+            world.inode(self.ino).drop_cache();
+        }
+        Ok(())
     }
 
     fn punch(&self, at: ByteOffset, len: u64) -> io::Result<()> {
@@ -121,10 +155,11 @@ impl Storage for SimFile {
     fn sync(&self) -> io::Result<()> {
         self.step(Operation::Sync, |inode, _, _, crash| {
             // A sync that the power cut interrupts may have done any part: that is what pending writes may do anyway.
-            if crash.is_none() {
+            if crash.is_none() && !inode.fail_if_told_to() {
                 inode.sync();
             }
-        })
+        })?;
+        self.tell()
     }
 
     fn stamp(&self, mtime: Timestamp) -> io::Result<()> {

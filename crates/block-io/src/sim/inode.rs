@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::Choices;
-use crate::mem::{SECTOR, SectorBytes, SparseBytes};
+use crate::mem::{SECTOR, SectorBytes, SparseBytes, ZERO_SECTOR};
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Inode {
@@ -17,6 +17,11 @@ pub(super) struct Inode {
     /// Lengths since the last sync.
     pub(super) pending_lens: Vec<u64>,
     pub(super) mtime: i64,
+    /// Writes to the disk that have failed, and of how many of them somebody has been told.
+    pub(super) failures: u64,
+    pub(super) told: u64,
+    /// The next sync fails, and this decides what it leaves.
+    pub(super) failing: Option<Choices>,
 }
 
 impl Inode {
@@ -33,6 +38,13 @@ impl Inode {
     pub(super) fn zero(&mut self, at: u64, len: u64, clock: i64) {
         let pending = &mut self.pending;
         self.current.zero(at, len, |sector, bytes| pending.entry(sector).or_default().push(bytes));
+        // What could not be written was there before; from now on it is zeros on the disk as well.
+        let sector = SECTOR as u64;
+        let end = at.saturating_add(len).min(self.current.len()) / sector;
+        let inside = at.div_ceil(sector)..end.max(at.div_ceil(sector));
+        for sector in self.durable.present(inside) {
+            pending.entry(sector).or_insert_with(|| vec![ZERO_SECTOR]);
+        }
         self.mtime = clock;
     }
 
@@ -44,23 +56,43 @@ impl Inode {
     }
 
     pub(super) fn sync(&mut self) {
-        self.durable = self.current.clone();
-        self.pending.clear();
+        self.durable.set_len(self.current.len(), |_, _| ());
+        for (sector, _) in std::mem::take(&mut self.pending) {
+            self.durable.set_sector(sector, self.current.sector(sector));
+        }
         self.pending_lens.clear();
     }
 
-    /// The sectors of `len` bytes at `at`, within the durable length, are durable.
-    pub(super) fn sync_range(&mut self, at: u64, len: usize) {
-        let end = at + len as u64;
-        assert!(end <= self.durable.len(), "the length is not durable");
-        for sector in at / SECTOR as u64..end.div_ceil(SECTOR as u64) {
-            self.pending.remove(&sector);
-            self.durable.set_sector(sector, self.current.sector(sector));
+    /// Writing it to the disk fails: of each sector any content has got there, and the page cache goes on showing the last,
+    /// which it takes for written.
+    pub(super) fn fail_writeback(&mut self, choices: &mut Choices) {
+        if !self.pending.is_empty() {
+            self.failures += 1;
+        }
+        self.choose_pending(choices);
+    }
+
+    /// As [`Self::fail_writeback`], once, if the next sync of this file is to fail.
+    pub(super) fn fail_if_told_to(&mut self) -> bool {
+        let Some(mut choices) = self.failing.take() else { return false };
+        self.choose_pending(&mut choices);
+        self.failures += 1;
+        true
+    }
+
+    /// Forgets what is not waiting to be written.
+    pub(super) fn drop_cache(&mut self) {
+        let all = 0..u64::MAX;
+        let sectors: Vec<_> =
+            self.current.present(all.clone()).chain(self.durable.present(all)).collect();
+        for sector in sectors {
+            if !self.pending.contains_key(&sector) {
+                self.current.set_sector(sector, self.durable.sector(sector));
+            }
         }
     }
 
-    /// What is left after a power cut.
-    pub(super) fn cut(&mut self, choices: &mut Choices) {
+    fn choose_pending(&mut self, choices: &mut Choices) {
         for (sector, newer) in std::mem::take(&mut self.pending) {
             let mut versions = vec![self.durable.sector(sector)];
             versions.extend(newer);
@@ -68,6 +100,21 @@ impl Inode {
             let chosen = versions[choices.choose(versions.len())];
             self.durable.set_sector(sector, chosen);
         }
+    }
+
+    /// The sectors of `len` bytes at `at` are durable.
+    pub(super) fn sync_range(&mut self, at: u64, len: usize) {
+        let end = at + len as u64;
+        self.durable.set_len(self.durable.len().max(end), |_, _| ());
+        for sector in at / SECTOR as u64..end.div_ceil(SECTOR as u64) {
+            self.pending.remove(&sector);
+            self.durable.set_sector(sector, self.current.sector(sector));
+        }
+    }
+
+    /// What is left after a power cut, or without the page cache.
+    pub(super) fn cut(&mut self, choices: &mut Choices) {
+        self.choose_pending(choices);
         let mut lens = vec![self.durable.len()];
         lens.append(&mut self.pending_lens);
         lens.dedup();
@@ -75,6 +122,7 @@ impl Inode {
         // Content past a length that did not survive is gone; it must not come back when the length grows again.
         self.durable.set_len(len, |_, _| ());
         self.current = self.durable.clone();
+        (self.failures, self.told, self.failing) = (0, 0, None);
     }
 }
 

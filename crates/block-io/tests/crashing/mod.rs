@@ -50,6 +50,10 @@ pub enum Op {
     Reopen,
     /// Opens again without having closed: the process died between two steps.
     Die,
+    /// A flush whose sync fails; then the process dies, and another opens the file in the same page cache.
+    FailSync,
+    /// The kernel fails to write to the disk, and the process dies before it hears of that.
+    FailWriteback,
     /// Closes, moves the base, and opens with the base's new name.
     Move,
     /// Closes, moves and touches the base, and rebinds the file that stands over it.
@@ -76,6 +80,16 @@ pub enum Fault {
     HeaderInPlace,
     RecordLeftOut,
     JournalNotBegunAnew,
+    /// The boot id alone decides whether a page cache is believed.
+    OtherCacheBelieved,
+    /// The page cache that lives on is taken for another: the journal is put over newer writes.
+    JournalOverNewerWrites,
+    /// After a failed sync nothing is written for the successor.
+    FailedSyncForgotten,
+    /// The successor does not ask whether writing to the disk has failed.
+    FailedWritebackUnseen,
+    /// The successor goes on with what the page cache shows, though it is void.
+    CacheKept,
 }
 
 impl Program {
@@ -87,7 +101,7 @@ impl Program {
             let area = &AREAS[usize::try_from(choose(3)).unwrap()];
             let start = area.start + choose(area.end - area.start);
             let count = 1 + choose((area.end - start).min(8));
-            match choose(20) {
+            match choose(22) {
                 0..=5 => Op::Write { start, count },
                 6 => Op::Discard { start, count },
                 7 => Op::WriteZeroes { start, count },
@@ -97,6 +111,8 @@ impl Program {
                 15 => Op::Move,
                 16 => Op::Rebind,
                 17 => Op::Snapshot,
+                18 => Op::FailSync,
+                19 => Op::FailWriteback,
                 _ => Op::Resize { sectors: SIZES[usize::try_from(choose(4)).unwrap()] },
             }
         });
@@ -114,10 +130,12 @@ impl Program {
             let area = &AREAS[usize::try_from(choose(3)).unwrap()];
             let start = area.start + choose(area.end - area.start);
             let count = 1 + choose((area.end - start).min(4));
-            ops.push(match choose(12) {
+            ops.push(match choose(14) {
                 0..=4 => Op::Write { start, count },
                 5 => Op::Discard { start, count },
                 6 => Op::Die,
+                7 => Op::FailSync,
+                8 => Op::FailWriteback,
                 _ => Op::Flush,
             });
         }
@@ -216,10 +234,36 @@ impl Model {
     }
 }
 
+/// How a system ends.
+#[derive(Clone, Debug)]
+enum End {
+    Death,
+    PowerCut(Choices),
+    /// The page cache goes without a reboot.
+    CacheLoss(Choices),
+}
+
+impl End {
+    /// Only what was flushed is sure to be there.
+    fn keeps_flushed_only(&self) -> bool {
+        !matches!(self, End::Death)
+    }
+
+    /// One of the two that leave what is durable, every other time.
+    fn losing(number: u64, choices: Choices) -> Self {
+        match number % 2 {
+            0 => End::PowerCut(choices),
+            _ => End::CacheLoss(choices),
+        }
+    }
+}
+
 /// Runs programs in one format, correctly or with a fault.
 pub struct Harness {
     format: CowFormat,
     fault: Option<Fault>,
+    /// One page cache can be told from another.
+    witness: bool,
 }
 
 /// A system in the middle of a program.
@@ -231,6 +275,10 @@ struct Run<'a> {
     new_bits: bool,
     /// For [`Fault::FirstSyncLeftOut`]: the next sync is to be left out.
     leave_out: Arc<AtomicBool>,
+    /// For [`Fault::FailedSyncForgotten`]: so are writes of the header.
+    forget: Arc<AtomicBool>,
+    /// Writing to the disk has failed: until the disk has been opened again only what was flushed is sure to be there.
+    doubtful: bool,
     next_tag: u32,
     /// Where the base is.
     base: PathBuf,
@@ -242,7 +290,12 @@ struct Run<'a> {
 
 impl Harness {
     pub fn new(format: CowFormat, fault: Option<Fault>) -> Self {
-        Harness { format, fault }
+        Harness { format, fault, witness: true }
+    }
+
+    /// Where no page cache can be told from another.
+    pub fn without_witness(format: CowFormat) -> Self {
+        Harness { witness: false, ..Harness::new(format, None) }
     }
 
     /// Crashes `program` at each of its steps in each way, tries some outcomes, and crashes the recovery from each at
@@ -253,24 +306,27 @@ impl Harness {
             let seed = seed ^ step << 8;
             let crashed = self.crashed(program, step, CrashKind::PowerCut);
             let random = (0..OUTCOMES).map(|n| Choices::seeded(seed.wrapping_mul(1_000_003) + n));
-            for choices in [Choices::oldest(), Choices::newest()].into_iter().chain(random) {
-                let name = format!("power cut at step {step}, {choices:?}");
-                crashed
-                    .restarted(Some(&mut choices.clone()))
-                    .recover(true)
-                    .map_err(|err| format!("{name}: {err}"))?;
+            let choices = [Choices::oldest(), Choices::newest()].into_iter().chain(random);
+            for (number, choices) in (step..).zip(choices) {
+                let end = End::losing(number, choices);
+                let recovered = crashed.ended(&end).recover(true);
+                recovered.map_err(|err| format!("step {step}, {end:?}: {err}"))?;
             }
             for part in [0, 1, usize::MAX / 2] {
                 let name = format!("death at step {step}, part {part}");
                 let crashed = self.crashed(program, step, CrashKind::ProcessDeath { part });
-                crashed.restarted(None).recover(false).map_err(|err| format!("{name}: {err}"))?;
+                // It was told that writing has failed, nobody will be told again, and it has not passed that on yet.
+                if crashed.sim.told_at() == Some(step - 1) {
+                    continue;
+                }
+                crashed
+                    .ended(&End::Death)
+                    .recover(false)
+                    .map_err(|err| format!("{name}: {err}"))?;
             }
-            for mut again in [None, Some(Choices::seeded(seed))] {
-                let name = format!("crash at step {step}, power cut: {again:?}");
-                let after = crashed.restarted(again.as_mut());
-                after
-                    .crash_recovery(again.is_some(), seed)
-                    .map_err(|err| format!("{name}, {err}"))?;
+            for end in [End::Death, End::losing(step / 2, Choices::seeded(seed))] {
+                let recovered = crashed.ended(&end).crash_recovery(end.keeps_flushed_only(), seed);
+                recovered.map_err(|err| format!("crash at step {step}, {end:?}, {err}"))?;
             }
         }
         Ok(())
@@ -284,7 +340,7 @@ impl Harness {
             let mut choices = Choices::enumerated();
             for count in 0.. {
                 assert!(count < OUTCOMES_MAX, "step {step} has too many outcomes");
-                let recovered = crashed.restarted(Some(&mut choices)).recover(true);
+                let recovered = crashed.restarted(&mut choices).recover(true);
                 recovered.map_err(|err| format!("power cut at step {step}, {choices:?}: {err}"))?;
                 if !choices.advance() {
                     break;
@@ -320,12 +376,17 @@ impl Run<'_> {
             model: Model::new(),
             new_bits: false,
             leave_out: Arc::default(),
+            forget: Arc::default(),
+            doubtful: false,
             next_tag: 1,
             base: PathBuf::from(BASE),
             snapshots: 0,
             new_top: false,
         };
         run.set_hook();
+        if !harness.witness {
+            run.sim.hide_witness();
+        }
         make_base(&run.sim);
         let mut options = CreateOptions::over(harness.format, Path::new(BASE));
         if harness.format == CowFormat::Native {
@@ -341,6 +402,7 @@ impl Run<'_> {
             sim: self.sim.fork(),
             model: self.model.clone(),
             leave_out: Arc::default(),
+            forget: Arc::default(),
             base: self.base.clone(),
             ..*self
         };
@@ -348,28 +410,64 @@ impl Run<'_> {
         run
     }
 
-    /// The system after the crash, up again.
-    fn restarted(&self, choices: Option<&mut Choices>) -> Self {
+    /// The system after the crash and a power cut, up again.
+    fn restarted(&self, choices: &mut Choices) -> Self {
         let mut run = self.fork();
-        match choices {
-            None => run.sim.process_death(),
-            Some(choices) => {
-                run.sim.power_cut(choices);
-                if run.harness.fault == Some(Fault::OtherBootBelieved) {
-                    run.sim.forge_boot_id();
-                }
-            }
+        run.sim.power_cut(choices);
+        if run.harness.fault == Some(Fault::OtherBootBelieved) {
+            run.sim.forge_boot_id();
         }
         run.new_bits = true;
-        run.set_hook();
         run
+    }
+
+    /// The system after it ended so, up again.
+    fn ended(&self, end: &End) -> Self {
+        match end {
+            End::PowerCut(choices) => self.restarted(&mut choices.clone()),
+            End::CacheLoss(choices) => {
+                let mut run = self.fork();
+                run.sim.cache_loss(&mut choices.clone());
+                if run.harness.fault == Some(Fault::OtherCacheBelieved) {
+                    run.sim.forge_witness();
+                }
+                run.new_bits = true;
+                run
+            }
+            End::Death => {
+                let mut run = self.fork();
+                run.die();
+                run
+            }
+        }
+    }
+
+    fn die(&mut self) {
+        self.sim.process_death();
+        if self.harness.fault == Some(Fault::JournalOverNewerWrites) {
+            self.sim.spoil_witness();
+        }
+        self.new_bits = true;
+    }
+
+    /// Compares a disk that has just been opened. Where only what was flushed is sure to be there, the page cache then
+    /// forgets what it may, which nobody must see.
+    fn compare(&mut self, disk: &Disk<Sim>, flushed_only: bool) -> Result<(), String> {
+        let flushed_only = flushed_only || self.doubtful || !self.harness.witness;
+        self.model.recover(disk, flushed_only)?;
+        self.doubtful = false;
+        if flushed_only {
+            self.sim.evict();
+        }
+        Ok(())
     }
 
     /// Opens the disk after a crash, compares, and uses it for a while.
     fn recover(mut self, power_cut: bool) -> Result<(), String> {
         let disk = self.open()?;
-        self.model.recover(&disk, power_cut)?;
+        self.compare(&disk, power_cut)?;
         drop(disk);
+        self.sim.process_death();
         let (start, count) = (2, 3);
         self.program(&Program(vec![Op::Write { start, count }, Op::Flush, Op::Reopen]))?;
         // The header now leads to the base by itself.
@@ -385,19 +483,24 @@ impl Run<'_> {
         disk.close().map_err(|err| err.to_string())?;
         drop(disk);
         for step in first..=whole.sim.steps() {
-            // Either crash at every other step: together with the steps of the program all pairs come about.
-            let mut again = (step % 2 == 0).then(|| Choices::seeded(seed ^ step << 16));
+            // Each crash at every other step: together with the steps of the program all pairs come about.
+            let again = match step % 2 {
+                0 => End::losing(step / 2, Choices::seeded(seed ^ step << 16)),
+                _ => End::Death,
+            };
             let mut run = self.fork();
-            let kind =
-                again.as_ref().map_or(CrashKind::ProcessDeath { part: 1 }, |_| CrashKind::PowerCut);
+            let kind = match again {
+                End::Death => CrashKind::ProcessDeath { part: 1 },
+                _ => CrashKind::PowerCut,
+            };
             run.sim.crash_at(step, kind);
             if let Ok(disk) = run.open() {
                 _ = disk.close();
             }
             assert!(run.sim.crashed());
-            let name = format!("then at step {step} of the recovery, power cut: {again:?}");
-            let after = run.restarted(again.as_mut());
-            after.recover(power_cut || again.is_some()).map_err(|err| format!("{name}: {err}"))?;
+            let recovered = run.ended(&again).recover(power_cut || again.keeps_flushed_only());
+            recovered
+                .map_err(|err| format!("then at step {step} of the recovery, {again:?}: {err}"))?;
         }
         Ok(())
     }
@@ -405,10 +508,20 @@ impl Run<'_> {
     /// Shows the simulated system the fault that its hook commits.
     fn set_hook(&self) {
         let leave_out = Arc::clone(&self.leave_out);
+        let forget = Arc::clone(&self.forget);
         let fault = self.harness.fault;
         self.sim.set_hook(Some(Arc::new(move |_ino, operation| match operation {
             Operation::Sync if leave_out.swap(false, Ordering::Relaxed) => Verdict::Skip,
-            Operation::Write { at, len: 4096 }
+            Operation::CheckWriteback if fault == Some(Fault::FailedWritebackUnseen) => {
+                Verdict::Skip
+            }
+            Operation::DropCache if fault == Some(Fault::CacheKept) => Verdict::Skip,
+            Operation::Write { at, .. } | Operation::WriteDurably { at, .. }
+                if at.get() < 8192 && forget.load(Ordering::Relaxed) =>
+            {
+                Verdict::Skip
+            }
+            Operation::Write { at, len: 4096 } | Operation::WriteDurably { at, len: 4096 }
                 if fault == Some(Fault::HeaderInPlace) && at.get() == 4096 =>
             {
                 Verdict::WriteAt(ByteOffset::new(0))
@@ -535,9 +648,28 @@ impl Run<'_> {
                 }
                 Op::Die => {
                     drop(disk);
-                    self.sim.process_death();
-                    self.new_bits = true;
+                    self.die();
                     disk = self.open()?;
+                    if !self.harness.witness {
+                        self.compare(&disk, true)?;
+                    }
+                }
+                Op::FailSync => {
+                    self.doubtful = true;
+                    self.fail_flush(&disk)?;
+                    drop(disk);
+                    self.die();
+                    disk = self.open()?;
+                    self.compare(&disk, true)?;
+                }
+                Op::FailWriteback => {
+                    self.doubtful = true;
+                    let mut choices = self.choices();
+                    self.sim.fail_writeback(&mut choices);
+                    drop(disk);
+                    self.die();
+                    disk = self.open()?;
+                    self.compare(&disk, true)?;
                 }
             }
         }
@@ -572,6 +704,30 @@ impl Run<'_> {
         }
         written()?;
         self.model.acknowledge(range);
+        Ok(())
+    }
+
+    fn choices(&mut self) -> Choices {
+        self.next_tag += 1;
+        Choices::seeded(self.next_tag.into())
+    }
+
+    /// A flush whose first sync fails, if it does one.
+    fn fail_flush(&mut self, disk: &Disk<Sim>) -> Result<(), String> {
+        let choices = self.choices();
+        self.sim.fail_next_sync(Some(&choices));
+        self.forget
+            .store(self.harness.fault == Some(Fault::FailedSyncForgotten), Ordering::Relaxed);
+        let flushed = disk.flush();
+        self.forget.store(false, Ordering::Relaxed);
+        self.sim.fail_next_sync(None);
+        match flushed {
+            Ok(()) => self.model.flushed(),
+            Err(err) if !disk.is_failed() => return Err(err.to_string()),
+            // Also if the system has crashed.
+            Err(err) if self.sim.crashed() => return Err(err.to_string()),
+            Err(_) => {}
+        }
         Ok(())
     }
 

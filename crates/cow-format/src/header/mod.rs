@@ -5,12 +5,14 @@ mod error;
 pub mod native;
 mod native_check;
 mod native_raw;
+mod page_cache;
 pub mod uml;
 mod uml_raw;
 
 pub use backing::{Backing, BackingFormat, NATIVE_PATH_MAX};
 pub use error::{Field, HeaderError, Part};
-pub use native::{BootId, HeaderWrite, NativeHeader, NativeState};
+pub use native::{HeaderWrite, NativeHeader, NativeState};
+pub use page_cache::{BootId, CacheWitness, PageCache};
 pub use uml::{UmlHeader, UmlVersion};
 
 use crate::geometry::Geometry;

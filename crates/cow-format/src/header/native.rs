@@ -13,6 +13,7 @@ use super::native_check::{
 use super::native_raw::{
     COPY_LEN, HEADER_LEN, JOURNAL, LIVE_SETTLED, MAGIC, RawHeader, VERSION, state,
 };
+use super::page_cache::{BootId, CacheWitness, PageCache};
 use crate::geometry::Geometry;
 use crate::journal::{Epoch, JournalArea};
 use crate::units::{ByteOffset, VIRTUAL_SIZE_MAX};
@@ -27,31 +28,15 @@ const GROWTH_FACTOR: u64 = 8;
 /// between two that are done in place. It costs space only while somebody uses the file who flushes little at a time.
 const JOURNAL_MIN: u64 = 512 << 10;
 
-/// The host's boot, as `/proc/sys/kernel/random/boot_id` names it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BootId(Uuid);
-
-impl BootId {
-    /// From that file's text; `None` if it is no UUID or the nil one.
-    pub fn parse(text: &str) -> Option<Self> {
-        Uuid::try_parse(text.trim()).ok().and_then(Self::new)
-    }
-
-    /// `None` for the nil UUID, which stands for no boot.
-    pub fn new(uuid: Uuid) -> Option<Self> {
-        (!uuid.is_nil()).then_some(Self(uuid))
-    }
-}
-
 /// What state a file is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NativeState {
     /// Closed in order: the durable bitmap says everything.
     Clean,
-    /// Opened for writing and not closed since. Under the boot given, if any, the live bitmap counts as well.
+    /// Opened for writing and not closed since. In the page cache given, if any, the live bitmap counts as well.
     InUse {
-        /// The boot of the live bitmap.
-        live: Option<BootId>,
+        /// The page cache of the live bitmap; none if it is void, as it is after a failed sync.
+        live: Option<PageCache>,
     },
     /// Never written again: other files build on it.
     Frozen,
@@ -209,7 +194,9 @@ impl NativeHeader {
         let state = match raw.state.get() {
             state::CLEAN => NativeState::Clean,
             state::IN_USE => {
-                NativeState::InUse { live: BootId::new(Uuid::from_bytes(raw.live_boot_id)) }
+                let witness = CacheWitness::from_bytes(zerocopy::transmute!(raw.live_witness));
+                let boot = BootId::new(Uuid::from_bytes(raw.live_boot_id));
+                NativeState::InUse { live: boot.map(|boot| PageCache { boot, witness }) }
             }
             state::FROZEN => NativeState::Frozen,
             found => {
@@ -312,10 +299,33 @@ impl NativeHeader {
         self.bitmap_capacity.saturating_mul(BITMAP_BYTE_SPAN).min(VIRTUAL_SIZE_MAX)
     }
 
-    /// True if the live bitmap counts beside the durable one: the file was not closed, and the host has not been
-    /// booted since. Else it is void.
-    pub fn live_counts(&self, boot: BootId) -> bool {
-        self.state == NativeState::InUse { live: Some(boot) }
+    /// True if the live bitmap counts beside the durable one: the file was not closed, and the page cache in which it was
+    /// left is certainly the one that it is in now. Else it is void.
+    pub fn live_counts(&self, here: &PageCache) -> bool {
+        self.live().is_some_and(|live| live.is(here))
+    }
+
+    /// The page cache in which the live bitmap counts, whichever that is.
+    pub const fn live(&self) -> Option<PageCache> {
+        match self.state {
+            NativeState::InUse { live } => live,
+            NativeState::Clean | NativeState::Frozen => None,
+        }
+    }
+
+    /// Says where the live bitmap of a file in use stands, which counts there: a predecessor may have said less. For the
+    /// next header that is written.
+    pub fn set_live(&mut self, live: PageCache) {
+        if let NativeState::InUse { live: said } = &mut self.state {
+            *said = Some(live);
+        }
+    }
+
+    /// Makes the live bitmap void: after a failed sync nobody knows which of its data is durable. What stands in the journal
+    /// is to be put in place. A file that is just being closed is in use again.
+    pub fn make_live_void(&mut self) {
+        self.state = NativeState::InUse { live: None };
+        self.live_settled = false;
     }
 
     /// True if the live bitmap, which is void, has no bit that the durable one lacks: nothing has to be taken out of it
@@ -325,9 +335,9 @@ impl NativeHeader {
     }
 
     /// Opens for writing. Where [`Self::live_is_settled`] was true, sync this header before anything is written to the
-    /// live bitmap: else a power cut could leave such bits under the header before it. Before a header that names a boot is written, the live bitmap must say nothing but what
-    /// holds: it has no bit that the durable one lacks, or it belongs to this very boot.
-    pub fn set_in_use(&mut self, live: Option<BootId>) -> Result<(), HeaderError> {
+    /// live bitmap: else a power cut could leave such bits under the header before it. Before a header that names a page cache is written, the live bitmap must say nothing but
+    /// what holds: it has no bit that the durable one lacks, or it was written in this very page cache.
+    pub fn set_in_use(&mut self, live: Option<PageCache>) -> Result<(), HeaderError> {
         self.refuse_frozen()?;
         self.content_generation =
             check_generation(Field::ContentGeneration, self.content_generation + 1)?;
@@ -396,8 +406,14 @@ impl NativeHeader {
     /// whole whatever happens. To be synced before anything relies on it, and before the next one. If the write or
     /// sync fails, drop this header and read the file again.
     pub fn next_write(&mut self) -> Result<HeaderWrite, HeaderError> {
-        self.generation = check_generation(Field::Generation, self.generation + 1)?;
         self.slot = 1 - self.slot;
+        self.write_again()
+    }
+
+    /// The same in the place of the copy that was written or read last: for one of which nobody knows whether it is durable,
+    /// while the other is.
+    pub fn write_again(&mut self) -> Result<HeaderWrite, HeaderError> {
+        self.generation = check_generation(Field::Generation, self.generation + 1)?;
         self.broken_copy = None;
         self.unknown_features = 0;
         let at = ByteOffset::new(u64::from(self.slot) * COPY_LEN as u64);
@@ -427,8 +443,10 @@ impl NativeHeader {
         raw.data_offset = self.geometry.data_offset.into();
         raw.content_generation = self.content_generation.into();
         raw.uuid = self.uuid.into_bytes();
-        if let NativeState::InUse { live: Some(BootId(boot)) } = self.state {
-            raw.live_boot_id = boot.into_bytes();
+        if let Some(live) = self.live() {
+            raw.live_boot_id = live.boot.to_bytes();
+            raw.live_witness =
+                zerocopy::transmute!(live.witness.map_or([0; 16], CacheWitness::to_bytes));
         }
         if let Some(area) = self.journal {
             raw.journal_offset = area.at().get().into();

@@ -48,7 +48,8 @@ pub struct RawHeader {
     pub journal_offset: U64,
     pub journal_len: U64,
     pub journal_epoch: [u8; 16],
-    pub reserved: [u8; 128],
+    pub live_witness: RawCacheWitness,
+    pub reserved: [u8; 112],
     pub witness: RawWitness,
     pub reserved2: [u8; 64],
     pub backing_path: [u8; PATH_LEN],
@@ -82,6 +83,22 @@ pub struct RawWitness {
     pub born_nanos: U32,
     pub reserved: [u8; 4],
     pub sample: [u8; 32],
+}
+
+/// Which life of the page cache the live bitmap stands in, beside the boot; all zero: nobody could say.
+#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct RawCacheWitness {
+    pub kind: U32,
+    pub reserved: [u8; 4],
+    pub id: U64,
+}
+
+/// Values of `live_witness.kind`; 0 is no witness.
+pub mod cache_witness {
+    pub const MEMORY: u32 = 1;
+    pub const SUPERBLOCK: u32 = 2;
+    pub const MOUNT: u32 = 3;
 }
 
 /// Values of `state`.
@@ -128,4 +145,6 @@ const _: () = assert!(std::mem::offset_of!(RawHeader, witness) == 384);
 const _: () = assert!(size_of::<RawHeader>() == COPY_LEN);
 const _: () = assert!(std::mem::offset_of!(RawHeader, crc32c) == 16);
 const _: () = assert!(std::mem::offset_of!(RawHeader, backing) == 128);
+const _: () = assert!(size_of::<RawCacheWitness>() == 16);
+const _: () = assert!(std::mem::offset_of!(RawHeader, live_witness) == 256);
 const _: () = assert!(std::mem::offset_of!(RawHeader, backing_path) == 512);

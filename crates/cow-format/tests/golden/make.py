@@ -23,10 +23,10 @@ def crc32c(data):
 JOURNAL = LIVE + CAPACITY
 EPOCH = uuid.UUID("0a1b2c3d-4e5f-6071-8293-a4b5c6d7e8f9").bytes
 
-def header(generation, size, state=0, content=0, boot=bytes(16), backing=bytes(96), path=b"", compatible=0, journal=b""):
-    fixed = struct.pack("<8sIIIIQQQQQQQQQ16s16s", b"\x89COW\r\n\x1a\n", 1, 4096, 0, state, generation, bool(journal),
+def header(generation, size, state=0, content=0, boot=bytes(16), backing=bytes(96), path=b"", compatible=0, journal=bytes(32), witness=b""):
+    fixed = struct.pack("<8sIIIIQQQQQQQQQ16s16s", b"\x89COW\r\n\x1a\n", 1, 4096, 0, state, generation, any(journal),
                         compatible, size, DURABLE, LIVE, CAPACITY, DATA, content, OWN, boot)
-    page = bytearray((fixed + backing + journal).ljust(512, b"\0") + path.ljust(3584, b"\0"))
+    page = bytearray((fixed + backing + journal + witness).ljust(512, b"\0") + path.ljust(3584, b"\0"))
     struct.pack_into("<I", page, 16, crc32c(page))
     return bytes(page)
 
@@ -74,6 +74,9 @@ write("v1-frozen.cow", header(3, MIB, 2, 1, backing=image(b"disk.qcow2", 4, MIB,
 broken = bytearray(header(11, MIB))
 broken[100] ^= 1
 write("v1-broken-first.cow", bytes(broken), header(10, MIB, backing=image(base, 2), path=base), MIB)
+# In use, in the page cache of a superblock.
+write("v1-witness.cow", header(4, MIB), header(5, MIB, 1, 1, BOOT, witness=struct.pack("<I4xQ", 2, 0x010203040506)),
+      MIB, b"\x01", b"\x02", sectors=(0, 1))
 # Of another boot: two records count, of the third a byte is wrong, and nothing counts after it.
 torn = record(2, (5, text(b"torn")))
 torn[5000] ^= 1

@@ -1,0 +1,193 @@
+//! Whether what a predecessor left in the page cache can be believed, and what is done where it cannot.
+//!
+//! What was acknowledged and not flushed is in the page cache alone. It counts as long as that is certainly the page cache
+//! of then, and the kernel has been able to write all of it that it tried to. Else the file is what it is on the disk, as
+//! after a power cut: the live bitmap is void, and what was flushed into the journal is put in place
+//! (`docs/architecture.md`, "Durability").
+
+use std::io;
+use std::path::Path;
+
+use cow_format::header::{BootId, NativeHeader, NativeState, PageCache};
+use cow_format::{ByteOffset, Header};
+use uuid::Uuid;
+
+use super::OpenError;
+use super::chain::Opened;
+use super::journal::replay;
+use super::side_file::{self, RawSideHeader};
+use super::state::UpdateError;
+use crate::storage::{Access, Env, Storage};
+
+/// By what the live bitmap of a file in use is judged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trust {
+    /// By the page cache that it names.
+    Witness,
+    /// The predecessor's description is still open, so the page cache is its own.
+    Held,
+    /// It is void.
+    Nothing,
+}
+
+/// The page cache that holds `file`; `None` if the system says no boot.
+pub(crate) fn page_cache<E: Env>(env: &E, file: &E::File) -> Result<Option<PageCache>, OpenError> {
+    let boot = env.boot_id().map_err(OpenError::io("/proc/sys/kernel/random/boot_id", "read"))?;
+    let boot = BootId::new(Uuid::from_bytes(boot.0));
+    Ok(boot.map(|boot| PageCache { boot, witness: env.cache_witness(file) }))
+}
+
+/// Whether the live bitmap of a native file counts.
+pub(crate) fn live_counts<E: Env>(
+    env: &E,
+    file: &E::File,
+    native: &NativeHeader,
+    trust: Trust,
+) -> Result<bool, OpenError> {
+    let Some((live, here)) = native.live().zip(page_cache(env, file)?) else { return Ok(false) };
+    Ok(match trust {
+        Trust::Witness => live.is(&here),
+        Trust::Held => live.boot == here.boot,
+        Trust::Nothing => false,
+    })
+}
+
+/// The side file of the UML COW file `cow`, if its live bitmap counts.
+pub(crate) fn valid_side_file<E: Env>(
+    env: &E,
+    cow: &Opened<E::File>,
+    header: &Header,
+    trust: Trust,
+) -> Result<Option<E::File>, OpenError> {
+    if trust == Trust::Nothing {
+        return Ok(None);
+    }
+    let read = OpenError::io(&cow.path, "read the live bitmap");
+    let Some((file, valid)) =
+        find_side_file(env, cow, header, trust, Access::Read).map_err(read)?
+    else {
+        return Ok(None);
+    };
+    Ok(valid.then_some(file))
+}
+
+/// The side file, if there is one, and whether its live bitmap counts.
+fn find_side_file<E: Env>(
+    env: &E,
+    cow: &Opened<E::File>,
+    header: &Header,
+    trust: Trust,
+    access: Access,
+) -> io::Result<Option<(E::File, bool)>> {
+    let path = side_file::path_for(&env.canonical(&cow.path)?);
+    let file = match env.open(&path, access) {
+        Ok(file) => file,
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(err) => return Err(err),
+    };
+    let mut found = RawSideHeader::buffer();
+    file.read_zero_filled(&mut found, ByteOffset::new(0))?;
+    let witness = match trust {
+        Trust::Held => RawSideHeader::witness_in(&found),
+        Trust::Witness | Trust::Nothing => env.cache_witness(&cow.file),
+    };
+    let expected =
+        RawSideHeader::new(env.boot_id()?, witness, &cow.file.stat()?, header.geometry());
+    let valid = found == *expected.bytes() && (witness.is_some() || trust == Trust::Held);
+    Ok(Some((file, valid)))
+}
+
+/// For a file under its exclusive lock, before its bitmaps are read: decides whether what a predecessor left in the page cache
+/// counts. If it does not, the file is brought to what was flushed, durably. Can be interrupted, and then begins again.
+pub(crate) fn recover<E: Env>(
+    env: &E,
+    cow: &Opened<E::File>,
+    header: &mut Header,
+) -> Result<Trust, OpenError> {
+    let believed = match header {
+        Header::Native(native) => believe_native(env, cow, native)?,
+        Header::Uml(_) => believe_uml(env, cow, header)?,
+    };
+    if believed {
+        return Ok(Trust::Witness);
+    }
+    // What is still to be written is newer than what was flushed, and as good. Then nothing that is not on the disk is
+    // taken for being there.
+    cow.file.sync().map_err(OpenError::io(&cow.path, "sync"))?;
+    cow.file.drop_cache().map_err(OpenError::io(&cow.path, "drop the page cache of"))?;
+    *header = cow.header()?;
+    replay(cow, header)?;
+    Ok(Trust::Nothing)
+}
+
+/// Whether a native file is closed, or its live bitmap counts. If neither is so, this stays so.
+fn believe_native<E: Env>(
+    env: &E,
+    cow: &Opened<E::File>,
+    native: &mut NativeHeader,
+) -> Result<bool, OpenError> {
+    let NativeState::InUse { live } = native.state() else { return Ok(true) };
+    let written = cow.file.check_writeback();
+    if live_counts(env, &cow.file, native, Trust::Witness)? {
+        let Err(err) = written else { return Ok(true) };
+        say_not_written(&cow.path, &err);
+    }
+    let here = page_cache(env, &cow.file)?.map(|here| here.boot);
+    let write = match live {
+        // No later opening can believe it.
+        Some(live) if Some(live.boot) != here => return Ok(false),
+        Some(_) => {
+            say_doubtful(&cow.path);
+            native.make_live_void();
+            native.next_write()
+        }
+        // Maybe this stands in the page cache only, and the other copy says that it counts.
+        None => native.write_again(),
+    };
+    let write = write.map_err(|err| UpdateError::from(err).at(&cow.path))?;
+    let written = cow.file.write_durably(&write.bytes[..], write.at);
+    written.map_err(OpenError::io(&cow.path, "write the header of"))?;
+    Ok(false)
+}
+
+/// The same for a UML file. One that was closed has no side file.
+fn believe_uml<E: Env>(env: &E, cow: &Opened<E::File>, header: &Header) -> Result<bool, OpenError> {
+    let io = |action| OpenError::io(&cow.path, action);
+    let found = find_side_file(env, cow, header, Trust::Witness, Access::ReadWrite);
+    let Some((file, valid)) = found.map_err(io("read the live bitmap"))? else { return Ok(true) };
+    // Both, also where it makes no difference any more: the next sync is to tell what is new.
+    let written = (cow.file.check_writeback(), file.check_writeback());
+    if !valid {
+        return Ok(false);
+    }
+    match written.0.and(written.1) {
+        Ok(()) => Ok(true),
+        Err(err) => {
+            say_not_written(&cow.path, &err);
+            make_void(&file).map_err(io("make the live bitmap void"))?;
+            Ok(false)
+        }
+    }
+}
+
+/// Makes a side file one that is never valid.
+pub(crate) fn make_void(side_file: &impl Storage) -> io::Result<()> {
+    side_file.write_all_at(&RawSideHeader::buffer(), ByteOffset::new(0))?;
+    side_file.write_durably(&RawSideHeader::buffer(), ByteOffset::new(0))
+}
+
+fn say_not_written(path: &Path, err: &io::Error) {
+    log::error!(
+        "{}: the system could not write all of it to the disk ({err}); what was flushed is there, of what was written \
+         since some may be lost",
+        path.display()
+    );
+}
+
+fn say_doubtful(path: &Path) {
+    log::warn!(
+        "{}: was not closed, and its page cache may be another since (the file system was mounted anew, or it cannot be \
+         known); what was flushed is there, of what was written since some may be lost",
+        path.display()
+    );
+}

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
@@ -33,6 +34,14 @@ pub type Flushed = Result<(), Arc<DiskError>>;
 pub struct Committer {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+    sweeper: Option<Sweeper>,
+}
+
+/// Gives back the space that a crash of the host has left, and ends by itself.
+#[derive(Debug)]
+struct Sweeper {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
@@ -58,7 +67,10 @@ struct Mailbox {
 impl Committer {
     /// Starts the thread for `disk`, with mailboxes for the queues `0..queues`.
     pub fn spawn<E: Env>(disk: Arc<Disk<E>>, queues: usize) -> io::Result<Self> {
-        Self::spawn_with(queues, move || disk.flush())
+        let sweeper = disk.is_leaky().then(|| Sweeper::spawn(Arc::clone(&disk))).transpose()?;
+        let mut committer = Self::spawn_with(queues, move || disk.flush())?;
+        committer.sweeper = sweeper;
+        Ok(committer)
     }
 
     /// Starts a thread that calls `flush` for one pass, which makes everything before the call durable or fails.
@@ -76,7 +88,7 @@ impl Committer {
         let theirs = Arc::clone(&shared);
         let builder = Builder::new().name("committer".to_owned()).stack_size(STACK_BYTES);
         let thread = builder.spawn(move || theirs.run(flush))?;
-        Ok(Committer { shared, thread: Some(thread) })
+        Ok(Committer { shared, thread: Some(thread), sweeper: None })
     }
 
     /// Asks for a flush of every write whose `written()` returned before this call. Never blocks on I/O; allocates
@@ -102,6 +114,26 @@ impl Committer {
     /// [`Committer::drain`].
     pub fn event(&self, queue: usize) -> BorrowedFd<'_> {
         self.shared.mailboxes[queue].event.as_fd()
+    }
+}
+
+impl Sweeper {
+    fn spawn<E: Env>(disk: Arc<Disk<E>>) -> io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let builder = Builder::new().name("sweeper".to_owned()).stack_size(STACK_BYTES);
+        let thread = builder.spawn(move || disk.sweep(|| !stopped.load(Ordering::Relaxed)))?;
+        Ok(Sweeper { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Sweeper {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been reported by itself.
+            _ = thread.join();
+        }
     }
 }
 
@@ -159,7 +191,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::AtomicUsize;
     use std::sync::mpsc;
 
     /// The tags of `count` answers, and of a failed flush what it says.

@@ -63,9 +63,13 @@ pub struct Disk<E: Env = Host> {
     failed: AtomicBool,
     /// That stands in the file, durably.
     marked: AtomicBool,
-    closed: AtomicBool,
+    pub(crate) closed: AtomicBool,
+    /// It may have data that no bit speaks of.
+    leaky: bool,
+    /// Held while some of that is given back.
+    pub(crate) sweeping: Mutex<()>,
     /// What the next flush has to make durable, if it is little.
-    unflushed: Unflushed,
+    pub(crate) unflushed: Unflushed,
     /// One flush pass at a time, as its machine wants it: the one lock that is held over I/O, for the order of that I/O.
     flushing: Mutex<Journal>,
 }
@@ -149,7 +153,9 @@ impl<E: Env> Disk<E> {
             failed: AtomicBool::new(false),
             marked: AtomicBool::new(false),
             closed: AtomicBool::new(false),
-            unflushed: Unflushed::new(chain.journal.is_wanted()),
+            leaky: chain.leaky,
+            sweeping: Mutex::default(),
+            unflushed: Unflushed::new(chain.journal.is_wanted(), chain.leaky),
             flushing: Mutex::new(chain.journal),
         }
     }
@@ -333,6 +339,8 @@ impl<E: Env> Disk<E> {
         if self.read_only || self.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
+        // A sweep under way ends, and none goes on: once the locks are given back others may write.
+        drop(lock(&self.sweeping));
         let closed = self.end_use();
         if closed.is_err() {
             self.closed.store(false, Ordering::Release);
@@ -358,6 +366,21 @@ impl<E: Env> Disk<E> {
             action: "remove the live bitmap",
             source,
         })
+    }
+
+    /// Whether [`Disk::sweep`] may find something.
+    pub fn is_leaky(&self) -> bool {
+        self.leaky().is_some()
+    }
+
+    pub(crate) fn leaky(&self) -> Option<&WritableCow<E::File>> {
+        self.cow.as_ref().filter(|_| self.leaky)
+    }
+
+    /// The top's bitmap, which then knows `range`.
+    pub(crate) fn known_top(&self, range: SectorRange) -> Option<&Bitmap> {
+        self.learn_top(range).ok()?;
+        self.map.top()
     }
 
     /// What is present in the COW file, all of it.

@@ -17,6 +17,7 @@ pub mod pulse;
 pub mod ring;
 pub mod sim;
 pub mod storage;
+mod sweep;
 pub mod watch;
 mod witness;
 

@@ -1,5 +1,5 @@
 //! What is known of the page cache that holds a file: which boot of the host it is, and which life of the file system's
-//! page cache within that boot (`docs/format-native.md` section 6).
+//! page cache within that boot (`docs/spec/format-native.md` section 6).
 //!
 //! A page cache can go without a reboot: a file system shuts itself down, a thin device runs full, a device goes away;
 //! then it is unmounted and mounted again. What the kernel has of a file system while its superblock lives is its directory

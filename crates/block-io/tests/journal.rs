@@ -74,6 +74,21 @@ fn a_journal_is_put_in_place_before_the_file_is_changed_as_a_whole() {
     assert!(!disk.is_present(range(5, 2)).unwrap());
 }
 
+/// Whoever may only read need not refuse a journal in which nothing stands.
+#[test]
+fn an_empty_journal_hinders_nobody() {
+    let (_dir, path) = journalled();
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    // The first record: what comes after one that does not count does not count either.
+    file.write_all_at(&[0; 4096], 8192 + (8 << 20)).unwrap();
+    let reading = DiskOptions { read_only: true, ..options() };
+    let disk = Disk::open_cow(&path, None, &reading).unwrap();
+    assert!(disk.is_present(range(0, 1)).unwrap() && !disk.is_present(range(9, 1)).unwrap());
+    drop(disk);
+    let found = check(&Host, &path, false).unwrap();
+    assert!(!found.iter().any(|checked| checked.finding == Finding::Journal), "{found:?}");
+}
+
 #[test]
 fn a_closed_file_keeps_no_space_for_its_journal() {
     let (_dir, path) = journalled();

@@ -111,23 +111,7 @@ impl<'a> Check<'a> {
         at: ByteOffset,
         len: u64,
     ) -> impl Iterator<Item = (ByteOffset, u64)> {
-        let data_offset = self.geometry.data_offset().get();
-        let end = at.get().saturating_add(len).min(i64::MAX.unsigned_abs());
-        let start = at.get().max(data_offset);
-        let sectors = match end.checked_sub(start) {
-            // A file can be longer than any disk in it: what lies there belongs to no sector either.
-            Some(_) => {
-                (start - data_offset) / SECTOR_SIZE..(end - data_offset).div_ceil(SECTOR_SIZE)
-            }
-            None => 0..0,
-        };
-        let range = SectorRange::from_bounds(sectors.start, sectors.end);
-        let leaked = self.bitmap.runs(range).filter(|run| !run.present).filter_map(move |run| {
-            let from =
-                (data_offset + run.range.start_bytes().get()).max(start).next_multiple_of(BLOCK);
-            let to = (data_offset + run.range.end().get() * SECTOR_SIZE).min(end) / BLOCK * BLOCK;
-            (from < to).then(|| (ByteOffset::new(from), to - from))
-        });
+        let leaked = leaks(self.geometry, self.bitmap, at, len);
         let leaked_sum = &mut self.leaked;
         leaked.inspect(|(_, len)| *leaked_sum += len)
     }
@@ -142,6 +126,29 @@ impl<'a> Check<'a> {
         findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity()));
         findings
     }
+}
+
+/// Those blocks of a range of the file that belong to no present sector, as (offset, length in bytes).
+pub fn leaks(
+    geometry: &Geometry,
+    bitmap: &Bitmap,
+    at: ByteOffset,
+    len: u64,
+) -> impl Iterator<Item = (ByteOffset, u64)> {
+    let data_offset = geometry.data_offset().get();
+    let end = at.get().saturating_add(len).min(i64::MAX.unsigned_abs());
+    let start = at.get().max(data_offset);
+    let sectors = match end.checked_sub(start) {
+        // A file can be longer than any disk in it: what lies there belongs to no sector either.
+        Some(_) => (start - data_offset) / SECTOR_SIZE..(end - data_offset).div_ceil(SECTOR_SIZE),
+        None => 0..0,
+    };
+    let range = SectorRange::from_bounds(sectors.start, sectors.end);
+    bitmap.runs(range).filter(|run| !run.present).filter_map(move |run| {
+        let from = (data_offset + run.range.start_bytes().get()).max(start).next_multiple_of(BLOCK);
+        let to = (data_offset + run.range.end().get() * SECTOR_SIZE).min(end) / BLOCK * BLOCK;
+        (from < to).then(|| (ByteOffset::new(from), to - from))
+    })
 }
 
 /// Clears the bits of a bitmap page that lie past the end of the disk; true if there was one.

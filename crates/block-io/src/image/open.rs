@@ -27,6 +27,8 @@ pub(crate) struct Chain<F> {
     pub(crate) logical_block: u32,
     pub(crate) cow: Option<WritableCow<F>>,
     pub(crate) journal: Journal,
+    /// The file may have data that no bit speaks of: what was written and not flushed when the page cache went.
+    pub(crate) leaky: bool,
 }
 
 /// Opens a raw image.
@@ -52,6 +54,7 @@ pub(crate) fn open_single<E: Env>(
         size: len,
         cow: None,
         journal: Journal::none(),
+        leaky: false,
     })
 }
 
@@ -111,7 +114,8 @@ pub(crate) fn open_chain<E: Env>(
         journal = Journal::new(&header, options.cow_cache == CachePolicy::Buffered);
         cow = Some(make_writable(env, &top, header, bits.live_counts(), inherited)?);
     }
-    join(top, below, geometry, bits, cow, journal)
+    let chain = join(top, below, geometry, bits, cow, journal)?;
+    Ok(Chain { leaky: trust == Trust::Nothing, ..chain })
 }
 
 /// The map of a chain, of which nothing is known yet. `complete`: the top holds its last sector whole, as one does that is
@@ -163,7 +167,17 @@ fn join<F>(
     }
     let (data_offset, size) = (geometry.data_offset(), geometry.virtual_size());
     let logical_block = FILE_BLOCK;
-    Ok(Chain { layers, map, bits: all_bits, data_offset, size, logical_block, cow, journal })
+    Ok(Chain {
+        layers,
+        map,
+        bits: all_bits,
+        data_offset,
+        size,
+        logical_block,
+        cow,
+        journal,
+        leaky: false,
+    })
 }
 
 /// Lets the header know its base as it is now, whose content was found to be right. It is written with the next change of

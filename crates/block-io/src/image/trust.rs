@@ -128,16 +128,17 @@ fn believe_native<E: Env>(
 ) -> Result<bool, OpenError> {
     let NativeState::InUse { live } = native.state() else { return Ok(true) };
     let written = cow.file.check_writeback();
-    if live_counts(env, &cow.file, native, Trust::Witness)? {
-        let Err(err) = written else { return Ok(true) };
-        say_not_written(&cow.path, &err);
-    }
     let here = page_cache(env, &cow.file)?.map(|here| here.boot);
+    match (live_counts(env, &cow.file, native, Trust::Witness)?, written) {
+        (true, Ok(())) => return Ok(true),
+        (true, Err(err)) => say_not_written(&cow.path, &err),
+        (false, _) if live.is_some_and(|live| Some(live.boot) == here) => say_doubtful(&cow.path),
+        (false, _) => {}
+    }
     let write = match live {
         // No later opening can believe it.
         Some(live) if Some(live.boot) != here => return Ok(false),
         Some(_) => {
-            say_doubtful(&cow.path);
             native.make_live_void();
             native.next_write()
         }

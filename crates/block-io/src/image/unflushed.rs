@@ -2,7 +2,7 @@
 //! both.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use cow_format::{SectorRange, journal};
 
@@ -20,7 +20,10 @@ pub(crate) struct Unflushed {
     much: AtomicBool,
     /// There is a journal that copies of what is written are made for.
     has_journal: bool,
+    /// Somebody has to know what is being written: that journal, or who gives back leaked space.
+    tracked: bool,
     state: Mutex<State>,
+    released: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -33,27 +36,38 @@ struct State {
     /// Being copied into a record, and whether a write has disturbed that.
     copied: Vec<SectorRange>,
     disturbed: bool,
+    /// Nobody may write here for the moment.
+    reserved: Option<SectorRange>,
 }
 
 impl Unflushed {
-    /// Of a disk that has just been opened: what its predecessor did is not known.
-    pub(crate) fn new(has_journal: bool) -> Self {
-        Unflushed { much: AtomicBool::new(true), has_journal, state: Mutex::default() }
+    /// Of a disk that has just been opened: what its predecessor did is not known. `leaky`: it may have left data that no
+    /// bit speaks of.
+    pub(crate) fn new(has_journal: bool, leaky: bool) -> Self {
+        Unflushed {
+            much: AtomicBool::new(true),
+            has_journal,
+            tracked: has_journal || leaky,
+            state: Mutex::default(),
+            released: Condvar::new(),
+        }
     }
 
     /// A write of data within `range` begins.
     pub(crate) fn begin(&self, range: SectorRange) {
-        if !self.has_journal {
+        if !self.tracked {
             return;
         }
-        let mut state = self.state();
+        let reserved = |state: &mut State| state.reserved.is_some_and(|held| meet(held, range));
+        let waited = self.released.wait_while(self.state(), reserved);
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner);
         state.disturbed |= overlaps(&state.copied, range);
         state.under_way.push(range);
     }
 
     /// It has ended, and [`Self::add`] has been told of it if it succeeded.
     pub(crate) fn end(&self, range: SectorRange) {
-        if !self.has_journal {
+        if !self.tracked {
             return;
         }
         let under_way = &mut self.state().under_way;
@@ -105,6 +119,22 @@ impl Unflushed {
         copied && !state.disturbed
     }
 
+    /// Does something to `range` while nobody writes there; writes of it wait, so let it be short. False, and nothing is done,
+    /// if one is under way. One at a time.
+    pub(crate) fn exclusively(&self, range: SectorRange, change: impl FnOnce()) -> bool {
+        debug_assert!(self.tracked);
+        let mut state = self.state();
+        if state.under_way.iter().any(|other| meet(*other, range)) {
+            return false;
+        }
+        state.reserved = Some(range);
+        drop(state);
+        change();
+        self.state().reserved = None;
+        self.released.notify_all();
+        true
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -123,7 +153,11 @@ impl State {
 }
 
 fn overlaps(ranges: &[SectorRange], range: SectorRange) -> bool {
-    ranges.iter().any(|other| other.start() < range.end() && range.start() < other.end())
+    ranges.iter().any(|other| meet(*other, range))
+}
+
+fn meet(one: SectorRange, other: SectorRange) -> bool {
+    one.start() < other.end() && other.start() < one.end()
 }
 
 #[cfg(test)]
@@ -138,7 +172,7 @@ mod tests {
 
     #[test]
     fn little_is_remembered_and_much_is_not() {
-        let unflushed = Unflushed::new(true);
+        let unflushed = Unflushed::new(true, false);
         assert_eq!(unflushed.take(), None, "nobody knows what came before");
         assert_eq!(unflushed.take(), Some(vec![]));
         unflushed.add(&[range(8, 8), range(3, 0), range(9, 2), range(20, 1)]);
@@ -158,8 +192,35 @@ mod tests {
     }
 
     #[test]
+    fn nobody_writes_what_is_changed_exclusively() {
+        let unflushed = Unflushed::new(false, true);
+        unflushed.begin(range(8, 8));
+        assert!(!unflushed.exclusively(range(15, 4), || panic!("it is being written")));
+        assert!(unflushed.exclusively(range(16, 4), || ()));
+        unflushed.end(range(8, 8));
+        let changed = AtomicBool::new(false);
+        let (held, is_held) = std::sync::mpsc::channel();
+        let (unflushed, changed) = (&unflushed, &changed);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                is_held.recv().unwrap();
+                unflushed.begin(range(8, 8));
+                assert!(changed.load(Ordering::SeqCst), "it did not wait");
+                unflushed.end(range(8, 8));
+            });
+            assert!(unflushed.exclusively(range(15, 4), || {
+                held.send(()).unwrap();
+                // Elsewhere nobody waits.
+                unflushed.begin(range(19, 4));
+                unflushed.end(range(19, 4));
+                changed.store(true, Ordering::SeqCst);
+            }));
+        });
+    }
+
+    #[test]
     fn a_copy_is_disturbed_by_writes_of_its_sectors_only() {
-        let unflushed = Unflushed::new(true);
+        let unflushed = Unflushed::new(true, false);
         let few = [range(8, 8), range(100, 1)];
         assert!(unflushed.undisturbed(&few, || true));
         assert!(!unflushed.undisturbed(&few, || false));

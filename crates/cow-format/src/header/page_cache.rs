@@ -1,4 +1,4 @@
-//! Which page cache a live bitmap stands in (`docs/format-native.md` section 6).
+//! Which page cache a live bitmap stands in (`docs/spec/format-native.md` section 6).
 
 use uuid::Uuid;
 use zerocopy::FromZeros;

@@ -35,7 +35,7 @@ impl<E: Env> Disk<E> {
         }
         if bytes > 0 {
             log::info!(
-                "{}: {bytes} bytes given back that were written, but not flushed, when the host went down",
+                "{}: {bytes} bytes given back of writes that were not flushed when the page cache went",
                 self.layers()[0].path().display()
             );
         }

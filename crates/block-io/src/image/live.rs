@@ -45,7 +45,7 @@ impl<F: Storage> LiveBitmap<F> {
 
     /// The live bitmap at `at` in the COW file `cow`. Unless it is `settled` (valid, or known to say nothing more than the
     /// durable one), all is taken out of it that the durable one does not say as well; the caller then tags the header
-    /// with the boot id, not earlier.
+    /// with the page cache, not earlier.
     pub(crate) fn native(
         cow: &F,
         at: ByteOffset,

@@ -12,10 +12,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use block_io::image::{CreateOptions, create_cow};
 use block_io::{CowFormat, Host};
 use common::Daemon;
-use common::chains::{
+use testkit::chains::{
     self, Buffer, Log, Memory, PAGE, Queue, header, memfd, pages, readable, wait_until, writable,
 };
-use common::frontend::{
+use testkit::frontend::{
     F_EVENT_IDX, F_INDIRECT_DESC, F_LOG_ALL, F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES,
     RawFrontend,
 };
@@ -395,7 +395,7 @@ fn a_copy_that_does_not_follow_the_log_is_wrong_in_the_end() {
 
 /// A frontend with one running ring, and no log so far.
 fn running(daemon: &Daemon) -> (RawFrontend, Memory, Queue) {
-    let (frontend, memory, queue, _) = chains::running(daemon, FEATURES);
+    let (frontend, memory, queue, _) = chains::running(daemon.connect(), FEATURES);
     (frontend, memory, queue)
 }
 
@@ -511,6 +511,6 @@ fn a_log_that_is_shortened_ends_the_connection_and_nothing_else() {
 }
 
 fn get_vring_base() -> Vec<u8> {
-    let body = common::frontend::state(0, 0);
-    common::frontend::message(FrontendReq::GET_VRING_BASE.into(), 1, &body)
+    let body = testkit::frontend::state(0, 0);
+    testkit::frontend::message(FrontendReq::GET_VRING_BASE.into(), 1, &body)
 }

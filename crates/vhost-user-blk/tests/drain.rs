@@ -7,9 +7,11 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 
 use common::Daemon;
-use common::chains::{Memory, PAGE, Queue, header, readable, writable};
-use common::frontend::{F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend, message};
-use common::ring::IN;
+use testkit::chains::{Memory, PAGE, Queue, header, readable, writable};
+use testkit::frontend::{
+    F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend, message,
+};
+use testkit::ring::IN;
 use vhost::vhost_user::message::FrontendReq;
 
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES;

@@ -7,10 +7,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use common::chains::wait_until;
-use common::frontend::{F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, RawFrontend};
-use common::ring::{FLUSH, GuestMemory, Ring, running};
 use common::{Daemon, PROGRAM, image, outcome, sector, upgrade, without_io_uring};
+use testkit::chains::wait_until;
+use testkit::frontend::{F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, RawFrontend};
+use testkit::ring::{FLUSH, GuestMemory, Ring, running};
 
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH;
 /// What the threads of the engine without io_uring are called.
@@ -35,7 +35,7 @@ fn spawn(directory: &Path, command: Command) -> Daemon {
 fn serves(memory: &GuestMemory, ring: &mut Ring) {
     assert_eq!(ring.read_sector(memory, 7), sector(7));
     let long: Vec<u8> = (0..LONG).map(|i| u8::try_from(i % 251).unwrap()).collect();
-    ring.submit(memory, common::ring::OUT, 16, &long);
+    ring.submit(memory, testkit::ring::OUT, 16, &long);
     ring.kick();
     assert_eq!(ring.wait::<0>(memory).0, 0);
     ring.submit(memory, FLUSH, 0, &[]);

@@ -9,9 +9,9 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-use common::chains::wait_until;
-use common::frontend::RawFrontend;
 use common::{Daemon, PROGRAM, image, upgrade_ok};
+use testkit::chains::wait_until;
+use testkit::frontend::RawFrontend;
 use vhost::vhost_user::message::FrontendReq;
 
 /// systemd's `ProcSubset=pid`.

@@ -8,15 +8,17 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 
-use common::frontend::{F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend, message};
-use common::ring::{
-    GUEST_BASE, GuestMemory, IN, MEMORY_LEN, Ring, VMM_BASE, running, set_memory, single_region,
-};
 use common::{Daemon, sector};
 use nix::sys::eventfd::EventFd;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, RngCore, SeedableRng};
+use testkit::frontend::{
+    F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend, message,
+};
+use testkit::ring::{
+    GUEST_BASE, GuestMemory, IN, MEMORY_LEN, Ring, VMM_BASE, running, set_memory, single_region,
+};
 use vhost::vhost_user::message::FrontendReq;
 
 const CONNECTIONS: usize = 1000;
@@ -99,7 +101,7 @@ fn request(rng: &mut StdRng) -> u32 {
 fn well_formed(rng: &mut StdRng) -> (Vec<u8>, usize) {
     let queue = rng.random_range(0..2u32);
     let value = rng.random_range(0..256u32);
-    let state = |value: u32| common::frontend::state(queue, value);
+    let state = |value: u32| testkit::frontend::state(queue, value);
     let with_fd = u64::from(queue).to_ne_bytes().to_vec();
     let (request, body, count) = match rng.random_range(0..14) {
         0 => (FrontendReq::SET_VRING_NUM, state(1 << (value % 11)), 0),
@@ -120,7 +122,7 @@ fn well_formed(rng: &mut StdRng) -> (Vec<u8>, usize) {
         11 => (FrontendReq::RESET_DEVICE, Vec::new(), 0),
         12 => (FrontendReq::SET_FEATURES, FEATURES.to_ne_bytes().to_vec(), 0),
         _ => {
-            let no_fd = u64::from(queue) | common::frontend::NO_FD;
+            let no_fd = u64::from(queue) | testkit::frontend::NO_FD;
             (FrontendReq::SET_VRING_KICK, no_fd.to_ne_bytes().to_vec(), 0)
         }
     };

@@ -5,10 +5,10 @@ mod common;
 use std::time::Duration;
 
 use blk_bench::server::{Sample, Server, cpu_between};
-use common::chains::wait_until;
-use common::frontend::{F_PROTOCOL_FEATURES, F_VERSION_1};
-use common::ring::running;
 use common::{Daemon, sector};
+use testkit::chains::wait_until;
+use testkit::frontend::{F_PROTOCOL_FEATURES, F_VERSION_1};
+use testkit::ring::running;
 
 /// Enough for the longest spin to be learned.
 const READS: u64 = 200;

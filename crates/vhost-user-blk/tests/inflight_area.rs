@@ -9,9 +9,11 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use common::Daemon;
-use common::chains::{Memory, Queue, header, memfd, readable, writable};
-use common::frontend::{F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend, message};
-use common::ring::OUT;
+use testkit::chains::{Memory, Queue, header, memfd, readable, writable};
+use testkit::frontend::{
+    F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend, message,
+};
+use testkit::ring::OUT;
 use vhost::vhost_user::message::FrontendReq;
 
 const SIZE: u16 = 16;

@@ -9,15 +9,15 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use common::frontend::{
+use common::{Daemon, PROGRAM, SECTORS, content, image, sector, upgrade_ok, with_fd};
+use nix::sys::signal::Signal;
+use testkit::frontend::{
     F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, NO_FD, PROTOCOL_FEATURES, RawFrontend, message,
     state,
 };
-use common::ring::{
+use testkit::ring::{
     FLUSH, GuestMemory, IN, RING_SIZE, Ring, is_readable, running, set_memory, single_region,
 };
-use common::{Daemon, PROGRAM, SECTORS, content, image, sector, upgrade_ok, with_fd};
-use nix::sys::signal::Signal;
 use vhost::vhost_user::message::FrontendReq;
 
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH;

@@ -5,11 +5,11 @@ mod common;
 use std::collections::BTreeSet;
 use std::os::fd::AsRawFd;
 
-use common::chains::{Log, Memory, PAGE, Queue, running, wait_until};
-use common::frontend::{
+use common::{Daemon, upgrade_ok};
+use testkit::chains::{Log, Memory, PAGE, Queue, running, wait_until};
+use testkit::frontend::{
     F_EVENT_IDX, F_FLUSH, F_LOG_ALL, F_PROTOCOL_FEATURES, F_VERSION_1, RawFrontend, message,
 };
-use common::{Daemon, upgrade_ok};
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -42,7 +42,7 @@ fn rings(memory: &Memory, queue: &mut Queue, status: u64, bell: &EventFd, log: &
 fn the_bell_rings_when_the_log_is_written() {
     let directory = tempfile::tempdir().unwrap();
     let daemon = Daemon::with_image(directory.path(), &[]);
-    let (mut frontend, memory, mut queue, status) = running(&daemon, FEATURES);
+    let (mut frontend, memory, mut queue, status) = running(daemon.connect(), FEATURES);
     let (first, second) = (bell(), bell());
     // Before there is a log.
     set_log_fd(&mut frontend, &first);
@@ -79,7 +79,7 @@ fn a_daemon_that_was_upgraded_knows_the_bell() {
     let directory = tempfile::tempdir().unwrap();
     let control = format!("--control={}/control", directory.path().display());
     let daemon = Daemon::with_image(directory.path(), &[&control]);
-    let (mut frontend, memory, mut queue, status) = running(&daemon, FEATURES);
+    let (mut frontend, memory, mut queue, status) = running(daemon.connect(), FEATURES);
     let bell = bell();
     set_log_fd(&mut frontend, &bell);
     upgrade_ok(directory.path());
@@ -94,7 +94,7 @@ fn a_daemon_that_was_upgraded_knows_the_bell() {
 fn a_bell_that_nobody_empties_holds_nobody_up() {
     let directory = tempfile::tempdir().unwrap();
     let daemon = Daemon::with_image(directory.path(), &[]);
-    let (mut frontend, memory, mut queue, _) = running(&daemon, FEATURES);
+    let (mut frontend, memory, mut queue, _) = running(daemon.connect(), FEATURES);
     let full = EventFd::new(0).unwrap();
     full.write(u64::MAX - 1).unwrap();
     memory.log().set(&mut frontend);
@@ -113,7 +113,7 @@ fn no_descriptor_is_left_open() {
     let mut daemon = Daemon::with_image(directory.path(), &[]);
     let mut before = None;
     for round in 0..40 {
-        let (mut frontend, _memory, _queue, _) = running(&daemon, FEATURES);
+        let (mut frontend, _memory, _queue, _) = running(daemon.connect(), FEATURES);
         for _ in 0..3 {
             set_log_fd(&mut frontend, &bell());
         }

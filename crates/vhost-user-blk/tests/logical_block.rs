@@ -8,10 +8,10 @@ mod loop_device;
 use std::ops::Range;
 use std::path::Path;
 
-use common::frontend::{F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1};
-use common::ring::{GuestMemory, IN, OUT, Ring, running};
 use common::{Daemon, content, image, sector};
 use loop_device::LoopDevice;
+use testkit::frontend::{F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1};
+use testkit::ring::{GuestMemory, IN, OUT, Ring, running};
 
 const FLUSH: u32 = 4;
 const DISCARD: u32 = 11;

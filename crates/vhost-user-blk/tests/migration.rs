@@ -6,11 +6,11 @@ use std::path::Path;
 
 use block_io::Host;
 use block_io::ops::inspect::{Content, inspect};
-use common::chains::{Log, Memory, Queue, header, readable, writable};
-use common::frontend::{
+use common::{Daemon, PROGRAM, SECTORS};
+use testkit::chains::{Log, Memory, Queue, header, readable, writable};
+use testkit::frontend::{
     F_FLUSH, F_LOG_ALL, F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend,
 };
-use common::{Daemon, PROGRAM, SECTORS};
 use vhost::vhost_user::message::FrontendReq;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN as IN, VIRTIO_BLK_T_OUT as OUT};
 
@@ -82,7 +82,7 @@ impl Guest {
         self.request(OUT, sector, &[readable(self.data, 512)]);
     }
 
-    fn request(&mut self, kind: u32, sector: u64, data: &[common::chains::Buffer]) {
+    fn request(&mut self, kind: u32, sector: u64, data: &[testkit::chains::Buffer]) {
         self.memory.write(self.head, &header(kind, sector));
         let chain = [&[readable(self.head, 16)], data, &[writable(self.status, 1)]].concat();
         self.queue.describe(&self.memory, 0, &chain);

@@ -7,14 +7,14 @@ use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use common::chains::{Memory, Queue, header, readable, writable};
-use common::frontend::{
+use common::{Daemon, SECTORS, sector};
+use testkit::chains::{Memory, Queue, header, readable, writable};
+use testkit::frontend::{
     F_CONFIG_WCE, F_FLUSH, F_LOG_ALL, F_PROTOCOL_FEATURES, F_VERSION_1, P_BACKEND_REQ, P_CONFIG,
     P_CONFIGURE_MEM_SLOTS, P_INFLIGHT_SHMFD, P_LOG_SHMFD, P_MQ, P_REPLY_ACK, PROTOCOL_FEATURES,
     RawFrontend,
 };
-use common::ring::{Call, GUEST_BASE, GuestMemory, IN, MEMORY_LEN, Ring, VMM_BASE};
-use common::{Daemon, SECTORS, sector};
+use testkit::ring::{Call, GUEST_BASE, GuestMemory, IN, MEMORY_LEN, Ring, VMM_BASE};
 use vhost::vhost_user::message::{
     FrontendReq, VHOST_USER_CONFIG_OFFSET, VhostUserConfigFlags, VhostUserHeaderFlag,
     VhostUserInflight, VhostUserProtocolFeatures,
@@ -61,7 +61,7 @@ fn qemu() {
     let memory = GuestMemory::new();
     frontend.need_reply = true;
     let fds = [memory.0.as_raw_fd()];
-    frontend.send(FrontendReq::ADD_MEM_REG, &common::ring::single_region(), &fds);
+    frontend.send(FrontendReq::ADD_MEM_REG, &testkit::ring::single_region(), &fds);
     frontend.need_reply = false;
     let mut rings = [Ring::new(0), Ring::new(1)];
     for ring in &rings {
@@ -181,7 +181,7 @@ fn firecracker() {
     let (memory, mut ring) = (GuestMemory::new(), Ring::new(0));
     vhost_crate_start(&mut frontend, &memory, &ring, false);
     // A kick comes before the ring is enabled.
-    ring.submit(&memory, common::ring::IN, 9, &[0; 512]);
+    ring.submit(&memory, testkit::ring::IN, 9, &[0; 512]);
     ring.kick();
     frontend.set_vring_enable(0, true).unwrap();
     assert_eq!(ring.wait::<512>(&memory), (0, sector(9)));
@@ -287,7 +287,7 @@ fn user_mode_linux() {
     let writer = OwnedFd::from(writer);
     frontend.send_fd(FrontendReq::SET_VRING_CALL, 0, &writer);
     drop(writer);
-    frontend.send_state(FrontendReq::SET_VRING_NUM, 0, common::ring::RING_SIZE.into());
+    frontend.send_state(FrontendReq::SET_VRING_NUM, 0, testkit::ring::RING_SIZE.into());
     frontend.send_state(FrontendReq::SET_VRING_BASE, 0, 0);
     frontend.send(FrontendReq::SET_VRING_ADDR, &ring.addresses(), &[]);
     frontend.send_fd(FrontendReq::SET_VRING_KICK, 0, &ring.kick);

@@ -9,9 +9,9 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
 
-use common::frontend::{F_PROTOCOL_FEATURES, F_VERSION_1, RawFrontend};
 use common::{Daemon, PROGRAM, image, upgrade_ok};
 use nix::sys::signal::Signal;
+use testkit::frontend::{F_PROTOCOL_FEATURES, F_VERSION_1, RawFrontend};
 use vhost::vhost_user::message::FrontendReq;
 
 /// What the manager hears next.

@@ -15,15 +15,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::frontend::{
-    F_CONFIG_WCE, F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, NO_FD, PROTOCOL_FEATURES, RawFrontend,
-};
-use common::ring::{GuestMemory, IN, RING_SIZE, Ring, is_readable, set_memory};
 use common::soak::{End, Soak, from_env};
 use common::{Daemon, PROGRAM, image, outcome, sector, upgrade, upgrade_ok};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
+use testkit::frontend::{
+    F_CONFIG_WCE, F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, NO_FD, PROTOCOL_FEATURES, RawFrontend,
+};
+use testkit::ring::{GuestMemory, IN, RING_SIZE, Ring, is_readable, set_memory};
 use vhost::vhost_user::message::FrontendReq;
 
 /// Under load.

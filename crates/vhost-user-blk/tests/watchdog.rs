@@ -7,9 +7,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use common::frontend::{F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend};
-use common::ring::{GuestMemory, IN, Ring, set_memory};
 use common::{Daemon, PROGRAM, image, sector};
+use testkit::frontend::{F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend};
+use testkit::ring::{GuestMemory, IN, Ring, set_memory};
 use vhost::vhost_user::message::FrontendReq;
 
 /// What the manager waits for a sign of life, in microseconds; one comes after half of that.

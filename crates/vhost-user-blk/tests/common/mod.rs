@@ -1,11 +1,8 @@
-//! A daemon under test, and a frontend small enough to be wrong on purpose.
+//! A daemon under test.
 
 // Each test file is a program of its own and uses a part of this.
 #![allow(dead_code)]
 
-pub mod chains;
-pub mod frontend;
-pub mod ring;
 pub mod soak;
 
 use std::ffi::OsStr;

@@ -12,7 +12,7 @@ use vhost::vhost_user::message::FrontendReq;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::frontend::{PROTOCOL_FEATURES, RawFrontend};
+use crate::frontend::{PROTOCOL_FEATURES, RawFrontend};
 
 /// Guest memory of a test.
 pub const MEMORY_LEN: u64 = 1 << 20;

@@ -5,15 +5,15 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::Daemon;
-use super::frontend::{PROTOCOL_FEATURES, RawFrontend};
-use super::ring::FLUSH;
+use crate::frontend::{PROTOCOL_FEATURES, RawFrontend};
+use crate::ring::FLUSH;
 
 /// Where guest memory begins, for the guest and for the frontend.
 pub const GUEST: u64 = 0x10_0000;
@@ -303,8 +303,8 @@ pub fn header(kind: u32, sector: u64) -> Vec<u8> {
 
 /// A frontend whose ring has answered a flush, which can be offered again as head 0; and the place of
 /// its status.
-pub fn running(daemon: &Daemon, features: u64) -> (RawFrontend, Memory, Queue, u64) {
-    let mut frontend = RawFrontend::new(daemon.connect());
+pub fn running(stream: UnixStream, features: u64) -> (RawFrontend, Memory, Queue, u64) {
+    let mut frontend = RawFrontend::new(stream);
     frontend.negotiate(features, PROTOCOL_FEATURES);
     let mut memory = Memory::new(100);
     let mut queue = Queue::new(&mut memory, 0, 16);

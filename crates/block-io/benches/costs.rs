@@ -1,6 +1,8 @@
-//! What the bitmaps cost: a first write's bookkeeping, a rewrite's, a flush, and opening a disk of 1 TiB.
+//! What the bitmaps cost: a first write's bookkeeping, a rewrite's, a flush, and opening a large
+//! disk.
 //!
-//! `cargo run --release -p block-io --example costs [DIRECTORY]`
+//! `cargo bench -p block-io --bench costs [-- DIRECTORY]`; without cargo's `--bench`, as
+//! `cargo test` runs it, each case is only tried, on small disks.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,6 +14,17 @@ use cow_format::{Sector, SectorCount, SectorRange};
 
 /// Sectors in 4 KiB.
 const PIECE: u64 = 8;
+
+/// How large the disks are.
+struct Scale {
+    /// Pieces that are written one by one.
+    pieces: u64,
+    /// Bytes of the disk that is opened.
+    opened: u64,
+}
+
+const MEASURED: Scale = Scale { pieces: 1 << 18, opened: 1 << 40 };
+const TRIED: Scale = Scale { pieces: 1 << 12, opened: 1 << 30 };
 
 fn piece(index: u64) -> SectorRange {
     SectorRange::new(Sector::new(index * PIECE), SectorCount::new(PIECE)).expect("within a disk")
@@ -47,13 +60,12 @@ fn open(cow: &Path) -> Disk {
     Disk::open_cow(cow, None, &DiskOptions::default()).expect("open")
 }
 
-fn writes(dir: &Path, format: CowFormat) {
-    const PIECES: u64 = 1 << 18;
-    let disk = open(&new_disk(dir, format, PIECES * PIECE * 512));
+fn writes(dir: &Path, format: CowFormat, pieces: u64) {
+    let disk = open(&new_disk(dir, format, pieces * PIECE * 512));
     // An odd factor makes a permutation of all pieces, far from each other.
     let all = |disk: &Disk| {
-        (0..PIECES).try_for_each(|n| {
-            disk.begin_write(piece(n * 77_773 % PIECES)).written(&[piece(n * 77_773 % PIECES)])
+        (0..pieces).try_for_each(|n| {
+            disk.begin_write(piece(n * 77_773 % pieces)).written(&[piece(n * 77_773 % pieces)])
         })
     };
     for name in ["first", "again"] {
@@ -61,28 +73,27 @@ fn writes(dir: &Path, format: CowFormat) {
         result.expect("written");
         println!(
             "{format:?}: 4 KiB written {name}: {:.3} µs",
-            time.as_secs_f64() * 1e6 / PIECES as f64
+            time.as_secs_f64() * 1e6 / pieces as f64
         );
     }
     let (result, time) = timed(|| disk.flush());
     result.expect("flush");
     println!(
         "{format:?}: flush of {} bitmap pages: {:.1} ms",
-        PIECES / 4096,
+        pieces / 4096,
         time.as_secs_f64() * 1e3
     );
 }
 
-fn opening(dir: &Path, format: CowFormat) {
-    const SIZE: u64 = 1 << 40;
-    const PIECES: u64 = SIZE / 4096;
+fn opening(dir: &Path, format: CowFormat, size: u64) {
+    let pieces = size / 4096;
     for percent in [0, 1] {
-        let cow = new_disk(dir, format, SIZE);
+        let cow = new_disk(dir, format, size);
         let disk = open(&cow);
         let mut state = 7;
-        for _ in 0..PIECES / 100 * percent {
-            disk.begin_write(piece(random(&mut state) % PIECES))
-                .written(&[piece(random(&mut state) % PIECES)])
+        for _ in 0..pieces / 100 * percent {
+            disk.begin_write(piece(random(&mut state) % pieces))
+                .written(&[piece(random(&mut state) % pieces)])
                 .expect("written");
         }
         disk.close().expect("close");
@@ -91,7 +102,8 @@ fn opening(dir: &Path, format: CowFormat) {
         let (disk, time) = timed(|| open(&cow));
         let memory = resident().saturating_sub(before);
         println!(
-            "{format:?}: 1 TiB with {percent} % in scattered 4 KiB: opened in {:.1} ms, {memory} KiB",
+            "{format:?}: {} GiB, {percent} % in scattered 4 KiB: opened in {:.1} ms, {memory} KiB",
+            size >> 30,
             time.as_secs_f64() * 1e3
         );
         disk.close().expect("close");
@@ -99,12 +111,14 @@ fn opening(dir: &Path, format: CowFormat) {
 }
 
 fn main() {
-    let place = std::env::args_os().nth(1).map_or_else(std::env::temp_dir, PathBuf::from);
+    let scale = if std::env::args().any(|arg| arg == "--bench") { MEASURED } else { TRIED };
+    let place = std::env::args().skip(1).find(|arg| !arg.starts_with('-'));
+    let place = place.map_or_else(std::env::temp_dir, PathBuf::from);
     let dir = place.join(format!("block-io-costs-{}", std::process::id()));
     std::fs::create_dir_all(&dir).expect("directory");
     for format in [CowFormat::Native, CowFormat::Uml] {
-        writes(&dir, format);
-        opening(&dir, format);
+        writes(&dir, format, scale.pieces);
+        opening(&dir, format, scale.opened);
     }
     std::fs::remove_dir_all(&dir).expect("remove");
 }

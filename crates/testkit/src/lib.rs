@@ -6,5 +6,8 @@
 #![expect(missing_docs, clippy::new_without_default)]
 
 pub mod chains;
+pub mod descriptor;
+pub mod driver;
 pub mod frontend;
+pub mod request;
 pub mod ring;

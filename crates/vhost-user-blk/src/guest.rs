@@ -1,35 +1,23 @@
-//! The driver's end of a ring, for tests: writes any descriptors and indices, sound or not, into
-//! anonymous guest memory.
+//! For unit tests: the test kit's driver on a ring in the daemon's own [`Memory`], which is
+//! anonymous here, so that no process and no file is needed.
 
 use std::sync::Arc;
 
-use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+pub(crate) use testkit::descriptor::{Desc, INDIRECT, NEXT, WRITE};
+use testkit::descriptor::{linked, table};
+use testkit::driver::{Driver, GuestMemory, Layout};
 use virtio_queue::QueueState;
 
 use crate::memory::{GuestAddress, Memory};
-use crate::virtqueue::{QUEUE_SIZE_MAX, SplitQueue, short};
+use crate::virtqueue::{QUEUE_SIZE_MAX, SplitQueue};
 
-pub(crate) const NEXT: u16 = short(VRING_DESC_F_NEXT);
-pub(crate) const WRITE: u16 = short(VRING_DESC_F_WRITE);
-pub(crate) const INDIRECT: u16 = short(VRING_DESC_F_INDIRECT);
+impl GuestMemory for Memory {
+    fn write_guest(&self, address: u64, bytes: &[u8]) {
+        self.write(GuestAddress(address), bytes).unwrap();
+    }
 
-/// A descriptor as the guest writes it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Desc {
-    pub address: u64,
-    pub len: u32,
-    pub flags: u16,
-    pub next: u16,
-}
-
-impl Desc {
-    pub(crate) fn bytes(&self) -> [u8; 16] {
-        let mut bytes = [0; 16];
-        bytes[..8].copy_from_slice(&self.address.to_le_bytes());
-        bytes[8..12].copy_from_slice(&self.len.to_le_bytes());
-        bytes[12..14].copy_from_slice(&self.flags.to_le_bytes());
-        bytes[14..].copy_from_slice(&self.next.to_le_bytes());
-        bytes
+    fn read_guest(&self, address: u64, bytes: &mut [u8]) {
+        self.read(GuestAddress(address), bytes).unwrap();
     }
 }
 
@@ -37,8 +25,7 @@ impl Desc {
 pub(crate) struct Guest {
     pub memory: Arc<Memory>,
     pub layout: QueueState,
-    /// `avail.idx` as the driver last wrote it.
-    pub avail_idx: u16,
+    pub driver: Driver,
 }
 
 /// Where the ring begins. Not 0, so that address 0 is nothing.
@@ -61,19 +48,20 @@ impl Guest {
         let low = usize::try_from(BORDER - RING).unwrap();
         let high = usize::try_from(end - BORDER).unwrap();
         let memory = Arc::new(Memory::anonymous(&[(RING, low), (BORDER, high)]));
+        let ring = Layout { size, desc: RING, avail: RING + 0x2000, used: RING + 0x4000 };
         let layout = QueueState {
             max_size: QUEUE_SIZE_MAX,
             size,
             next_avail: start,
             ready: true,
-            desc_table: RING,
-            avail_ring: RING + 0x2000,
-            used_ring: RING + 0x4000,
+            desc_table: ring.desc,
+            avail_ring: ring.avail,
+            used_ring: ring.used,
             ..QueueState::default()
         };
-        let mut guest = Self { memory, layout, avail_idx: start };
+        let mut guest = Self { memory, layout, driver: Driver::new(ring, start) };
         guest.set_avail_idx(start);
-        guest.write(layout.used_ring + 2, &start.to_le_bytes());
+        guest.write(ring.used_idx(), &start.to_le_bytes());
         guest
     }
 
@@ -84,64 +72,61 @@ impl Guest {
     }
 
     pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
-        self.memory.write(GuestAddress(address), bytes).unwrap();
+        self.memory.write_guest(address, bytes);
     }
 
     pub(crate) fn read<const N: usize>(&self, address: u64) -> [u8; N] {
         let mut bytes = [0; N];
-        self.memory.read(GuestAddress(address), &mut bytes).unwrap();
+        self.memory.read_guest(address, &mut bytes);
         bytes
     }
 
     pub(crate) fn set_desc(&self, index: u16, desc: Desc) {
-        self.write(self.layout.desc_table + 16 * u64::from(index), &desc.bytes());
+        self.driver.set_desc(&*self.memory, index, desc);
+    }
+
+    /// Writes a chain into the slots from `first` on.
+    pub(crate) fn set_chain(&self, first: u16, descs: impl IntoIterator<Item = Desc>) {
+        self.driver.set_descs(&*self.memory, first, &linked(first, descs));
     }
 
     /// Puts an indirect table anywhere.
-    pub(crate) fn set_table(&self, address: u64, table: &[Desc]) {
-        for (at, desc) in (address..).step_by(16).zip(table) {
-            self.write(at, &desc.bytes());
-        }
+    pub(crate) fn set_table(&self, address: u64, descs: &[Desc]) {
+        self.write(address, &table(descs));
     }
 
     /// Makes a head available.
     pub(crate) fn offer(&mut self, head: u16) {
-        let entry = u64::from(self.avail_idx % self.layout.size);
-        self.write(self.layout.avail_ring + 4 + 2 * entry, &head.to_le_bytes());
-        self.set_avail_idx(self.avail_idx.wrapping_add(1));
+        self.driver.offer(&*self.memory, &[head]);
     }
 
     pub(crate) fn set_avail_idx(&mut self, index: u16) {
-        self.avail_idx = index;
-        self.write(self.layout.avail_ring + 2, &index.to_le_bytes());
+        self.driver.set_avail_idx(&*self.memory, index);
     }
 
     pub(crate) fn set_avail_flags(&self, flags: u16) {
-        self.write(self.layout.avail_ring, &flags.to_le_bytes());
+        self.driver.set_avail_flags(&*self.memory, flags);
     }
 
     pub(crate) fn set_used_event(&self, event: u16) {
-        let size = u64::from(self.layout.size);
-        self.write(self.layout.avail_ring + 4 + 2 * size, &event.to_le_bytes());
+        self.driver.set_used_event(&*self.memory, event);
     }
 
     pub(crate) fn used_flags(&self) -> u16 {
-        u16::from_le_bytes(self.read(self.layout.used_ring))
+        self.driver.used_flags(&*self.memory)
     }
 
     pub(crate) fn used_idx(&self) -> u16 {
-        u16::from_le_bytes(self.read(self.layout.used_ring + 2))
+        self.driver.used_idx(&*self.memory)
     }
 
     /// The used element that was written when `used.idx` was `index`: id and length.
     pub(crate) fn used(&self, index: u16) -> (u32, u32) {
-        let at = self.layout.used_ring + 4 + 8 * u64::from(index % self.layout.size);
-        (u32::from_le_bytes(self.read(at)), u32::from_le_bytes(self.read(at + 4)))
+        self.driver.used(&*self.memory, index)
     }
 
     pub(crate) fn avail_event(&self) -> u16 {
-        let size = u64::from(self.layout.size);
-        u16::from_le_bytes(self.read(self.layout.used_ring + 4 + 8 * size))
+        self.driver.avail_event(&*self.memory)
     }
 }
 

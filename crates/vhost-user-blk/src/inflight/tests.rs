@@ -157,7 +157,7 @@ proptest! {
         // And nothing is marked any more.
         let mut next = rig.queue();
         prop_assert!(next.pop().unwrap().is_none());
-        prop_assert_eq!(next.next_avail(), rig.guest.avail_idx);
+        prop_assert_eq!(next.next_avail(), rig.guest.driver.avail_idx);
     }
 }
 

@@ -2,10 +2,7 @@ use super::*;
 use crate::config;
 use crate::guest::{BORDER, DATA, Desc, END, Guest, INDIRECT, NEXT, WRITE};
 use cow_format::Sector;
-use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_T_DISCARD as DISCARD, VIRTIO_BLK_T_FLUSH as FLUSH, VIRTIO_BLK_T_GET_ID as GET_ID,
-    VIRTIO_BLK_T_IN as IN, VIRTIO_BLK_T_OUT as OUT, VIRTIO_BLK_T_WRITE_ZEROES as WRITE_ZEROES,
-};
+use testkit::request::{DISCARD, FLUSH, GET_ID, IN, OUT, WRITE_ZEROES, segment};
 
 mod chains;
 mod garbage;
@@ -25,18 +22,10 @@ fn range(start: u64, count: u64) -> SectorRange {
     SectorRange::new(Sector::new(start), SectorCount::new(count)).unwrap()
 }
 
+/// With something in the reserved field, which means nothing.
 fn header(kind: u32, sector: u64) -> [u8; 16] {
-    let mut bytes = [0x77; 16];
-    bytes[..4].copy_from_slice(&kind.to_le_bytes());
-    bytes[8..].copy_from_slice(&sector.to_le_bytes());
-    bytes
-}
-
-fn segment(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&sector.to_le_bytes());
-    bytes[8..12].copy_from_slice(&sectors.to_le_bytes());
-    bytes[12..].copy_from_slice(&flags.to_le_bytes());
+    let mut bytes = testkit::request::header(kind, sector);
+    bytes[4..8].fill(0x77);
     bytes
 }
 

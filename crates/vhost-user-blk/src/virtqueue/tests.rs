@@ -52,8 +52,8 @@ fn requests_go_round_and_indices_wrap() {
 #[test]
 fn a_ring_is_taken_up_where_it_stands() {
     let mut guest = Guest::new(8, 100);
-    guest.write(guest.layout.used_ring + 2, &98_u16.to_le_bytes());
-    guest.write(guest.layout.used_ring, &1_u16.to_le_bytes());
+    guest.write(guest.driver.layout.used_idx(), &98_u16.to_le_bytes());
+    guest.write(guest.driver.layout.used_flags(), &1_u16.to_le_bytes());
     let mut queue = guest.queue(false);
     assert_eq!(guest.used_flags(), 0, "a predecessor's wish for silence is over");
     guest.offer(5);
@@ -158,7 +158,7 @@ fn notification_by_event_index() {
     queue.disable_notifications();
     assert_eq!(guest.used_flags(), 0, "always 0 with EVENT_IDX");
     assert!(!queue.enable_notifications());
-    assert_eq!(guest.avail_event(), guest.avail_idx);
+    assert_eq!(guest.avail_event(), guest.driver.avail_idx);
 }
 
 #[test]

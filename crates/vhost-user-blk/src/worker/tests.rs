@@ -2,11 +2,12 @@ use std::io::Write;
 
 use block_io::DiskOptions;
 use block_io::ring::IoEngine;
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN};
+use testkit::descriptor::linked;
+use testkit::request::{FLUSH, IN, header as header_of};
 use vmm_sys_util::event::{EventFlag, new_event_consumer_and_notifier};
 
 use super::*;
-use crate::guest::{DATA, Desc, Guest, INDIRECT, NEXT, WRITE};
+use crate::guest::{DATA, Desc, Guest};
 
 // Its I/O is the worse for the feature.
 #[cfg(feature = "fault-points")]
@@ -52,10 +53,10 @@ fn a_watch_that_is_lost_ends_the_ring_and_what_it_has_is_answered() {
             let disk = Arc::new(Disk::open_raw(image.path(), &DiskOptions::default()).unwrap());
             let shared = shared(&disk, 1, Some(engine));
             let mut guest = Guest::new(16, 0);
-            guest.write(DATA, &[u64::from(VIRTIO_BLK_T_FLUSH), 0].map(u64::to_le_bytes).concat());
+            guest.write(DATA, &header_of(FLUSH, 0));
             guest.write(DATA + 16, &[0xff]);
-            guest.set_desc(0, Desc { address: DATA, len: 16, flags: NEXT, next: 1 });
-            guest.set_desc(1, Desc { address: DATA + 16, len: 1, flags: WRITE, next: 0 });
+            let status = Desc::buffer(DATA + 16, 1, true);
+            guest.set_chain(0, [Desc::buffer(DATA, 16, false), status]);
             guest.offer(0);
             let start = start(0, &guest, &Arc::new(AtomicBool::new(false)));
             let (stop, pulse) = (EventFd::new(0).unwrap(), Pulse::waiting());
@@ -85,16 +86,13 @@ fn a_batch_of_endless_reads_is_cut_off() {
     let shared = shared(&disk, 1, None);
     let mut guest = Guest::new(64, 0);
     let (header, table, data) = (DATA, DATA + 0x1000, DATA + 0x8000);
-    guest.write(header, &[u64::from(VIRTIO_BLK_T_IN), 0].map(u64::to_le_bytes).concat());
-    let desc = |address, len, flags, next| Desc { address, len, flags, next };
-    let mut chain = vec![desc(header, 16, NEXT, 1)];
-    let pieces = (2..).take(usize::try_from(PIECES).unwrap());
-    chain.extend(pieces.map(|next| desc(data, PIECE, NEXT | WRITE, next)));
-    chain.push(desc(header + 16, 1, WRITE, 0));
-    guest.set_table(table, &chain);
-    let len = u32::try_from(16 * chain.len()).unwrap();
+    guest.write(header, &header_of(IN, 0));
+    let mut chain = vec![Desc::buffer(header, 16, false)];
+    chain.extend((0..PIECES).map(|_| Desc::buffer(data, PIECE, true)));
+    chain.push(Desc::buffer(header + 16, 1, true));
+    guest.set_table(table, &linked(0, chain.iter().copied()));
     for head in 0..REQUESTS {
-        guest.set_desc(head, desc(table, len, INDIRECT, 0));
+        guest.set_desc(head, Desc::indirect(table, chain.len()));
         guest.offer(head);
     }
     let start = start(0, &guest, &Arc::new(AtomicBool::new(false)));
@@ -126,11 +124,10 @@ fn one_of_several_long_reads_is_lent() {
     for request in 0..3 {
         let (header, first) = (DATA + 64 * u64::from(request), u16::try_from(3 * request).unwrap());
         let sector = u64::from(request * LEN / 512);
-        guest.write(header, &[u64::from(VIRTIO_BLK_T_IN), sector].map(u64::to_le_bytes).concat());
-        let desc = |address, len, flags, next| Desc { address, len, flags, next };
-        guest.set_desc(first, desc(header, 16, NEXT, first + 1));
-        guest.set_desc(first + 1, desc(data(request), LEN, NEXT | WRITE, first + 2));
-        guest.set_desc(first + 2, desc(header + 16, 1, WRITE, 0));
+        guest.write(header, &header_of(IN, sector));
+        let buffers = [(header, 16, false), (data(request), LEN, true), (header + 16, 1, true)];
+        let descs = buffers.map(|(address, len, writable)| Desc::buffer(address, len, writable));
+        guest.set_chain(first, descs);
         guest.offer(first);
     }
     let start = start(0, &guest, &Arc::new(AtomicBool::new(false)));

@@ -122,7 +122,7 @@ proptest! {
         for at in (RING..END).step_by(noise.len()) {
             guest.write(at, &noise);
         }
-        guest.write(guest.layout.used_ring + 2, &[0; 2]);
+        guest.write(guest.driver.layout.used_idx(), &[0; 2]);
         guest.set_avail_idx(avail_idx);
         let (answered, end) = serve(&guest, event_idx);
         match end {

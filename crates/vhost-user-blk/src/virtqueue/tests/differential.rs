@@ -3,6 +3,8 @@
 
 use proptest::collection::vec;
 use proptest::prelude::*;
+use testkit::descriptor::table;
+use testkit::driver::GuestMemory;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
@@ -65,20 +67,32 @@ struct Pair {
     event_idx: bool,
 }
 
+/// What the driver does, it does in both memories. What the device did is the same in both.
+impl GuestMemory for Pair {
+    fn write_guest(&self, address: u64, bytes: &[u8]) {
+        self.guest.write(address, bytes);
+        self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
+    }
+
+    fn read_guest(&self, address: u64, bytes: &mut [u8]) {
+        self.guest.memory.read_guest(address, bytes);
+    }
+}
+
 impl Pair {
-    fn new(event_idx: bool, start: u16, table: &[Desc], more: &[Desc]) -> Self {
+    fn new(event_idx: bool, start: u16, descs: &[Desc], more: &[Desc]) -> Self {
         let guest = Guest::new(SIZE, start);
         let len = |from: u64, to: u64| usize::try_from(to - from).unwrap();
         let ranges =
             [(GuestAddress(RING), len(RING, BORDER)), (GuestAddress(BORDER), len(BORDER, END))];
         let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
-        let layout = guest.layout;
+        let layout = guest.driver.layout;
         let mut theirs = Queue::new(SIZE).unwrap();
         theirs.set_size(SIZE);
         let low = |address: u64| Some(u32::try_from(address).unwrap());
-        theirs.set_desc_table_address(low(layout.desc_table), Some(0));
-        theirs.set_avail_ring_address(low(layout.avail_ring), Some(0));
-        theirs.set_used_ring_address(low(layout.used_ring), Some(0));
+        theirs.set_desc_table_address(low(layout.desc), Some(0));
+        theirs.set_avail_ring_address(low(layout.avail), Some(0));
+        theirs.set_used_ring_address(low(layout.used), Some(0));
         theirs.set_event_idx(event_idx);
         theirs.set_next_avail(start);
         theirs.set_next_used(start);
@@ -86,35 +100,22 @@ impl Pair {
         let ours = guest.queue(event_idx);
         let (our_heads, their_heads) = (Vec::new(), Vec::new());
         let pair = Self { guest, ours, our_heads, memory, theirs, their_heads, event_idx };
-        for (at, desc) in (layout.desc_table..).step_by(16).zip(table) {
-            pair.write(at, &desc.bytes());
-        }
+        let driver = &pair.guest.driver;
+        driver.set_descs(&pair, 0, descs);
         for start in [DATA, DATA + 0x100, BORDER - 24] {
-            for (at, desc) in (start..).step_by(16).zip(more) {
-                pair.write(at, &desc.bytes());
-            }
+            pair.write_guest(start, &table(more));
         }
-        pair.write(layout.avail_ring + 2, &start.to_le_bytes());
-        pair.write(layout.used_ring + 2, &start.to_le_bytes());
+        pair.write_guest(driver.layout.avail_idx(), &start.to_le_bytes());
+        pair.write_guest(driver.layout.used_idx(), &start.to_le_bytes());
         pair
     }
 
-    /// What the driver does, it does in both memories.
-    fn write(&self, address: u64, bytes: &[u8]) {
-        self.guest.write(address, bytes);
-        self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
-    }
-
     fn offer(&mut self, heads: &[u16]) {
-        let layout = self.guest.layout;
-        let waiting = self.guest.avail_idx.wrapping_sub(self.ours.next_avail());
+        let waiting = self.guest.driver.avail_idx.wrapping_sub(self.ours.next_avail());
         let room = usize::from(SIZE - waiting) - self.our_heads.len();
-        for head in heads.iter().take(room) {
-            let entry = u64::from(self.guest.avail_idx % SIZE);
-            self.write(layout.avail_ring + 4 + 2 * entry, &head.to_le_bytes());
-            self.guest.avail_idx = self.guest.avail_idx.wrapping_add(1);
-        }
-        self.write(layout.avail_ring + 2, &self.guest.avail_idx.to_le_bytes());
+        let mut driver = self.guest.driver;
+        driver.offer(self, &heads[..heads.len().min(room)]);
+        self.guest.driver = driver;
     }
 
     fn take(&mut self, count: usize) {
@@ -166,8 +167,9 @@ impl Pair {
     fn compare(&self) {
         let len = 6 + 8 * usize::from(SIZE);
         let (mut ours, mut theirs) = (vec![0; len], vec![0; len]);
-        self.guest.memory.read(GuestAddress(self.guest.layout.used_ring), &mut ours).unwrap();
-        self.memory.read_slice(&mut theirs, GuestAddress(self.guest.layout.used_ring)).unwrap();
+        let used = GuestAddress(self.guest.driver.layout.used);
+        self.guest.memory.read(used, &mut ours).unwrap();
+        self.memory.read_slice(&mut theirs, used).unwrap();
         assert_eq!(ours, theirs);
         assert_eq!(self.ours.next_avail(), self.theirs.next_avail());
         assert_eq!(self.ours.used_idx(), self.theirs.next_used());
@@ -181,8 +183,7 @@ impl Pair {
             Step::Publish => self.publish(),
             Step::UsedEvent(distance) => {
                 let event = self.ours.used_idx().wrapping_add_signed(*distance);
-                let at = self.guest.layout.avail_ring + 4 + 2 * u64::from(SIZE);
-                self.write(at, &event.to_le_bytes());
+                self.guest.driver.set_used_event(self, event);
             }
             Step::Disable => {
                 self.ours.disable_notifications();

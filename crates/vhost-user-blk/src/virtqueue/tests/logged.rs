@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use testkit::descriptor::linked;
 
 use super::*;
 use crate::dirty_log::DirtyLog;
@@ -65,21 +66,15 @@ fn each_change_of_the_used_ring_is_marked_where_the_frontend_wants_it() {
 #[cfg_attr(miri, ignore = "maps a file")]
 fn the_buffers_of_a_request_are_marked_as_far_as_they_can_have_been_written() {
     let page = |page: u64, len: u32, flags| Desc { address: page << 12, len, flags, next: 0 };
-    let chain = |chain: &[Desc]| -> Vec<Desc> {
-        let last = chain.len() - 1;
-        let link = |(n, desc): (usize, &Desc)| Desc {
-            flags: desc.flags | if n < last { NEXT } else { 0 },
-            next: u16::try_from(n).unwrap() + 1,
-            ..*desc
-        };
-        chain.iter().enumerate().map(link).collect()
-    };
     let status = Some(GuestAddress(7 << 12));
     let huge = page(3, u32::MAX, WRITE);
     for (descs, marked) in [
-        (chain(&[page(1, 4096, 0), page(2, 4096, WRITE), page(4, 8192, WRITE)]), vec![2, 4, 5, 7]),
+        (
+            linked(0, [page(1, 4096, 0), page(2, 4096, WRITE), page(4, 8192, WRITE)]),
+            vec![2, 4, 5, 7],
+        ),
         // Refused: it is too long for the length in the used ring.
-        (chain(&[page(2, 1, WRITE), huge, page(9, 1, WRITE)]), vec![2, 7]),
+        (linked(0, [page(2, 1, WRITE), huge, page(9, 1, WRITE)]), vec![2, 7]),
         // Broken after the first.
         (vec![Desc { next: 999, ..page(2, 1, WRITE | NEXT) }], vec![2, 7]),
     ] {
@@ -87,8 +82,7 @@ fn the_buffers_of_a_request_are_marked_as_far_as_they_can_have_been_written() {
             let mut guest = Guest::new(16, 0);
             if indirect {
                 guest.set_table(DATA, &descs);
-                let len = u32::try_from(16 * descs.len()).unwrap();
-                guest.set_desc(0, Desc { address: DATA, len, flags: INDIRECT, next: 0 });
+                guest.set_desc(0, Desc::indirect(DATA, descs.len()));
             } else {
                 (0..).zip(&descs).for_each(|(at, &desc)| guest.set_desc(at, desc));
             }

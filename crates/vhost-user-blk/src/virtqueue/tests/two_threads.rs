@@ -8,6 +8,8 @@
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
+use testkit::driver::Driver;
+
 use super::*;
 
 const SIZE: u16 = 16;
@@ -28,7 +30,7 @@ fn dawdle(state: &mut u32) {
 }
 
 /// The driver's side of a ring as Linux does it (`virtqueue_kick_prepare`, `virtqueue_enable_cb`).
-struct Driver {
+struct LinuxDriver {
     guest: Guest,
     event_idx: bool,
     /// `avail.idx` when the device was last told, and the next used entry to look at.
@@ -37,37 +39,36 @@ struct Driver {
     free: Vec<u16>,
 }
 
-impl Driver {
+impl LinuxDriver {
     fn field(&self, address: u64) -> *mut u16 {
         self.guest.memory.contiguous(GuestAddress(address), 2).unwrap().cast()
     }
 
     fn offer(&mut self) {
-        let layout = self.guest.layout;
         let head = self.free.pop().unwrap();
-        let entry = u64::from(self.guest.avail_idx % SIZE);
-        store(self.field(layout.avail_ring + 4 + 2 * entry), head, Ordering::Relaxed);
-        self.guest.avail_idx = self.guest.avail_idx.wrapping_add(1);
-        store(self.field(layout.avail_ring + 2), self.guest.avail_idx, Ordering::Release);
+        let Driver { layout, avail_idx } = self.guest.driver;
+        store(self.field(layout.avail_entry(avail_idx)), head, Ordering::Relaxed);
+        self.guest.driver.avail_idx = avail_idx.wrapping_add(1);
+        store(self.field(layout.avail_idx()), self.guest.driver.avail_idx, Ordering::Release);
     }
 
     /// Whether the device wants to hear of what was offered since it was last told.
     fn must_kick(&mut self) -> bool {
         fence(Ordering::SeqCst);
-        let (old, new) = (self.told, self.guest.avail_idx);
+        let (old, new) = (self.told, self.guest.driver.avail_idx);
         self.told = new;
-        let used = self.guest.layout.used_ring;
+        let layout = self.guest.driver.layout;
         if self.event_idx {
-            let event = load(self.field(used + 4 + 8 * u64::from(SIZE)), Ordering::Relaxed);
+            let event = load(self.field(layout.avail_event()), Ordering::Relaxed);
             new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
         } else {
-            load(self.field(used), Ordering::Relaxed) == 0
+            load(self.field(layout.used_flags()), Ordering::Relaxed) == 0
         }
     }
 
     /// Gets the answers there are; how many.
     fn collect(&mut self) -> u32 {
-        let used_idx = load(self.field(self.guest.layout.used_ring + 2), Ordering::Acquire);
+        let used_idx = load(self.field(self.guest.driver.layout.used_idx()), Ordering::Acquire);
         let mut count = 0;
         while self.seen != used_idx {
             let (id, written) = self.guest.used(self.seen);
@@ -82,14 +83,14 @@ impl Driver {
 
     /// Asks to be notified of the next answer; false if there is one already.
     fn may_sleep(&self) -> bool {
-        let avail = self.guest.layout.avail_ring;
+        let layout = self.guest.driver.layout;
         if self.event_idx {
-            store(self.field(avail + 4 + 2 * u64::from(SIZE)), self.seen, Ordering::Relaxed);
+            store(self.field(layout.used_event()), self.seen, Ordering::Relaxed);
         } else {
-            store(self.field(avail), 0, Ordering::Relaxed);
+            store(self.field(layout.avail_flags()), 0, Ordering::Relaxed);
         }
         fence(Ordering::SeqCst);
-        load(self.field(self.guest.layout.used_ring + 2), Ordering::Relaxed) == self.seen
+        load(self.field(self.guest.driver.layout.used_idx()), Ordering::Relaxed) == self.seen
     }
 
     fn run(mut self, kick: &Sender<()>, call: &Receiver<()>) {
@@ -97,7 +98,7 @@ impl Driver {
         while collected < REQUESTS {
             if !self.event_idx {
                 // While it is awake it wants no notification.
-                store(self.field(self.guest.layout.avail_ring), 1, Ordering::Relaxed);
+                store(self.field(self.guest.driver.layout.avail_flags()), 1, Ordering::Relaxed);
             }
             // Bursts of different lengths, so that the ring is found full, empty and in between.
             let burst = 1 + offered % 7;
@@ -151,7 +152,8 @@ fn device(mut queue: SplitQueue, kick: &Receiver<()>, call: &Sender<()>) {
 fn no_notification_gets_lost(event_idx: bool) {
     let guest = Guest::new(SIZE, 65530);
     let queue = guest.queue(event_idx);
-    let driver = Driver { told: 65530, seen: 65530, free: (0..SIZE).collect(), guest, event_idx };
+    let free = (0..SIZE).collect();
+    let driver = LinuxDriver { told: 65530, seen: 65530, free, guest, event_idx };
     let (kick_sender, kick) = channel();
     let (call_sender, call) = channel();
     std::thread::scope(|scope| {

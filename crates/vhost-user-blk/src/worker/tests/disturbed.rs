@@ -9,13 +9,14 @@ use block_io::image::{CreateOptions, create_cow, snapshot};
 use block_io::{CachePolicy, CowFormat, DiskOptions, Host, disturb};
 use cow_format::{Sector, SectorCount};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use testkit::request::segment;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
 use super::*;
-use crate::guest::{DATA, Desc, Guest, NEXT, WRITE};
+use crate::guest::{DATA, Desc, Guest};
 use crate::memory::GuestAddress;
 
 /// More than one bitmap page speaks of (32768), and no whole number of them.
@@ -174,9 +175,8 @@ impl Lane<'_> {
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
                 let may_unmap = kind == VIRTIO_BLK_T_WRITE_ZEROES;
                 let flags = if may_unmap { u32::try_from(random(2)).unwrap() } else { 0 };
-                data.extend(range.start().get().to_le_bytes());
-                data.extend(u32::try_from(range.count().get()).unwrap().to_le_bytes());
-                data.extend(flags.to_le_bytes());
+                let count = u32::try_from(range.count().get()).unwrap();
+                data.extend(segment(range.start().get(), count, flags));
             }
             _ => {}
         }
@@ -188,27 +188,18 @@ impl Lane<'_> {
     /// Header, status and data of a slot, the data in two pieces.
     fn offer(&mut self, slot: usize, kind: u32, sector: u64, data: &[u8], cut: u64) {
         let at = DATA + slot as u64 * SLOT_LEN;
-        let header = [u64::from(kind).to_le_bytes(), sector.to_le_bytes()].concat();
-        self.guest.write(at, &header);
+        self.guest.write(at, &header_of(kind, sector));
         self.guest.write(at + 16, &[0xff]);
         self.guest.write(at + 512, data);
-        let direction = if kind == VIRTIO_BLK_T_IN { WRITE } else { 0 };
-        let len = |len: u64| u32::try_from(len).unwrap();
         let pieces = [(at + 512, cut), (at + 512 + cut, data.len() as u64 - cut)];
         let pieces = pieces.into_iter().filter(|(_, len)| *len > 0);
-        let mut chain = vec![Desc { address: at, len: 16, flags: NEXT, next: 0 }];
-        chain.extend(pieces.map(|(address, bytes)| Desc {
-            address,
-            len: len(bytes),
-            flags: NEXT | direction,
-            next: 0,
+        let mut chain = vec![Desc::buffer(at, 16, false)];
+        chain.extend(pieces.map(|(address, bytes)| {
+            Desc::buffer(address, u32::try_from(bytes).unwrap(), kind == VIRTIO_BLK_T_IN)
         }));
-        chain.push(Desc { address: at + 16, len: 1, flags: WRITE, next: 0 });
+        chain.push(Desc::buffer(at + 16, 1, true));
         let head = u16::try_from(slot * 4).unwrap();
-        for (number, mut desc) in (head..).zip(chain) {
-            desc.next = number + 1;
-            self.guest.set_desc(number, desc);
-        }
+        self.guest.set_chain(head, chain);
         self.guest.offer(head);
     }
 }

@@ -29,15 +29,23 @@ pub const F_FLUSH: u64 = 1 << 9;
 /// `VIRTIO_BLK_F_CONFIG_WCE`
 pub const F_CONFIG_WCE: u64 = 1 << 11;
 
-/// Protocol features.
+/// `VHOST_USER_PROTOCOL_F_MQ`
 pub const P_MQ: u64 = 1 << 0;
+/// `VHOST_USER_PROTOCOL_F_LOG_SHMFD`
 pub const P_LOG_SHMFD: u64 = 1 << 1;
+/// `VHOST_USER_PROTOCOL_F_REPLY_ACK`
 pub const P_REPLY_ACK: u64 = 1 << 3;
+/// `VHOST_USER_PROTOCOL_F_BACKEND_REQ`
 pub const P_BACKEND_REQ: u64 = 1 << 5;
+/// `VHOST_USER_PROTOCOL_F_CONFIG`
 pub const P_CONFIG: u64 = 1 << 9;
+/// `VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`
 pub const P_INFLIGHT_SHMFD: u64 = 1 << 12;
+/// `VHOST_USER_PROTOCOL_F_DEVICE_STATE`
 pub const P_DEVICE_STATE: u64 = 1 << 19;
+/// `VHOST_USER_PROTOCOL_F_RESET_DEVICE`
 pub const P_RESET_DEVICE: u64 = 1 << 13;
+/// `VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS`
 pub const P_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 /// All that the daemon offers.
 pub const PROTOCOL_FEATURES: u64 = P_MQ
@@ -52,12 +60,14 @@ pub const PROTOCOL_FEATURES: u64 = P_MQ
 
 /// A frontend that sends what it is told to.
 pub struct RawFrontend {
+    /// The connection.
     pub stream: UnixStream,
     /// Ask for an acknowledgement with every message that has no reply of its own.
     pub need_reply: bool,
 }
 
 impl RawFrontend {
+    /// A frontend on a new connection, which has sent nothing.
     pub fn new(stream: UnixStream) -> Self {
         RawFrontend { stream, need_reply: false }
     }
@@ -71,6 +81,7 @@ impl RawFrontend {
         }
     }
 
+    /// Sends any bytes.
     pub fn send_raw(&mut self, bytes: &[u8], fds: &[RawFd]) {
         assert_eq!(self.stream.send_with_fds(&[bytes], fds).unwrap(), bytes.len());
     }
@@ -84,6 +95,7 @@ impl RawFrontend {
         self.stream.send_with_fds(&[bytes], fds).map(|_| ())
     }
 
+    /// A message whose body is a number.
     pub fn send_u64(&mut self, request: FrontendReq, value: u64) {
         self.send(request, &value.to_ne_bytes(), &[]);
     }
@@ -104,6 +116,7 @@ impl RawFrontend {
         self.reply_u64(request)
     }
 
+    /// Stops a queue; where its ring stands.
     pub fn get_vring_base(&mut self, queue: u32) -> u32 {
         let request = FrontendReq::GET_VRING_BASE;
         self.send_raw(&message(request.into(), VERSION, &state(queue, 0)), &[]);
@@ -125,12 +138,14 @@ impl RawFrontend {
         (found == size).then(|| reply[12..].to_vec())
     }
 
+    /// Writes into the configuration space.
     pub fn set_config(&mut self, offset: u32, data: &[u8]) {
         let size = u32::try_from(data.len()).unwrap();
         let body = [&[offset, size, 0].map(u32::to_ne_bytes).concat(), data].concat();
         self.send(FrontendReq::SET_CONFIG, &body, &[]);
     }
 
+    /// The number in the reply that must come next.
     pub fn reply_u64(&mut self, request: FrontendReq) -> u64 {
         u64::from_ne_bytes(self.reply(request).try_into().unwrap())
     }
@@ -189,6 +204,7 @@ pub fn message(request: u32, flags: u32, body: &[u8]) -> Vec<u8> {
     [&[request, flags, size].map(u32::to_ne_bytes).concat(), body].concat()
 }
 
+/// A body about a queue: its number, and a number.
 pub fn state(queue: u32, value: u32) -> Vec<u8> {
     [queue, value].map(u32::to_ne_bytes).concat()
 }

@@ -1,13 +1,24 @@
-//! The guest's and the frontend's side of vhost-user, for tests; a dev-dependency only.
+//! The guest's and the frontend's side of vhost-user, for tests: used as a dev-dependency only.
 //!
-//! It depends on no crate of the project, so that it stays a second opinion.
+//! It depends on no crate of the project, so that it stays a second opinion: what a test compares
+//! the daemon with is not made of the daemon's own code.
+//!
+//! | module | |
+//! |---|---|
+//! | [`descriptor`], [`driver`] | descriptors and the driver's end of a ring, in any [`driver::GuestMemory`] |
+//! | [`request`] | headers of block requests |
+//! | [`memory`], [`dirty_log`] | guest memory that the daemon maps, and the log of its changes |
+//! | [`frontend`] | vhost-user messages as bytes |
+//! | [`queue`] | a queue of any chains in shared memory, and its messages |
+//! | [`ring`] | a queue with one request at a time |
+//! | [`wait`] | waiting for a condition |
 
-// As the files were moved here; they are documented when they are unified.
-#![expect(missing_docs, clippy::new_without_default)]
-
-pub mod chains;
 pub mod descriptor;
+pub mod dirty_log;
 pub mod driver;
 pub mod frontend;
+pub mod memory;
+pub mod queue;
 pub mod request;
 pub mod ring;
+pub mod wait;

@@ -1,25 +1,16 @@
-//! A guest's side: memory shared with the daemon, and a driver for one ring in it.
+//! A queue that has one request at a time, at a fixed place in memory, and waits for the call.
 
-use std::fs::File;
 use std::io::{PipeReader, Read};
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use vhost::vhost_user::message::FrontendReq;
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::driver::Layout;
 use crate::frontend::{PROTOCOL_FEATURES, RawFrontend};
+use crate::memory::{GUEST, Memory};
+use crate::queue::{Queue, readable, writable};
+use crate::request::{HEADER_LEN, IN, OUT, header};
 
-/// Guest memory of a test.
-pub const MEMORY_LEN: u64 = 1 << 20;
-/// Where it stands in the guest.
-pub const GUEST_BASE: u64 = 0x10_0000;
-/// Where it stands in the frontend, so it says. Nothing is ever mapped there.
-pub const VMM_BASE: u64 = 0x7f12_3450_0000;
 /// Entries of a ring.
 pub const RING_SIZE: u16 = 16;
 
@@ -31,55 +22,11 @@ const HEADER: u64 = 0x3000;
 const STATUS: u64 = 0x4000;
 const DATA: u64 = 0x5000;
 
-/// Request types.
-pub const IN: u32 = VIRTIO_BLK_T_IN;
-pub const OUT: u32 = VIRTIO_BLK_T_OUT;
-pub const FLUSH: u32 = VIRTIO_BLK_T_FLUSH;
-
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-
-/// Memory that the daemon maps. The test goes to it by system calls only.
-pub struct GuestMemory(pub File);
-
-impl GuestMemory {
-    pub fn new() -> Self {
-        let file = File::from(memfd_create(c"guest", MFdFlags::MFD_CLOEXEC).unwrap());
-        file.set_len(MEMORY_LEN).unwrap();
-        GuestMemory(file)
-    }
-
-    /// The body of SET_MEM_TABLE for this memory.
-    pub fn table() -> Vec<u8> {
-        let mut body = [1u32, 0].map(u32::to_ne_bytes).concat();
-        body.extend(region());
-        body
-    }
-
-    fn write(&self, at: u64, bytes: &[u8]) {
-        self.0.write_all_at(bytes, at).unwrap();
-    }
-
-    fn read<const N: usize>(&self, at: u64) -> [u8; N] {
-        let mut bytes = [0; N];
-        self.0.read_exact_at(&mut bytes, at).unwrap();
-        bytes
-    }
-}
-
-/// The one region: guest address, size, frontend address, offset.
-pub fn region() -> Vec<u8> {
-    [GUEST_BASE, MEMORY_LEN, VMM_BASE, 0].map(u64::to_ne_bytes).concat()
-}
-
-/// The body of ADD_MEM_REG and REM_MEM_REG.
-pub fn single_region() -> Vec<u8> {
-    [&[0; 8], region().as_slice()].concat()
-}
-
 /// How the daemon tells that something was used.
 pub enum Call {
+    /// As usual.
     Event(EventFd),
+    /// A frontend may pass anything that can be written.
     Pipe(PipeReader),
 }
 
@@ -99,100 +46,84 @@ impl Call {
 
 /// A driver that has one request at a time in its ring.
 pub struct Ring {
-    queue: u32,
-    base: u64,
-    avail: u16,
-    pub kick: EventFd,
+    /// The queue.
+    pub queue: Queue,
+    /// What it waits for.
     pub call: Call,
+    base: u64,
 }
 
 impl Ring {
+    /// The ring of a queue. In one memory each queue has a place of its own.
     pub fn new(queue: u32) -> Self {
-        Ring {
-            queue,
-            base: u64::from(queue) * RING_SPACE,
-            avail: 0,
-            kick: EventFd::new(0).unwrap(),
-            call: Call::Event(EventFd::new(0).unwrap()),
-        }
+        let base = u64::from(queue) * RING_SPACE;
+        let desc = GUEST + base;
+        let layout = Layout { size: RING_SIZE, desc, avail: desc + AVAIL, used: desc + USED };
+        let call = Call::Event(EventFd::new(0).unwrap());
+        Ring { queue: Queue::at(queue, layout), call, base }
     }
 
     /// The body of SET_VRING_ADDR.
     pub fn addresses(&self) -> Vec<u8> {
-        let at = VMM_BASE + self.base;
-        let flags_and_queue = state_of(self.queue);
-        let addresses = [at, at + USED, at + AVAIL, 0].map(u64::to_ne_bytes).concat();
-        [flags_and_queue, addresses].concat()
+        self.queue.addresses(0, 0)
     }
 
-    /// Tells the daemon all about the ring but to enable it.
+    /// Tells the daemon all about the ring without enabling it.
     pub fn set_up(&self, frontend: &mut RawFrontend) {
-        frontend.send_state(FrontendReq::SET_VRING_NUM, self.queue, RING_SIZE.into());
-        frontend.send_state(FrontendReq::SET_VRING_BASE, self.queue, self.avail.into());
-        frontend.send(FrontendReq::SET_VRING_ADDR, &self.addresses(), &[]);
-        if let Call::Event(event) = &self.call {
-            frontend.send_fd(FrontendReq::SET_VRING_CALL, self.queue.into(), event);
-        }
-        frontend.send_fd(FrontendReq::SET_VRING_KICK, self.queue.into(), &self.kick);
+        let Call::Event(call) = &self.call else { panic!("a pipe is passed by the test itself") };
+        self.queue.set_up(frontend, false, Some(call));
     }
 
+    /// Enables or disables it.
     pub fn enable(&self, frontend: &mut RawFrontend, on: bool) {
-        frontend.send_state(FrontendReq::SET_VRING_ENABLE, self.queue, on.into());
+        self.queue.enable(frontend, on);
     }
 
     /// Makes a request available, without a kick.
-    pub fn submit(&mut self, memory: &GuestMemory, kind: u32, sector: u64, data: &[u8]) {
-        let mut header = [kind, 0].map(u32::to_le_bytes).concat();
-        header.extend(sector.to_le_bytes());
-        memory.write(self.base + HEADER, &header);
+    pub fn submit(&mut self, memory: &Memory, kind: u32, sector: u64, data: &[u8]) {
+        memory.write(self.base + HEADER, &header(kind, sector));
         memory.write(self.base + STATUS, &[0xee]);
         memory.write(self.base + DATA, data);
-        let data_flags = if kind == IN { NEXT | WRITE } else { NEXT };
         let data_len = u32::try_from(data.len()).unwrap();
-        let mut descriptors = vec![(HEADER, 16, NEXT, 1)];
+        let direction = if kind == IN { writable } else { readable };
+        let mut buffers = vec![readable(self.base + HEADER, HEADER_LEN)];
         if !data.is_empty() {
-            descriptors.push((DATA, data_len, data_flags, 2));
+            buffers.push(direction(self.base + DATA, data_len));
         }
-        descriptors.push((STATUS, 1, WRITE, 0));
-        for (n, (at, len, flags, next)) in descriptors.into_iter().enumerate() {
-            let mut bytes = (GUEST_BASE + self.base + at).to_le_bytes().to_vec();
-            bytes.extend(u32::to_le_bytes(len));
-            bytes.extend(u16::to_le_bytes(flags));
-            bytes.extend(u16::to_le_bytes(next));
-            memory.write(self.base + 16 * n as u64, &bytes);
-        }
-        let entry = u64::from(self.avail % RING_SIZE);
-        memory.write(self.base + AVAIL + 4 + 2 * entry, &0u16.to_le_bytes());
-        // used_event: with EVENT_IDX, signal when this request is used.
-        let used_event = self.base + AVAIL + 4 + 2 * u64::from(RING_SIZE);
-        memory.write(used_event, &self.avail.to_le_bytes());
-        self.avail = self.avail.wrapping_add(1);
-        memory.write(self.base + AVAIL + 2, &self.avail.to_le_bytes());
+        buffers.push(writable(self.base + STATUS, 1));
+        self.queue.describe(memory, 0, &buffers);
+        // With EVENT_IDX: signal when this request is used.
+        let driver = &mut self.queue.driver;
+        driver.set_used_event(memory, driver.avail_idx);
+        driver.offer(memory, &[0]);
     }
 
+    /// Tells the daemon that something is available.
     pub fn kick(&self) {
-        self.kick.write(1).unwrap();
+        self.queue.kick();
     }
 
     /// Waits until the request is answered; its status and its data.
-    pub fn wait<const N: usize>(&mut self, memory: &GuestMemory) -> (u8, [u8; N]) {
+    pub fn wait<const N: usize>(&mut self, memory: &Memory) -> (u8, [u8; N]) {
         while !self.is_done(memory) {
             self.call.wait();
         }
         self.answer(memory)
     }
 
-    pub fn is_done(&self, memory: &GuestMemory) -> bool {
-        u16::from_le_bytes(memory.read(self.base + USED + 2)) == self.avail
+    /// Whether the request is answered.
+    pub fn is_done(&self, memory: &Memory) -> bool {
+        self.queue.in_flight(memory) == 0
     }
 
-    pub fn answer<const N: usize>(&self, memory: &GuestMemory) -> (u8, [u8; N]) {
+    /// The status and the data as they are now.
+    pub fn answer<const N: usize>(&self, memory: &Memory) -> (u8, [u8; N]) {
         let [status] = memory.read(self.base + STATUS);
         (status, memory.read(self.base + DATA))
     }
 
     /// Reads one sector.
-    pub fn read_sector(&mut self, memory: &GuestMemory, sector: u64) -> [u8; 512] {
+    pub fn read_sector(&mut self, memory: &Memory, sector: u64) -> [u8; 512] {
         self.submit(memory, IN, sector, &[0; 512]);
         self.kick();
         let (status, data) = self.wait(memory);
@@ -201,36 +132,20 @@ impl Ring {
     }
 
     /// Writes one sector.
-    pub fn write_sector(&mut self, memory: &GuestMemory, sector: u64, data: &[u8; 512]) {
+    pub fn write_sector(&mut self, memory: &Memory, sector: u64, data: &[u8; 512]) {
         self.submit(memory, OUT, sector, data);
         self.kick();
         assert_eq!(self.wait::<0>(memory).0, 0);
     }
 }
 
-fn state_of(queue: u32) -> Vec<u8> {
-    [queue, 0].map(u32::to_ne_bytes).concat()
-}
-
-/// Whether something can be read from `fd` now.
-pub fn is_readable(fd: &impl AsFd) -> bool {
-    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-    poll(&mut fds, PollTimeout::ZERO).unwrap() > 0
-}
-
 /// A frontend with these features whose ring 0 is served.
-pub fn running(stream: UnixStream, features: u64) -> (RawFrontend, GuestMemory, Ring) {
+pub fn running(stream: UnixStream, features: u64) -> (RawFrontend, Memory, Ring) {
     let mut frontend = RawFrontend::new(stream);
     frontend.negotiate(features, PROTOCOL_FEATURES);
-    let (memory, ring) = (GuestMemory::new(), Ring::new(0));
-    set_memory(&mut frontend, &memory);
+    let (memory, ring) = (Memory::default(), Ring::new(0));
+    memory.set(&mut frontend);
     ring.set_up(&mut frontend);
     ring.enable(&mut frontend, true);
     (frontend, memory, ring)
-}
-
-/// Sends the memory table.
-pub fn set_memory(frontend: &mut RawFrontend, memory: &GuestMemory) {
-    let fds = [memory.0.as_raw_fd()];
-    frontend.send(FrontendReq::SET_MEM_TABLE, &GuestMemory::table(), &fds);
 }

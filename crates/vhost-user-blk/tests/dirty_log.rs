@@ -12,18 +12,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use block_io::image::{CreateOptions, create_cow};
 use block_io::{CowFormat, Host};
 use common::Daemon;
-use testkit::chains::{
-    self, Buffer, Log, Memory, PAGE, Queue, header, memfd, pages, readable, wait_until, writable,
-};
+use testkit::dirty_log::Log;
 use testkit::frontend::{
     F_EVENT_IDX, F_INDIRECT_DESC, F_LOG_ALL, F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES,
     RawFrontend,
 };
+use testkit::memory::{Memory, PAGE, memfd, pages};
+use testkit::queue::{self, Buffer, Queue, readable, writable};
+use testkit::request::{DISCARD, FLUSH, GET_ID, IN, OUT, WRITE_ZEROES, header, segment};
+use testkit::wait::wait_until;
 use vhost::vhost_user::message::FrontendReq;
-use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_T_DISCARD as DISCARD, VIRTIO_BLK_T_FLUSH as FLUSH, VIRTIO_BLK_T_GET_ID as GET_ID,
-    VIRTIO_BLK_T_IN as IN, VIRTIO_BLK_T_OUT as OUT, VIRTIO_BLK_T_WRITE_ZEROES as WRITE_ZEROES,
-};
 
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_INDIRECT_DESC;
 /// The base ends here; the disk goes on with zeros.
@@ -64,9 +62,7 @@ impl Requests {
         let data = |memory: &mut Memory, len: u32| vec![writable(memory.take(len.into()), len)];
         let list = |memory: &mut Memory, sectors: u32| {
             let at = memory.take(16);
-            memory.write(at, &header(8, 0)[..8]);
-            let flags_and_count = [sectors, 0].map(u32::to_le_bytes).concat();
-            memory.write(at + 8, &flags_and_count);
+            memory.write(at, &segment(8, sectors, 0));
             vec![readable(at, 16)]
         };
         let page = data(memory, 4096);
@@ -395,7 +391,7 @@ fn a_copy_that_does_not_follow_the_log_is_wrong_in_the_end() {
 
 /// A frontend with one running ring, and no log so far.
 fn running(daemon: &Daemon) -> (RawFrontend, Memory, Queue) {
-    let (frontend, memory, queue, _) = chains::running(daemon.connect(), FEATURES);
+    let (frontend, memory, queue, _) = queue::running(daemon.connect(), FEATURES);
     (frontend, memory, queue)
 }
 

@@ -7,11 +7,12 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 
 use common::Daemon;
-use testkit::chains::{Memory, PAGE, Queue, header, readable, writable};
 use testkit::frontend::{
     F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend, message,
 };
-use testkit::ring::IN;
+use testkit::memory::{Memory, PAGE};
+use testkit::queue::{Queue, readable, writable};
+use testkit::request::{IN, header};
 use vhost::vhost_user::message::FrontendReq;
 
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES;

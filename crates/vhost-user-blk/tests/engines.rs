@@ -8,9 +8,11 @@ use std::path::Path;
 use std::process::Command;
 
 use common::{Daemon, PROGRAM, image, outcome, sector, upgrade, without_io_uring};
-use testkit::chains::wait_until;
 use testkit::frontend::{F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, RawFrontend};
-use testkit::ring::{FLUSH, GuestMemory, Ring, running};
+use testkit::memory::Memory;
+use testkit::request::FLUSH;
+use testkit::ring::{Ring, running};
+use testkit::wait::wait_until;
 
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH;
 /// What the threads of the engine without io_uring are called.
@@ -32,10 +34,10 @@ fn spawn(directory: &Path, command: Command) -> Daemon {
 
 /// Reads what the base holds, writes something that is too long for the queue's own thread, flushes,
 /// and reads it back.
-fn serves(memory: &GuestMemory, ring: &mut Ring) {
+fn serves(memory: &Memory, ring: &mut Ring) {
     assert_eq!(ring.read_sector(memory, 7), sector(7));
     let long: Vec<u8> = (0..LONG).map(|i| u8::try_from(i % 251).unwrap()).collect();
-    ring.submit(memory, testkit::ring::OUT, 16, &long);
+    ring.submit(memory, testkit::request::OUT, 16, &long);
     ring.kick();
     assert_eq!(ring.wait::<0>(memory).0, 0);
     ring.submit(memory, FLUSH, 0, &[]);
@@ -46,7 +48,7 @@ fn serves(memory: &GuestMemory, ring: &mut Ring) {
     ring.write_sector(memory, 17, &sector(17));
 }
 
-fn connect(daemon: &Daemon) -> (RawFrontend, GuestMemory, Ring) {
+fn connect(daemon: &Daemon) -> (RawFrontend, Memory, Ring) {
     running(daemon.connect(), FEATURES)
 }
 

@@ -10,8 +10,8 @@ use std::path::Path;
 use std::process::Command;
 
 use common::{Daemon, PROGRAM, image, upgrade_ok};
-use testkit::chains::wait_until;
 use testkit::frontend::RawFrontend;
+use testkit::wait::wait_until;
 use vhost::vhost_user::message::FrontendReq;
 
 /// systemd's `ProcSubset=pid`.

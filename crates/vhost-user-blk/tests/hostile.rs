@@ -16,9 +16,9 @@ use rand::{Rng, RngCore, SeedableRng};
 use testkit::frontend::{
     F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend, message,
 };
-use testkit::ring::{
-    GUEST_BASE, GuestMemory, IN, MEMORY_LEN, Ring, VMM_BASE, running, set_memory, single_region,
-};
+use testkit::memory::{DEFAULT_LEN, GUEST, Memory, VMM, single_region, table};
+use testkit::request::IN;
+use testkit::ring::{Ring, running};
 use vhost::vhost_user::message::FrontendReq;
 
 const CONNECTIONS: usize = 1000;
@@ -39,8 +39,8 @@ fn number(rng: &mut StdRng) -> u64 {
         2 => 1 << rng.random_range(0..64),
         3 => (1 << rng.random_range(0..64)) - 1,
         4 => u64::MAX - rng.random_range(0..4096),
-        5 => VMM_BASE + rng.random_range(0..MEMORY_LEN / 16) * 16,
-        6 => GUEST_BASE + rng.random_range(0..MEMORY_LEN),
+        5 => VMM + rng.random_range(0..DEFAULT_LEN / 16) * 16,
+        6 => GUEST + rng.random_range(0..DEFAULT_LEN),
         _ => rng.next_u64(),
     }
 }
@@ -62,7 +62,7 @@ fn body(rng: &mut StdRng) -> Vec<u8> {
             let head = [rng.random_range(0..2u32), 0].map(u32::to_ne_bytes).concat();
             [head, words.into_iter().flat_map(u64::to_ne_bytes).collect()].concat()
         }
-        5 => single_region(),
+        5 => single_region(DEFAULT_LEN),
         _ => {
             let mut bytes = vec![0; rng.random_range(0..200)];
             rng.fill_bytes(&mut bytes);
@@ -72,13 +72,13 @@ fn body(rng: &mut StdRng) -> Vec<u8> {
 }
 
 /// Descriptors of all kinds.
-fn descriptors(memory: &GuestMemory) -> Vec<OwnedFd> {
+fn descriptors(memory: &Memory) -> Vec<OwnedFd> {
     let (reader, writer) = std::io::pipe().unwrap();
     let (socket, _) = UnixStream::pair().unwrap();
     vec![
         EventFd::new().unwrap().into(),
-        memory.0.try_clone().unwrap().into(),
-        GuestMemory::new().0.into(),
+        memory.file.try_clone().unwrap().into(),
+        Memory::default().file.into(),
         reader.into(),
         writer.into(),
         socket.into(),
@@ -107,7 +107,7 @@ fn well_formed(rng: &mut StdRng) -> (Vec<u8>, usize) {
         0 => (FrontendReq::SET_VRING_NUM, state(1 << (value % 11)), 0),
         1 => (FrontendReq::SET_VRING_BASE, state(value), 0),
         2 => {
-            let at = |rng: &mut StdRng| VMM_BASE + rng.random_range(0..MEMORY_LEN / 16) * 16;
+            let at = |rng: &mut StdRng| VMM + rng.random_range(0..DEFAULT_LEN / 16) * 16;
             let words = [at(rng), at(rng), at(rng), 0].map(u64::to_ne_bytes).concat();
             (FrontendReq::SET_VRING_ADDR, [state(0), words].concat(), 0)
         }
@@ -116,9 +116,9 @@ fn well_formed(rng: &mut StdRng) -> (Vec<u8>, usize) {
         5 => (FrontendReq::SET_VRING_ERR, with_fd, 1),
         6 => (FrontendReq::SET_VRING_ENABLE, state(value % 2), 0),
         7 => (FrontendReq::GET_VRING_BASE, state(0), 0),
-        8 => (FrontendReq::SET_MEM_TABLE, GuestMemory::table(), 1),
-        9 => (FrontendReq::ADD_MEM_REG, single_region(), 1),
-        10 => (FrontendReq::REM_MEM_REG, single_region(), 0),
+        8 => (FrontendReq::SET_MEM_TABLE, table(DEFAULT_LEN), 1),
+        9 => (FrontendReq::ADD_MEM_REG, single_region(DEFAULT_LEN), 1),
+        10 => (FrontendReq::REM_MEM_REG, single_region(DEFAULT_LEN), 0),
         11 => (FrontendReq::RESET_DEVICE, Vec::new(), 0),
         12 => (FrontendReq::SET_FEATURES, FEATURES.to_ne_bytes().to_vec(), 0),
         _ => {
@@ -131,13 +131,13 @@ fn well_formed(rng: &mut StdRng) -> (Vec<u8>, usize) {
 
 fn talk(rng: &mut StdRng, stream: UnixStream) {
     let mut frontend = RawFrontend::new(stream);
-    let memory = GuestMemory::new();
+    let memory = Memory::default();
     let fds = descriptors(&memory);
     // Most begin well, so that there is something to break.
     if rng.random_ratio(3, 4) {
         frontend.negotiate(FEATURES, PROTOCOL_FEATURES);
         frontend.need_reply = false;
-        set_memory(&mut frontend, &memory);
+        memory.set(&mut frontend);
         let mut rings = [Ring::new(0), Ring::new(1)];
         for ring in &mut rings {
             ring.set_up(&mut frontend);
@@ -147,7 +147,7 @@ fn talk(rng: &mut StdRng, stream: UnixStream) {
         }
         let mut noise = [0; 64];
         rng.fill_bytes(&mut noise);
-        memory.0.write_all_at(&noise, rng.random_range(0..0x1_8000)).unwrap();
+        memory.file.write_all_at(&noise, rng.random_range(0..0x1_8000)).unwrap();
         rings.iter().for_each(Ring::kick);
     }
     // It answers into the void, and hangs up when it has had enough.
@@ -165,7 +165,7 @@ fn talk(rng: &mut StdRng, stream: UnixStream) {
         }
     }
     if rng.random_ratio(1, 4) {
-        memory.0.set_len(0).unwrap();
+        memory.file.set_len(0).unwrap();
     }
 }
 

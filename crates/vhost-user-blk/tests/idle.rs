@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use blk_bench::server::{Sample, Server, cpu_between};
 use common::{Daemon, sector};
-use testkit::chains::wait_until;
 use testkit::frontend::{F_PROTOCOL_FEATURES, F_VERSION_1};
 use testkit::ring::running;
+use testkit::wait::wait_until;
 
 /// Enough for the longest spin to be learned.
 const READS: u64 = 200;

@@ -9,11 +9,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use common::Daemon;
-use testkit::chains::{Memory, Queue, header, memfd, readable, writable};
 use testkit::frontend::{
     F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend, message,
 };
-use testkit::ring::OUT;
+use testkit::memory::{Memory, memfd};
+use testkit::queue::{Queue, readable, writable};
+use testkit::request::{OUT, header};
 use vhost::vhost_user::message::FrontendReq;
 
 const SIZE: u16 = 16;

@@ -15,9 +15,10 @@ use testkit::frontend::{
     F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, NO_FD, PROTOCOL_FEATURES, RawFrontend, message,
     state,
 };
-use testkit::ring::{
-    FLUSH, GuestMemory, IN, RING_SIZE, Ring, is_readable, running, set_memory, single_region,
-};
+use testkit::memory::{DEFAULT_LEN, Memory, single_region, table};
+use testkit::request::{FLUSH, IN};
+use testkit::ring::{RING_SIZE, Ring, running};
+use testkit::wait::is_readable;
 use vhost::vhost_user::message::FrontendReq;
 
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH;
@@ -25,7 +26,7 @@ const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH;
 /// A frontend with one ring running.
 struct Guest {
     frontend: RawFrontend,
-    memory: GuestMemory,
+    memory: Memory,
     ring: Ring,
 }
 
@@ -70,9 +71,9 @@ fn nothing_leaks_from_one_connection_to_the_next() {
         let mut guest = Guest::new(daemon.connect());
         assert_eq!(guest.read(3), sector(3));
         // Memory added, and removed with a descriptor that must be closed.
-        let body: Vec<_> = single_region();
-        guest.frontend.send(FrontendReq::REM_MEM_REG, &body, &[guest.memory.0.as_raw_fd()]);
-        let files = [guest.memory.0.as_raw_fd()];
+        let body = guest.memory.region();
+        guest.frontend.send(FrontendReq::REM_MEM_REG, &body, &[guest.memory.file.as_raw_fd()]);
+        let files = [guest.memory.file.as_raw_fd()];
         guest.frontend.send(FrontendReq::ADD_MEM_REG, &body, &files);
         match round % 4 {
             0 => drop(guest),
@@ -122,8 +123,8 @@ fn what_cannot_be_a_message_closes_the_connection_only() {
         (request(FrontendReq::SET_FEATURES, &[0xff; 8]), "were not offered"),
         (request(FrontendReq::SET_PROTOCOL_FEATURES, &[0xff; 8]), "were not offered"),
         (request(FrontendReq::SET_MEM_TABLE, &[0; 8]), "SET_MEM_TABLE"),
-        (request(FrontendReq::SET_MEM_TABLE, &GuestMemory::table()), "SET_MEM_TABLE"),
-        (request(FrontendReq::ADD_MEM_REG, &single_region()), "ADD_MEM_REG"),
+        (request(FrontendReq::SET_MEM_TABLE, &table(DEFAULT_LEN)), "SET_MEM_TABLE"),
+        (request(FrontendReq::ADD_MEM_REG, &single_region(DEFAULT_LEN)), "ADD_MEM_REG"),
         (request(FrontendReq::REM_MEM_REG, &[1; 40]), "no memory region"),
         (request(FrontendReq::SET_VRING_NUM, &state(2, 16)), "no such queue"),
         (request(FrontendReq::SET_VRING_NUM, &state(0, 128)), "--queue-size"),
@@ -293,11 +294,11 @@ fn work_is_found_without_a_kick() {
     // Stopped, given work, started: nobody kicks.
     assert_eq!(guest.frontend.get_vring_base(0), 0);
     guest.ring.submit(&guest.memory, IN, 11, &[0; 512]);
-    guest.frontend.send_fd(FrontendReq::SET_VRING_KICK, 0, &guest.ring.kick);
+    guest.frontend.send_fd(FrontendReq::SET_VRING_KICK, 0, &guest.ring.queue.kick);
     assert_eq!(guest.ring.wait::<512>(&guest.memory), (0, sector(11)));
     assert_eq!(guest.frontend.get_vring_base(0), 1);
     // Disabled, given work, enabled.
-    guest.frontend.send_fd(FrontendReq::SET_VRING_KICK, 0, &guest.ring.kick);
+    guest.frontend.send_fd(FrontendReq::SET_VRING_KICK, 0, &guest.ring.queue.kick);
     guest.ring.enable(&mut guest.frontend, false);
     guest.ring.submit(&guest.memory, IN, 12, &[0; 512]);
     guest.ring.kick();
@@ -348,12 +349,12 @@ fn memory_changes_in_the_middle() {
     for number in 0..10 {
         assert_eq!(guest.read(number), sector(number));
         // The same memory, mapped anew.
-        set_memory(&mut guest.frontend, &guest.memory);
+        guest.memory.set(&mut guest.frontend);
         guest.ring.submit(&guest.memory, IN, number + 1, &[0; 512]);
         guest.ring.kick();
-        let fd = guest.memory.0.as_raw_fd();
-        guest.frontend.send(FrontendReq::REM_MEM_REG, &single_region(), &[]);
-        guest.frontend.send(FrontendReq::ADD_MEM_REG, &single_region(), &[fd]);
+        let fd = guest.memory.file.as_raw_fd();
+        guest.frontend.send(FrontendReq::REM_MEM_REG, &guest.memory.region(), &[]);
+        guest.frontend.send(FrontendReq::ADD_MEM_REG, &guest.memory.region(), &[fd]);
         assert_eq!(guest.ring.wait::<512>(&guest.memory), (0, sector(number + 1)));
     }
     daemon.terminate();
@@ -368,9 +369,9 @@ fn a_device_can_be_reset_and_set_up_again() {
         assert_eq!(guest.read(number), sector(number));
         guest.frontend.send(FrontendReq::RESET_DEVICE, &[], &[]);
         guest.frontend.send_u64(FrontendReq::SET_FEATURES, FEATURES);
-        guest.memory = GuestMemory::new();
+        guest.memory = Memory::default();
         guest.ring = Ring::new(0);
-        set_memory(&mut guest.frontend, &guest.memory);
+        guest.memory.set(&mut guest.frontend);
         guest.ring.set_up(&mut guest.frontend);
         guest.ring.enable(&mut guest.frontend, true);
     }
@@ -390,14 +391,14 @@ fn a_spoilt_ring_is_given_up_and_the_device_can_be_set_up_again() {
     }
     guest.frontend.get_vring_base(0);
     guest.frontend.send_state(FrontendReq::SET_VRING_BASE, 0, 0x8000);
-    guest.frontend.send_fd(FrontendReq::SET_VRING_KICK, 0, &guest.ring.kick);
+    guest.frontend.send_fd(FrontendReq::SET_VRING_KICK, 0, &guest.ring.queue.kick);
     assert_ne!(err.read().unwrap(), 0);
     daemon.wait_line("avail.idx");
     guest.frontend.send(FrontendReq::RESET_DEVICE, &[], &[]);
     guest.frontend.send_u64(FrontendReq::SET_FEATURES, FEATURES);
-    guest.memory = GuestMemory::new();
+    guest.memory = Memory::default();
     guest.ring = Ring::new(0);
-    set_memory(&mut guest.frontend, &guest.memory);
+    guest.memory.set(&mut guest.frontend);
     guest.ring.set_up(&mut guest.frontend);
     guest.ring.enable(&mut guest.frontend, true);
     assert_eq!(guest.read(6), sector(6));
@@ -410,7 +411,7 @@ fn a_frontend_that_shortens_its_memory_ends_its_session_only() {
     let mut daemon = Daemon::with_image(directory.path(), &[]);
     let mut guest = Guest::new(daemon.connect());
     assert_eq!(guest.read(2), sector(2));
-    guest.memory.0.set_len(0).unwrap();
+    guest.memory.file.set_len(0).unwrap();
     guest.ring.kick();
     guest.frontend.wait_closed();
     daemon.wait_line("shortened");

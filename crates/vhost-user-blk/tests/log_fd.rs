@@ -6,10 +6,13 @@ use std::collections::BTreeSet;
 use std::os::fd::AsRawFd;
 
 use common::{Daemon, upgrade_ok};
-use testkit::chains::{Log, Memory, PAGE, Queue, running, wait_until};
+use testkit::dirty_log::Log;
 use testkit::frontend::{
     F_EVENT_IDX, F_FLUSH, F_LOG_ALL, F_PROTOCOL_FEATURES, F_VERSION_1, RawFrontend, message,
 };
+use testkit::memory::{Memory, PAGE};
+use testkit::queue::{Queue, running};
+use testkit::wait::wait_until;
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 

@@ -11,7 +11,9 @@ use std::path::Path;
 use common::{Daemon, content, image, sector};
 use loop_device::LoopDevice;
 use testkit::frontend::{F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1};
-use testkit::ring::{GuestMemory, IN, OUT, Ring, running};
+use testkit::memory::Memory;
+use testkit::request::{IN, OUT};
+use testkit::ring::{Ring, running};
 
 const FLUSH: u32 = 4;
 const DISCARD: u32 = 11;
@@ -19,7 +21,7 @@ const WRITE_ZEROES: u32 = 13;
 /// The device may give the space back.
 const UNMAP: u32 = 1;
 
-fn ask(ring: &mut Ring, memory: &GuestMemory, kind: u32, sector: u64, data: &[u8]) {
+fn ask(ring: &mut Ring, memory: &Memory, kind: u32, sector: u64, data: &[u8]) {
     ring.submit(memory, kind, sector, data);
     ring.kick();
     assert_eq!(ring.wait::<0>(memory).0, 0, "request {kind} at {sector}");

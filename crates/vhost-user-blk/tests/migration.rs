@@ -7,12 +7,14 @@ use std::path::Path;
 use block_io::Host;
 use block_io::ops::inspect::{Content, inspect};
 use common::{Daemon, PROGRAM, SECTORS};
-use testkit::chains::{Log, Memory, Queue, header, readable, writable};
+use testkit::dirty_log::Log;
 use testkit::frontend::{
     F_FLUSH, F_LOG_ALL, F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend,
 };
+use testkit::memory::Memory;
+use testkit::queue::{Buffer, Queue, readable, writable};
+use testkit::request::{IN, OUT, header};
 use vhost::vhost_user::message::FrontendReq;
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN as IN, VIRTIO_BLK_T_OUT as OUT};
 
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH;
 
@@ -82,7 +84,7 @@ impl Guest {
         self.request(OUT, sector, &[readable(self.data, 512)]);
     }
 
-    fn request(&mut self, kind: u32, sector: u64, data: &[testkit::chains::Buffer]) {
+    fn request(&mut self, kind: u32, sector: u64, data: &[Buffer]) {
         self.memory.write(self.head, &header(kind, sector));
         let chain = [&[readable(self.head, 16)], data, &[writable(self.status, 1)]].concat();
         self.queue.describe(&self.memory, 0, &chain);

@@ -8,13 +8,15 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use common::{Daemon, SECTORS, sector};
-use testkit::chains::{Memory, Queue, header, readable, writable};
 use testkit::frontend::{
     F_CONFIG_WCE, F_FLUSH, F_LOG_ALL, F_PROTOCOL_FEATURES, F_VERSION_1, P_BACKEND_REQ, P_CONFIG,
     P_CONFIGURE_MEM_SLOTS, P_INFLIGHT_SHMFD, P_LOG_SHMFD, P_MQ, P_REPLY_ACK, PROTOCOL_FEATURES,
     RawFrontend,
 };
-use testkit::ring::{Call, GUEST_BASE, GuestMemory, IN, MEMORY_LEN, Ring, VMM_BASE};
+use testkit::memory::{DEFAULT_LEN, GUEST, Memory, VMM, table};
+use testkit::queue::{Queue, readable, writable};
+use testkit::request::{IN, header};
+use testkit::ring::{Call, Ring};
 use vhost::vhost_user::message::{
     FrontendReq, VHOST_USER_CONFIG_OFFSET, VhostUserConfigFlags, VhostUserHeaderFlag,
     VhostUserInflight, VhostUserProtocolFeatures,
@@ -58,10 +60,10 @@ fn qemu() {
     assert_eq!(u16::from_le_bytes([config[34], config[35]]), 2);
     // vhost_dev_start; only some messages ask for an acknowledgement.
     frontend.send_u64(FrontendReq::SET_FEATURES, F_ALL & !F_LOG_ALL);
-    let memory = GuestMemory::new();
+    let memory = Memory::default();
     frontend.need_reply = true;
-    let fds = [memory.0.as_raw_fd()];
-    frontend.send(FrontendReq::ADD_MEM_REG, &testkit::ring::single_region(), &fds);
+    let fds = [memory.file.as_raw_fd()];
+    frontend.send(FrontendReq::ADD_MEM_REG, &memory.region(), &fds);
     frontend.need_reply = false;
     let mut rings = [Ring::new(0), Ring::new(1)];
     for ring in &rings {
@@ -82,13 +84,13 @@ fn qemu() {
 }
 
 /// cloud-hypervisor and Firecracker use the frontend of the `vhost` crate.
-fn vhost_crate_start(frontend: &mut Frontend, memory: &GuestMemory, ring: &Ring, need_reply: bool) {
+fn vhost_crate_start(frontend: &mut Frontend, memory: &Memory, ring: &Ring, need_reply: bool) {
     let region = VhostUserMemoryRegionInfo {
-        guest_phys_addr: GUEST_BASE,
-        memory_size: MEMORY_LEN,
-        userspace_addr: VMM_BASE,
+        guest_phys_addr: GUEST,
+        memory_size: memory.len,
+        userspace_addr: VMM,
         mmap_offset: 0,
-        mmap_handle: memory.0.as_raw_fd(),
+        mmap_handle: memory.file.as_raw_fd(),
     };
     if need_reply {
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -110,7 +112,7 @@ fn vhost_crate_start(frontend: &mut Frontend, memory: &GuestMemory, ring: &Ring,
     frontend.set_vring_base(0, 0).unwrap();
     let Call::Event(call) = &ring.call else { panic!("a pipe") };
     frontend.set_vring_call(0, call).unwrap();
-    frontend.set_vring_kick(0, &ring.kick).unwrap();
+    frontend.set_vring_kick(0, &ring.queue.kick).unwrap();
 }
 
 #[test]
@@ -142,7 +144,7 @@ fn cloud_hypervisor() {
     assert_eq!((capacity(&config), u32_at(&config, 20)), (SECTORS, 512));
 
     frontend.set_features(features).unwrap();
-    let (memory, mut ring) = (GuestMemory::new(), Ring::new(0));
+    let (memory, mut ring) = (Memory::default(), Ring::new(0));
     let asked = VhostUserInflight::new(0, 0, 4, 16);
     let (inflight, area) = frontend.get_inflight_fd(&asked).unwrap();
     frontend.set_inflight_fd(&inflight, area.as_raw_fd()).unwrap();
@@ -178,10 +180,10 @@ fn firecracker() {
     assert_eq!(capacity(&config), SECTORS);
 
     frontend.set_features(features).unwrap();
-    let (memory, mut ring) = (GuestMemory::new(), Ring::new(0));
+    let (memory, mut ring) = (Memory::default(), Ring::new(0));
     vhost_crate_start(&mut frontend, &memory, &ring, false);
     // A kick comes before the ring is enabled.
-    ring.submit(&memory, testkit::ring::IN, 9, &[0; 512]);
+    ring.submit(&memory, testkit::request::IN, 9, &[0; 512]);
     ring.kick();
     frontend.set_vring_enable(0, true).unwrap();
     assert_eq!(ring.wait::<512>(&memory), (0, sector(9)));
@@ -239,7 +241,7 @@ const CROSVM_RING_SIZE: u16 = 32768;
 fn read_all_sectors(ring: &mut Queue, memory: &mut Memory) -> Vec<(u8, [u8; 512])> {
     let headers = memory.take(16 * SECTORS);
     let (data, statuses) = (memory.take(512 * SECTORS), memory.take(SECTORS));
-    let first = ring.size - 3 * u16::try_from(SECTORS).unwrap();
+    let first = ring.driver.layout.size - 3 * u16::try_from(SECTORS).unwrap();
     for (n, head) in (0..SECTORS).zip((first..).step_by(3)) {
         let (at, status) = (headers + 16 * n, statuses + n);
         memory.write(at, &header(IN, n));
@@ -277,10 +279,10 @@ fn user_mode_linux() {
         assert_eq!(capacity(&config), SECTORS);
     }
     frontend.send_u64(FrontendReq::SET_FEATURES, features);
-    let memory = GuestMemory::new();
+    let memory = Memory::default();
     // Room for two regions, one of them used.
-    let padded = [GuestMemory::table(), vec![0; 32]].concat();
-    frontend.send(FrontendReq::SET_MEM_TABLE, &padded, &[memory.0.as_raw_fd()]);
+    let padded = [table(DEFAULT_LEN), vec![0; 32]].concat();
+    frontend.send(FrontendReq::SET_MEM_TABLE, &padded, &[memory.file.as_raw_fd()]);
     // Its call descriptor is a pipe, passed before the ring is described.
     let mut ring = Ring::new(0);
     let (reader, writer) = std::io::pipe().unwrap();
@@ -290,7 +292,7 @@ fn user_mode_linux() {
     frontend.send_state(FrontendReq::SET_VRING_NUM, 0, testkit::ring::RING_SIZE.into());
     frontend.send_state(FrontendReq::SET_VRING_BASE, 0, 0);
     frontend.send(FrontendReq::SET_VRING_ADDR, &ring.addresses(), &[]);
-    frontend.send_fd(FrontendReq::SET_VRING_KICK, 0, &ring.kick);
+    frontend.send_fd(FrontendReq::SET_VRING_KICK, 0, &ring.queue.kick);
     ring.enable(&mut frontend, true);
     ring.call = Call::Pipe(reader);
     for number in [0, 1, 1000] {

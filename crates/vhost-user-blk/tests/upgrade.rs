@@ -23,7 +23,10 @@ use nix::unistd::Pid;
 use testkit::frontend::{
     F_CONFIG_WCE, F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, NO_FD, PROTOCOL_FEATURES, RawFrontend,
 };
-use testkit::ring::{GuestMemory, IN, RING_SIZE, Ring, is_readable, set_memory};
+use testkit::memory::Memory;
+use testkit::request::IN;
+use testkit::ring::{RING_SIZE, Ring};
+use testkit::wait::is_readable;
 use vhost::vhost_user::message::FrontendReq;
 
 /// Under load.
@@ -217,7 +220,7 @@ fn whatever_the_frontend_has_said_so_far_the_new_program_knows_it() {
     let pid = daemon.pid();
     upgrade_ok(directory);
     let mut frontend = RawFrontend::new(daemon.connect());
-    let (memory, mut ring) = (GuestMemory::new(), Ring::new(0));
+    let (memory, mut ring) = (Memory::default(), Ring::new(0));
     let next = || _ = upgrade_ok(directory);
     next();
     frontend.send(FrontendReq::SET_OWNER, &[], &[]);
@@ -239,7 +242,7 @@ fn whatever_the_frontend_has_said_so_far_the_new_program_knows_it() {
     next();
     frontend.send(FrontendReq::SET_VRING_ADDR, &ring.addresses(), &[]);
     next();
-    set_memory(&mut frontend, &memory);
+    memory.set(&mut frontend);
     next();
     ring.set_up(&mut frontend);
     let err = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
@@ -268,7 +271,7 @@ fn whatever_the_frontend_has_said_so_far_the_new_program_knows_it() {
     ring.submit(&memory, IN, 8, &[0; 512]);
     frontend.get_u64(FrontendReq::GET_FEATURES);
     assert!(!ring.is_done(&memory), "a stopped ring was served");
-    frontend.send_fd(FrontendReq::SET_VRING_KICK, 0, &ring.kick);
+    frontend.send_fd(FrontendReq::SET_VRING_KICK, 0, &ring.queue.kick);
     assert_eq!(ring.wait::<512>(&memory), (0, sector(8)));
     assert!(!is_readable(&ours), "the channel for requests was closed");
     frontend.send(FrontendReq::RESET_DEVICE, &[], &[]);

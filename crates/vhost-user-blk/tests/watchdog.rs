@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use common::{Daemon, PROGRAM, image, sector};
 use testkit::frontend::{F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend};
-use testkit::ring::{GuestMemory, IN, Ring, set_memory};
+use testkit::memory::Memory;
+use testkit::request::IN;
+use testkit::ring::Ring;
 use vhost::vhost_user::message::FrontendReq;
 
 /// What the manager waits for a sign of life, in microseconds; one comes after half of that.
@@ -58,8 +60,8 @@ fn no_sign_of_life_comes_while_a_queue_is_stuck() {
     let (manager, mut daemon) = watched(directory.path(), &fault);
     let mut frontend = RawFrontend::new(daemon.connect());
     frontend.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES, PROTOCOL_FEATURES);
-    let memory = GuestMemory::new();
-    set_memory(&mut frontend, &memory);
+    let memory = Memory::default();
+    memory.set(&mut frontend);
     let mut rings = [Ring::new(0), Ring::new(1)];
     for ring in &mut rings {
         ring.set_up(&mut frontend);

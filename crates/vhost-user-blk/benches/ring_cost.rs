@@ -8,19 +8,18 @@
 //! runs it, each case is only tried.
 
 use std::error::Error;
-use std::fs::File;
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cow_format::SectorCount;
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use testkit::descriptor::{Desc, linked, table};
+use testkit::driver::{Driver, GuestMemory, Layout};
+use testkit::memory::memfd;
+use testkit::request::{HEADER_LEN, IN, header};
 use vhost_user_blk::memory::{GuestAddress, Memory, RegionInfo};
 use vhost_user_blk::request::{IoVecs, ParseLimits, Parsed, parse};
 use vhost_user_blk::virtqueue::SplitQueue;
-use virtio_bindings::virtio_ring::{
-    VRING_DESC_F_INDIRECT as INDIRECT, VRING_DESC_F_NEXT as NEXT, VRING_DESC_F_WRITE as WRITE,
-};
 use virtio_queue::QueueState;
 
 const QUEUE_SIZE: u16 = 128;
@@ -34,81 +33,51 @@ const REQUESTS: u64 = 0x10_0000;
 const REQUEST_LEN: u64 = 0x1_0000;
 const REQUEST_COUNT: u16 = 32;
 
-/// A guest whose requests are written once and offered again and again.
-struct Driver {
-    memory: Arc<Memory>,
-    avail_idx: u16,
+/// The daemon's memory as the driver's.
+struct Guest(Arc<Memory>);
+
+impl GuestMemory for Guest {
+    fn write_guest(&self, address: u64, bytes: &[u8]) {
+        self.0.write(GuestAddress(address), bytes).expect("in guest memory");
+    }
+
+    fn read_guest(&self, address: u64, bytes: &mut [u8]) {
+        self.0.read(GuestAddress(address), bytes).expect("in guest memory");
+    }
 }
 
-impl Driver {
-    fn new() -> Result<Self, Box<dyn Error>> {
-        let size = REQUESTS + REQUEST_LEN * u64::from(REQUEST_COUNT);
-        let file = File::from(memfd_create("guest", MFdFlags::MFD_CLOEXEC)?);
-        file.set_len(2 * size)?;
-        // Two regions, as a guest with memory above 4 GiB has.
-        let low = RegionInfo { guest_address: 0, size, vmm_address: 1 << 40, file_offset: 0 };
-        let high =
-            RegionInfo { guest_address: 1 << 32, vmm_address: 1 << 41, file_offset: size, ..low };
-        let memory = Memory::from_regions([(low, file.try_clone()?), (high, file)])?;
-        Ok(Self { memory: Arc::new(memory), avail_idx: 0 })
-    }
+fn guest() -> Result<Guest, Box<dyn Error>> {
+    let size = REQUESTS + REQUEST_LEN * u64::from(REQUEST_COUNT);
+    let file = memfd(2 * size);
+    // Two regions, as a guest with memory above 4 GiB has.
+    let low = RegionInfo { guest_address: 0, size, vmm_address: 1 << 40, file_offset: 0 };
+    let high =
+        RegionInfo { guest_address: 1 << 32, vmm_address: 1 << 41, file_offset: size, ..low };
+    let memory = Memory::from_regions([(low, file.try_clone()?), (high, file)])?;
+    Ok(Guest(Arc::new(memory)))
+}
 
-    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Box<dyn Error>> {
-        Ok(self.memory.write(GuestAddress(address), bytes)?)
-    }
-
-    fn descriptor(
-        &self,
-        at: u64,
-        address: u64,
-        len: u64,
-        flags: u32,
-        next: u16,
-    ) -> Result<(), Box<dyn Error>> {
-        self.write(at, &address.to_le_bytes())?;
-        let rest = len | u64::from(flags) << 32 | u64::from(next) << 48;
-        self.write(at + 8, &rest.to_le_bytes())
-    }
-
-    /// Reads of `buffers` buffers: header, data, status, as Linux lays them out; with an indirect
-    /// table if the ring has no room for them all.
-    fn prepare(&self, buffers: u16, indirect: bool) -> Result<(), Box<dyn Error>> {
-        let each = buffers + 2;
-        for request in 0..REQUEST_COUNT {
-            let at = REQUESTS + REQUEST_LEN * u64::from(request);
-            self.write(at, &[0; 8])?;
-            self.write(at + 8, &u64::from(request).to_le_bytes())?;
-            let first = if indirect { 0 } else { request * each };
-            let table = if indirect { at + 0x100 } else { DESC };
-            let slot = |index: u16| table + 16 * u64::from(first + index);
-            self.descriptor(slot(0), at, 16, NEXT, first + 1)?;
-            for buffer in 1..=buffers {
-                let data = at + 0x1000 * u64::from(buffer);
-                self.descriptor(slot(buffer), data, 4096, NEXT | WRITE, first + buffer + 1)?;
-            }
-            self.descriptor(slot(buffers + 1), at + 16, 1, WRITE, 0)?;
-            if indirect {
-                self.descriptor(
-                    DESC + 16 * u64::from(request),
-                    table,
-                    16 * u64::from(each),
-                    INDIRECT,
-                    0,
-                )?;
-            }
+/// Writes reads of `buffers` buffers: header, data, status, as Linux lays them out. They are
+/// written once and offered again and again. Gives their heads.
+fn prepare(guest: &Guest, driver: &Driver, buffers: u16, indirect: bool) -> Vec<u16> {
+    let request = |number: u16| {
+        let at = REQUESTS + REQUEST_LEN * u64::from(number);
+        guest.write_guest(at, &header(IN, number.into()));
+        let mut descs = vec![Desc::buffer(at, HEADER_LEN, false)];
+        let data = (1..=u64::from(buffers)).map(|buffer| at + 0x1000 * buffer);
+        descs.extend(data.map(|address| Desc::buffer(address, 4096, true)));
+        descs.push(Desc::buffer(at + 16, 1, true));
+        if indirect {
+            let address = at + 0x100;
+            guest.write_guest(address, &table(&linked(0, descs.iter().copied())));
+            driver.set_desc(guest, number, Desc::indirect(address, descs.len()));
+            return number;
         }
-        Ok(())
-    }
-
-    /// Offers every request once.
-    fn offer(&mut self, heads_apart: u16) -> Result<(), Box<dyn Error>> {
-        for request in 0..REQUEST_COUNT {
-            let entry = u64::from(self.avail_idx % QUEUE_SIZE);
-            self.write(AVAIL + 4 + 2 * entry, &(request * heads_apart).to_le_bytes())?;
-            self.avail_idx = self.avail_idx.wrapping_add(1);
-        }
-        self.write(AVAIL + 2, &self.avail_idx.to_le_bytes())
-    }
+        let head = number * (buffers + 2);
+        driver.set_descs(guest, head, &linked(head, descs));
+        head
+    };
+    (0..REQUEST_COUNT).map(request).collect()
 }
 
 /// The device's part of a batch.
@@ -134,8 +103,10 @@ fn serve(
 }
 
 fn measure(rounds: u32, name: &str, buffers: u16, indirect: bool) -> Result<(), Box<dyn Error>> {
-    let mut driver = Driver::new()?;
-    driver.prepare(buffers, indirect)?;
+    let guest = guest()?;
+    let mut driver =
+        Driver::new(Layout { size: QUEUE_SIZE, desc: DESC, avail: AVAIL, used: USED }, 0);
+    let heads = prepare(&guest, &driver, buffers, indirect);
     let state = QueueState {
         max_size: QUEUE_SIZE,
         size: QUEUE_SIZE,
@@ -146,15 +117,14 @@ fn measure(rounds: u32, name: &str, buffers: u16, indirect: bool) -> Result<(), 
         used_ring: USED,
         ..QueueState::default()
     };
-    let mut queue = SplitQueue::new(driver.memory.clone(), state)?;
+    let mut queue = SplitQueue::new(guest.0.clone(), state)?;
     let mut iovecs = IoVecs::new();
-    let apart = if indirect { 1 } else { buffers + 2 };
     let mut best = Duration::MAX;
     let mut total = Duration::ZERO;
     for _ in 0..rounds {
-        driver.offer(apart)?;
+        driver.offer(&guest, &heads);
         let start = Instant::now();
-        serve(&driver.memory, &mut queue, &mut iovecs)?;
+        serve(&guest.0, &mut queue, &mut iovecs)?;
         let taken = start.elapsed();
         best = best.min(taken);
         total += taken;

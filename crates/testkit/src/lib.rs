@@ -3,15 +3,13 @@
 //! It depends on no crate of the project, so that it stays a second opinion: what a test compares
 //! the daemon with is not made of the daemon's own code.
 //!
-//! | module | |
-//! |---|---|
-//! | [`descriptor`], [`driver`] | descriptors and the driver's end of a ring, in any [`driver::GuestMemory`] |
-//! | [`request`] | headers of block requests |
-//! | [`memory`], [`dirty_log`] | guest memory that the daemon maps, and the log of its changes |
-//! | [`frontend`] | vhost-user messages as bytes |
-//! | [`queue`] | a queue of any chains in shared memory, and its messages |
-//! | [`ring`] | a queue with one request at a time |
-//! | [`wait`] | waiting for a condition |
+//! - [`descriptor`], [`driver`]: descriptors, and the driver's end of a ring in any memory.
+//! - [`request`]: headers of block requests.
+//! - [`memory`], [`dirty_log`]: guest memory that the daemon maps, and the log of its changes.
+//! - [`frontend`]: vhost-user messages as bytes.
+//! - [`queue`]: a queue of any chains in such memory, and the messages about it.
+//! - [`ring`]: a queue with one request at a time.
+//! - [`wait`]: waiting for a condition.
 
 pub mod descriptor;
 pub mod dirty_log;

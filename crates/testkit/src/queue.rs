@@ -1,5 +1,5 @@
-//! A virtqueue as a frontend sees it: a driver that puts any chain of buffers into its ring, and the
-//! messages that tell the daemon of the ring.
+//! A virtqueue as a frontend sees it: a driver that puts any chain of buffers into its ring, and
+//! the messages that tell the daemon of the ring.
 
 use std::os::unix::net::UnixStream;
 

@@ -1,7 +1,6 @@
 //! A daemon under test.
 
-// Each test file is a program of its own and uses a part of this.
-#![allow(dead_code)]
+#![expect(dead_code, reason = "each test file is a program of its own and uses a part of this")]
 
 pub mod soak;
 
@@ -13,15 +12,13 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use testkit::wait::PATIENCE;
 
 /// Sectors of the raw image that most tests serve.
 pub const SECTORS: u64 = 2048;
-/// After this a test that waits is a test that hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The daemon's program.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-user-blk");

@@ -1,19 +1,17 @@
 //! What is marked in the dirty log.
 
-use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use testkit::descriptor::linked;
+use testkit::memory::memfd;
 
 use super::*;
 use crate::dirty_log::DirtyLog;
 
 /// A log, and how its marks are taken.
 fn dirty_log() -> (Arc<DirtyLog>, impl Fn() -> Vec<u64>) {
-    let file = File::from(memfd_create(c"log", MFdFlags::MFD_CLOEXEC).unwrap());
-    file.set_len(16).unwrap();
+    let file = memfd(16);
     let log = DirtyLog::map(16, 0, file.try_clone().unwrap()).unwrap();
     let take = move || {
         let mut bits = [0; 16];

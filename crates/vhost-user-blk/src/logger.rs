@@ -1,9 +1,23 @@
 //! Log lines to standard error: `LEVEL text`, nothing else. The service manager that keeps the
 //! output adds time and name.
+//!
+//! A line is written only if standard error takes it at once. All threads log, the queues' as well,
+//! and a pipe that nobody reads must not stop the disk. What it does not take is lost; how many lines
+//! that were is said as soon as one passes again.
 
-use std::io::Write;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use log::{LevelFilter, Log, Metadata, Record};
+use log::{Level, LevelFilter, Log, Metadata, Record};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// The longest line, in bytes. A pipe that can be written to at all takes as much at once (pipe(7),
+/// PIPE_BUF). What is longer, as some paths could make it, is cut.
+const LINE_MAX: usize = libc::PIPE_BUF;
+
+/// Lines that were lost and not mentioned yet.
+static LOST: AtomicU64 = AtomicU64::new(0);
 
 struct Stderr;
 
@@ -14,10 +28,7 @@ impl Log for Stderr {
 
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
-            // One write per line, so that lines of several threads do not mix. A standard error that
-            // is gone must not stop the disk.
-            let line = format!("{} {}\n", record.level(), record.args());
-            let _ = std::io::stderr().lock().write_all(line.as_bytes());
+            print(&format!("{} {}", record.level(), record.args()));
         }
     }
 
@@ -30,4 +41,78 @@ pub fn init(level: LevelFilter) {
     // The only error is "already set", and then it is this logger.
     let _ = log::set_logger(&Stderr);
     log::set_max_level(level);
+}
+
+/// Writes a line to standard error, whatever the log level, if it takes one now.
+pub fn print(line: &str) {
+    // Locked from the look to the write, so that no other thread takes the room. One write per line,
+    // so that lines of several threads do not mix.
+    let mut stderr = io::stderr().lock();
+    let lost = LOST.swap(0, Ordering::Relaxed);
+    if lost > 0 {
+        let text = format!("{} {lost} log lines were lost: standard error was full", Level::Warn);
+        if !put(&mut stderr, &text) {
+            LOST.fetch_add(lost, Ordering::Relaxed);
+        }
+    }
+    if !put(&mut stderr, line) {
+        LOST.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Writes a line if `to` has room for it; whether it had.
+fn put<W: Write + AsFd>(to: &mut W, line: &str) -> bool {
+    let mut fds = [PollFd::new(to.as_fd(), PollFlags::POLLOUT)];
+    if poll(&mut fds, PollTimeout::ZERO) == Ok(0) {
+        return false;
+    }
+    let mut bytes = line.as_bytes().to_vec();
+    bytes.truncate(LINE_MAX - 1);
+    bytes.push(b'\n');
+    // A standard error that is gone must not stop the disk.
+    let _ = to.write_all(&bytes);
+    true
+}
+
+#[cfg(all(test, not(miri)))]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    #[test]
+    fn a_full_pipe_takes_no_line_and_one_that_was_read_does() {
+        let (mut reader, mut writer) = io::pipe().unwrap();
+        let mut lines = 0;
+        while put(&mut writer, &"x".repeat(100)) {
+            lines += 1;
+        }
+        assert!(lines > 0);
+        // It may hold a little more, but not in one piece for sure.
+        assert!(!put(&mut writer, "one more"));
+        let mut bytes = vec![0; lines * 101];
+        reader.read_exact(&mut bytes).unwrap();
+        assert!(put(&mut writer, "one more"));
+        drop(writer);
+        let mut rest = String::new();
+        reader.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, "one more\n");
+    }
+
+    #[test]
+    fn a_long_line_is_cut_to_what_a_pipe_takes_at_once() {
+        let (mut reader, mut writer) = io::pipe().unwrap();
+        assert!(put(&mut writer, &"é".repeat(LINE_MAX)));
+        drop(writer);
+        let mut bytes = Vec::new();
+        reader.read_to_end(&mut bytes).unwrap();
+        assert_eq!((bytes.len(), bytes.last()), (LINE_MAX, Some(&b'\n')));
+    }
+
+    #[test]
+    fn a_reader_that_has_gone_is_no_harm() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        drop(reader);
+        assert!(put(&mut writer, "nobody reads this"));
+    }
 }

@@ -26,7 +26,7 @@ fn main() -> ExitCode {
         Err(error) => {
             // Not a log line: it is printed whatever the log level. If nobody can read it, the
             // status still tells.
-            let _ = writeln!(std::io::stderr(), "vhost-user-blk: {error}");
+            logger::print(&format!("vhost-user-blk: {error}"));
             ExitCode::from(if error.is_usage() { 2 } else { 1 })
         }
     }

@@ -1,16 +1,19 @@
 //! The life of one connection: from accept to the frontend's end, its error, or the daemon's.
 
+use std::fmt;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use log::Level;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recv, recvmsg};
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use vhost::vhost_user::{self, BackendReqHandler, VhostUserBackendReqHandlerMut};
 
+use crate::complaints::CONNECTIONS;
 use crate::handover::{HandoverError, duplicate};
 use crate::message::{SCM_FDS_MAX, is_whole};
 use crate::notify::Bell;
@@ -128,24 +131,27 @@ impl<D: Device> Connection<D> {
         // SAFETY: the socket stays open as long as the handler, which the caller keeps.
         let socket = unsafe { BorrowedFd::borrow_raw(self.handler.as_raw_fd()) };
         let _interruptible = signals::Connection::new(socket);
+        let say = |level, line: fmt::Arguments<'_>| CONNECTIONS.say(level, line);
         loop {
             match wait(socket, &self.session, commands)? {
                 Event::Message => {
                     let request = next_request(socket);
                     match self.take_message() {
                         Ok(()) => continue,
-                        Err(vhost_user::Error::Disconnected) => log::info!("frontend disconnected"),
+                        Err(vhost_user::Error::Disconnected) => {
+                            say(Level::Info, format_args!("frontend disconnected"))
+                        }
                         // What a signal cut off is nobody's fault.
                         Err(_) if signals::stopping() => {}
                         Err(error) => {
                             let (name, reason) = (request_name(request), reason(&error));
-                            log::warn!("connection closed: {name}: {reason}");
+                            say(Level::Warn, format_args!("connection closed: {name}: {reason}"));
                         }
                     }
                 }
                 Event::RingFailed => match lock(&self.session).check() {
                     Ok(()) => continue,
-                    Err(reason) => log::warn!("connection closed: {reason}"),
+                    Err(reason) => say(Level::Warn, format_args!("connection closed: {reason}")),
                 },
                 Event::Command => {
                     commands.inspect(|commands| commands.obey(Some(socket)));
@@ -153,7 +159,10 @@ impl<D: Device> Connection<D> {
                 }
                 Event::Stalled => {
                     let name = request_name(next_request(socket));
-                    log::warn!("connection closed: {name}: its end has not come");
+                    say(
+                        Level::Warn,
+                        format_args!("connection closed: {name}: its end has not come"),
+                    );
                 }
                 Event::Stop => {}
             }

@@ -10,10 +10,12 @@ use block_io::ops::looks::{Looks, looks_like};
 use block_io::ring::NoUring;
 use block_io::{CachePolicy, CowFormat, Disk, DiskError, DiskOptions, Host, OpenError};
 use cow_format::{HeaderError, Sector, SectorCount, SectorRange};
+use log::Level;
 use nix::poll::PollTimeout;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::cli::{Cache, Format, Image, Options};
+use crate::complaints::{self, CONNECTIONS, CONTROL};
 use crate::connection::{Commands, Connection, Readable, ResumeError, wait_readable};
 use crate::control::{self, Request};
 use crate::handover::HandoverError;
@@ -217,7 +219,7 @@ impl Commands for (&Daemon, &Listener) {
         let Ok(client) = control.accept() else { return };
         let Request::Upgrade(how) = match Request::receive(&client) {
             Ok(request) => request,
-            Err(e) => return log::warn!("control socket: {e}"),
+            Err(e) => return CONTROL.say(Level::Warn, format_args!("control socket: {e}")),
         };
         let why = match daemon.hold.disk() {
             Some(disk) => {
@@ -230,7 +232,7 @@ impl Commands for (&Daemon, &Listener) {
             }
             None => UpgradeError::DiskElsewhere,
         };
-        log::warn!("no upgrade: {why}");
+        CONTROL.say(Level::Warn, format_args!("no upgrade: {why}"));
         control::answer(&client, &Err(format!("{why}; the daemon serves on as it was")));
     }
 }
@@ -245,6 +247,7 @@ pub(crate) fn live(daemon: Daemon, connected: Option<Guest>) -> Result<(), Daemo
     let served = serve(&daemon, connected).map_err(DaemonError::system("use the socket"));
     systemd::stopping();
     drop(entrance);
+    complaints::say_what_was_left_out();
     // The workers have ended with the last connection.
     daemon.hold.close()?;
     served
@@ -302,6 +305,11 @@ pub(crate) fn open_disk(
             Disk::open_cow(cow, base.as_deref(), &how)?
         }
     };
+    Ok(disk)
+}
+
+/// Logs what was opened.
+pub(crate) fn describe(disk: &Disk) {
     for (depth, layer) in disk.layers().iter().enumerate() {
         log::info!("{}{}", if depth == 0 { "disk " } else { "  over " }, layer.path().display());
     }
@@ -318,7 +326,6 @@ pub(crate) fn open_disk(
     }
     let access = if disk.read_only() { "read-only" } else { "writable" };
     log::info!("{} sectors of 512 bytes, {access}", disk.capacity().get());
-    Ok(disk)
 }
 
 /// Refuses a COW file of another format than the one named. A file that does not exist, or whose
@@ -379,7 +386,7 @@ fn serve(daemon: &Daemon, connected: Option<Guest>) -> io::Result<()> {
         Socket::Listening(listener) => {
             log::info!("listening");
             while let Some(stream) = next_frontend(listener, commands)? {
-                log::info!("frontend connected");
+                CONNECTIONS.say(Level::Info, format_args!("frontend connected"));
                 Connection::new(stream, &daemon.session)?.serve(commands)?;
             }
             Ok(())
@@ -413,7 +420,7 @@ fn next_frontend(
                         | io::ErrorKind::Interrupted
                 ) => {}
             Err(e) => {
-                log::error!("cannot accept a connection: {e}");
+                CONNECTIONS.say(Level::Error, format_args!("cannot accept a connection: {e}"));
                 if wait_readable(&[], ACCEPT_RETRY_MS.into())? == Readable::Stop {
                     return Ok(None);
                 }

@@ -13,11 +13,13 @@ use block_io::storage::FILE_BLOCK;
 use block_io::watch::BaseWatch;
 use block_io::{Committer, Disk, DiskError, Host, OpenError};
 use cow_format::SectorCount;
+use log::Level;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::cli::{Format, Image, Options};
+use crate::complaints::DISK;
 use crate::config::DiskShape;
-use crate::daemon::{DaemonError, check_format, open_disk};
+use crate::daemon::{DaemonError, check_format, describe, open_disk};
 use crate::handover::duplicate;
 use crate::holes::Holes;
 use crate::request::ParseLimits;
@@ -55,6 +57,7 @@ impl Hold {
         let engine = Engine::choose(options.io_engine)?;
         engine.report();
         let disk = open_disk(options, None)?;
+        describe(&disk);
         let hold = Self::of(options, (disk.capacity(), disk.logical_block()), engine)?;
         *hold.lock() = Some(hold.serve(disk).map_err(DaemonError::system("start a thread"))?);
         Ok(hold)
@@ -77,6 +80,7 @@ impl Hold {
         let file = buffered.map(|buffered| File::inherit(buffered, direct)).transpose();
         let file = file.map_err(DaemonError::system("use the predecessor's files"))?;
         let disk = open_disk(options, file)?;
+        describe(&disk);
         let hold = Self::of(options, (disk.capacity(), disk.logical_block()), engine)?;
         if !rehearsal {
             *hold.lock() = Some(hold.serve(disk).map_err(DaemonError::system("start a thread"))?);
@@ -146,7 +150,7 @@ impl Hold {
                 _ = layer.file().unlock();
             }
             *open = None;
-            log::info!("disk closed");
+            DISK.say(Level::Info, format_args!("disk closed"));
         }
         Ok(())
     }
@@ -168,6 +172,7 @@ impl Hold {
         std::fs::metadata(path)
             .map_err(|source| DaemonError::Gone { path: path.clone(), source })?;
         let disk = open_disk(&self.options, None)?;
+        DISK.say(Level::Info, format_args!("disk {}: opened", path.display()));
         let (found, expected) = (disk.capacity().get(), self.capacity.get());
         if found != expected {
             disk.close()?;

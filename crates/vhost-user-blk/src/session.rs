@@ -21,6 +21,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 
+use log::Level;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -32,6 +33,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::refusal::Refusal;
+use crate::complaints::{CONNECTIONS, RINGS, WRITE_CACHE};
 use crate::config::{self, DeviceConfig, DiskShape};
 use crate::dirty_log::DirtyLog;
 use crate::inflight::{Area, AreaInfo, Tracker};
@@ -225,7 +227,10 @@ impl<D: Device> Session<D> {
                     let ring = vring.start_with(queue, ring, &common).map_err(start)?;
                     let again = ring.inflight.as_ref().map_or(0, Tracker::unfinished_count);
                     if again > 0 {
-                        log::info!("queue {queue}: {again} requests in flight are done again");
+                        let line = format_args!(
+                            "queue {queue}: {again} requests in flight are done again"
+                        );
+                        RINGS.say(Level::Info, line);
                     }
                     log::debug!(
                         "queue {queue}: {} descriptors from {}",
@@ -247,7 +252,8 @@ impl<D: Device> Session<D> {
         let write_through = !self.has(config::F_FLUSH) || !self.config.write_cache();
         let before = self.write_through.swap(write_through, Ordering::SeqCst);
         if write_through != before {
-            log::info!("write cache {}", if write_through { "off" } else { "on" });
+            let state = if write_through { "off" } else { "on" };
+            WRITE_CACHE.say(Level::Info, format_args!("write cache {state}"));
         }
         if write_through && !before {
             // From here on the guest sends no flush, also not for what it wrote earlier.
@@ -355,7 +361,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         self.vrings.iter_mut().for_each(|vring| vring.set_event_idx(event_idx));
         log::debug!("features {features:#x}");
         if self.is_logging() && self.log.is_none() {
-            log::info!("no ring is served before the dirty log has come");
+            RINGS.say(Level::Info, format_args!("no ring is served before the dirty log has come"));
         }
         self.update_write_through()?;
         self.reconcile()
@@ -553,7 +559,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
             Ok(Some(state)) => self.adopt(state),
             Ok(None) => Ok(()),
             Err(error) => {
-                log::warn!("{error}");
+                CONNECTIONS.say(Level::Warn, format_args!("{error}"));
                 Err(Refusal::State(error).into())
             }
         }

@@ -27,6 +27,7 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, execve, getpid, getppid};
 
 use crate::cli::TAKEOVER;
+use crate::complaints;
 use crate::connection::{Readable, lock, wait_readable};
 use crate::control::Upgrade;
 use crate::handover::{Handover, HandoverError, Listening, set_inherited};
@@ -146,6 +147,7 @@ impl Estate<'_> {
             Err(why) => return why,
         };
         session.pause();
+        complaints::say_what_was_left_out();
         let why = match identity(program) {
             Ok(now) if now != tried => UpgradeError::Changed { program: program.to_owned() },
             Ok(_) if signals::stopping() => UpgradeError::Stopping,

@@ -21,7 +21,7 @@ use virtio_queue::QueueState;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::complaints::Complaints;
+use crate::complaints::{self, RINGS};
 use crate::dirty_log::RingLog;
 use crate::fault;
 use crate::holes::Holes;
@@ -170,7 +170,8 @@ fn serve(
 
 /// Tells everyone that the ring is not served any more.
 fn give_up(start: &RingStart, shared: &Shared, why: &dyn std::fmt::Display) {
-    log::error!("queue {}: {why}; the ring is stopped", start.queue);
+    let line = format_args!("queue {}: {why}; the ring is stopped", start.queue);
+    RINGS.say(log::Level::Error, line);
     if let Some(err) = &start.err {
         Doorbell::new(err.fd()).ring();
     }
@@ -222,7 +223,6 @@ struct Worker<'a> {
     open: bool,
     /// [`TIDY`] will come.
     tidying: bool,
-    complaints: Complaints,
     // Used again from one request to the next.
     plan: Plan,
     iovecs: IoVecs,
@@ -269,7 +269,6 @@ impl<'a> Worker<'a> {
             lent: false,
             open: true,
             tidying: false,
-            complaints: Complaints::new(start.queue),
             plan: Plan::default(),
             iovecs: IoVecs::new(),
             answers: Vec::new(),
@@ -381,7 +380,7 @@ impl<'a> Worker<'a> {
         let (data, plan) = (self.iovecs.data(), &mut self.plan);
         let planned = self.router.plan_read(range, memory, data, lend, plan);
         if let Err(e) = planned {
-            self.complaints.say("read failed", &e);
+            complaints::request_failed(self.start.queue, "read failed", &e);
             return self.answer(head, pending.failed());
         }
         self.lent |= lend && !self.plan.is_empty();
@@ -495,7 +494,7 @@ impl<'a> Worker<'a> {
                 self.submit(InFlight { head, pending, work: Work::Zero(segments, true, writing) });
             }
             (_, Err(e)) => {
-                self.complaints.say("I/O failed", &e);
+                complaints::request_failed(self.start.queue, "I/O failed", &e);
                 self.answer(head, pending.failed());
             }
             (Work::Read | Work::LentRead | Work::Commit, Ok(())) => {
@@ -523,7 +522,7 @@ impl<'a> Worker<'a> {
     ) {
         fault::reached("data");
         if let Err(e) = writing.written(ranges) {
-            self.complaints.say("write failed", &e);
+            complaints::request_failed(self.start.queue, "write failed", &e);
             return self.answer(head, pending.failed());
         }
         // Before the flush that may follow: a write under way keeps it out of the journal.
@@ -557,7 +556,7 @@ impl<'a> Worker<'a> {
             let reply = match flushed {
                 Ok(()) => pending.done(),
                 Err(e) => {
-                    self.complaints.say("flush failed", &e);
+                    complaints::request_failed(self.start.queue, "flush failed", &e);
                     pending.failed()
                 }
             };

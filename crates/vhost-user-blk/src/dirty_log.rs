@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use crate::memory::{GuestAddress, Memory, MemoryError, RegionInfo};
+use crate::memory::{GuestAddress, Loss, Memory, MemoryError, NotWritable, RegionInfo};
 use crate::notify::Doorbell;
 
 /// Bytes of guest memory for which one bit stands (`VHOST_LOG_PAGE`).
@@ -36,6 +36,9 @@ pub enum LogError {
     /// It cannot be mapped: too short, not a file, and the like.
     #[error("dirty log: {0}")]
     Memory(#[from] MemoryError),
+    /// It may only be read.
+    #[error("dirty log: {0}")]
+    NotWritable(#[from] NotWritable),
 }
 
 /// A mapped log.
@@ -55,7 +58,9 @@ impl DirtyLog {
     pub fn map(len: u64, offset: u64, file: File) -> Result<Self, LogError> {
         let region =
             RegionInfo { guest_address: 0, size: len, vmm_address: 0, file_offset: offset };
-        Ok(DirtyLog { bytes: Memory::empty().with_region(region, file)?, len })
+        let bytes = Memory::empty().with_region(region, file)?;
+        bytes.check_writable(GuestAddress(0), len)?;
+        Ok(DirtyLog { bytes, len })
     }
 
     /// Whether every page below the guest address `end` has a bit.
@@ -81,7 +86,7 @@ impl DirtyLog {
             let from = first.saturating_sub(8 * byte);
             let to = (last - 8 * byte).min(7);
             let bits = u8::MAX << from & u8::MAX >> (7 - to);
-            if let Some(place) = self.bytes.contiguous(GuestAddress(byte), 1) {
+            if let Some(place) = self.bytes.contiguous_mut(GuestAddress(byte), 1) {
                 // SAFETY: a byte of the mapping, which `bytes` keeps; all accesses to it from here
                 // are atomic, and the frontend deserves what it reads if its own are not.
                 let place = unsafe { AtomicU8::from_ptr(place) };
@@ -91,10 +96,15 @@ impl DirtyLog {
         }
     }
 
-    /// Whether its file was shortened, so that marks may be lost.
+    /// Whether a page of its file was lost, and so maybe marks.
     #[inline]
     pub fn poisoned(&self) -> bool {
         self.bytes.poisoned()
+    }
+
+    /// What became of it.
+    pub fn loss(&self) -> Option<Loss> {
+        self.bytes.loss()
     }
 }
 

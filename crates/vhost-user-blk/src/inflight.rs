@@ -26,7 +26,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::fault;
-use crate::memory::{GuestAddress, Memory, MemoryError, RegionInfo};
+use crate::memory::{GuestAddress, Loss, Memory, MemoryError, NotWritable, RegionInfo};
 use crate::state::{DeviceState, STATE_LEN};
 
 /// The version of the layout.
@@ -104,6 +104,9 @@ pub enum InflightError {
     /// It cannot be mapped: too short, not a file, and the like.
     #[error("in-flight area: {0}")]
     Memory(#[from] MemoryError),
+    /// It may only be read.
+    #[error("in-flight area: {0}")]
+    NotWritable(#[from] NotWritable),
     /// A ring for which it has no part.
     #[error("the in-flight area has {num_queues} queues")]
     NoSuchQueue {
@@ -273,6 +276,7 @@ impl Area {
             file_offset: info.offset,
         };
         let memory = Memory::empty().with_region(region, file)?;
+        memory.check_writable(GuestAddress(0), info.size)?;
         let (num_queues, queue_size) = (info.num_queues, info.queue_size);
         Ok(Area { memory: Arc::new(memory), num_queues, queue_size })
     }
@@ -293,7 +297,7 @@ impl Area {
         let area = self.memory.regions().next().map_or(0, |region| region.size);
         let len = area.min(queues_len(self.num_queues, self.queue_size) + STATE_ROOM);
         if let (Some(start), Ok(len)) =
-            (self.memory.contiguous(GuestAddress(0), len), usize::try_from(len))
+            (self.memory.contiguous_mut(GuestAddress(0), len), usize::try_from(len))
         {
             self.memory.zero_host(start, len);
         }
@@ -316,9 +320,9 @@ impl Area {
         GuestAddress(queues_len(self.num_queues, self.queue_size))
     }
 
-    /// Whether its file was shortened.
-    pub fn poisoned(&self) -> bool {
-        self.memory.poisoned()
+    /// What became of it, if a page of its file was lost.
+    pub fn loss(&self) -> Option<Loss> {
+        self.memory.loss()
     }
 
     /// Ends what a predecessor was in the middle of, and gives the state of queue `queue`, whose
@@ -333,7 +337,7 @@ impl Area {
             .filter(|&queue| queue < u64::from(self.num_queues))
             .and_then(|queue| {
                 let start = GuestAddress(queue * stride(desc_num));
-                self.memory.contiguous(start, stride(desc_num))
+                self.memory.contiguous_mut(start, stride(desc_num))
             });
         let start = part.ok_or(InflightError::NoSuchQueue { num_queues: self.num_queues })?;
         if ring.size > desc_num {
@@ -488,10 +492,15 @@ impl Tracker {
         self.next_avail
     }
 
-    /// Whether the area's file was shortened.
+    /// Whether a page of the area's file was lost.
     #[inline]
     pub fn poisoned(&self) -> bool {
         self.memory.poisoned()
+    }
+
+    /// What became of it.
+    pub fn loss(&self) -> Option<Loss> {
+        self.memory.loss()
     }
 
     /// The next request that is to be done again.

@@ -126,12 +126,66 @@ pub enum MemoryError {
 
 /// A range of guest addresses that is not wholly inside the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("guest address {address:#x}, {len} bytes: outside guest memory")]
+#[error("guest address {address:#x}, {len} bytes: outside of the memory that the frontend shares")]
 pub struct OutsideMemory {
     /// First byte of the range.
     pub address: u64,
     /// Its length in bytes.
     pub len: u64,
+}
+
+/// Why a range of guest addresses cannot be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotWritable {
+    /// It is not wholly inside the memory.
+    #[error(transparent)]
+    Outside(#[from] OutsideMemory),
+    /// Some of it is in a region that the frontend shares for reading only.
+    #[error(
+        "guest address {address:#x}, {len} bytes: in memory that the frontend shares for reading only"
+    )]
+    ReadOnly {
+        /// First byte of the range.
+        address: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+}
+
+/// What became of a page of a mapped file that could not be touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// The frontend has shortened the file.
+    Shortened {
+        /// The region that the file is behind.
+        region: RegionInfo,
+        /// Length of the file in bytes.
+        found: u64,
+    },
+    /// The file is as long as it was.
+    NoPage {
+        /// The region that the file is behind.
+        region: RegionInfo,
+    },
+}
+
+impl fmt::Display for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shortened { region, found } => write!(
+                f,
+                "the frontend has shortened the file of its memory region ({region}): it has \
+                 {found} bytes, the region needs {}",
+                region.file_offset.saturating_add(region.size)
+            ),
+            Self::NoPage { region } => write!(
+                f,
+                "the system has no page for the memory region ({region}), whose file is as long as \
+                 it was: a tmpfs that is full, no free huge page, or broken memory; make room or \
+                 have the frontend allocate its memory at the start (QEMU: prealloc=on)"
+            ),
+        }
+    }
 }
 
 /// One mapped region. The fields drop in this order: the handler forgets the mapping before it
@@ -142,6 +196,8 @@ pub struct Region {
     host: *mut u8,
     /// None for memory that is no file (tests).
     registration: Option<Registration>,
+    /// A store to it would be a fault: its file may only be read.
+    read_only: bool,
     mapping: MmapRegion,
 }
 
@@ -157,6 +213,7 @@ struct Span {
     start: u64,
     len: u64,
     host: *mut u8,
+    read_only: bool,
 }
 
 /// A snapshot of guest memory.
@@ -164,6 +221,8 @@ pub struct Memory {
     /// Ordered by guest address, like `spans`; kept for their mappings.
     regions: GuestRegionCollection<Region>,
     spans: Box<[Span]>,
+    /// Some of the spans may only be read: seldom, so that all others need not be asked.
+    has_read_only: bool,
 }
 
 // SAFETY: the pointers in `spans` point into the mappings of `regions`, which are Send and Sync for
@@ -222,13 +281,20 @@ impl Memory {
             .filter_map(|region| Some((region.info, region.mapping.file_offset()?.file())))
     }
 
-    /// Whether a page of this memory was lost because its file was shortened: nothing read from it
-    /// since then may be trusted, and the session must end.
+    /// Whether a page of this memory was lost, as [`Memory::loss`] says: nothing read from it since
+    /// then may be trusted, and the session must end.
     #[inline]
     pub fn poisoned(&self) -> bool {
         self.regions
             .iter()
             .any(|region| region.registration.as_ref().is_some_and(Registration::poisoned))
+    }
+
+    /// What became of the page, if this memory is [`Memory::poisoned`].
+    pub fn loss(&self) -> Option<Loss> {
+        let lost =
+            |region: &&Region| region.registration.as_ref().is_some_and(Registration::poisoned);
+        self.regions.iter().find(lost).map(|region| region.loss())
     }
 
     /// Where an address of the frontend's own address space is in the guest's (SET_VRING_ADDR).
@@ -265,9 +331,37 @@ impl Memory {
         Ok(())
     }
 
-    /// The host memory behind `len` bytes at `address`, if one region holds them all.
+    /// Whether `len` bytes at `address` may be written, as far as they are inside at all.
+    ///
+    /// # Errors
+    /// [`NotWritable::ReadOnly`]
     #[inline]
-    pub fn contiguous(&self, address: GuestAddress, len: u64) -> Option<*mut u8> {
+    pub fn check_writable(&self, address: GuestAddress, len: u64) -> Result<(), NotWritable> {
+        if self.has_read_only { self.look_for_read_only(address.0, len) } else { Ok(()) }
+    }
+
+    #[cold]
+    fn look_for_read_only(&self, address: u64, len: u64) -> Result<(), NotWritable> {
+        let end = address.saturating_add(len);
+        let touched = |span: &Span| span.start < end && address < span.start + span.len;
+        if self.spans.iter().any(|span| span.read_only && touched(span)) {
+            return Err(NotWritable::ReadOnly { address, len });
+        }
+        Ok(())
+    }
+
+    /// The host memory behind `len` bytes at `address`, if one region holds them all. It may be such
+    /// that can only be read.
+    #[inline]
+    pub fn contiguous(&self, address: GuestAddress, len: u64) -> Option<*const u8> {
+        let (host, available) = self.lookup(address.0)?;
+        (len <= available).then_some(host.cast_const())
+    }
+
+    /// The same, to be written.
+    #[inline]
+    pub fn contiguous_mut(&self, address: GuestAddress, len: u64) -> Option<*mut u8> {
+        self.check_writable(address, len).ok()?;
         let (host, available) = self.lookup(address.0)?;
         (len <= available).then_some(host)
     }
@@ -285,28 +379,30 @@ impl Memory {
         })
     }
 
-    /// Copies `from` into guest memory at `address`. All or nothing: a range that is not wholly
-    /// inside stays untouched.
+    /// Copies `from` into guest memory at `address`. All or nothing: a range that cannot be written
+    /// as a whole stays untouched.
     ///
     /// With [`Memory::write_host`] this is the way of all that the processor, not the kernel,
     /// writes into buffers.
     #[inline]
-    pub fn write(&self, address: GuestAddress, from: &[u8]) -> Result<(), OutsideMemory> {
+    pub fn write(&self, address: GuestAddress, from: &[u8]) -> Result<(), NotWritable> {
         let len = from.len() as u64;
+        self.check_writable(address, len)?;
         if self.contiguous(address, len).is_none() {
             self.host_ranges(address, len, &mut |_, _| ())?;
         }
         let mut rest = from;
         self.host_ranges(address, len, &mut |host, len| {
             let (now, later) = rest.split_at(len);
-            // SAFETY: as in `read`.
+            // SAFETY: as in `read`; it may be written, as was checked.
             unsafe { volatile_write(host, now) };
             rest = later;
-        })
+        })?;
+        Ok(())
     }
 
     /// Copies `from` to host memory that came from [`Memory::host_ranges`] of this snapshot. False,
-    /// and nothing is written, if it is not inside it.
+    /// and nothing is written, if it is not inside it or may only be read.
     pub fn write_host(&self, host: *mut u8, from: &[u8]) -> bool {
         let place = self.inside(host, from.len());
         if let Some(place) = place {
@@ -317,7 +413,7 @@ impl Memory {
     }
 
     /// Fills `len` bytes of host memory that came from [`Memory::host_ranges`] of this snapshot with
-    /// zeros. False, and nothing is written, if they are not inside it.
+    /// zeros. False, and nothing is written, if they are not inside it or may only be read.
     pub fn zero_host(&self, host: *mut u8, len: usize) -> bool {
         let place = self.inside(host, len);
         if let Some(place) = place {
@@ -329,7 +425,7 @@ impl Memory {
     }
 
     /// Copies `len` bytes from `from` to host memory that came from [`Memory::host_ranges`] of this
-    /// snapshot. False, and nothing is written, if they are not inside it.
+    /// snapshot. False, and nothing is written, if they are not inside it or may only be read.
     ///
     /// # Safety
     /// `from` is valid for reads of `len` bytes, by whoever else they may be written meanwhile, and
@@ -344,9 +440,9 @@ impl Memory {
         place.is_some()
     }
 
-    /// The place `host` again, if `len` bytes from there lie inside one region.
+    /// The place `host` again, if `len` bytes from there lie inside one region that may be written.
     fn inside(&self, host: *mut u8, len: usize) -> Option<*mut u8> {
-        self.spans.iter().find_map(|span| {
+        self.spans.iter().filter(|span| !span.read_only).find_map(|span| {
             let offset = host.addr().checked_sub(span.host.addr())?;
             let left = span.len.checked_sub(offset as u64)?;
             // SAFETY: the offset is inside the region's mapping.
@@ -407,9 +503,11 @@ impl Memory {
             start: region.info.guest_address,
             len: region.info.size,
             host: region.host,
+            read_only: region.read_only,
         };
         let spans = regions.iter().map(span).collect();
-        Self { regions, spans }
+        let has_read_only = regions.iter().any(|region| region.read_only);
+        Self { regions, spans, has_read_only }
     }
 
     /// Zeroed memory of this process only, for tests: no file, and so it runs under miri.
@@ -426,8 +524,17 @@ impl Memory {
             memory.check(info).unwrap();
             let mapping = MmapRegion::new(len).unwrap();
             let host = mapping.as_ptr();
-            memory.insert(Region { info, host, registration: None, mapping }).unwrap()
+            let region = Region { info, host, registration: None, read_only: false, mapping };
+            memory.insert(region).unwrap()
         })
+    }
+}
+
+impl Memory {
+    /// Whether memory that may only be read is not asked for to be written.
+    fn allows(&self, address: GuestAddress, len: usize, access: Permissions) -> bool {
+        let writes = matches!(access, Permissions::Write | Permissions::ReadWrite);
+        !writes || self.check_writable(address, len as u64).is_ok()
     }
 }
 
@@ -437,16 +544,20 @@ impl GuestMemory for Memory {
     type PhysicalMemory = GuestRegionCollection<Region>;
     type Bitmap = ();
 
-    fn check_range(&self, address: GuestAddress, len: usize, _access: Permissions) -> bool {
-        self.host_ranges(address, len as u64, &mut |_, _| ()).is_ok()
+    fn check_range(&self, address: GuestAddress, len: usize, access: Permissions) -> bool {
+        let inside = self.host_ranges(address, len as u64, &mut |_, _| ()).is_ok();
+        inside && self.allows(address, len, access)
     }
 
     fn get_slices<'a>(
         &'a self,
         address: GuestAddress,
         len: usize,
-        _access: Permissions,
+        access: Permissions,
     ) -> AccessResult<impl GuestMemorySliceIterator<'a, ()>> {
+        if !self.allows(address, len, access) {
+            return Err(AccessError::InvalidGuestAddress(address));
+        }
         Ok(GuestMemoryBackend::get_slices(&self.regions, address, len))
     }
 
@@ -487,7 +598,7 @@ impl GuestMemoryRegion for Region {
 impl GuestMemoryRegionBytes for Region {}
 
 impl Region {
-    /// Maps a checked region from its file.
+    /// Maps a checked region from its file; for reading only if the file cannot be written.
     fn map(info: RegionInfo, file: File) -> Result<Self, MemoryError> {
         let page = Self::page_size(info, &file)?;
         // mmap wants the offset, and munmap of huge pages the length as well, in whole pages.
@@ -496,12 +607,19 @@ impl Region {
         let len = (skipped + info.size).next_multiple_of(page);
         let too_large = |_| MemoryError::Overflow { region: info, field: "file offset" };
         let len = usize::try_from(len).map_err(too_large)?;
-        let mapping = MmapRegionBuilder::new(len)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-            .with_file_offset(FileOffset::new(file, start))
-            .build()
-            .map_err(|source| MemoryError::Map { region: info, source })?;
+        let file = Arc::new(file);
+        let map = |protection| {
+            MmapRegionBuilder::new(len)
+                .with_mmap_prot(protection)
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), start))
+                .build()
+        };
+        let (mapping, read_only) = match map(libc::PROT_READ | libc::PROT_WRITE) {
+            Err(e) if may_only_be_read(&e) => (map(libc::PROT_READ), true),
+            mapping => (mapping, false),
+        };
+        let mapping = mapping.map_err(|source| MemoryError::Map { region: info, source })?;
         let page = usize::try_from(page).map_err(too_large)?;
         // SAFETY: the mapping is a file's, whole pages long, made here, and outlives the
         // registration by the order of the fields; what guest memory holds is never relied on.
@@ -509,7 +627,21 @@ impl Region {
         let skipped = usize::try_from(skipped).map_err(too_large)?;
         // SAFETY: less than the mapping's length.
         let host = unsafe { mapping.as_ptr().add(skipped) };
-        Ok(Self { info, host, registration: Some(registration), mapping })
+        Ok(Self { info, host, registration: Some(registration), read_only, mapping })
+    }
+
+    /// What became of a lost page: the file's length tells.
+    fn loss(&self) -> Loss {
+        let region = self.info;
+        let file = self.mapping.file_offset().map(FileOffset::file);
+        let needed = region.file_offset + region.size;
+        match file.and_then(|file| file.metadata().ok()) {
+            // Not of a character device (DAX), which has no length.
+            Some(metadata) if metadata.is_file() && metadata.len() < needed => {
+                Loss::Shortened { region, found: metadata.len() }
+            }
+            _ => Loss::NoPage { region },
+        }
     }
 
     /// The size of the file's pages, after the check that it is long enough for the region.
@@ -531,6 +663,15 @@ impl Region {
             return Ok(u64::try_from(system.block_size()).unwrap_or(PAGE_SIZE));
         }
         Ok(PAGE_SIZE)
+    }
+}
+
+/// Whether it was the right to write that was missing: a descriptor that may only be read, or a
+/// file that is sealed.
+fn may_only_be_read(error: &MmapRegionError) -> bool {
+    match error {
+        MmapRegionError::Mmap(e) => matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM)),
+        _ => false,
     }
 }
 

@@ -17,7 +17,7 @@ use virtio_bindings::virtio_blk::{
 
 use self::stream::Stream;
 use crate::config;
-use crate::memory::{GuestAddress, Memory, OutsideMemory};
+use crate::memory::{GuestAddress, Memory, NotWritable, OutsideMemory};
 use crate::virtqueue::{Chain, ChainError};
 
 /// Data iovecs of one request: what one system call takes (IOV_MAX).
@@ -91,6 +91,9 @@ pub enum Fault {
     /// A buffer that is not in guest memory.
     #[error(transparent)]
     Outside(#[from] OutsideMemory),
+    /// A buffer for the device to write that it cannot write.
+    #[error(transparent)]
+    NotWritable(#[from] NotWritable),
     /// More than [`IOVECS_MAX`] pieces of memory.
     #[error("more than {IOVECS_MAX} pieces of memory")]
     Pieces,
@@ -144,6 +147,15 @@ impl Fault {
             Self::Type(_) | Self::SegmentFlags(_) => Status::Unsupported,
             _ => Status::IoError,
         }
+    }
+
+    /// Whether the guest may have done nothing wrong: it has memory that the frontend does not share,
+    /// or not for writing.
+    pub fn is_of_shared_memory(self) -> bool {
+        matches!(
+            self,
+            Self::Outside(_) | Self::NotWritable(_) | Self::Chain(ChainError::IndirectOutside(_))
+        )
     }
 }
 

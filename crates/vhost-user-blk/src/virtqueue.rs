@@ -29,7 +29,7 @@ use self::chain::DESCRIPTOR_SIZE;
 use crate::dirty_log::RingLog;
 use crate::fault;
 use crate::inflight::{RingIndices, Tracker};
-use crate::memory::{GuestAddress, Memory};
+use crate::memory::{GuestAddress, Loss, Memory};
 
 pub use chain::{CHAIN_DESCRIPTORS_MAX, Chain, ChainError, Descriptor};
 
@@ -77,6 +77,14 @@ pub enum RingError {
         address: u64,
         /// Its length in bytes.
         len: u64,
+    },
+    /// The part that this device writes is in memory that may only be read.
+    #[error(
+        "used ring at guest address {address:#x}: the frontend shares its memory for reading only"
+    )]
+    ReadOnly {
+        /// Its guest address.
+        address: u64,
     },
     /// A part of the ring is not aligned as section 2.7 asks.
     #[error("{part} at guest address {address:#x}: not aligned to {align} bytes")]
@@ -176,6 +184,10 @@ impl SplitQueue {
         let desc = place(&memory, DESC_TABLE, checked.desc_table(), desc_table_len(size))?;
         let avail = place(&memory, AVAIL_RING, checked.avail_ring(), avail_ring_len(size))?;
         let used = place(&memory, USED_RING, checked.used_ring(), used_ring_len(size))?;
+        let read_only = |_| RingError::ReadOnly { address: checked.used_ring() };
+        memory
+            .check_writable(GuestAddress(checked.used_ring()), used_ring_len(size) as u64)
+            .map_err(read_only)?;
         let mut queue = Self {
             memory,
             size,
@@ -422,13 +434,20 @@ impl SplitQueue {
         self.in_flight
     }
 
-    /// Whether what the ring stands in, the account of what is in flight, or the log was lost because
-    /// its file was shortened: nothing read from it may be published.
+    /// Whether a page of what the ring stands in, of the account of what is in flight, or of the log
+    /// was lost: nothing read from it may be published.
     #[inline]
     pub fn poisoned(&self) -> bool {
         self.memory.poisoned()
             || self.inflight.as_ref().is_some_and(Tracker::poisoned)
             || self.log.as_ref().is_some_and(|log| log.log.poisoned())
+    }
+
+    /// What became of it.
+    pub fn loss(&self) -> Option<Loss> {
+        let inflight = || self.inflight.as_ref().and_then(Tracker::loss);
+        let log = || self.log.as_ref().and_then(|log| log.log.loss());
+        self.memory.loss().or_else(inflight).or_else(log)
     }
 
     /// 16-bit field `index` of the available ring: flags, idx, `size` entries, used_event.
@@ -523,7 +542,8 @@ impl RingError {
 }
 
 /// Resolves a part of the ring, at an address that is aligned. (`Queue::is_valid` looks for it in
-/// guest memory too, and takes one that goes over the border of two regions.)
+/// guest memory too, and takes one that goes over the border of two regions.) It may be such that can
+/// only be read.
 fn place(memory: &Memory, part: Part, address: u64, len: usize) -> Result<*mut u8, RingError> {
     let len = len as u64;
     let outside = RingError::Place { part: part.0, address, len };
@@ -533,7 +553,7 @@ fn place(memory: &Memory, part: Part, address: u64, len: usize) -> Result<*mut u
     if !host.addr().is_multiple_of(part.1.min(VRING_USED_ALIGN_SIZE) as usize) {
         return Err(RingError::alignment(part, address));
     }
-    Ok(host)
+    Ok(host.cast_mut())
 }
 
 /// Loads a 16-bit field of the ring. All of them are resolved by [`place`].

@@ -29,7 +29,7 @@ use crate::inflight::Tracker;
 use crate::memory::Memory;
 use crate::notify::{Bell, Doorbell, Kick};
 use crate::request::{
-    ID_LEN, IoVecs, Operation, ParseLimits, Parsed, Pending, Reply, Segment, parse,
+    Fault, ID_LEN, IoVecs, Operation, ParseLimits, Parsed, Pending, Reply, Segment, parse,
 };
 use crate::requirements::Engine;
 use crate::resident::Mappings;
@@ -176,6 +176,19 @@ fn give_up(start: &RingStart, shared: &Shared, why: &dyn std::fmt::Display) {
         Doorbell::new(err.fd()).ring();
     }
     _ = shared.failure.write(1);
+}
+
+/// Says why a request was not even begun. What a guest does wrong is of interest to who looks for it.
+/// But one that does nothing wrong may have memory that we know nothing of.
+#[cold]
+fn log_refused(queue: usize, fault: Option<Fault>) {
+    match fault {
+        Some(fault) if fault.is_of_shared_memory() => {
+            let hint = "is all of the guest's memory shared (QEMU: share=on), and writable?";
+            complaints::request_failed(queue, "request refused", &format_args!("{fault}; {hint}"));
+        }
+        fault => log::debug!("queue {queue}: {fault:?}"),
+    }
 }
 
 /// A request between its descriptor chain and its answer.
@@ -352,7 +365,7 @@ impl<'a> Worker<'a> {
         {
             Parsed::Request(request) => request,
             Parsed::Reply(reply) => {
-                log::debug!("queue {}: {:?}", self.start.queue, reply.fault());
+                log_refused(self.start.queue, reply.fault());
                 return self.answer(head, reply);
             }
         };
@@ -493,6 +506,13 @@ impl<'a> Worker<'a> {
                 self.router.plan_zeros_by_hand(&segments, &mut self.plan);
                 self.submit(InFlight { head, pending, work: Work::Zero(segments, true, writing) });
             }
+            // The kernel could not touch guest memory: a page was lost, as the processor would have seen by
+            // SIGBUS.
+            (_, Err(e)) if e.raw_os_error() == Some(libc::EFAULT) => {
+                let why = format_args!("the frontend's memory cannot be used: {e}");
+                complaints::request_failed(self.start.queue, "I/O failed", &why);
+                self.answer(head, pending.failed());
+            }
             (_, Err(e)) => {
                 complaints::request_failed(self.start.queue, "I/O failed", &e);
                 self.answer(head, pending.failed());
@@ -577,10 +597,10 @@ impl<'a> Worker<'a> {
     /// that was read from it can be trusted.
     fn publish(&mut self) {
         if self.queue.poisoned() {
-            if self.open {
-                self.fail(
-                    &"the frontend has shrunk its memory file, the in-flight area or the log",
-                );
+            if self.open
+                && let Some(loss) = self.queue.loss()
+            {
+                self.fail(&loss);
             }
             return;
         }

@@ -73,7 +73,7 @@ fn copies_go_over_borders_and_are_all_or_nothing() {
     }
     memory.write(GuestAddress(0x2800 - 8), &[0; 8]).unwrap();
     let outside = OutsideMemory { address: 0x2800 - 8, len: 9 };
-    assert_eq!(memory.write(GuestAddress(0x2800 - 8), &[7; 9]), Err(outside));
+    assert_eq!(memory.write(GuestAddress(0x2800 - 8), &[7; 9]), Err(outside.into()));
     let mut tail = [1; 8];
     memory.read(GuestAddress(0x2800 - 8), &mut tail).unwrap();
     assert_eq!(tail, [0; 8], "nothing was written");
@@ -82,7 +82,7 @@ fn copies_go_over_borders_and_are_all_or_nothing() {
 #[test]
 fn host_memory_is_written_only_inside_this_snapshot() {
     let (memory, other) = (three(), three());
-    let host = memory.contiguous(GuestAddress(0x2000), 0x800).unwrap();
+    let host = memory.contiguous_mut(GuestAddress(0x2000), 0x800).unwrap();
     assert!(memory.write_host(host.wrapping_add(0x7fc), b"last"));
     let mut got = [0; 4];
     memory.read(GuestAddress(0x27fc), &mut got).unwrap();
@@ -113,6 +113,8 @@ fn empty_memory_holds_nothing() {
 #[cfg(not(miri))]
 mod mapped {
     use nix::sys::memfd::{MFdFlags, memfd_create};
+    use std::fs::OpenOptions;
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::FileExt;
 
     use super::*;
@@ -195,8 +197,64 @@ mod mapped {
 
         let directory = memory.with_region(far, File::open("/").unwrap());
         assert!(matches!(directory, Err(MemoryError::NotMappable(info)) if info == far));
-        let read_only = File::open("/proc/self/exe").unwrap();
-        assert!(matches!(memory.with_region(far, read_only), Err(MemoryError::Map { .. })));
+        let write_only = reopened(&file(0x2000), File::options().write(true));
+        assert!(matches!(memory.with_region(far, write_only), Err(MemoryError::Map { .. })));
+    }
+
+    /// The same file by another description.
+    fn reopened(file: &File, how: &OpenOptions) -> File {
+        how.open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap()
+    }
+
+    #[test]
+    fn a_file_that_may_only_be_read_is_read_and_never_written() {
+        let own = file(0x1000);
+        own.write_all_at(b"firmware", 0x10).unwrap();
+        let rom = reopened(&own, File::options().read(true));
+        let memory = Memory::empty().with_region(region(0x1000, 0x1000, 0), file(0x1000)).unwrap();
+        let memory = memory.with_region(region(0x2000, 0x1000, 0), rom).unwrap();
+
+        let mut bytes = [0; 8];
+        memory.read(GuestAddress(0x2010), &mut bytes).unwrap();
+        assert_eq!(&bytes, b"firmware");
+        let host = memory.contiguous(GuestAddress(0x2010), 8).unwrap().cast_mut();
+        assert!(!memory.write_host(host, b"overwrit"));
+        assert!(!memory.zero_host(host, 8));
+        // SAFETY: the bytes are this function's.
+        assert!(!unsafe { memory.copy_to_host(host, bytes.as_ptr(), 8) });
+        for (address, len) in [(0x2010, 8), (0x2fff, 1), (0x1fff, 2), (0x2000, u64::MAX)] {
+            let read_only = Err(NotWritable::ReadOnly { address, len });
+            assert_eq!(memory.check_writable(GuestAddress(address), len), read_only);
+            assert_eq!(memory.contiguous_mut(GuestAddress(address), len), None);
+        }
+        assert!(memory.write(GuestAddress(0x1fff), b"ab").is_err());
+        memory.read(GuestAddress(0x1fff), &mut bytes[..1]).unwrap();
+        assert_eq!(bytes[0], 0, "nothing was written");
+        memory.write(GuestAddress(0x1fff), b"a").unwrap();
+        // Outside is outside, as before.
+        assert_eq!(memory.check_writable(GuestAddress(0x3000), 1), Ok(()));
+        let outside = OutsideMemory { address: 0x3000, len: 1 };
+        assert_eq!(memory.write(GuestAddress(0x3000), b"a"), Err(outside.into()));
+
+        let writable = memory.without_region(region(0x2000, 0x1000, 0)).unwrap();
+        assert!(writable.contiguous_mut(GuestAddress(0x1000), 0x1000).is_some());
+    }
+
+    #[test]
+    fn the_length_of_the_file_tells_what_became_of_a_page() {
+        let short = file(0x2000);
+        let info = region(0, 0x2000, 0);
+        let memory = Memory::empty().with_region(info, short.try_clone().unwrap()).unwrap();
+        assert_eq!(memory.loss(), None);
+        short.set_len(0x1000).unwrap();
+        memory.read(GuestAddress(0x1000), &mut [0]).unwrap();
+        let loss = memory.loss().unwrap();
+        assert_eq!(loss, Loss::Shortened { region: info, found: 0x1000 });
+        let text = loss.to_string();
+        assert!(text.contains("4096 bytes, the region needs 8192"), "{text}");
+        // As if it had been something else.
+        short.set_len(0x2000).unwrap();
+        assert_eq!(memory.loss(), Some(Loss::NoPage { region: info }));
     }
 
     #[test]

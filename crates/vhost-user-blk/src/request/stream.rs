@@ -80,6 +80,7 @@ impl Stream {
             // No overflow: fewer than 2^16 lengths of 32 bits.
             self.writable += len;
             self.status_at = address.0.checked_add(len - 1).map(GuestAddress);
+            memory.check_writable(address, len)?;
             return iovecs.append(memory, address, len);
         }
         if self.writable > 0 {

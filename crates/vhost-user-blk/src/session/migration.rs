@@ -67,12 +67,17 @@ impl<D: Device> Session<D> {
         Ok(())
     }
 
-    /// Whether everything that the frontend shares is as long as it was.
+    /// Whether no page of all that the frontend shares was lost.
     pub(super) fn check_intact(&self) -> Result<()> {
-        let gone = self.memory.poisoned()
-            || self.inflight.as_ref().is_some_and(Area::poisoned)
-            || self.log.as_ref().is_some_and(|log| log.poisoned());
-        if gone { Err(Refusal::MemoryGone) } else { Ok(()) }
+        let losses = [
+            ("guest memory", self.memory.loss()),
+            ("in-flight area", self.inflight.as_ref().and_then(Area::loss)),
+            ("dirty log", self.log.as_ref().and_then(|log| log.loss())),
+        ];
+        match losses.into_iter().find_map(|(what, loss)| Some((what, loss?))) {
+            Some((what, loss)) => Err(Refusal::Lost { what, loss }),
+            None => Ok(()),
+        }
     }
 
     /// Lets go of the disk if a migration has stopped its last ring.

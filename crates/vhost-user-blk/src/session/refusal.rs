@@ -7,7 +7,7 @@ use vhost::vhost_user;
 use crate::config;
 use crate::dirty_log::LogError;
 use crate::inflight::InflightError;
-use crate::memory::MemoryError;
+use crate::memory::{Loss, MemoryError};
 use crate::state::StateError;
 
 /// Why a message is refused.
@@ -52,10 +52,8 @@ pub(super) enum Refusal {
     ConfigRange { offset: u32, size: usize },
     #[error("{0} was not offered")]
     NotOffered(&'static str),
-    #[error(
-        "the frontend has shortened the file of its memory, of the in-flight area or of the dirty log"
-    )]
-    MemoryGone,
+    #[error("{what}: {loss}")]
+    Lost { what: &'static str, loss: Loss },
     #[error("postcopy migration was not offered")]
     Postcopy,
 }

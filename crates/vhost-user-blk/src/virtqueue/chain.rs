@@ -137,7 +137,7 @@ impl Chain<'_> {
             return Err(ChainError::IndirectLength { len });
         }
         let host = self.memory.contiguous(start, u64::from(len));
-        self.table = host.map_or(Table::Guest(start), |host| Table::Host(host));
+        self.table = host.map_or(Table::Guest(start), Table::Host);
         self.len = len / DESCRIPTOR_SIZE;
         self.indirect = true;
         Ok(())

@@ -41,7 +41,7 @@ struct LinuxDriver {
 
 impl LinuxDriver {
     fn field(&self, address: u64) -> *mut u16 {
-        self.guest.memory.contiguous(GuestAddress(address), 2).unwrap().cast()
+        self.guest.memory.contiguous_mut(GuestAddress(address), 2).unwrap().cast()
     }
 
     fn offer(&mut self) {

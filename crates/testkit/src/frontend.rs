@@ -24,6 +24,8 @@ pub const F_LOG_ALL: u64 = 1 << 26;
 pub const F_EVENT_IDX: u64 = 1 << 29;
 /// `VIRTIO_F_INDIRECT_DESC`
 pub const F_INDIRECT_DESC: u64 = 1 << 28;
+/// `VIRTIO_BLK_F_SEG_MAX`
+pub const F_SEG_MAX: u64 = 1 << 2;
 /// `VIRTIO_BLK_F_FLUSH`
 pub const F_FLUSH: u64 = 1 << 9;
 /// `VIRTIO_BLK_F_CONFIG_WCE`

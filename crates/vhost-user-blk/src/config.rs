@@ -41,6 +41,10 @@ pub const F_LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 pub const F_FLUSH: u64 = 1 << blk::VIRTIO_BLK_F_FLUSH;
 /// `VIRTIO_BLK_F_CONFIG_WCE`.
 pub const F_CONFIG_WCE: u64 = 1 << blk::VIRTIO_BLK_F_CONFIG_WCE;
+/// `VIRTIO_BLK_F_SEG_MAX`.
+pub const F_SEG_MAX: u64 = 1 << blk::VIRTIO_BLK_F_SEG_MAX;
+/// `VIRTIO_F_INDIRECT_DESC`.
+pub const F_INDIRECT_DESC: u64 = 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 /// `VIRTIO_F_EVENT_IDX`.
 pub const F_EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
@@ -48,8 +52,8 @@ const F_COMMON: u64 = F_PROTOCOL_FEATURES
     | F_LOG_ALL
     | F_EVENT_IDX
     | 1 << virtio_config::VIRTIO_F_VERSION_1
-    | 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC
-    | 1 << blk::VIRTIO_BLK_F_SEG_MAX
+    | F_INDIRECT_DESC
+    | F_SEG_MAX
     | 1 << blk::VIRTIO_BLK_F_BLK_SIZE
     | 1 << blk::VIRTIO_BLK_F_TOPOLOGY
     | 1 << blk::VIRTIO_BLK_F_MQ
@@ -184,6 +188,12 @@ impl DeviceConfig {
             self.set_write_cache(wce != 0);
         }
         Some(wce.is_some())
+    }
+
+    /// Descriptors of the longest request that the driver may make: data, header and status.
+    #[must_use]
+    pub fn chain_len_max(&self) -> u32 {
+        self.raw.seg_max.get() + 2
     }
 
     /// Whether writes may stay in the host's cache until a flush.

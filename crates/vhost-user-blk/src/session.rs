@@ -219,6 +219,7 @@ impl<D: Device> Session<D> {
         // Nothing may be written that the log should have and cannot.
         let ready = self.features.is_some() && logging == common.log.is_some();
         let all_enabled = !self.has(config::F_PROTOCOL_FEATURES);
+        let chain_len_max = self.chain_len_max();
         for (queue, vring) in self.vrings.iter_mut().enumerate() {
             let allowed = ready && (vring.is_enabled() || all_enabled);
             match vring.located(&self.memory) {
@@ -232,6 +233,7 @@ impl<D: Device> Session<D> {
                         );
                         RINGS.say(Level::Info, line);
                     }
+                    warn_of_long_chains(queue, ring.state.size, chain_len_max);
                     log::debug!(
                         "queue {queue}: {} descriptors from {}",
                         ring.state.size,
@@ -245,6 +247,16 @@ impl<D: Device> Session<D> {
             }
         }
         Ok(self.let_go_if_idle()?)
+    }
+
+    /// How many descriptors of the ring a request may take: as many as the driver has been told, unless
+    /// it puts them into a table beside the ring, or does not know.
+    fn chain_len_max(&self) -> u32 {
+        if self.has(config::F_SEG_MAX) && !self.has(config::F_INDIRECT_DESC) {
+            self.config.chain_len_max()
+        } else {
+            0
+        }
     }
 
     /// Decides anew whether writes must be durable before they complete.
@@ -313,6 +325,20 @@ impl<D: Device> Session<D> {
         // Only to be readable for the next time; that it is not now is no harm.
         let _ = self.device.failure().read();
         self.check_intact()
+    }
+}
+
+/// A driver that puts more descriptors into a ring than it has cannot do so, and some wait for ever for
+/// room. The frontend alone knows the size of its rings when it asks for the configuration space, so
+/// here it is too late.
+fn warn_of_long_chains(queue: usize, size: u16, chain_len_max: u32) {
+    if u32::from(size) < chain_len_max {
+        let line = format_args!(
+            "queue {queue}: a ring of {size} without indirect descriptors, and requests may have \
+             {chain_len_max}: the guest may wait for ever for longer ones to fit; start the daemon \
+             with --queue-size={size}, or leave indirect descriptors on"
+        );
+        RINGS.say(Level::Warn, line);
     }
 }
 

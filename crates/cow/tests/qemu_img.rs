@@ -2,15 +2,11 @@
 
 mod common;
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use common::{Scratch, allocated, base_image, missing};
 use serde_json::Value;
-
-/// How long a state may take to come.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 fn qemu_img_status(scratch: &Scratch, args: &str) -> (i32, String) {
     let run = scratch.run(Command::new("qemu-img").args(args.split_whitespace()));
@@ -336,6 +332,9 @@ fn what_a_qcow2_image_can_have_is_read_or_refused() {
     assert!(!scratch.path("out").exists());
 }
 
+/// What qemu-io writes when it wants a command.
+const PROMPT: &[u8; 9] = b"qemu-io> ";
+
 /// qemu-io that has a file open for writing.
 struct Holder(Child);
 
@@ -343,13 +342,15 @@ impl Holder {
     fn new(scratch: &Scratch, format: &str, file: &str) -> Self {
         let mut command = Command::new("qemu-io");
         command.args(["-f", format, file]).current_dir(scratch.dir());
-        command.stdin(Stdio::piped()).stdout(Stdio::null());
-        let holder = Holder(command.spawn().unwrap());
-        let deadline = Instant::now() + PATIENCE;
-        while scratch.json(&format!("info {file}"))["in-use"] != true {
-            assert!(Instant::now() < deadline, "qemu-io does not lock {file}");
-        }
-        holder
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        // It asks for commands when it has the file. To try the lock meanwhile could make it fail:
+        // whoever looks at a lock of QEMU's holds one for a moment.
+        let mut prompt = [0; PROMPT.len()];
+        child.stdout.as_mut().unwrap().read_exact(&mut prompt).unwrap();
+        assert_eq!(prompt, *PROMPT);
+        assert_eq!(scratch.json(&format!("info {file}"))["in-use"], true);
+        Holder(child)
     }
 
     fn end(mut self) {

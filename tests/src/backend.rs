@@ -14,6 +14,17 @@ use crate::programs::vhost_user_blk;
 /// How long a backend may take to listen, and to end.
 const BACKEND_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// What a backend has of what it could lose track of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Belongings {
+    /// Open descriptors.
+    pub descriptors: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Mappings of QEMU's guest memory.
+    pub memory: usize,
+}
+
 /// A backend that listens on its socket.
 pub struct Backend {
     process: Process,
@@ -73,6 +84,25 @@ impl Backend {
     /// Waits until it has written `text` so many times.
     pub fn wait_for_times(&self, text: &str, times: usize) {
         self.process.wait_for_times(text, times, BACKEND_TIMEOUT);
+    }
+
+    /// Its descriptors, its threads, and its mappings of guest memory, all of them counted.
+    pub fn belongings(&self) -> Belongings {
+        let dir = |what: &str| PathBuf::from(format!("/proc/{}/{what}", self.process.id()));
+        let entries = |what: &str| fs::read_dir(dir(what)).expect("a running daemon").count();
+        let maps = fs::read_to_string(dir("maps")).expect("a running daemon");
+        let memory = maps.lines().filter(|line| line.contains("memfd:memory-backend")).count();
+        Belongings { descriptors: entries("fd"), threads: entries("task"), memory }
+    }
+
+    /// Waits until these are its belongings.
+    pub fn wait_for_belongings(&self, expected: Belongings) {
+        let deadline = Instant::now() + BACKEND_TIMEOUT;
+        while self.belongings() != expected {
+            let found = self.belongings();
+            assert!(Instant::now() < deadline, "{found:?}, expected {expected:?}");
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Sends it a signal.

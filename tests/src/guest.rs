@@ -14,6 +14,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 
 use crate::backend::Backend;
+use crate::boot_disk::{Firmware, OVMF_CODE, OVMF_VARS, boot_disk};
 use crate::files::TestDir;
 use crate::monitor::Monitor;
 use crate::process::Process;
@@ -21,6 +22,9 @@ use crate::programs::{available, run_ok};
 
 /// Long enough for the slowest script under TCG on a busy machine; only a hang gets there.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(240);
+
+/// QEMU guests' kernels are started with this.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1";
 
 /// What UML prints last.
 const UML_HALTED: &str = "reboot: System halted";
@@ -88,6 +92,10 @@ pub struct Guest {
     reconnect: bool,
     control: bool,
     incoming: Option<PathBuf>,
+    firmware: Option<Firmware>,
+    machine: &'static str,
+    disk_options: String,
+    slots: bool,
     timeout: Duration,
 }
 
@@ -107,6 +115,10 @@ impl Guest {
             reconnect: false,
             control: false,
             incoming: None,
+            firmware: None,
+            machine: "q35",
+            disk_options: String::new(),
+            slots: false,
             timeout: GUEST_TIMEOUT,
         }
     }
@@ -193,6 +205,46 @@ impl Guest {
         self
     }
 
+    /// Has it boot from its first disk, which must be a [`Guest::boot_disk`] (QEMU only).
+    pub fn from_firmware(mut self, firmware: Firmware) -> Self {
+        assert_eq!(self.kernel, Kernel::Qemu, "UML runs as a program");
+        self.firmware = Some(firmware);
+        self
+    }
+
+    /// The disk that it boots from: GRUB, its kernel, its script. GRUB obeys `commands` first, and the
+    /// disk has `files`, (name, content), as well.
+    pub fn boot_disk(&self, commands: &str, files: &[(&str, &[u8])]) -> Vec<u8> {
+        let path = cache().join("kernel/vmlinuz");
+        let kernel = fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let initrd = self.initrd();
+        let own = [("vmlinuz", kernel.as_slice()), ("initrd", initrd.as_slice())];
+        let commands = format!("{commands}\nlinux /vmlinuz {CMDLINE}\ninitrd /initrd\nboot\n");
+        boot_disk(&commands, &[&own, files].concat())
+    }
+
+    /// Gives it a machine other than "q35" (QEMU only).
+    pub fn machine(mut self, machine: &'static str) -> Self {
+        assert_eq!(self.kernel, Kernel::Qemu, "machines are QEMU's");
+        self.machine = machine;
+        self
+    }
+
+    /// Further properties of its disks, each with a comma before it (QEMU only).
+    pub fn disk_options(mut self, options: &str) -> Self {
+        assert_eq!(self.kernel, Kernel::Qemu, "properties are QEMU's");
+        self.disk_options = options.to_owned();
+        self
+    }
+
+    /// Gives it room for memory that is plugged later, which its kernel uses at once and in such a way
+    /// that it can be taken away (QEMU only).
+    pub fn with_memory_slots(mut self) -> Self {
+        assert_eq!(self.kernel, Kernel::Qemu, "UML's memory is what it is");
+        self.slots = true;
+        self
+    }
+
     /// Gives it more time than other guests.
     pub fn with_time(mut self, more: Duration) -> Self {
         self.timeout += more;
@@ -248,11 +300,13 @@ impl Guest {
         };
         let accel = if accel() == "kvm" { "kvm" } else { "tcg,thread=multi" };
         let mut command = Command::new("qemu-system-x86_64");
-        command.args(["-accel", accel, "-cpu", "max", "-m", memory]);
+        let slots = if self.slots { ",slots=4,maxmem=4G" } else { "" };
+        command.args(["-accel", accel, "-cpu", "max", "-m"]).arg(format!("{memory}{slots}"));
         command.args(["-smp", &self.queues.to_string()]);
         // vhost-user needs guest memory that can be shared.
         command.arg("-object").arg(format!("memory-backend-memfd,id=mem,size={memory},share=on"));
-        command.args(["-machine", "q35,memory-backend=mem", "-nodefaults", "-display", "none"]);
+        command.arg("-machine").arg(format!("{},memory-backend=mem", self.machine));
+        command.args(["-nodefaults", "-display", "none"]);
         command.args(["-serial", "stdio"]);
         if self.control {
             let [monitor, serial] = control_sockets(dir, name);
@@ -267,10 +321,30 @@ impl Guest {
             let reconnect = if self.reconnect { reconnect_option() } else { "" };
             command.arg(format!("socket,id=c{index},path={}{reconnect}", socket.display()));
             command.arg("-device");
-            command.arg(format!("vhost-user-blk-pci,chardev=c{index},num-queues={}", self.queues));
+            let boots =
+                self.firmware.map_or(String::new(), |_| format!(",bootindex={}", index + 1));
+            command.arg(format!(
+                "vhost-user-blk-pci,id=disk{index},chardev=c{index},num-queues={}{}{boots}",
+                self.queues, self.disk_options,
+            ));
         }
-        command.arg("-kernel").arg(cache().join(kernel)).arg("-initrd").arg(initrd);
-        command.args(["-append", "console=ttyS0 quiet panic=-1"]);
+        match self.firmware {
+            None => {
+                command.arg("-kernel").arg(cache().join(kernel));
+                let movable = if self.slots { " memhp_default_state=online_movable" } else { "" };
+                command.arg("-initrd").arg(initrd);
+                command.arg("-append").arg(format!("{CMDLINE}{movable}"));
+            }
+            Some(Firmware::SeaBios) => {}
+            Some(Firmware::Ovmf) => {
+                let variables = dir.path(&format!("{name}.variables"));
+                fs::copy(OVMF_VARS, &variables).expect("copying UEFI's variables");
+                let flash = "if=pflash,format=raw";
+                command.arg("-drive").arg(format!("{flash},unit=0,readonly=on,file={OVMF_CODE}"));
+                command.arg("-drive");
+                command.arg(format!("{flash},unit=1,file={}", variables.display()));
+            }
+        }
         command
     }
 
@@ -384,7 +458,8 @@ impl Console {
     /// Results are the lines `@@KEY=VALUE`; of several with one key the last counts.
     fn parse(text: String) -> Self {
         let result = |line: &str| {
-            let (key, value) = line.trim_end().strip_prefix("@@")?.split_once('=')?;
+            // GRUB puts the carriage return behind the newline.
+            let (key, value) = line.trim().strip_prefix("@@")?.split_once('=')?;
             Some((key.to_owned(), value.to_owned()))
         };
         let results = text.lines().filter_map(result).collect();

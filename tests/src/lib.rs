@@ -7,13 +7,15 @@
 //! however it ends, and a failed test shows the output of its processes.
 
 mod backend;
+mod boot_disk;
 mod files;
 mod guest;
 mod monitor;
 mod process;
 mod programs;
 
-pub use backend::Backend;
+pub use backend::{Backend, Belongings};
+pub use boot_disk::Firmware;
 pub use files::{CowDisk, TestDir, patterned, sha256, write_image};
 pub use guest::{Console, Guest, Kernel, Running};
 pub use monitor::Monitor;

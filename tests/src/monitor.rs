@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+/// After this time a guest is asked again to give a device back.
+const ASK_AGAIN: Duration = Duration::from_secs(3);
+
 /// A connection to a monitor.
 pub struct Monitor {
     lines: BufReader<UnixStream>,
@@ -34,19 +37,50 @@ impl Monitor {
 
     /// Runs a command; panics if it fails.
     pub fn run(&mut self, command: &str, arguments: Value) -> Value {
+        match self.try_run(command, &arguments) {
+            Ok(result) => result,
+            Err(error) => panic!("{command} {arguments}: {error}"),
+        }
+    }
+
+    /// Runs a command; what it says if it fails is the error.
+    fn try_run(&mut self, command: &str, arguments: &Value) -> Result<Value, Value> {
         let request = json!({ "execute": command, "arguments": arguments });
         let line = format!("{request}\n");
         self.lines.get_mut().write_all(line.as_bytes()).expect("writing to a monitor");
         loop {
             let mut answer = self.line();
-            if let Some(error) = answer.get("error") {
-                panic!("{request}: {error}");
+            if let Some(error) = answer.get_mut("error") {
+                return Err(error.take());
             }
             // Anything else is an event.
             if let Some(result) = answer.get_mut("return") {
-                return result.take();
+                return Ok(result.take());
             }
         }
+    }
+
+    /// Asks the guest to give a device back, and waits until it has. One that cannot at the moment is
+    /// asked again.
+    pub fn unplug(&mut self, id: &str) {
+        let deadline = Instant::now() + self.timeout;
+        let mut refused = Value::Null;
+        while self.is_plugged(id) {
+            assert!(Instant::now() < deadline, "{id} is not given back: {refused}");
+            // An error while the guest is at it, or has done it just now.
+            if let Err(error) = self.try_run("device_del", &json!({ "id": id })) {
+                refused = error;
+            }
+            let again = Instant::now() + ASK_AGAIN;
+            while self.is_plugged(id) && Instant::now() < again {
+                thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
+
+    fn is_plugged(&mut self, id: &str) -> bool {
+        let devices = self.run("qom-list", json!({ "path": "/machine/peripheral" }));
+        devices.as_array().is_some_and(|all| all.iter().any(|device| device["name"] == id))
     }
 
     fn line(&mut self) -> Value {

@@ -19,7 +19,7 @@ const BACKEND_TIMEOUT: Duration = Duration::from_secs(60);
 pub struct Belongings {
     /// Open descriptors.
     pub descriptors: usize,
-    /// Threads.
+    /// Threads of its own.
     pub threads: usize,
     /// Mappings of QEMU's guest memory.
     pub memory: usize,
@@ -89,10 +89,16 @@ impl Backend {
     /// Its descriptors, its threads, and its mappings of guest memory, all of them counted.
     pub fn belongings(&self) -> Belongings {
         let dir = |what: &str| PathBuf::from(format!("/proc/{}/{what}", self.process.id()));
-        let entries = |what: &str| fs::read_dir(dir(what)).expect("a running daemon").count();
+        let entries = |what: &str| fs::read_dir(dir(what)).expect("a running daemon").flatten();
+        // The kernel's own, for io_uring, come and go.
+        let is_own = |task: &fs::DirEntry| {
+            let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+            !name.is_empty() && !name.starts_with("iou-")
+        };
         let maps = fs::read_to_string(dir("maps")).expect("a running daemon");
         let memory = maps.lines().filter(|line| line.contains("memfd:memory-backend")).count();
-        Belongings { descriptors: entries("fd"), threads: entries("task"), memory }
+        let threads = entries("task").filter(is_own).count();
+        Belongings { descriptors: entries("fd").count(), threads, memory }
     }
 
     /// Waits until these are its belongings.

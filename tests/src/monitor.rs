@@ -60,6 +60,16 @@ impl Monitor {
         }
     }
 
+    /// Runs a command as often as it takes until it succeeds: QEMU lets go of things a little after it
+    /// says so.
+    pub fn run_in_the_end(&mut self, command: &str, arguments: Value) {
+        let deadline = Instant::now() + self.timeout;
+        while let Err(error) = self.try_run(command, &arguments) {
+            assert!(Instant::now() < deadline, "{command} {arguments}: {error}");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// Asks the guest to give a device back, and waits until it has. One that cannot at the moment is
     /// asked again.
     pub fn unplug(&mut self, id: &str) {

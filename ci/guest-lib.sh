@@ -31,6 +31,17 @@ digest() { dd if="$1" bs="${2:-1M}" iflag=direct 2>/dev/null | sha256sum | cut -
 blkdiscard() { /sbin/blkdiscard "$@"; }
 fstrim() { /sbin/fstrim "$@"; }
 
+# load_modules NAME...: modules of host.cpio (ci/guest-image), with what they need.
+load_modules() {
+    load_tree=/lib/modules/$(uname -r)
+    for load_name; do
+        while read -r load_file; do
+            load_module=$(basename "$load_file" .ko | tr - _)
+            [ -d "/sys/module/$load_module" ] || insmod "$load_tree/$load_file" || return
+        done <"$load_tree/order.$load_name"
+    done
+}
+
 # fsync FILE...
 fsync() {
     for fsync_file; do

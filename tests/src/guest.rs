@@ -80,6 +80,7 @@ impl Kernel {
 }
 
 /// A guest to be booted.
+#[derive(Clone)]
 pub struct Guest {
     kernel: Kernel,
     sockets: Vec<PathBuf>,
@@ -88,6 +89,9 @@ pub struct Guest {
     files: Vec<(String, Vec<u8>)>,
     own_kernel: bool,
     queues: u16,
+    drives: Vec<String>,
+    debug_port: Option<PathBuf>,
+    host: bool,
     fio: bool,
     reconnect: bool,
     control: bool,
@@ -111,6 +115,9 @@ impl Guest {
             files: vec![],
             own_kernel: false,
             queues: 1,
+            drives: vec![],
+            debug_port: None,
+            host: false,
             fio: false,
             reconnect: false,
             control: false,
@@ -121,6 +128,12 @@ impl Guest {
             slots: false,
             timeout: GUEST_TIMEOUT,
         }
+    }
+
+    /// Gives it another script.
+    pub fn with_script(mut self, script: &str) -> Self {
+        script.clone_into(&mut self.script);
+        self
     }
 
     /// Attaches a vhost-user disk: `/dev/vda`, the next `/dev/vdb`, ...
@@ -154,6 +167,27 @@ impl Guest {
         self
     }
 
+    /// Attaches a disk of QEMU's own, after those of vhost-user; `options` are `-drive`'s (QEMU only).
+    pub fn drive(mut self, options: &str) -> Self {
+        assert_eq!(self.kernel, Kernel::Qemu, "a drive is QEMU's");
+        self.drives.push(options.to_owned());
+        self
+    }
+
+    /// Gives it a port (0xe9) at which each byte that it writes is in `file` at once (QEMU only).
+    pub fn debug_port(mut self, file: &Path) -> Self {
+        assert_eq!(self.kernel, Kernel::Qemu, "a debug port is QEMU's");
+        self.debug_port = Some(file.to_owned());
+        self
+    }
+
+    /// Puts more file systems and the device mapper into the guest (`load_modules`; QEMU only).
+    pub fn as_host(mut self) -> Self {
+        assert_eq!(self.kernel, Kernel::Qemu, "UML's modules have no device mapper");
+        self.host = true;
+        self
+    }
+
     /// Puts its own kernel and initrd into the guest, as `/kernel` and `/second` (QEMU only).
     pub fn with_kernel(mut self) -> Self {
         assert_eq!(self.kernel, Kernel::Qemu, "UML runs as a program");
@@ -161,10 +195,9 @@ impl Guest {
         self
     }
 
-    /// Puts a program of this machine into the guest's `/bin`, with the libraries that it names.
+    /// Puts a program of this machine into the guest's `/bin`, without symbols, and the libraries that
+    /// it names.
     pub fn with_program(mut self, program: &Path) -> Self {
-        let content =
-            |path: &Path| fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let name = program.file_name().expect("a program's name").to_string_lossy();
         let mut ldd = Command::new("ldd");
         ldd.arg(program);
@@ -173,9 +206,10 @@ impl Guest {
         let libraries = output.split_ascii_whitespace().filter(|word| word.starts_with("/lib/"));
         for library in libraries {
             let path = library.trim_start_matches('/').to_owned();
-            self.files.push((path, content(Path::new(library))));
+            let content = fs::read(library).unwrap_or_else(|e| panic!("{library}: {e}"));
+            self.files.push((path, content));
         }
-        self.with_file(&format!("bin/{name}"), content(program))
+        self.with_file(&format!("bin/{name}"), without_symbols(program))
     }
 
     /// Puts fio into the guest.
@@ -281,6 +315,9 @@ impl Guest {
         if self.fio {
             initrd.extend(read("guest/fio.cpio"));
         }
+        if self.host {
+            initrd.extend(read("guest/host.cpio"));
+        }
         let files = self.files.iter().map(|(path, content)| (path.as_str(), content.as_slice()));
         let files: Vec<_> = files.chain([("script", self.script.as_bytes())]).collect();
         initrd.extend(cpio(&files));
@@ -345,6 +382,14 @@ impl Guest {
                 command.arg(format!("{flash},unit=1,file={}", variables.display()));
             }
         }
+        for (index, options) in self.drives.iter().enumerate() {
+            command.arg("-drive").arg(format!("if=none,id=d{index},{options}"));
+            command.arg("-device").arg(format!("virtio-blk-pci,drive=d{index}"));
+        }
+        if let Some(file) = &self.debug_port {
+            command.arg("-chardev").arg(format!("file,id=debug,path={}", file.display()));
+            command.args(["-device", "isa-debugcon,iobase=0xe9,chardev=debug"]);
+        }
         command
     }
 
@@ -390,6 +435,17 @@ impl Running {
     /// Waits until the console shows `text` so many times.
     pub fn wait_for_times(&self, text: &str, times: usize) {
         self.process.wait_for_times(text, times, self.timeout);
+    }
+
+    /// Whether it has powered off, or died.
+    pub fn has_ended(&mut self) -> bool {
+        self.process.ended().is_some()
+    }
+
+    /// Kills it: its memory is gone.
+    pub fn kill(self) {
+        self.process.signal(Signal::SIGKILL);
+        self.process.wait(self.timeout);
     }
 
     /// Whether the console shows `text` already.
@@ -491,6 +547,15 @@ impl Console {
             self.expect(key, "ok");
         }
     }
+}
+
+/// A program without what only a debugger needs, of which a small guest has no room for much.
+fn without_symbols(program: &Path) -> Vec<u8> {
+    let stripped = tempfile::NamedTempFile::new().expect("a temporary file");
+    let mut strip = Command::new("strip");
+    strip.arg("-o").arg(stripped.path()).arg(program);
+    run_ok(strip);
+    fs::read(stripped.path()).expect("reading a program")
 }
 
 /// What `ci/setup` made: CACHE_DIR, else `.cache` in the checkout.

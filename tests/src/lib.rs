@@ -9,8 +9,10 @@
 mod backend;
 mod boot_disk;
 mod files;
+pub mod flushed;
 mod guest;
 mod monitor;
+pub mod powercut;
 mod process;
 mod programs;
 

@@ -5,12 +5,12 @@
 //!     flush-client run SOCKET SEED PROGRAM MODE plays a program
 //!
 //! MODE is a list of words: `count=N` ends after N operations and a last flush; `completions` also tells of each completion;
-//! `lies` tells of flushes that were not sent; `tolerant` goes on when requests fail, and ends when a flush has.
+//! `lies` tells of flushes that were not sent; `tolerant` goes on when requests fail, and ends when a flush has, or
+//! [`MOST_FAILED`] others: with every write failed there is nothing to flush.
 //!
 //! Lines go to the file that TOLD names; without it to QEMU's debug port, where a byte is in the file outside before the
 //! next instruction, so that what was told before the power went is known.
 
-use std::collections::BTreeSet;
 use std::error::Error;
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -29,6 +29,8 @@ const CONNECT_FOR: Duration = Duration::from_secs(120);
 const STALL_AFTER: Duration = Duration::from_secs(120);
 /// Requests in flight while the disk is read.
 const DUMP_DEPTH: u16 = 4;
+/// Failed requests that are enough.
+const MOST_FAILED: usize = 64;
 /// How many operations are announced at a time.
 const ANNOUNCED: u64 = 16;
 
@@ -181,7 +183,7 @@ struct Player {
     depth: usize,
     /// In the order of their submission, each with its slot.
     busy: Vec<(u16, usize, Busy)>,
-    failed: BTreeSet<u64>,
+    failed: usize,
     flush_failed: bool,
 }
 
@@ -200,12 +202,13 @@ fn run(socket: &Path, seed: &str, number: &str, mode: &str) -> Outcome<()> {
         mode: Mode::parse(mode)?,
         depth: form.depth,
         busy: vec![],
-        failed: BTreeSet::new(),
+        failed: 0,
         flush_failed: false,
     };
     let mut index = 0;
     loop {
-        if player.mode.count == Some(index) || player.flush_failed {
+        let enough = player.flush_failed || player.failed >= MOST_FAILED;
+        if player.mode.count == Some(index) || enough {
             break;
         }
         player.begin(index, program.step())?;
@@ -285,7 +288,7 @@ impl Player {
             if !self.mode.tolerant {
                 return Err(format!("operation {number}: {step:?}: {status:?}").into());
             }
-            self.failed.insert(*number);
+            self.failed += 1;
             self.flush_failed |= step.op == Op::Flush;
             return tell(&format!("failed {number}"));
         }
@@ -297,12 +300,12 @@ impl Player {
         if self.mode.completions { tell(&format!("completed {number}")) } else { Ok(()) }
     }
 
-    /// Completes all, and flushes once more where that can still succeed.
+    /// Completes all, and flushes once more if nothing has failed.
     fn end(&mut self, index: u64) -> Outcome<()> {
         while !self.busy.is_empty() {
             self.complete_some()?;
         }
-        if !self.flush_failed {
+        if !self.flush_failed && self.failed == 0 {
             let flush = Step { op: Op::Flush, lba: 0, sectors: 0, drain: true, queue: 0 };
             // In place of the program's own operation of this number: both change nothing that is
             // not told to be durable, since none after it is.

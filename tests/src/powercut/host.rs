@@ -200,9 +200,9 @@ impl Host {
         Self { variant, lie, template }
     }
 
-    /// Gives it a serial port at which the test can tell it something.
+    /// Gives it a serial port at which the test can tell it something, and one CPU only.
     pub fn controlled(mut self) -> Self {
-        self.template = self.template.controlled();
+        self.template = self.template.controlled().queues(1);
         self
     }
 

@@ -50,6 +50,7 @@ next() {
 
 serve() {
     tell serving
+    rm -f "$socket"
     serve_disk=$(top)
     [ -e "$serve_disk" ] || serve_disk=$serve_disk,/mnt/base0
     # A daemon on a host that lies: see wrong.c.
@@ -59,13 +60,29 @@ serve() {
     daemon=$!
 }
 
-# The daemon ends, with everything flushed.
+# The daemon ends, with everything flushed. Before it listens a signal would end it as it ends any program.
 close_disk() {
+    close_tries=0
+    until [ -S "$socket" ]; do
+        close_tries=$((close_tries + 1))
+        [ "$close_tries" -lt 2400 ] || fail "the daemon does not listen"
+        sleep 0.05
+    done
     kill -TERM "$daemon"
     close_code=0
     wait "$daemon" || close_code=$?
     tell "closed $close_code"
     [ "$close_code" = 0 ] || fail "the daemon ended with $close_code"
+}
+
+# What a dead daemon had in its rings keeps the file system busy for a moment.
+unmount_disk() {
+    unmount_tries=0
+    until umount /mnt 2>/dev/null; do
+        unmount_tries=$((unmount_tries + 1))
+        [ "$unmount_tries" -lt 1200 ] || fail umount
+        sleep 0.05
+    done
 }
 
 kill_daemon() {

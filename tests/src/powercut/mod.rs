@@ -11,6 +11,7 @@ mod host;
 mod nbd;
 mod series;
 
+pub use disk::{Survives, VolatileDisk};
 pub use host::{FileSystem, Host, Lie, Variant, dump_path};
-pub use nbd::wait_until;
+pub use nbd::{Server, wait_until};
 pub use series::{Report, Series};

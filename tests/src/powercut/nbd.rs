@@ -180,7 +180,7 @@ fn accept(listener: &UnixListener, shared: &Arc<Shared>) {
 }
 
 fn serve(mut stream: UnixStream, shared: &Shared) -> io::Result<()> {
-    if !negotiate(&mut stream, shared.lock().disk.len())? {
+    if !negotiate(&mut stream, shared.lock().disk.bytes())? {
         return Ok(());
     }
     loop {

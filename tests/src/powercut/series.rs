@@ -22,6 +22,8 @@ use super::nbd::{Server, wait_until};
 const BOOT_TIMEOUT: Duration = Duration::from_secs(240);
 /// For a disk that is to freeze at its next requests: if there are none it is cut as it is.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
+/// So often the last boot is tried: QEMU can crash, which is a cut like others.
+const LAST_BOOTS: u32 = 3;
 /// The exit status of `cow check` where space is allocated that nothing needs.
 const LEAKS: i32 = 3;
 
@@ -31,6 +33,8 @@ pub struct Report {
     pub text: String,
     /// What must not be.
     pub violations: Vec<String>,
+    /// The power went before its time.
+    crashed: bool,
 }
 
 /// When the power goes.
@@ -115,12 +119,23 @@ impl Series {
 
     /// Boots the host, reads the disk, closes it and looks at its file.
     pub fn finish(&mut self) -> Report {
+        for _ in 1..LAST_BOOTS {
+            let report = self.try_to_finish();
+            if !report.crashed {
+                return report;
+            }
+            println!("QEMU has crashed: {}", report.text);
+        }
+        self.try_to_finish()
+    }
+
+    fn try_to_finish(&mut self) -> Report {
         let mut script = self.mount("");
         script += "status check_after_cut cow check \"$(top)\"\nserve\ndump\nclose_disk\n";
         if self.lie.is_none() {
             script += "check_closed\n";
         }
-        script += "umount /mnt\n";
+        script += "unmount_disk\n";
         let plan = Plan {
             script,
             load: String::new(),
@@ -318,6 +333,7 @@ impl Series {
             violations.push(why);
         }
         fs::write(self.dir.path(&format!("{name}.console")), guest.output()).expect("a file");
+        let crashed = guest.has_crashed();
         guest.kill();
         let cut = self.server.cut(plan.survives, self.rng.next_u64());
         let told = Told::read(&told_path);
@@ -331,10 +347,10 @@ impl Series {
         violations.extend(verdict.violations.iter().cloned());
         violations.extend(self.further_violations(&told));
         let text = self.describe(&plan, &cut, &verdict);
-        Report { text, violations }
+        Report { text, violations, crashed }
     }
 
-    /// Waits until the power is to go; says what went wrong before.
+    /// Waits until the power is to go, or QEMU has crashed; says what else went wrong before.
     fn await_moment(&self, guest: &mut Running, plan: &Plan, told: &Path) -> Result<(), String> {
         let text = || fs::read_to_string(told).unwrap_or_default();
         let mut wait_for = |word: &str| {
@@ -348,24 +364,29 @@ impl Series {
             });
             let failed = seen.lines().find(|line| line.starts_with("failure "));
             match failed {
-                _ if reached && is_there(&seen) => Ok(()),
+                _ if reached && is_there(&seen) => Ok(true),
+                None if guest.has_crashed() => Ok(false),
                 Some(line) => Err(format!("before {word:?}: {line}")),
                 None => Err(format!("no {word:?}; the host ended: {}", guest.has_ended())),
             }
         };
         match &plan.moment {
             Moment::Load { after, requests } => {
-                wait_for(&plan.load)?;
-                thread::sleep(*after);
-                if let Some(requests) = requests {
-                    self.server.freeze_after(*requests, FREEZE_TIMEOUT);
+                if wait_for(&plan.load)? {
+                    thread::sleep(*after);
+                    if let Some(requests) = requests {
+                        self.server.freeze_after(*requests, FREEZE_TIMEOUT);
+                    }
                 }
             }
             Moment::Word { word, requests } => {
-                wait_for(word)?;
-                self.server.freeze_after(*requests, FREEZE_TIMEOUT);
+                if wait_for(word)? {
+                    self.server.freeze_after(*requests, FREEZE_TIMEOUT);
+                }
             }
-            Moment::Never => wait_for("over")?,
+            Moment::Never => {
+                wait_for("over")?;
+            }
         }
         Ok(())
     }

@@ -7,11 +7,17 @@
 //! A seed repeats the programs and the kinds of cuts. At which instant one falls depends on the machine.
 
 use std::env;
+use std::fs::OpenOptions;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use system_tests::powercut::{FileSystem, Lie, Series, Variant};
-use system_tests::{Kernel, available, require};
+use blk_bench::rng::Rng;
+use system_tests::flushed::Told;
+use system_tests::flushed::program::pick;
+use system_tests::powercut::{
+    FileSystem, Host, Lie, Series, Server, Survives, Variant, VolatileDisk, wait_until,
+};
+use system_tests::{Kernel, Running, TestDir, available, require};
 
 /// Cuts where the environment does not say how many.
 const CUTS: u32 = 6;
@@ -19,6 +25,9 @@ const CUTS: u32 = 6;
 const CUTS_OF_A_DISK: u32 = 3;
 /// Cuts in which a lie must be found.
 const CUTS_OF_A_LIE: u32 = 6;
+
+/// For a boot of the host up to what is waited for, under TCG on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(240);
 
 const CLIENT: &str = env!("CARGO_BIN_EXE_flush-client");
 /// Where a failure's files are kept.
@@ -73,6 +82,77 @@ fn a_power_cut_loses_nothing_that_was_flushed() {
         }
     }
     assert!(failures.is_empty(), "{} (seed {seed}):\n{}", failures.len(), failures.join("\n"));
+}
+
+/// Files that `cow` makes one after the other, until the power goes: each is whole or not there, and those that it has said
+/// are done are there.
+fn what_cow_has_made_is_whole(file_system: FileSystem) {
+    require!(can_run());
+    let seed = run_seed();
+    let mut rng = Rng::new(seed);
+    let (dir, variant) = (TestDir::new(), Variant { file_system, uml: false, direct: false });
+    let image = dir.path("disk");
+    let host = Host::new(&dir, &image, variant, None, Path::new(CLIENT));
+    let file = OpenOptions::new().read(true).write(true).open(&image).expect("the disk's image");
+    let disk = VolatileDisk::new(file).expect("a disk");
+    let server = Server::start(&dir.path("nbd"), disk, seed).expect("a server");
+    let drive = format!("driver=nbd,server.type=unix,server.path={}", server.socket().display());
+    let mount = format!("mount_disk {} /dev/vda ''\n", file_system.name());
+    let make = format!(
+        "{mount}cow create --quiet -b /mnt/base0 /mnt/new-0.cow
+         cow merge --quiet /mnt/new-0.cow /mnt/new-image
+         tell made new-0.cow; tell made new-image
+         i=0; while :; do
+             cow snapshot --quiet /mnt/new-$i.cow /mnt/new-$((i + 1)).cow || fail snapshot
+             i=$((i + 1)); tell made new-$i.cow
+             cow create --quiet -b /mnt/base0 /mnt/new-other-$i.cow || fail create
+             tell made new-other-$i.cow
+         done"
+    );
+    let mut guest = host.boot(&dir, "make", &drive, &make);
+    let told = |name: &str| Told::read(&dir.path(&format!("{name}.told")));
+    let begun = wait_until(PATIENCE, || told("make").has("made") || guest.has_ended());
+    assert!(begun && told("make").has("made"), "{:?}\n{}", told("make").lines, guest.output());
+    server.freeze_after(1 + rng.below(60), PATIENCE);
+    let made = told("make");
+    guest.kill();
+    println!("{}: {}", file_system.name(), server.cut(pick(&mut rng, &Survives::ALL), seed));
+    let names = made.lines.iter().filter_map(|line| line.strip_prefix("made "));
+    let exist = names.map(|name| format!("status {name} test -s /mnt/{name}\n"));
+    let look = format!(
+        "{mount}{}for file in /mnt/new-*; do case $file in
+             *.cow) status $file cow check $file;;
+             *) status $file cmp $file /mnt/base0;;
+         esac; done",
+        exist.collect::<String>()
+    );
+    let guest = host.boot(&dir, "look", &drive, &look);
+    let seen = finish(guest, &|| told("look"));
+    let wrong: Vec<_> = seen.statuses.iter().filter(|(_, status)| *status != 0).collect();
+    assert!(wrong.is_empty(), "{} (seed {seed}): {wrong:?}", file_system.name());
+}
+
+/// Waits until the script of a host has come to its end, and gives what it has told.
+fn finish(mut guest: Running, told: &dyn Fn() -> Told) -> Told {
+    wait_until(PATIENCE, || told().has("over") || guest.has_ended());
+    let told = told();
+    assert!(told.has("over"), "{:?}\n{}", told.lines, guest.output());
+    told
+}
+
+#[test]
+fn what_cow_makes_on_ext4_is_whole_or_not_there_after_a_power_cut() {
+    what_cow_has_made_is_whole(FileSystem::Ext4);
+}
+
+#[test]
+fn what_cow_makes_on_xfs_is_whole_or_not_there_after_a_power_cut() {
+    what_cow_has_made_is_whole(FileSystem::Xfs);
+}
+
+#[test]
+fn what_cow_makes_on_btrfs_is_whole_or_not_there_after_a_power_cut() {
+    what_cow_has_made_is_whole(FileSystem::Btrfs);
 }
 
 /// Whether a host that is wrong is found out within some cuts.

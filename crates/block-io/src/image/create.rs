@@ -84,6 +84,9 @@ impl<E: Env> Unpublished<E> {
         };
         named.map_err(OpenError::io(&self.path, "create"))?;
         self.temporary = None;
+        // btrfs (Linux 6.1) syncs nothing of a file that has no name yet, and its log of the directory
+        // then names an empty file.
+        self.file.sync().map_err(OpenError::io(&self.path, "sync"))?;
         self.env.sync_parent(&self.path).map_err(OpenError::io(&self.path, "sync the directory of"))
     }
 }

@@ -12,6 +12,7 @@ mod files;
 pub mod flushed;
 mod guest;
 mod monitor;
+mod mount;
 pub mod powercut;
 mod process;
 mod programs;
@@ -21,6 +22,7 @@ pub use boot_disk::Firmware;
 pub use files::{CowDisk, TestDir, patterned, sha256, write_image};
 pub use guest::{Console, Guest, Kernel, Running};
 pub use monitor::Monitor;
+pub use mount::{LoopMount, SmallTmpfs, drop_page_cache};
 pub use process::Process;
 pub use programs::{Outcome, available, blk_bench, compile_c, cow, run, run_ok, vhost_user_blk};
 

@@ -2,6 +2,7 @@
 //!
 //!     flush-client tell LINE...
 //!     flush-client dump SOCKET FILE SLOT        reads the whole disk, to a place of FILE
+//!     flush-client same FILE SLOT FILE SLOT LEN compares LEN bytes of two such places
 //!     flush-client run SOCKET SEED PROGRAM MODE plays a program
 //!
 //! MODE is a list of words: `count=N` ends after N operations and a last flush; `completions` also tells of each completion;
@@ -12,7 +13,7 @@
 //! next instruction, so that what was told before the power went is known.
 
 use std::error::Error;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -42,6 +43,7 @@ fn main() {
     let outcome = match args.as_slice() {
         ["tell", words @ ..] => tell(&words.join(" ")),
         ["dump", socket, file, slot] => dump(Path::new(socket), Path::new(file), slot),
+        ["same", one, at, other, other_at, len] => same([(one, at), (other, other_at)], len),
         ["run", socket, seed, program, mode] => run(Path::new(socket), seed, program, mode),
         _ => Err("usage: see the beginning of tests/src/bin/flush-client.rs".into()),
     };
@@ -142,6 +144,25 @@ fn dump(socket: &Path, file: &Path, slot: &str) -> Outcome<()> {
     }
     output.sync_all()?;
     tell(&format!("dumped {sectors}"))
+}
+
+fn same(places: [(&str, &str); 2], len: &str) -> Outcome<()> {
+    const PIECE: usize = 1 << 20;
+    let len: u64 = len.parse()?;
+    let mut at = 0;
+    while at < len {
+        let mut pieces = [vec![0; PIECE], vec![0; PIECE]];
+        let count = usize::try_from(len - at)?.min(PIECE);
+        for ((file, slot), piece) in places.iter().zip(&mut pieces) {
+            let start = slot.parse::<u64>()? * DUMP_SLOT + at;
+            File::open(file)?.read_exact_at(&mut piece[..count], start)?;
+        }
+        if pieces[0] != pieces[1] {
+            return Err(format!("{places:?} differ in the MiB from byte {at} on").into());
+        }
+        at += count as u64;
+    }
+    Ok(())
 }
 
 /// How a program is played.

@@ -96,8 +96,6 @@ dump() {
     dumps=$((dumps + 1))
 }
 
-slot=67108864
-
 # The file as the cut left it, merged; what stands in its journal has to be put in place before.
 merge_after_cut() {
     merge_said=$(cow merge --quiet "$(top)" /tmp/merged 2>&1) || case $merge_said in
@@ -110,7 +108,7 @@ merge_after_cut() {
 }
 
 compare_merged() {
-    status "compare with dump $1" cmp -n "$(stat -c %s /tmp/merged)" /tmp/merged /dev/vdb 0 $((slot * $1))
+    status "compare with dump $1" flush-client same /tmp/merged 0 /dev/vdb "$1" "$(stat -c %s /tmp/merged)"
     rm /tmp/merged
 }
 
@@ -126,7 +124,7 @@ kill_idle() {
     kill_daemon
     serve
     dump
-    status "compare two dumps" cmp -n $((40 << 20)) /dev/vdb /dev/vdb $((slot * (dumps - 2))) $((slot * (dumps - 1)))
+    status "compare two dumps" flush-client same /dev/vdb $((dumps - 2)) /dev/vdb $((dumps - 1)) $((40 << 20))
 }
 
 # kill_under_load SEED PROGRAM SECONDS

@@ -19,7 +19,7 @@ use super::host::{Host, Lie, Variant, dump_path};
 use super::nbd::{Server, wait_until};
 
 /// For a boot of the host up to what is waited for, under TCG on a busy machine.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(240);
+const BOOT_TIMEOUT: Duration = Duration::from_secs(600);
 /// For a disk that is to freeze at its next requests: if there are none it is cut as it is.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
 /// So often the last boot is tried: QEMU can crash, which is a cut like others.

@@ -10,13 +10,14 @@ use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use common::frontend::{
-    F_CONFIG_WCE, F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend,
-};
-use common::ring::{FLUSH, RING_SIZE, running};
 use common::{Daemon, PROGRAM, image, sector};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use testkit::frontend::{
+    F_CONFIG_WCE, F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend,
+};
+use testkit::request::FLUSH;
+use testkit::ring::{RING_SIZE, running};
 use vhost::vhost_user::message::FrontendReq;
 
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH | F_CONFIG_WCE;
@@ -105,7 +106,7 @@ fn a_ring_that_is_given_up_again_and_again() {
     for _ in 0..TIMES {
         frontend.get_vring_base(0);
         frontend.send_state(FrontendReq::SET_VRING_BASE, 0, 0x8000);
-        frontend.send_fd(FrontendReq::SET_VRING_KICK, 0, &ring.kick);
+        frontend.send_fd(FrontendReq::SET_VRING_KICK, 0, &ring.queue.kick);
         assert_ne!(err.read().unwrap(), 0);
     }
     drop(frontend);

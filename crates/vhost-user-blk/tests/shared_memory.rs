@@ -7,13 +7,13 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-use common::chains::{
-    Buffer, GUEST, Memory, Queue, header, memfd, readable, running, wait_until, writable,
-};
-use common::frontend::{F_PROTOCOL_FEATURES, F_SEG_MAX, F_VERSION_1, RawFrontend};
-use common::ring::{IN, OUT};
 use common::{Daemon, sector};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use testkit::frontend::{F_PROTOCOL_FEATURES, F_SEG_MAX, F_VERSION_1, RawFrontend};
+use testkit::memory::{GUEST, Memory, memfd};
+use testkit::queue::{Buffer, Queue, readable, running, writable};
+use testkit::request::{IN, OUT, header};
+use testkit::wait::wait_until;
 use vhost::vhost_user::message::FrontendReq;
 
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES;
@@ -39,7 +39,7 @@ struct Guest {
 
 impl Guest {
     fn new(daemon: &Daemon) -> Self {
-        let (frontend, mut memory, queue, status) = running(daemon, FEATURES);
+        let (frontend, mut memory, queue, status) = running(daemon.connect(), FEATURES);
         let head = memory.take(16);
         Guest { frontend, memory, queue, head, status }
     }
@@ -214,12 +214,12 @@ fn requests_that_may_not_fit_their_ring() {
     let fits = |args: &[&str], features: u64| {
         let mut daemon = Daemon::with_image(directory.path(), args);
         // A ring of 16.
-        let (mut frontend, ..) = running(&daemon, features);
+        let (mut frontend, ..) = running(daemon.connect(), features);
         assert!(frontend.get_config(12, 4).is_some());
         wait_until("the start", || daemon.said().contains("16 descriptors"));
         !daemon.terminate().contains("may wait for ever")
     };
-    const F_INDIRECT_DESC: u64 = common::frontend::F_INDIRECT_DESC;
+    const F_INDIRECT_DESC: u64 = testkit::frontend::F_INDIRECT_DESC;
     assert!(!fits(&[], FEATURES | F_SEG_MAX));
     assert!(fits(&[], FEATURES | F_SEG_MAX | F_INDIRECT_DESC));
     assert!(fits(&[], FEATURES), "it makes requests of one segment");

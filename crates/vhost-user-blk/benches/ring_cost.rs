@@ -17,9 +17,9 @@ use testkit::descriptor::{Desc, linked, table};
 use testkit::driver::{Driver, GuestMemory, Layout};
 use testkit::memory::memfd;
 use testkit::request::{HEADER_LEN, IN, header};
-use vhost_user_blk::memory::{GuestAddress, Memory, RegionInfo};
-use vhost_user_blk::request::{IoVecs, ParseLimits, Parsed, parse};
-use vhost_user_blk::virtqueue::SplitQueue;
+use vhost_user_blk::guest_memory::memory::{GuestAddress, Memory, RegionInfo};
+use vhost_user_blk::virtio::request::{IoVecs, ParseLimits, Parsed, parse};
+use vhost_user_blk::virtio::virtqueue::SplitQueue;
 use virtio_queue::QueueState;
 
 const QUEUE_SIZE: u16 = 128;

@@ -13,10 +13,10 @@ use clap::{ArgGroup, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use log::LevelFilter;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 
-use crate::control::{Request, Upgrade};
-use crate::socket::Endpoint;
-use crate::spin;
-use crate::systemd;
+use crate::datapath::spin;
+use crate::process::control::{Request, Upgrade};
+use crate::process::socket::Endpoint;
+use crate::process::systemd;
 
 /// Most queues: a message that passes a queue's descriptor names the queue in eight bits.
 pub const QUEUES_MAX: u16 = 256;

@@ -8,8 +8,8 @@ use testkit::descriptor::{linked, table};
 use testkit::driver::{Driver, GuestMemory, Layout};
 use virtio_queue::QueueState;
 
-use crate::memory::{GuestAddress, Memory};
-use crate::virtqueue::{QUEUE_SIZE_MAX, SplitQueue};
+use crate::guest_memory::memory::{GuestAddress, Memory};
+use crate::virtio::virtqueue::{QUEUE_SIZE_MAX, SplitQueue};
 
 impl GuestMemory for Memory {
     fn write_guest(&self, address: u64, bytes: &[u8]) {

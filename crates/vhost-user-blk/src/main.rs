@@ -5,8 +5,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use vhost_user_blk::cli::{self, Command};
-use vhost_user_blk::control::Request;
-use vhost_user_blk::{daemon, logger};
+use vhost_user_blk::lifecycle::daemon;
+use vhost_user_blk::process::control::Request;
+use vhost_user_blk::process::logger;
 
 fn main() -> ExitCode {
     let options = match cli::parse(std::env::args_os()) {

@@ -5,9 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use vhost::vhost_user::message::FrontendReq;
 
 use super::{Device, PROTOCOL_FEATURES, Result, Session};
-use crate::replay::Message;
-use crate::state::DeviceState;
-use crate::vring::Vring;
+use crate::session::replay::Message;
+use crate::session::vring::Vring;
+use crate::virtio::state::DeviceState;
 
 impl<D: Device> Session<D> {
     /// Why the session cannot be handed on at the moment.

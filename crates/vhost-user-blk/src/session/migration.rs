@@ -17,11 +17,11 @@ use vhost::vhost_user;
 use vhost::vhost_user::message::{VhostUserLog, VhostUserProtocolFeatures};
 
 use super::{Device, Refusal, Session};
-use crate::config;
-use crate::dirty_log::DirtyLog;
-use crate::inflight::Area;
-use crate::virtqueue::used_ring_len;
-use crate::vring::Vring;
+use crate::session::vring::Vring;
+use crate::virtio::config;
+use crate::virtio::dirty_log::DirtyLog;
+use crate::virtio::inflight::Area;
+use crate::virtio::virtqueue::used_ring_len;
 
 type Result<T> = std::result::Result<T, Refusal>;
 

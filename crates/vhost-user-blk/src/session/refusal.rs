@@ -4,11 +4,11 @@ use std::io;
 
 use vhost::vhost_user;
 
-use crate::config;
-use crate::dirty_log::LogError;
-use crate::inflight::InflightError;
-use crate::memory::{Loss, MemoryError};
-use crate::state::StateError;
+use crate::guest_memory::memory::{Loss, MemoryError};
+use crate::virtio::config;
+use crate::virtio::dirty_log::LogError;
+use crate::virtio::inflight::InflightError;
+use crate::virtio::state::StateError;
 
 /// Why a message is refused.
 #[derive(Debug, thiserror::Error)]

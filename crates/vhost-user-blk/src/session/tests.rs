@@ -9,8 +9,8 @@ use virtio_queue::QueueState;
 use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
-use crate::memory::GuestAddress;
-use crate::notify::Bell;
+use crate::guest_memory::memory::GuestAddress;
+use crate::virtio::notify::Bell;
 
 mod migration;
 

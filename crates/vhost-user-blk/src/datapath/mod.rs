@@ -1,0 +1,9 @@
+//! The data path: one thread for each queue takes requests and moves their data.
+
+pub(crate) mod cold_stream;
+pub mod holes;
+pub mod prompt_write;
+pub mod resident;
+pub mod route;
+pub mod spin;
+pub mod worker;

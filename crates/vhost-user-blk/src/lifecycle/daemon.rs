@@ -1,0 +1,431 @@
+//! The daemon's life: socket, disk, one frontend after the other, a clean end.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use block_io::ops::looks::{Looks, looks_like};
+use block_io::ring::NoUring;
+use block_io::{CachePolicy, CowFormat, Disk, DiskError, DiskOptions, Host, OpenError};
+use cow_format::{HeaderError, Sector, SectorCount, SectorRange};
+use log::Level;
+use nix::poll::PollTimeout;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use crate::cli::{Cache, Format, Image, Options};
+use crate::datapath::route::PAGE;
+use crate::datapath::worker::WorkerHandle;
+use crate::lifecycle::handover::HandoverError;
+use crate::lifecycle::hold::Hold;
+use crate::lifecycle::takeover;
+use crate::lifecycle::upgrade::{Estate, UpgradeError, running_program};
+use crate::process::complaints::{self, CONNECTIONS, CONTROL};
+use crate::process::control::{self, Request};
+use crate::process::socket::{Listener, PREDECESSOR_WAIT, Socket, SocketError};
+use crate::process::{requirements, signals, systemd};
+use crate::session::Session;
+use crate::session::connection::{Commands, Connection, Readable, ResumeError, wait_readable};
+use crate::session::vring::RunningRing;
+
+/// How long to wait before the next try when a connection could not be accepted, in milliseconds:
+/// what is short then (descriptors, memory) is short in the whole system.
+const ACCEPT_RETRY_MS: u16 = 1000;
+
+/// Why the daemon ended with a failure.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DaemonError {
+    /// No frontend could come.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The disk was not opened.
+    #[error("{0}{hint}", hint = hint(.0))]
+    Open(#[from] OpenError),
+    /// The file has another format than the command line says.
+    #[error(
+        "{}: --format: the file is {found:?}, expected {expected:?}; leave --format out for a COW \
+         file that exists",
+        path.display()
+    )]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        found: Format,
+        /// What it should be.
+        expected: Format,
+    },
+    /// A file without a COW header, and nobody said that it is raw.
+    #[error(
+        "--blk-file: {}: not a COW file; if it is a raw image, say so with --format=raw",
+        path.display()
+    )]
+    NotCow {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A base for a new COW file that may not be a raw image.
+    #[error(
+        "{}: begins like {found}, and a new COW file stands over a raw image: make it with `cow create -b BASE -F FORMAT`, \
+         which can say what the base is, or make a raw image of the base with `cow convert`",
+        path.display()
+    )]
+    Base {
+        /// The file.
+        path: PathBuf,
+        /// What it may be.
+        found: &'static str,
+    },
+    /// A file that was there when it was looked at.
+    #[error("{}: is not there any more: {source}", path.display())]
+    Gone {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The disk has another size than the frontend was told.
+    #[error(
+        "{}: has {found} sectors; the frontend was told {expected}: start this daemon anew",
+        path.display()
+    )]
+    Capacity {
+        /// The file.
+        path: PathBuf,
+        /// Its 512-byte sectors now.
+        found: u64,
+        /// Its 512-byte sectors when it was looked at.
+        expected: u64,
+    },
+    /// The disk did not end cleanly.
+    #[error("the disk could not be closed: {0}; what was flushed before is safe")]
+    Close(#[from] DiskError),
+    /// What the predecessor left cannot be read.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
+    /// What a predecessor's frontend said is refused.
+    #[error("cannot go on with the frontend: {0}")]
+    Session(#[from] ResumeError),
+    /// What was written for pages of one size would be wrong with others.
+    #[error(
+        "the system's pages have {found} bytes, expected {PAGE}: this program is made and tested for x86-64 only"
+    )]
+    PageSize {
+        /// Bytes; 0 if the system does not say.
+        found: u64,
+    },
+    /// The I/O engine that was asked for.
+    #[error(
+        "--io-engine=io_uring: {source} ({hint}); use --io-engine=sync, or leave the option out"
+    )]
+    Engine {
+        /// What usually is the reason.
+        hint: &'static str,
+        /// What was refused.
+        source: NoUring,
+    },
+    /// The system refused something that always works.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// The operation.
+        what: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+impl DaemonError {
+    /// Whether the command line is wrong in itself, whatever the state of the system.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        matches!(self, DaemonError::Socket(e) if e.is_usage())
+    }
+
+    pub(crate) fn system(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| DaemonError::System { what, source }
+    }
+}
+
+/// What the daemon's user can do.
+fn hint(error: &OpenError) -> &'static str {
+    match error {
+        OpenError::NoLocks { .. } => {
+            "; if you are certain that no second daemon or tool will, start it with --allow-unlocked"
+        }
+        _ => "",
+    }
+}
+
+/// Serves until a signal asks for the end, or, with a connected socket, until the frontend goes.
+///
+/// # Errors
+/// [`DaemonError`]. Whatever it is, the socket file is gone and the disk is as whole as it can be.
+pub fn run(options: &Options) -> Result<(), DaemonError> {
+    requirements::check_page_size()?;
+    if let Some(handover) = options.takeover {
+        return takeover::run(options, handover);
+    }
+    systemd::install();
+    signals::install(None).map_err(DaemonError::system("take over signals"))?;
+    // First of all: a command line with a bad socket must not make a COW file.
+    options.endpoint.check()?;
+    let control = options.control.as_deref().map(Listener::control).transpose()?;
+    raise_fd_limit();
+    let hold = if options.incoming { Hold::incoming(options) } else { Hold::open(options) }?;
+    let socket = match Socket::open(&options.endpoint) {
+        Ok(socket) => socket,
+        Err(e) => {
+            hold.close()?;
+            return Err(e.into());
+        }
+    };
+    live(Daemon::new(socket, control, hold), None)
+}
+
+/// A frontend that is connected to the disk.
+pub(crate) type Guest = Connection<Arc<Hold>>;
+
+/// All that a daemon consists of.
+pub struct Daemon {
+    socket: Socket,
+    control: Option<Listener>,
+    hold: Arc<Hold>,
+    session: Arc<Mutex<Session<Arc<Hold>>>>,
+    /// The file that this program was started from.
+    program: PathBuf,
+}
+
+impl Daemon {
+    /// A daemon to which no frontend has said anything yet.
+    pub(crate) fn new(socket: Socket, control: Option<Listener>, hold: Hold) -> Self {
+        let hold = Arc::new(hold);
+        let session = Arc::new(Mutex::new(Session::new(Arc::clone(&hold), &hold.shape())));
+        Daemon { socket, control, hold, session, program: running_program() }
+    }
+
+    pub(crate) fn session(&self) -> &Arc<Mutex<Session<Arc<Hold>>>> {
+        &self.session
+    }
+}
+
+impl Commands for (&Daemon, &Listener) {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.1.as_fd()
+    }
+
+    fn obey(&self, frontend: Option<BorrowedFd<'_>>) {
+        let &(daemon, control) = self;
+        let Ok(client) = control.accept() else { return };
+        let Request::Upgrade(how) = match Request::receive(&client) {
+            Ok(request) => request,
+            Err(e) => return CONTROL.say(Level::Warn, format_args!("control socket: {e}")),
+        };
+        let why = match daemon.hold.disk() {
+            Some(disk) => {
+                let listener = match &daemon.socket {
+                    Socket::Listening(listener) => Some(listener),
+                    Socket::Connected(_) => None,
+                };
+                let estate = Estate { disk: &disk, listener, control, program: &daemon.program };
+                estate.give(&how, &daemon.session, frontend, client.as_fd())
+            }
+            None => UpgradeError::DiskElsewhere,
+        };
+        CONTROL.say(Level::Warn, format_args!("no upgrade: {why}"));
+        control::answer(&client, &Err(format!("{why}; the daemon serves on as it was")));
+    }
+}
+
+/// Serves until the end, first the frontend that is connected.
+pub(crate) fn live(daemon: Daemon, connected: Option<Guest>) -> Result<(), DaemonError> {
+    let entrance = match &daemon.socket {
+        Socket::Listening(listener) => Some(signals::Entrance::new(listener)),
+        Socket::Connected(_) => None,
+    };
+    systemd::ready();
+    let served = serve(&daemon, connected).map_err(DaemonError::system("use the socket"));
+    systemd::stopping();
+    drop(entrance);
+    complaints::say_what_was_left_out();
+    // The workers have ended with the last connection.
+    daemon.hold.close()?;
+    served
+}
+
+/// A frontend can pass many descriptors: three for each queue and one for each memory region.
+pub(crate) fn raise_fd_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(e) = raised {
+        log::warn!("cannot raise the limit of open files: {e}");
+    }
+}
+
+/// Opens what the command line names, and makes a COW file that does not exist; or takes it from a
+/// predecessor, by the descriptions of its top file.
+pub(crate) fn open_disk(
+    options: &Options,
+    inherited: Option<block_io::file::File>,
+) -> Result<Disk, DaemonError> {
+    let policy = |cache| match cache {
+        Cache::Buffered => CachePolicy::Buffered,
+        Cache::Direct => CachePolicy::Direct,
+    };
+    let mut how = DiskOptions {
+        read_only: options.read_only,
+        base_cache: policy(options.base_cache),
+        cow_cache: policy(options.cow_cache),
+        lock_wait: PREDECESSOR_WAIT,
+        unlocked: options.allow_unlocked,
+        ..DiskOptions::default()
+    };
+    let disk = match (&options.image, inherited) {
+        (Image::File { path, format: Some(Format::Raw) }, None) => Disk::open_raw(path, &how)?,
+        (Image::File { path, format: Some(Format::Raw) }, Some(top)) => {
+            Disk::inherit_raw(path, top, &how)?
+        }
+        (Image::File { path, .. } | Image::Cow { cow: path, .. }, Some(top)) => {
+            Disk::inherit_cow(path, top, &how)?
+        }
+        (Image::File { path, format }, None) => {
+            check_format(path, *format)?;
+            Disk::open_cow(path, None, &how).map_err(|e| unless_raw(path, e))?
+        }
+        (Image::Cow { cow, base, format }, None) => {
+            check_format(cow, *format)?;
+            if *format == Some(Format::Uml) {
+                how.format = CowFormat::Uml;
+            }
+            if let Some(base) = base
+                && !cow.exists()
+            {
+                check_base(base)?;
+            }
+            Disk::open_cow(cow, base.as_deref(), &how)?
+        }
+    };
+    Ok(disk)
+}
+
+/// Logs what was opened.
+pub(crate) fn describe(disk: &Disk) {
+    for (depth, layer) in disk.layers().iter().enumerate() {
+        log::info!("{}{}", if depth == 0 { "disk " } else { "  over " }, layer.path().display());
+    }
+    if let (Some(top), Some(start)) =
+        (disk.layers().first(), SectorRange::new(Sector::new(0), SectorCount::new(0)))
+        && top.file().direct().is_some()
+        && !disk.write_at(start).get().is_multiple_of(PAGE)
+    {
+        log::warn!(
+            "{}: --cow-cache=direct: the data does not begin at a multiple of {PAGE} bytes, as in old files of UML; \
+             writes go through the page cache",
+            top.path().display()
+        );
+    }
+    let access = if disk.read_only() { "read-only" } else { "writable" };
+    log::info!("{} sectors of 512 bytes, {access}", disk.capacity().get());
+}
+
+/// Refuses a COW file of another format than the one named. A file that does not exist, or whose
+/// header is no good, is left to the opening, which says why.
+pub(crate) fn check_format(path: &Path, expected: Option<Format>) -> Result<(), DaemonError> {
+    let Some(expected) = expected else { return Ok(()) };
+    let found = match looks_like(&Host, path) {
+        Some(Looks::Uml) => Format::Uml,
+        Some(Looks::Native) => Format::Native,
+        _ => return Ok(()),
+    };
+    if found == expected {
+        return Ok(());
+    }
+    Err(DaemonError::Format { path: path.to_owned(), found, expected })
+}
+
+/// Refuses to make a COW file over a base that begins like another format: it would be taken for the
+/// bytes of a disk. (Where it is one, for a guest can have written anything there, `cow create -F raw`
+/// makes the COW file.)
+fn check_base(base: &Path) -> Result<(), DaemonError> {
+    let found = match looks_like(&Host, base) {
+        Some(Looks::Qcow2) => "a qcow2 image",
+        Some(Looks::Uml | Looks::Native | Looks::BrokenCow) => "a COW file",
+        None => return Ok(()),
+    };
+    Err(DaemonError::Base { path: base.to_owned(), found })
+}
+
+/// Says what to do with a file that is no COW file, which may well be a raw image.
+fn unless_raw(path: &Path, error: OpenError) -> DaemonError {
+    match error {
+        OpenError::Header { source: HeaderError::NotCow { .. }, .. } => {
+            DaemonError::NotCow { path: path.to_owned() }
+        }
+        error => error.into(),
+    }
+}
+
+impl RunningRing for WorkerHandle {
+    fn stop(self) -> u16 {
+        WorkerHandle::stop(self)
+    }
+}
+
+fn serve(daemon: &Daemon, connected: Option<Guest>) -> io::Result<()> {
+    let commands = daemon.control.as_ref().map(|control| (daemon, control));
+    let commands = commands.as_ref().map(|commands| commands as &dyn Commands);
+    let was_connected = connected.is_some();
+    if let Some(connection) = connected {
+        connection.serve(commands)?;
+    }
+    match &daemon.socket {
+        Socket::Connected(_) if was_connected => Ok(()),
+        Socket::Connected(stream) => {
+            Connection::new(stream.try_clone()?, &daemon.session)?.serve(commands)
+        }
+        Socket::Listening(listener) => {
+            log::info!("listening");
+            while let Some(stream) = next_frontend(listener, commands)? {
+                CONNECTIONS.say(Level::Info, format_args!("frontend connected"));
+                Connection::new(stream, &daemon.session)?.serve(commands)?;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// The next connection; `None` when the daemon is to end.
+fn next_frontend(
+    listener: &Listener,
+    commands: Option<&dyn Commands>,
+) -> io::Result<Option<UnixStream>> {
+    let fds: Vec<_> = [listener.as_fd()].into_iter().chain(commands.map(Commands::fd)).collect();
+    loop {
+        match wait_readable(&fds, PollTimeout::NONE)? {
+            Readable::Stop => return Ok(None),
+            Readable::Fd(1) => {
+                commands.inspect(|commands| commands.obey(None));
+                continue;
+            }
+            _ => {}
+        }
+        match listener.accept() {
+            Ok(stream) => return Ok(Some(stream)),
+            // It has gone already, or another process that shares the socket took it.
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock
+                        | io::ErrorKind::ConnectionAborted
+                        | io::ErrorKind::Interrupted
+                ) => {}
+            Err(e) => {
+                CONNECTIONS.say(Level::Error, format_args!("cannot accept a connection: {e}"));
+                if wait_readable(&[], ACCEPT_RETRY_MS.into())? == Readable::Stop {
+                    return Ok(None);
+                }
+            }
+        }
+    }
+}

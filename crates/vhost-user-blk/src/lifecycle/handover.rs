@@ -1,0 +1,325 @@
+//! What a daemon leaves to the program that takes its place (docs/architecture.md, "Upgrade"): a text
+//! in a memory file, one item in each line, and the open descriptors that it names by number.
+//!
+//! | line | |
+//! |---|---|
+//! | `vhost-user-blk handover 1` | always the first; the number is the version of all this |
+//! | `from VERSION` | who hands over |
+//! | `rehearsal FD` | nothing is handed over yet: tell this pipe whether it could be, and end |
+//! | `paused NANOSECONDS` | when the rings were stopped (`CLOCK_MONOTONIC`) |
+//! | `wake FD` | readable if a signal has asked for the end |
+//! | `listener FD DEV INO` | the listening socket, and which file it made; 0 0 for none |
+//! | `control FD DEV INO` | the same of the control socket |
+//! | `connection FD` | the frontend |
+//! | `top FD [FD]` | the description of the top file, and the direct one |
+//! | `hold FD` | carries a lock: to be kept open until the disk is |
+//! | `reply FD` | who asked for the upgrade and waits for its outcome |
+//! | `write-cache 0` or `1` | what the guest has set |
+//! | `message REQUEST HEX [FD]...` | of the frontend, in order; HEX is `-` for an empty body |
+//!
+//! A line that is not known refuses the whole.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::str::SplitAsciiWhitespace;
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use crate::session::replay::Message;
+
+const FIRST_LINE: &str = "vhost-user-blk handover 1";
+
+/// Longest text, in bytes: room for all that 256 queues and 509 regions can be.
+const LEN_MAX: u64 = 1 << 20;
+
+/// A listening socket and the file that it made, by device and inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listening {
+    /// The descriptor's number.
+    pub fd: RawFd,
+    /// What to remove at the end, if it is still that.
+    pub file: Option<(u64, u64)>,
+}
+
+/// What is handed over. Descriptors are numbers here: those of the process that hands over, and of
+/// the one that takes over, which inherits them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Handover {
+    /// Version of the program that hands over.
+    pub from: String,
+    /// The pipe to answer to, if this is only to see whether it would work.
+    pub rehearsal: Option<RawFd>,
+    /// When the rings stopped, since the host's start.
+    pub paused: Option<Duration>,
+    /// An eventfd that was signalled if a signal has asked for the end.
+    pub wake: Option<RawFd>,
+    /// Where frontends come from.
+    pub listener: Option<Listening>,
+    /// The control socket.
+    pub control: Option<Listening>,
+    /// The frontend.
+    pub connection: Option<RawFd>,
+    /// The top file's descriptions.
+    pub top: Vec<RawFd>,
+    /// Descriptions of other files.
+    pub hold: Vec<RawFd>,
+    /// Whom to tell the outcome.
+    pub reply: Option<RawFd>,
+    /// See [`crate::virtio::state::DeviceState::write_cache`].
+    pub write_cache: bool,
+    /// What the frontend said.
+    pub messages: Vec<Message<RawFd>>,
+}
+
+/// A handover that cannot be understood.
+#[derive(Debug, thiserror::Error)]
+pub enum HandoverError {
+    /// It cannot be read or written.
+    #[error("cannot {what} the handover: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// It is of another version, or none.
+    #[error("the handover begins with {found:?}; this program knows {FIRST_LINE:?}")]
+    Version {
+        /// Its first line.
+        found: String,
+    },
+    /// A line that this program does not know.
+    #[error("the handover has a line {line:?}, which this program does not know")]
+    Line {
+        /// The line.
+        line: String,
+    },
+    /// A descriptor that is not open.
+    #[error("descriptor {fd} of the handover: {source}")]
+    Descriptor {
+        /// Its number.
+        fd: RawFd,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+impl Handover {
+    /// Writes it to a memory file.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn store(&self) -> Result<File, HandoverError> {
+        let io = |source| HandoverError::Io { what: "write", source };
+        let file = memfd_create(c"handover", MFdFlags::MFD_CLOEXEC).map_err(|e| io(e.into()))?;
+        let mut file = File::from(file);
+        file.write_all(self.encode().as_bytes()).map_err(io)?;
+        Ok(file)
+    }
+
+    /// Reads what a predecessor left behind `fd`.
+    ///
+    /// # Errors
+    /// [`HandoverError`]
+    pub fn fetch(fd: RawFd) -> Result<Self, HandoverError> {
+        let io = |source| HandoverError::Io { what: "read", source };
+        let mut file = File::from(duplicate(fd)?);
+        let mut text = String::new();
+        file.rewind().map_err(io)?;
+        file.take(LEN_MAX).read_to_string(&mut text).map_err(io)?;
+        Self::decode(&text)
+    }
+
+    fn encode(&self) -> String {
+        let mut text = format!("{FIRST_LINE}\nfrom {}\n", self.from);
+        let mut line = |key: &str, values: &[u64]| {
+            text += key;
+            values.iter().for_each(|value| _ = write!(text, " {value}"));
+            text.push('\n');
+        };
+        // Descriptors are not negative.
+        let number = |fd: RawFd| u64::try_from(fd).unwrap_or(u64::MAX);
+        let mut one = |key, fd: Option<RawFd>| fd.map(|fd| line(key, &[number(fd)]));
+        one("rehearsal", self.rehearsal);
+        one("wake", self.wake);
+        one("connection", self.connection);
+        one("reply", self.reply);
+        self.hold.iter().for_each(|&fd| _ = one("hold", Some(fd)));
+        if let Some(paused) = self.paused {
+            line("paused", &[u64::try_from(paused.as_nanos()).unwrap_or(u64::MAX)]);
+        }
+        for (key, listening) in [("listener", self.listener), ("control", self.control)] {
+            if let Some(Listening { fd, file }) = listening {
+                let (dev, ino) = file.unwrap_or_default();
+                line(key, &[number(fd), dev, ino]);
+            }
+        }
+        if !self.top.is_empty() {
+            line("top", &self.top.iter().copied().map(number).collect::<Vec<_>>());
+        }
+        line("write-cache", &[self.write_cache.into()]);
+        for Message { request, body, fds } in &self.messages {
+            _ = write!(text, "message {request} ");
+            body.iter().for_each(|byte| _ = write!(text, "{byte:02x}"));
+            if body.is_empty() {
+                text.push('-');
+            }
+            fds.iter().for_each(|fd| _ = write!(text, " {fd}"));
+            text.push('\n');
+        }
+        text
+    }
+
+    fn decode(text: &str) -> Result<Self, HandoverError> {
+        let mut lines = text.lines();
+        let first = lines.next().unwrap_or_default();
+        if first != FIRST_LINE {
+            return Err(HandoverError::Version { found: first.chars().take(80).collect() });
+        }
+        let mut handover = Handover::default();
+        for line in lines {
+            let unknown = || HandoverError::Line { line: line.chars().take(80).collect() };
+            handover.take_line(line).ok_or_else(unknown)?;
+        }
+        Ok(handover)
+    }
+
+    fn take_line(&mut self, line: &str) -> Option<()> {
+        let mut words = line.split_ascii_whitespace();
+        let words = &mut words;
+        match words.next()? {
+            "from" => self.from = words.next()?.to_owned(),
+            "rehearsal" => self.rehearsal = Some(number(words)?),
+            "wake" => self.wake = Some(number(words)?),
+            "connection" => self.connection = Some(number(words)?),
+            "reply" => self.reply = Some(number(words)?),
+            "hold" => self.hold.push(number(words)?),
+            "paused" => self.paused = Some(Duration::from_nanos(number(words)?)),
+            "listener" => self.listener = Some(listening(words)?),
+            "control" => self.control = Some(listening(words)?),
+            "top" => self.top = rest(words)?,
+            "write-cache" => self.write_cache = number::<u8>(words)? == 1,
+            "message" => {
+                let (request, body) = (number(words)?, from_hex(words.next()?)?);
+                self.messages.push(Message { request, body, fds: rest(words)? });
+            }
+            _ => return None,
+        }
+        // All of it was understood.
+        words.next().is_none().then_some(())
+    }
+
+    /// Every descriptor that it names.
+    pub fn fds(&self) -> Vec<RawFd> {
+        let listening = [self.listener, self.control].into_iter().flatten().map(|l| l.fd);
+        let single = [self.rehearsal, self.wake, self.connection, self.reply].into_iter().flatten();
+        let messages = self.messages.iter().flat_map(|message| message.fds.iter().copied());
+        let files = self.top.iter().chain(&self.hold).copied();
+        listening.chain(single).chain(messages).chain(files).collect()
+    }
+}
+
+fn number<T: std::str::FromStr>(words: &mut SplitAsciiWhitespace<'_>) -> Option<T> {
+    words.next()?.parse().ok()
+}
+
+fn listening(words: &mut SplitAsciiWhitespace<'_>) -> Option<Listening> {
+    let (fd, file) = (number(words)?, (number(words)?, number(words)?));
+    Some(Listening { fd, file: (file != (0, 0)).then_some(file) })
+}
+
+fn rest(words: &mut SplitAsciiWhitespace<'_>) -> Option<Vec<RawFd>> {
+    words.map(|word| word.parse().ok()).collect()
+}
+
+fn from_hex(text: &str) -> Option<Vec<u8>> {
+    if text == "-" {
+        return Some(Vec::new());
+    }
+    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+    let byte = |pair: &[u8; 2]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+    rest.is_empty().then(|| pairs.iter().map(byte).collect())?
+}
+
+/// A duplicate of an inherited descriptor, which no further program inherits. The original stays:
+/// it is another process's until that has ended.
+///
+/// # Errors
+/// [`HandoverError::Descriptor`]
+pub fn duplicate(fd: RawFd) -> Result<OwnedFd, HandoverError> {
+    let bad = |source| HandoverError::Descriptor { fd, source };
+    if fd < 0 {
+        return Err(bad(io::ErrorKind::InvalidInput.into()));
+    }
+    // SAFETY: borrowed only to ask the kernel, which answers EBADF for a number that is not open.
+    let inherited = unsafe { BorrowedFd::borrow_raw(fd) };
+    let own = fcntl(inherited, FcntlArg::F_DUPFD_CLOEXEC(0)).map_err(|e| bad(e.into()))?;
+    // SAFETY: the kernel has just made it.
+    Ok(unsafe { OwnedFd::from_raw_fd(own) })
+}
+
+/// Whether the next program inherits these descriptors, which are open. Async-signal-safe.
+pub fn set_inherited(fds: &[RawFd], inherited: bool) -> nix::Result<()> {
+    let flags = if inherited { FdFlag::empty() } else { FdFlag::FD_CLOEXEC };
+    fds.iter().try_for_each(|&fd| {
+        // SAFETY: the caller keeps it open.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        fcntl(fd, FcntlArg::F_SETFD(flags)).map(|_| ())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use vhost::vhost_user::message::FrontendReq;
+
+    use super::*;
+
+    fn sample() -> Handover {
+        Handover {
+            from: "0.1.0".to_owned(),
+            rehearsal: Some(3),
+            paused: Some(Duration::new(12, 34)),
+            wake: Some(15),
+            listener: Some(Listening { fd: 4, file: Some((5, 6)) }),
+            control: Some(Listening { fd: 7, file: None }),
+            connection: Some(8),
+            top: vec![9, 10],
+            hold: vec![11, 12],
+            reply: Some(13),
+            write_cache: true,
+            messages: vec![
+                Message::new(FrontendReq::GET_FEATURES, &[]),
+                Message::new(FrontendReq::ADD_MEM_REG, &[0, 1, u64::MAX]).with(14),
+                Message::state(FrontendReq::SET_VRING_ENABLE, 1, 1),
+            ],
+        }
+    }
+
+    #[test]
+    fn what_is_stored_is_fetched() {
+        use std::os::fd::AsRawFd;
+        for handover in [sample(), Handover { from: "x".to_owned(), ..Handover::default() }] {
+            let file = handover.store().unwrap();
+            assert_eq!(Handover::fetch(file.as_raw_fd()).unwrap(), handover);
+        }
+        assert_eq!(sample().fds(), [4, 7, 3, 15, 8, 13, 14, 9, 10, 11, 12]);
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused() {
+        let text = sample().encode();
+        let other = text.replace("handover 1", "handover 2");
+        assert!(matches!(Handover::decode(&other), Err(HandoverError::Version { .. })));
+        assert!(matches!(Handover::decode(""), Err(HandoverError::Version { .. })));
+        for line in
+            ["odd 1", "message 1 0", "message 1 zz", "reply x", "reply 1 2", "listener 4", ""]
+        {
+            let more = format!("{text}{line}\n");
+            assert!(matches!(Handover::decode(&more), Err(HandoverError::Line { .. })), "{line}");
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! The disk as the daemon holds it: opened at the start or, for a guest that is still to come, with
+//! its first ring; let go when a migration takes the guest away; opened again if the guest stays.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use block_io::file::File;
+use block_io::ops::inspect::{Content, inspect};
+use block_io::storage::FILE_BLOCK;
+use block_io::watch::BaseWatch;
+use block_io::{Committer, Disk, DiskError, Host, OpenError};
+use cow_format::SectorCount;
+use log::Level;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::cli::{Format, Image, Options};
+use crate::datapath::holes::Holes;
+use crate::datapath::resident::Mappings;
+use crate::datapath::worker::{self, RingStart, Shared, WorkerHandle};
+use crate::lifecycle::daemon::{DaemonError, check_format, describe, open_disk};
+use crate::lifecycle::handover::duplicate;
+use crate::process::complaints::DISK;
+use crate::process::requirements::Engine;
+use crate::process::{signals, watchdog};
+use crate::session::Device;
+use crate::virtio::config::DiskShape;
+use crate::virtio::request::ParseLimits;
+
+/// A disk that is open or will be.
+pub struct Hold {
+    options: Options,
+    /// What frontends are told; the disk may not have another size when it is opened.
+    capacity: SectorCount,
+    engine: Arc<Engine>,
+    logical_block: u32,
+    failure: Arc<EventFd>,
+    open: Mutex<Option<Open>>,
+}
+
+/// What is there while the disk is open.
+struct Open {
+    shared: Arc<Shared>,
+    // Without it the disk works as well; it only cannot say when somebody spoils it.
+    _watch: Option<BaseWatch>,
+}
+
+impl Hold {
+    /// Opens the disk.
+    ///
+    /// # Errors
+    /// Why it cannot be opened, or what the system refuses.
+    pub fn open(options: &Options) -> Result<Self, DaemonError> {
+        // Before a COW file is made.
+        let engine = Engine::choose(options.io_engine)?;
+        engine.report();
+        let disk = open_disk(options, None)?;
+        describe(&disk);
+        let hold = Self::of(options, (disk.capacity(), disk.logical_block()), engine)?;
+        *hold.lock() = Some(hold.serve(disk).map_err(DaemonError::system("start a thread"))?);
+        Ok(hold)
+    }
+
+    /// Takes the disk from a predecessor, by the descriptions of its top file, buffered and maybe
+    /// direct; without any it is opened beside the predecessor, which only reads it. A `rehearsal`
+    /// changes nothing.
+    ///
+    /// # Errors
+    /// Why it cannot be taken, or what the system refuses.
+    pub fn inherit(options: &Options, top: &[RawFd], rehearsal: bool) -> Result<Self, DaemonError> {
+        let engine = Engine::choose(options.io_engine)?;
+        // The successor says it once, not its rehearsal as well.
+        if !rehearsal {
+            engine.report();
+        }
+        let mut top = top.iter().map(|&fd| duplicate(fd));
+        let (buffered, direct) = (top.next().transpose()?, top.next().transpose()?);
+        let file = buffered.map(|buffered| File::inherit(buffered, direct)).transpose();
+        let file = file.map_err(DaemonError::system("use the predecessor's files"))?;
+        let disk = open_disk(options, file)?;
+        describe(&disk);
+        let hold = Self::of(options, (disk.capacity(), disk.logical_block()), engine)?;
+        if !rehearsal {
+            *hold.lock() = Some(hold.serve(disk).map_err(DaemonError::system("start a thread"))?);
+        }
+        Ok(hold)
+    }
+
+    /// The disk, if it is open.
+    pub fn disk(&self) -> Option<Arc<Disk>> {
+        self.lock().as_ref().map(|open| Arc::clone(&open.shared.disk))
+    }
+
+    /// Only looks at the disk, which another daemon has open. It is opened when a ring starts.
+    ///
+    /// # Errors
+    /// Why it could not be opened even if nobody else had it, as far as that can be seen.
+    pub fn incoming(options: &Options) -> Result<Self, DaemonError> {
+        let engine = Engine::choose(options.io_engine)?;
+        engine.report();
+        let (path, base, format) = match &options.image {
+            Image::File { path, format } => (path, None, *format),
+            Image::Cow { cow, base, format } => (cow, base.as_deref(), *format),
+        };
+        let raw = format == Some(Format::Raw);
+        if !raw {
+            check_format(path, format)?;
+        }
+        let (capacity, logical_block) = look(path, base, raw)?;
+        log::info!("disk {}: to be opened when its guest comes", path.display());
+        Self::of(options, (capacity, logical_block), engine)
+    }
+
+    fn of(
+        options: &Options,
+        (capacity, logical_block): (SectorCount, u32),
+        engine: Engine,
+    ) -> Result<Self, DaemonError> {
+        let failure = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
+            .map_err(DaemonError::system("make an eventfd"))?;
+        let (options, failure) = (options.clone(), Arc::new(failure));
+        let engine = Arc::new(engine);
+        Ok(Hold { options, capacity, logical_block, engine, failure, open: Mutex::new(None) })
+    }
+
+    /// What a session has to know.
+    pub fn shape(&self) -> DiskShape {
+        DiskShape {
+            capacity: self.capacity.get(),
+            num_queues: self.options.num_queues,
+            queue_size_max: self.options.queue_size_max,
+            read_only: self.options.read_only,
+            logical_block: self.logical_block,
+        }
+    }
+
+    /// Closes the disk, if it is open: everything is durable, and the file is clean. No ring may be
+    /// running.
+    ///
+    /// # Errors
+    /// If not all of it could be made durable; then it is open as before.
+    pub fn close(&self) -> Result<(), DiskError> {
+        let mut open = self.lock();
+        if let Some(held) = &*open {
+            held.shared.disk.close()?;
+            for layer in held.shared.disk.layers() {
+                // No ring runs, so nothing is under way. If it fails the lock falls a little later.
+                _ = layer.file().unlock();
+            }
+            *open = None;
+            DISK.say(Level::Info, format_args!("disk closed"));
+        }
+        Ok(())
+    }
+
+    /// The disk, opened if need be.
+    fn shared(&self) -> io::Result<Arc<Shared>> {
+        let mut open = self.lock();
+        if open.is_none() {
+            let disk = self.reopen().map_err(io::Error::other)?;
+            *open = Some(self.serve(disk)?);
+        }
+        open.as_ref().map(|open| Arc::clone(&open.shared)).ok_or(io::ErrorKind::NotFound.into())
+    }
+
+    /// Opens a disk that was looked at, or open, before.
+    fn reopen(&self) -> Result<Disk, DaemonError> {
+        let (Image::File { path, .. } | Image::Cow { cow: path, .. }) = &self.options.image;
+        // One that has gone must not be made anew.
+        std::fs::metadata(path)
+            .map_err(|source| DaemonError::Gone { path: path.clone(), source })?;
+        let disk = open_disk(&self.options, None)?;
+        DISK.say(Level::Info, format_args!("disk {}: opened", path.display()));
+        let (found, expected) = (disk.capacity().get(), self.capacity.get());
+        if found != expected {
+            disk.close()?;
+            return Err(DaemonError::Capacity { path: path.clone(), found, expected });
+        }
+        Ok(disk)
+    }
+
+    fn serve(&self, disk: Disk) -> io::Result<Open> {
+        signals::starting_threads(|| self.start_serving(disk))
+    }
+
+    fn start_serving(&self, disk: Disk) -> io::Result<Open> {
+        let disk = Arc::new(disk);
+        let watch = BaseWatch::spawn(&disk)
+            .inspect_err(|e| log::warn!("the files below the disk are not watched: {e}"));
+        let options = &self.options;
+        let committer = Committer::spawn(Arc::clone(&disk), options.num_queues.into())?;
+        watchdog::watch("committer", committer.pulse());
+        let shared = Shared {
+            mappings: Mappings::new(&disk),
+            holes: Holes::new(&disk),
+            committer,
+            serial: options.serial,
+            limits: ParseLimits { capacity: disk.capacity(), read_only: disk.read_only() },
+            poll: Duration::from_micros(options.poll_us.into()),
+            engine: Arc::clone(&self.engine),
+            failure: Arc::clone(&self.failure),
+            disk,
+        };
+        Ok(Open { shared: Arc::new(shared), _watch: watch.ok() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The size of a disk that another daemon may be writing to, and its logical block in bytes.
+fn look(path: &Path, base: Option<&Path>, raw: bool) -> Result<(SectorCount, u32), DaemonError> {
+    let found = inspect(&Host, path, base)?;
+    let not_cow = || DaemonError::NotCow { path: path.to_owned() };
+    let top = found.files.first();
+    let capacity = match top.map(|top| (&top.content, top.stat.size)) {
+        Some((_, len)) if raw => SectorCount::covering(len),
+        Some((Content::Cow(cow), _)) => cow.header.geometry().sectors(),
+        Some((Content::Raw, _)) => return Err(not_cow()),
+        _ => return found.problem.map_or_else(|| Err(not_cow()), |e| Err(e.into())),
+    };
+    let logical_block = top.map_or(FILE_BLOCK, |top| top.stat.logical_block);
+    match found.problem {
+        // Its writer may have added to it in the middle of the look.
+        None | Some(OpenError::Data { .. }) => Ok((capacity, logical_block)),
+        Some(_) if raw => Ok((capacity, logical_block)),
+        Some(problem) => Err(problem.into()),
+    }
+}
+
+impl Device for Arc<Hold> {
+    type Ring = WorkerHandle;
+
+    fn start(&self, ring: RingStart) -> io::Result<WorkerHandle> {
+        let shared = self.shared()?;
+        signals::starting_threads(|| worker::spawn(ring, shared))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        match &*self.lock() {
+            Some(open) => open.shared.disk.flush().map_err(io::Error::other),
+            // What was closed is durable.
+            None => Ok(()),
+        }
+    }
+
+    fn let_go(&self) -> io::Result<()> {
+        self.close().map_err(io::Error::other)
+    }
+
+    fn failure(&self) -> &EventFd {
+        &self.failure
+    }
+}

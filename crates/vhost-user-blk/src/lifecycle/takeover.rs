@@ -1,0 +1,116 @@
+//! How a program takes the place of a running daemon; see [`crate::lifecycle::upgrade`].
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use log::LevelFilter;
+use vhost::vhost_user::message::FrontendReq;
+
+use crate::cli::Options;
+use crate::lifecycle::daemon::{self, Daemon, DaemonError, Guest};
+use crate::lifecycle::handover::{Handover, Listening, duplicate};
+use crate::lifecycle::hold::Hold;
+use crate::lifecycle::upgrade;
+use crate::process::control;
+use crate::process::socket::{Endpoint, Listener, Socket};
+use crate::process::{signals, systemd};
+use crate::session::connection::Connection;
+use crate::session::replay::Message;
+use crate::virtio::state::DeviceState;
+
+/// This program's version.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Goes on where the process's last program stopped, or says whether it could.
+///
+/// # Errors
+/// [`DaemonError`]
+pub fn run(options: &Options, handover_fd: RawFd) -> Result<(), DaemonError> {
+    let handover = Handover::fetch(handover_fd)?;
+    if let Some(pipe) = handover.rehearsal {
+        // What goes well has been said once.
+        log::set_max_level(options.log_level.min(LevelFilter::Warn));
+        let outcome = take(options, &handover, true);
+        let line = match &outcome {
+            Ok(_) => format!("ready {VERSION}\n"),
+            Err(e) => format!("refused {}\n", e.to_string().replace('\n', " ")),
+        };
+        let told = File::from(duplicate(pipe)?).write_all(line.as_bytes());
+        // Nothing that was made here may be unmade: it is the other's.
+        return told.map_err(DaemonError::system("answer"));
+    }
+    systemd::install();
+    let wake = handover.wake.map(duplicate).transpose()?;
+    signals::install(wake).map_err(DaemonError::system("take over signals"))?;
+    let client = handover.reply.map(duplicate).transpose()?.map(UnixStream::from);
+    let taken = take(options, &handover, false);
+    let outcome = match &taken {
+        Ok(_) => Ok(format!("upgraded from {} to {VERSION}{}", handover.from, pause(&handover))),
+        Err(e) => Err(format!("{e}; the daemon has ended")),
+    };
+    // What was inherited has been duplicated, or is not needed any more. The listening socket has
+    // the highest number, and goes before the connection if all of this has failed.
+    let fds = handover.fds().into_iter().chain([handover_fd]).collect::<BTreeSet<_>>();
+    // SAFETY: they are open, as was seen, or closing them fails; nobody else here uses them.
+    fds.into_iter().rev().for_each(|fd| drop(unsafe { OwnedFd::from_raw_fd(fd) }));
+    if let Some(client) = client {
+        control::answer(&client, &outcome);
+    }
+    let (daemon, connection) = taken?;
+    log::info!("{}", outcome.unwrap_or_default());
+    daemon::live(daemon, connection)
+}
+
+/// For how long no request was taken.
+fn pause(handover: &Handover) -> String {
+    match (handover.connection, handover.paused, upgrade::now()) {
+        (Some(_), Some(from), Some(to)) => {
+            format!("; the guest waited {:.1} ms", to.saturating_sub(from).as_secs_f64() * 1e3)
+        }
+        _ => String::new(),
+    }
+}
+
+/// Takes what is handed over, and goes on with it unless this is a `rehearsal`: then nothing is
+/// changed that the predecessor uses.
+fn take(
+    options: &Options,
+    handover: &Handover,
+    rehearsal: bool,
+) -> Result<(Daemon, Option<Guest>), DaemonError> {
+    let listen = |listening: Listening, path| {
+        // The file is removed with the last program.
+        let file = listening.file.filter(|_| !rehearsal).zip(path);
+        let listener = Listener::inherit(duplicate(listening.fd)?, file);
+        listener.map_err(DaemonError::system("use the socket"))
+    };
+    let path = match &options.endpoint {
+        Endpoint::Path(path) => Some(path.clone()),
+        Endpoint::Fd(_) => None,
+    };
+    let stream = handover.connection.map(duplicate).transpose()?.map(UnixStream::from);
+    let io = DaemonError::system("use the socket");
+    let socket = match (handover.listener, &stream) {
+        (Some(listening), _) => Socket::Listening(listen(listening, path)?.placed_high()),
+        (None, Some(stream)) => Socket::Connected(stream.try_clone().map_err(io)?),
+        // A rehearsal gets no listening socket, and is over before it needs one.
+        (None, None) => Socket::Connected(UnixStream::pair().map_err(io)?.0),
+    };
+    let control = handover.control.map(|it| listen(it, options.control.clone())).transpose()?;
+    daemon::raise_fd_limit();
+    let hold = Hold::inherit(options, &handover.top, rehearsal)?;
+    let daemon = Daemon::new(socket, control, hold);
+    let Some(stream) = stream else { return Ok((daemon, None)) };
+    let state = DeviceState { write_cache: handover.write_cache };
+    let messages = handover.messages.iter().filter(|message| !(rehearsal && starts(message)));
+    let connection = Connection::resume(stream, daemon.session(), state, messages);
+    Ok((daemon, Some(connection?)))
+}
+
+/// Without which a ring is not served.
+fn starts(message: &Message<RawFd>) -> bool {
+    message.request == u32::from(FrontendReq::SET_VRING_KICK)
+}

@@ -1,0 +1,378 @@
+//! How a running daemon has another program take its place (docs/architecture.md, "Upgrade").
+//!
+//! The process stays and its program changes, by execve(2): so process id, parent, cgroup, file
+//! locks and connections stay. Nothing leads back from there. So the new program first has to show,
+//! in a process of its own and while the guest is being served, that it can take over exactly this
+//! disk and this session: the rehearsal. What it cannot do, or does not answer in time, changes
+//! nothing.
+
+use std::ffi::{CString, OsString};
+use std::fs;
+use std::io::{self, PipeReader, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use block_io::Disk;
+use nix::poll::PollTimeout;
+use nix::sys::prctl;
+use nix::sys::signal::{Signal, killpg};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::{Pid, execve, getpid, getppid};
+
+use crate::cli::TAKEOVER;
+use crate::lifecycle::handover::{Handover, HandoverError, Listening, set_inherited};
+use crate::process::complaints;
+use crate::process::control::Upgrade;
+use crate::process::signals;
+use crate::process::socket::Listener;
+use crate::session::connection::{Readable, lock, wait_readable};
+use crate::session::replay::Message;
+use crate::session::{Device, Session};
+
+/// Longest answer of a rehearsal, in bytes.
+const ANSWER_LEN_MAX: usize = 4096;
+/// How often a child that closed its end of the pipe is asked for its status.
+const CHILD_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Why no other program has taken over. The old one serves on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum UpgradeError {
+    /// A sync has failed.
+    #[error("the disk has failed; only a restart opens it anew")]
+    DiskFailed,
+    /// There is nothing to hand over.
+    #[error("the disk is not open, as its guest is elsewhere")]
+    DiskElsewhere,
+    /// The session cannot be handed on at the moment.
+    #[error("{0}")]
+    Session(&'static str),
+    /// The program cannot be looked at or started.
+    #[error("cannot start {}: {source}", program.display())]
+    Start {
+        /// The program.
+        program: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The program has shown that it cannot take over, or has not shown that it can.
+    #[error("{}: {source}", program.display())]
+    Rehearsal {
+        /// The program.
+        program: PathBuf,
+        /// What it said or did.
+        source: RehearsalError,
+    },
+    /// Another program than the one that was tried.
+    #[error("{} has changed since it was tried", program.display())]
+    Changed {
+        /// The program.
+        program: PathBuf,
+    },
+    /// The daemon is to end.
+    #[error("a signal has asked the daemon to end")]
+    Stopping,
+    /// The handover cannot be written.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
+    /// What cannot be passed on to a program.
+    #[error("an argument contains NUL")]
+    Argument,
+}
+
+impl UpgradeError {
+    fn start(program: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| UpgradeError::Start { program: program.to_owned(), source }
+    }
+}
+
+/// What came of a rehearsal that did not succeed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RehearsalError {
+    /// It said why it cannot take over.
+    #[error("{0}")]
+    Refused(String),
+    /// It did not answer in the time it was given.
+    #[error("gave no answer in time")]
+    NoAnswer,
+    /// It ended.
+    #[error("ended without an answer: {0}")]
+    Ended(ExitStatus),
+    /// It said something else than a rehearsal says.
+    #[error("gave an answer that makes no sense")]
+    Nonsense,
+    /// The daemon is to end.
+    #[error("a signal has asked the daemon to end")]
+    Stopping,
+    /// The system refused something that the rehearsal needs.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// What a daemon has to hand over besides its session.
+pub struct Estate<'a> {
+    /// The disk.
+    pub disk: &'a Disk,
+    /// Where frontends come from, unless there is only one.
+    pub listener: Option<&'a Listener>,
+    /// The control socket.
+    pub control: &'a Listener,
+    /// The file that the running program was started from.
+    pub program: &'a Path,
+}
+
+impl Estate<'_> {
+    /// Has another program go on with all this, the session, and the frontend at `connection`; it
+    /// will tell `client`. Returns only if that is not possible, with the reason; the session is
+    /// then served as before.
+    pub fn give<D: Device>(
+        &self,
+        how: &Upgrade,
+        session: &Mutex<Session<D>>,
+        connection: Option<BorrowedFd<'_>>,
+        client: BorrowedFd<'_>,
+    ) -> UpgradeError {
+        let mut session = lock(session);
+        let program = how.program.as_deref().unwrap_or(self.program);
+        let tried = match self.try_out(program, how.time, &session, connection, client) {
+            Ok(tried) => tried,
+            Err(why) => return why,
+        };
+        session.pause();
+        complaints::say_what_was_left_out();
+        let why = match identity(program) {
+            Ok(now) if now != tried => UpgradeError::Changed { program: program.to_owned() },
+            Ok(_) if signals::stopping() => UpgradeError::Stopping,
+            Ok(_) => replace(program, &self.handover(&session, connection, client)),
+            Err(why) => why,
+        };
+        if let Err(e) = session.resume() {
+            log::error!("cannot go on: {e}");
+        }
+        why
+    }
+
+    /// Has the program rehearse, while the session is being served; which file it was.
+    fn try_out<D: Device>(
+        &self,
+        program: &Path,
+        time: Duration,
+        session: &Session<D>,
+        connection: Option<BorrowedFd<'_>>,
+        client: BorrowedFd<'_>,
+    ) -> Result<Identity, UpgradeError> {
+        if self.disk.is_failed() {
+            return Err(UpgradeError::DiskFailed);
+        }
+        if let Some(why) = session.bound() {
+            return Err(UpgradeError::Session(why));
+        }
+        let tried = identity(program)?;
+        rehearse(program, self.handover(session, connection, client), time)?;
+        Ok(tried)
+    }
+
+    fn handover<D: Device>(
+        &self,
+        session: &Session<D>,
+        connection: Option<BorrowedFd<'_>>,
+        client: BorrowedFd<'_>,
+    ) -> Handover {
+        let listening = |listener: &Listener| Listening {
+            fd: listener.as_fd().as_raw_fd(),
+            file: listener.file_id(),
+        };
+        let raw = |message: Message<BorrowedFd<'_>>| Message {
+            request: message.request,
+            body: message.body,
+            fds: message.fds.iter().map(AsRawFd::as_raw_fd).collect(),
+        };
+        let descriptions = self.disk.layers().iter().map(|layer| {
+            let direct = layer.file().direct().map(|(fd, _)| fd.as_raw_fd());
+            std::iter::once(layer.file().buffered().as_raw_fd()).chain(direct)
+        });
+        let mut descriptions = descriptions;
+        // A disk that is only read is opened anew: its lock is shared.
+        let top = if self.disk.read_only() {
+            Vec::new()
+        } else {
+            descriptions.next().into_iter().flatten().collect()
+        };
+        Handover {
+            from: env!("CARGO_PKG_VERSION").to_owned(),
+            rehearsal: None,
+            paused: now(),
+            wake: signals::wake_fd().map(|fd| fd.as_raw_fd()),
+            listener: self.listener.map(listening),
+            control: Some(listening(self.control)),
+            connection: connection.map(|fd| fd.as_raw_fd()),
+            top,
+            hold: descriptions.flatten().collect(),
+            reply: Some(client.as_raw_fd()),
+            write_cache: session.device_state().write_cache,
+            messages: session.export().into_iter().map(raw).collect(),
+        }
+    }
+}
+
+/// The time since the host's start.
+pub fn now() -> Option<Duration> {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).ok().map(Duration::from)
+}
+
+/// The file that this program was started from. One that was replaced since has another name for a
+/// moment, or none; its place is what counts.
+pub fn running_program() -> PathBuf {
+    const DELETED: &[u8] = b" (deleted)";
+    let path = std::env::current_exe().unwrap_or_default();
+    match path.as_os_str().as_bytes().strip_suffix(DELETED) {
+        Some(before) if !path.exists() => PathBuf::from(OsString::from_vec(before.to_vec())),
+        _ => path,
+    }
+}
+
+/// Tells whether a file is still the same: device, inode, length, time of the last change.
+type Identity = [i64; 5];
+
+fn identity(program: &Path) -> Result<Identity, UpgradeError> {
+    let found = fs::metadata(program).map_err(UpgradeError::start(program))?;
+    let numbers = [found.dev(), found.ino(), found.len()].map(u64::cast_signed);
+    Ok([numbers[0], numbers[1], numbers[2], found.mtime(), found.mtime_nsec()])
+}
+
+/// The command line of the successor: this one's.
+fn arguments(program: &Path, handover: RawFd) -> Vec<OsString> {
+    let is_takeover = |arg: &OsString| arg.as_bytes().starts_with(TAKEOVER.as_bytes());
+    let own = std::env::args_os().skip(1).filter(|arg| !is_takeover(arg));
+    let takeover = OsString::from(format!("{TAKEOVER}{handover}"));
+    [program.as_os_str().to_owned(), takeover].into_iter().chain(own).collect()
+}
+
+/// Has the program say whether it could take over.
+fn rehearse(program: &Path, mut handover: Handover, time: Duration) -> Result<(), UpgradeError> {
+    let failed = |source| UpgradeError::Rehearsal { program: program.to_owned(), source };
+    let (mut ours, theirs) = io::pipe().map_err(|e| failed(e.into()))?;
+    handover.rehearsal = Some(theirs.as_raw_fd());
+    // A frontend, or another daemon, must not find anybody there when this process is killed.
+    (handover.listener, handover.control) = (None, None);
+    let file = handover.store()?;
+    let mut fds = handover.fds();
+    fds.push(file.as_raw_fd());
+    let mut command = Command::new(program);
+    // A group of its own, so that what it has started can be ended with it.
+    command.args(&arguments(program, file.as_raw_fd())[1..]).process_group(0);
+    let parent = getpid();
+    // SAFETY: system calls only, which are async-signal-safe.
+    unsafe {
+        command.pre_exec(move || {
+            // It holds the disk's lock: when this process is killed it must not stay.
+            prctl::set_pdeathsig(Signal::SIGKILL)?;
+            if getppid() != parent {
+                return Err(io::ErrorKind::NotFound.into());
+            }
+            Ok(set_inherited(&fds, true)?)
+        });
+    }
+    let mut child = command.spawn().map_err(UpgradeError::start(program))?;
+    drop(theirs);
+    let heard = hear(&mut ours, &child, Instant::now() + time);
+    // It has nothing more to do. Until it is reaped its number is nobody else's.
+    if let Ok(group) = i32::try_from(child.id()) {
+        let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+    }
+    let status = child.wait();
+    match (heard, status) {
+        (Ok(Heard::Ready), _) => Ok(()),
+        (Ok(Heard::Ended), Ok(status)) => Err(failed(RehearsalError::Ended(status))),
+        (Ok(Heard::Ended), Err(e)) => Err(failed(e.into())),
+        (Err(e), _) => Err(failed(e)),
+    }
+}
+
+/// What a rehearsing child does in the end.
+enum Heard {
+    /// It says that it can take over.
+    Ready,
+    /// It has ended without an answer, and is not reaped yet.
+    Ended,
+}
+
+/// What the rehearsing child says.
+fn hear(pipe: &mut PipeReader, child: &Child, deadline: Instant) -> Result<Heard, RehearsalError> {
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\n") && answer.len() < ANSWER_LEN_MAX {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match wait_readable(&[pipe.as_fd()], left)? {
+            Readable::Fd(_) => {}
+            Readable::Timeout => return Err(RehearsalError::NoAnswer),
+            Readable::Stop => return Err(RehearsalError::Stopping),
+        }
+        let mut bytes = [0; 512];
+        match pipe.read(&mut bytes)? {
+            0 => return wait_for_end(child, deadline),
+            n => answer.extend(&bytes[..n]),
+        }
+    }
+    let answer = String::from_utf8_lossy(&answer);
+    match answer.trim_end().split_once(' ') {
+        Some(("ready", _)) => Ok(Heard::Ready),
+        Some(("refused", why)) => Err(RehearsalError::Refused(why.to_owned())),
+        _ => Err(RehearsalError::Nonsense),
+    }
+}
+
+/// Waits until the child has ended, without reaping it.
+fn wait_for_end(child: &Child, deadline: Instant) -> Result<Heard, RehearsalError> {
+    let child = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    while Instant::now() < deadline {
+        match waitid(Id::Pid(child), flags).map_err(io::Error::from)? {
+            WaitStatus::StillAlive => std::thread::sleep(CHILD_INTERVAL),
+            _ => return Ok(Heard::Ended),
+        }
+    }
+    Err(RehearsalError::NoAnswer)
+}
+
+/// Goes on as another program. Returns if that is not possible, with the reason.
+fn replace(program: &Path, handover: &Handover) -> UpgradeError {
+    let file = match handover.store() {
+        Ok(file) => file,
+        Err(e) => return e.into(),
+    };
+    let mut fds = handover.fds();
+    fds.push(file.as_raw_fd());
+    let strings = |all: &mut dyn Iterator<Item = OsString>| {
+        all.map(|one| CString::new(one.into_vec())).collect::<Result<Vec<_>, _>>()
+    };
+    let variables = &mut std::env::vars_os().map(|(mut name, value)| {
+        name.push("=");
+        name.push(value);
+        name
+    });
+    let arguments = &mut arguments(program, file.as_raw_fd()).into_iter();
+    let (Ok(arguments), Ok(variables)) = (strings(arguments), strings(variables)) else {
+        return UpgradeError::Argument;
+    };
+    // A signal that comes from here on is the successor's.
+    let result = signals::hold().and_then(|()| {
+        if signals::stopping() {
+            // It has ended the listening socket.
+            return Err(nix::Error::EINTR);
+        }
+        set_inherited(&fds, true)?;
+        execve(&arguments[0], &arguments, &variables)
+    });
+    let _ = (set_inherited(&fds, false), signals::release());
+    let Err(e) = result;
+    UpgradeError::start(program)(e.into())
+}

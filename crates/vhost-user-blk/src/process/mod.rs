@@ -1,0 +1,10 @@
+//! What the process needs of the system: sockets, signals, the service manager, the log.
+
+pub(crate) mod complaints;
+pub mod control;
+pub mod logger;
+pub mod requirements;
+pub mod signals;
+pub mod socket;
+pub mod systemd;
+pub mod watchdog;

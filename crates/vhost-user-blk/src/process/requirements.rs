@@ -1,0 +1,145 @@
+//! What the host must offer, looked at before the daemon says that it listens: what is missing would
+//! otherwise be found when the first ring starts, and its guest would wait for ever.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::OnceLock;
+
+use block_io::ring::{IoEngine, NoUring, Ring};
+use nix::unistd::{SysconfVar, sysconf};
+
+use crate::datapath::route::PAGE;
+use crate::lifecycle::daemon::DaemonError;
+
+/// Refuses a system whose pages are not of the size that this program counts with.
+///
+/// # Errors
+/// [`DaemonError::PageSize`]
+pub fn check_page_size() -> Result<(), DaemonError> {
+    check_page(sysconf(SysconfVar::PAGE_SIZE).ok().flatten())
+}
+
+fn check_page(found: Option<libc::c_long>) -> Result<(), DaemonError> {
+    match found.map(u64::try_from) {
+        Some(Ok(PAGE)) => Ok(()),
+        Some(Ok(found)) => Err(DaemonError::PageSize { found }),
+        // POSIX has every system say it.
+        _ => Err(DaemonError::PageSize { found: 0 }),
+    }
+}
+
+/// Who does the I/O of the queues.
+#[derive(Debug)]
+pub struct Engine {
+    use_now: IoEngine,
+    /// The user has asked for it, so that no other will do.
+    asked_for: bool,
+    /// Why it is not io_uring, although that would be better.
+    refused: Option<NoUring>,
+    /// That a ring could not be had later on was said.
+    said: OnceLock<()>,
+}
+
+impl Engine {
+    /// The engine that was asked for; if none was, io_uring where it can be had.
+    ///
+    /// # Errors
+    /// [`DaemonError::Engine`] if the one that was asked for cannot be had.
+    pub fn choose(asked_for: Option<IoEngine>) -> Result<Self, DaemonError> {
+        let said = OnceLock::new();
+        if let Some(engine) = asked_for {
+            engine.probe().map_err(|source| DaemonError::Engine { hint: hint(&source), source })?;
+            return Ok(Engine { use_now: engine, asked_for: true, refused: None, said });
+        }
+        let refused = IoEngine::IoUring.probe().err();
+        let use_now = if refused.is_none() { IoEngine::IoUring } else { IoEngine::Sync };
+        Ok(Engine { use_now, asked_for: false, refused, said })
+    }
+
+    /// Says in the log what was chosen.
+    pub fn report(&self) {
+        match &self.refused {
+            None => log::debug!("I/O engine: {}", self.use_now),
+            Some(why) => log::warn!(
+                "io_uring cannot be used: {why} ({}); threads do the I/O instead (--io-engine=sync): as safe, but \
+                 slower for what is not in the page cache",
+                hint(why)
+            ),
+        }
+    }
+
+    /// A ring for a queue; see [`Ring::new`]. If there is no io_uring any more, and nobody has asked
+    /// for one, the other engine does.
+    ///
+    /// # Errors
+    /// What the system says to both.
+    pub fn ring<R>(&self, depth: usize, files: &[Option<BorrowedFd<'_>>]) -> io::Result<Ring<R>> {
+        Ring::new(self.use_now, depth, files).or_else(|e| {
+            if self.asked_for || self.use_now == IoEngine::Sync {
+                return Err(e);
+            }
+            if self.said.set(()).is_ok() {
+                log::warn!("io_uring cannot be used any more: {e}; threads do the I/O instead");
+            }
+            Ring::new(IoEngine::Sync, depth, files)
+        })
+    }
+}
+
+/// What usually is the reason.
+fn hint(why: &NoUring) -> &'static str {
+    match (why, why.errno()) {
+        (_, Some(libc::EPERM | libc::EACCES)) => {
+            "a container's seccomp filter, SELinux, or the sysctl kernel.io_uring_disabled forbids it"
+        }
+        (_, Some(libc::ENOSYS)) => {
+            "a container's seccomp filter forbids it, or the kernel was built without it"
+        }
+        (_, Some(libc::EINVAL)) | (NoUring::Operation(_), _) => {
+            "it needs Linux 5.13 or later, or 5.10.162 and later of the 5.10 series"
+        }
+        (_, Some(libc::ENOMEM)) => {
+            "memory is short, or the limit of locked memory is too low: ulimit -l, LimitMEMLOCK="
+        }
+        (_, Some(libc::EMFILE | libc::ENFILE)) => "too many files are open: ulimit -n",
+        _ => "the kernel's reason",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_of_another_size_are_refused() {
+        check_page_size().unwrap();
+        check_page(Some(4096)).unwrap();
+        for found in [16384, 65536] {
+            let text = check_page(Some(found)).unwrap_err().to_string();
+            assert!(text.contains(&found.to_string()) && text.contains("4096"), "{text}");
+        }
+        assert!(check_page(None).is_err() && check_page(Some(-1)).is_err());
+    }
+
+    #[test]
+    fn the_engine_that_was_asked_for_is_used() {
+        let engine = Engine::choose(Some(IoEngine::Sync)).unwrap();
+        assert_eq!((engine.use_now, engine.refused.is_none()), (IoEngine::Sync, true));
+    }
+
+    #[test]
+    fn without_io_uring_the_other_engine_serves_unless_it_was_asked_for() {
+        // The host's io_uring is as it is; a ring of more files than can be registered is refused.
+        let too_many = vec![None; 1 << 20];
+        let engine = |asked_for| Engine {
+            use_now: IoEngine::IoUring,
+            asked_for,
+            refused: None,
+            said: OnceLock::new(),
+        };
+        assert!(engine(true).ring::<()>(1, &too_many).is_err());
+        let other = engine(false);
+        other.ring::<()>(1, &too_many).unwrap();
+        assert!(other.said.get().is_some());
+    }
+}

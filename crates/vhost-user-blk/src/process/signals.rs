@@ -1,0 +1,194 @@
+//! SIGTERM, SIGINT and SIGHUP ask for a clean end; of the last two one that is ignored stays so.
+//!
+//! The `vhost` crate receives and sends with blocking calls that it repeats after EINTR, and a
+//! frontend may stop in the middle of a message. So the handler, besides waking the main loop, shuts
+//! the connection down: whatever call the main thread is in then returns. `shutdown` and `write` are
+//! async-signal-safe. The kernel gives a signal for the process to the main thread as long as that
+//! does not block it, so the handler never runs while the main thread is between closing a connection
+//! and [`Connection`]'s drop.
+//!
+//! A frontend may connect again the moment it sees the end of its connection, and some give their
+//! disk up if they are then taken into the queue of a process that is ending. So the handler ends
+//! the listening socket before the connection ([`Entrance`]).
+
+use std::io;
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::ptr;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering};
+
+use nix::errno::Errno;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::signal::register_signal_handler;
+
+use crate::process::socket::Listener;
+use crate::virtio::notify::Bell;
+
+const NO_FD: RawFd = -1;
+
+static STOPPING: AtomicBool = AtomicBool::new(false);
+static WAKE: OnceLock<EventFd> = OnceLock::new();
+static WAKE_FD: AtomicI32 = AtomicI32::new(NO_FD);
+static CONNECTION_FD: AtomicI32 = AtomicI32::new(NO_FD);
+/// Null, or what an [`Entrance`] borrows.
+static LISTENER: AtomicPtr<Listener> = AtomicPtr::new(ptr::null_mut());
+
+extern "C" fn on_signal(
+    _signal: libc::c_int,
+    _info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+    let errno = Errno::last_raw();
+    STOPPING.store(true, Ordering::SeqCst);
+    close_entrance();
+    let one = 1u64;
+    // SAFETY: `one` outlives the call and has the eight bytes that an eventfd takes; both calls are
+    // async-signal-safe and take any fd number, -1 included.
+    unsafe {
+        libc::write(WAKE_FD.load(Ordering::SeqCst), (&raw const one).cast(), size_of::<u64>());
+        libc::shutdown(CONNECTION_FD.load(Ordering::SeqCst), libc::SHUT_RDWR);
+    }
+    Errno::set_raw(errno);
+}
+
+/// Ends the listening socket, if there is one. Async-signal-safe.
+fn close_entrance() {
+    let listener = LISTENER.swap(ptr::null_mut(), Ordering::SeqCst);
+    // SAFETY: an `Entrance` borrows it, whose drop would have taken the pointer away, in this same
+    // thread.
+    if let Some(listener) = unsafe { listener.as_ref() } {
+        listener.close_in_handler(WAKE_FD.load(Ordering::SeqCst));
+    }
+}
+
+/// Takes over the signals that end the process, and ignores SIGXFSZ, so that a write past the file
+/// size limit fails with EFBIG instead of killing the daemon. To be called from the main thread.
+///
+/// `inherited` is the [`wake_fd`] of the process's last program: its handler may have run when it was
+/// too late to end.
+///
+/// # Errors
+/// What the kernel says to eventfd or sigaction.
+pub fn install(inherited: Option<OwnedFd>) -> io::Result<()> {
+    let wake = match inherited {
+        // SAFETY: an eventfd, as the predecessor says; another descriptor would only be useless.
+        Some(fd) => unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) },
+        None => EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+    };
+    if wake.read().is_ok_and(|signals| signals > 0) {
+        STOPPING.store(true, Ordering::SeqCst);
+        wake.write(1)?;
+    }
+    let wake = WAKE.get_or_init(|| wake);
+    WAKE_FD.store(wake.as_raw_fd(), Ordering::SeqCst);
+    for signal in ENDING.into_iter().filter(|&signal| !stays_ignored(signal)) {
+        // The handler does nothing that is not async-signal-safe. The crate blocks all signals
+        // meanwhile, so one handler runs at a time, and asks for no SA_RESTART: poll and the like
+        // are to return.
+        register_signal_handler(signal as libc::c_int, on_signal)?;
+    }
+    let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
+    // SAFETY: ignoring a signal runs no code.
+    unsafe { sigaction(Signal::SIGXFSZ, &ignore)? };
+    Ok(release()?)
+}
+
+/// Whether a signal was ignored when the process was started and has to stay so: SIGHUP under
+/// nohup(1), SIGINT in a job that a shell runs in the background. SIGTERM means this process.
+fn stays_ignored(signal: Signal) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: no action is set, and `action` is a whole one for the old.
+    let asked = unsafe { libc::sigaction(signal as libc::c_int, ptr::null(), action.as_mut_ptr()) };
+    if signal == Signal::SIGTERM || asked != 0 {
+        return false;
+    }
+    // SAFETY: the kernel has filled it.
+    unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
+}
+
+/// The signals that ask for the end.
+const ENDING: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+
+/// Has signals wait, for a program that comes with execve(2) to take them.
+///
+/// # Errors
+/// None that the kernel documents.
+pub fn hold() -> nix::Result<()> {
+    SigSet::from_iter(ENDING).thread_block()
+}
+
+/// Does something that starts threads, which are then never given the signals that ask for the end:
+/// the main thread is, or holds them for its successor.
+pub fn starting_threads<T>(start: impl FnOnce() -> T) -> T {
+    let held = hold();
+    let result = start();
+    if held.is_ok() {
+        let _ = release();
+    }
+    result
+}
+
+/// Takes signals again.
+///
+/// # Errors
+/// None that the kernel documents.
+pub fn release() -> nix::Result<()> {
+    SigSet::from_iter(ENDING).thread_unblock()
+}
+
+/// Whether a signal has asked for the end.
+#[must_use]
+pub fn stopping() -> bool {
+    STOPPING.load(Ordering::SeqCst)
+}
+
+/// Readable once a signal has asked for the end; `None` before [`install`].
+#[must_use]
+pub fn wake_fd() -> Option<BorrowedFd<'static>> {
+    WAKE.get().map(Bell::fd)
+}
+
+/// While this lives, a signal shuts the connection down.
+#[derive(Debug)]
+pub struct Connection(());
+
+impl Connection {
+    /// Names the connection. The value must be dropped before `socket` is closed. A signal that came
+    /// earlier did not shut it down: look at [`stopping`] afterwards.
+    #[must_use]
+    pub fn new(socket: BorrowedFd<'_>) -> Self {
+        CONNECTION_FD.store(socket.as_raw_fd(), Ordering::SeqCst);
+        Connection(())
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        CONNECTION_FD.store(NO_FD, Ordering::SeqCst);
+    }
+}
+
+/// While this lives, a signal ends the listening socket, before it shuts the connection down.
+#[derive(Debug)]
+pub struct Entrance<'a>(PhantomData<&'a Listener>);
+
+impl<'a> Entrance<'a> {
+    /// Names the listener, in the main thread. If a signal has come already it is ended at once.
+    #[must_use]
+    pub fn new(listener: &'a Listener) -> Self {
+        LISTENER.store(ptr::from_ref(listener).cast_mut(), Ordering::SeqCst);
+        if stopping() {
+            close_entrance();
+        }
+        Entrance(PhantomData)
+    }
+}
+
+impl Drop for Entrance<'_> {
+    fn drop(&mut self) {
+        LISTENER.store(ptr::null_mut(), Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,645 @@
+//! One frontend's session: features, the memory table, the rings.
+//!
+//! The messages come in through `BackendReqHandler` of the `vhost` crate, which checks their form,
+//! sends replies and acknowledgements, and answers REPLY_ACK by itself. What it does not do is done
+//! here: subsets of what was offered, queue numbers, order. A message that is refused ends the
+//! connection, with the reason in the log; the disk is not concerned.
+//!
+//! A ring is served while all of this holds: it has a size, addresses that lie in guest memory, a
+//! kick descriptor (or the frontend's word that it does not kick), it is enabled (vhost-user
+//! specification, "Ring states"), and features are set. The frontend can bring that about in any
+//! order. The specification starts a ring with its first kick; here a worker looks at it at once,
+//! which is the same for a ring without work, and loses no kick of a ring that was kicked too
+//! early.
+
+pub mod connection;
+pub mod log_fd;
+pub mod memory_table;
+pub mod message;
+pub mod replay;
+pub mod vring;
+
+mod migration;
+mod refusal;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
+
+use log::Level;
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{self, Backend, GpuBackend, VhostUserBackendReqHandlerMut};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
+use vmm_sys_util::eventfd::EventFd;
+
+use self::refusal::Refusal;
+use crate::datapath::worker::RingStart;
+use crate::guest_memory::memory::{Memory, REGIONS_MAX, RegionInfo};
+use crate::process::complaints::{CONNECTIONS, RINGS, WRITE_CACHE};
+use crate::session::vring::{RingAddresses, RunningRing, StartCommon, Vring};
+use crate::virtio::config::{self, DeviceConfig, DiskShape};
+use crate::virtio::dirty_log::DirtyLog;
+use crate::virtio::inflight::{Area, AreaInfo, Tracker};
+use crate::virtio::state::{DeviceState, StateError};
+
+/// What is offered in answer to GET_PROTOCOL_FEATURES. BACKEND_REQ also because User Mode Linux (6.1)
+/// cannot use a disk without: its `virtio_uml` takes the interrupt of the rings from that channel.
+const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+    .union(VhostUserProtocolFeatures::CONFIG)
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::BACKEND_REQ)
+    .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    .union(VhostUserProtocolFeatures::LOG_SHMFD)
+    .union(VhostUserProtocolFeatures::DEVICE_STATE)
+    .union(VhostUserProtocolFeatures::RESET_DEVICE);
+
+/// The disk, as a session sees it.
+pub trait Device {
+    /// A ring that is being served.
+    type Ring: RunningRing;
+
+    /// Begins to serve a ring; opens the disk first if that has not been done yet or it was let go.
+    ///
+    /// # Errors
+    /// If the ring cannot be trusted, the disk cannot be opened, or a thread or the like cannot be had.
+    fn start(&self, ring: RingStart) -> io::Result<Self::Ring>;
+
+    /// Makes everything durable that was written before the call.
+    ///
+    /// # Errors
+    /// If that failed, and so for good.
+    fn flush(&self) -> io::Result<()>;
+
+    /// Closes the disk, so that it can be opened elsewhere. No ring is running.
+    ///
+    /// # Errors
+    /// If not all of it could be made durable. Then it is not closed.
+    fn let_go(&self) -> io::Result<()>;
+
+    /// Signalled when a ring had to be given up.
+    fn failure(&self) -> &EventFd;
+}
+
+/// A device state on its way.
+enum Transfer {
+    Saved(std::result::Result<(), StateError>),
+    /// From here it comes; the frontend writes it after SET_DEVICE_STATE_FD.
+    Load(File),
+}
+
+type Result<T> = std::result::Result<T, vhost_user::Error>;
+
+/// State of the connection with the frontend, and what outlives it: the device, and whether the
+/// guest has switched the write cache off. (A frontend that reconnects does not repeat that, and
+/// its guest, which then sends no flush, relies on it.)
+pub struct Session<D: Device> {
+    device: D,
+    config: DeviceConfig,
+    offered: u64,
+    queue_size_max: u16,
+    /// What SET_FEATURES said; `None` before it.
+    features: Option<u64>,
+    /// SET_PROTOCOL_FEATURES.
+    protocol_features: u64,
+    /// Every write is durable before it completes. Shared with the workers.
+    write_through: Arc<AtomicBool>,
+    memory: Arc<Memory>,
+    /// The same, as the vrings see it.
+    address_space: GuestMemoryAtomic<Memory>,
+    /// SET_DEVICE_STATE_FD, until CHECK_DEVICE_STATE.
+    transfer: Option<Transfer>,
+    /// SET_INFLIGHT_FD. It belongs to the connection: with the next one it comes again.
+    inflight: Option<Area>,
+    /// SET_LOG_BASE.
+    log: Option<Arc<DirtyLog>>,
+    /// SET_LOG_FD: rings when the log is written.
+    log_bell: Option<Arc<File>>,
+    /// A ring has run since the disk was last let go.
+    served: bool,
+    vrings: Vec<Vring<D::Ring>>,
+    /// The channel for requests to the frontend, kept open as long as the connection. Nothing has
+    /// been asked for on it yet.
+    requests: Option<OwnedFd>,
+}
+
+impl<D: Device> Session<D> {
+    /// A session in which no frontend has said anything yet.
+    ///
+    /// # Panics
+    /// If no ring can be as large as `shape` says; the command line does not take such a size.
+    pub fn new(device: D, shape: &DiskShape) -> Self {
+        let memory = Arc::new(Memory::empty());
+        let address_space = GuestMemoryAtomic::from(Arc::clone(&memory));
+        let vring = |_| {
+            Vring::new(address_space.clone(), shape.queue_size_max)
+                .expect("--queue-size is a power of two up to 32768")
+        };
+        let vrings = (0..shape.num_queues).map(vring).collect();
+        Session {
+            device,
+            config: DeviceConfig::new(shape),
+            offered: config::features(shape.read_only),
+            queue_size_max: shape.queue_size_max,
+            features: None,
+            protocol_features: 0,
+            write_through: Arc::new(AtomicBool::new(true)),
+            memory,
+            vrings,
+            address_space,
+            transfer: None,
+            inflight: None,
+            log: None,
+            log_bell: None,
+            served: false,
+            requests: None,
+        }
+    }
+
+    /// The frontend is gone: completes what is in flight on every ring, and forgets what it said.
+    pub fn disconnect(&mut self) {
+        self.reset_rings();
+        self.protocol_features = 0;
+        self.transfer = None;
+        self.inflight = None;
+        self.log = None;
+        self.log_bell = None;
+        self.set_memory(Memory::empty());
+        self.requests = None;
+    }
+
+    /// Stops every ring, and puts rings and features back to what they were before anything was
+    /// said.
+    fn reset_rings(&mut self) {
+        self.vrings.iter_mut().for_each(Vring::reset);
+        self.features = None;
+        self.write_through.store(true, Ordering::SeqCst);
+    }
+
+    /// RESET_DEVICE. Memory and protocol features belong to the connection and stay.
+    fn reset(&mut self) {
+        self.reset_rings();
+        if let Some(area) = &self.inflight {
+            area.clear();
+        }
+        self.config.set_write_cache(true);
+    }
+
+    /// Whether a ring is being served.
+    #[cfg(test)]
+    fn is_running(&self, queue: usize) -> bool {
+        self.vrings[queue].is_running()
+    }
+
+    fn has(&self, feature: u64) -> bool {
+        self.features.unwrap_or(0) & feature != 0
+    }
+
+    fn vring(&mut self, queue: u32) -> std::result::Result<&mut Vring<D::Ring>, Refusal> {
+        let num_queues = self.vrings.len();
+        usize::try_from(queue)
+            .ok()
+            .and_then(|at| self.vrings.get_mut(at))
+            .ok_or(Refusal::NoSuchQueue { queue, num_queues })
+    }
+
+    /// Starts the rings that can be served and are not, and pauses those that are and must not be.
+    fn reconcile(&mut self) -> Result<()> {
+        let logging = self.is_logging();
+        if logging {
+            self.check_log()?;
+        }
+        let common = StartCommon {
+            memory: &self.memory,
+            write_through: &self.write_through,
+            inflight: self.inflight.as_ref(),
+            log: self.log.as_ref().filter(|_| logging),
+            log_bell: self.log_bell.as_ref(),
+        };
+        // Nothing may be written that the log should have and cannot.
+        let ready = self.features.is_some() && logging == common.log.is_some();
+        let all_enabled = !self.has(config::F_PROTOCOL_FEATURES);
+        let chain_len_max = self.chain_len_max();
+        for (queue, vring) in self.vrings.iter_mut().enumerate() {
+            let allowed = ready && (vring.is_enabled() || all_enabled);
+            match vring.located(&self.memory) {
+                Some(ring) if allowed && !vring.is_running() => {
+                    let start = |source| Refusal::Start { queue, source };
+                    let ring = vring.start_with(queue, ring, &common).map_err(start)?;
+                    let again = ring.inflight.as_ref().map_or(0, Tracker::unfinished_count);
+                    if again > 0 {
+                        let line = format_args!(
+                            "queue {queue}: {again} requests in flight are done again"
+                        );
+                        RINGS.say(Level::Info, line);
+                    }
+                    warn_of_long_chains(queue, ring.state.size, chain_len_max);
+                    log::debug!(
+                        "queue {queue}: {} descriptors from {}",
+                        ring.state.size,
+                        ring.state.next_avail
+                    );
+                    vring.set_running(self.device.start(ring).map_err(start)?);
+                    self.served = true;
+                }
+                Some(_) if allowed => {}
+                _ => vring.pause(),
+            }
+        }
+        Ok(self.let_go_if_idle()?)
+    }
+
+    /// How many descriptors of the ring a request may take: as many as the driver has been told, unless
+    /// it puts them into a table beside the ring, or does not know.
+    fn chain_len_max(&self) -> u32 {
+        if self.has(config::F_SEG_MAX) && !self.has(config::F_INDIRECT_DESC) {
+            self.config.chain_len_max()
+        } else {
+            0
+        }
+    }
+
+    /// Decides anew whether writes must be durable before they complete.
+    fn update_write_through(&mut self) -> Result<()> {
+        let write_through = !self.has(config::F_FLUSH) || !self.config.write_cache();
+        let before = self.write_through.swap(write_through, Ordering::SeqCst);
+        if write_through != before {
+            let state = if write_through { "off" } else { "on" };
+            WRITE_CACHE.say(Level::Info, format_args!("write cache {state}"));
+        }
+        if write_through && !before {
+            // From here on the guest sends no flush, also not for what it wrote earlier.
+            self.device.flush().map_err(Refusal::Flush)?;
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> DeviceState {
+        DeviceState { write_cache: self.config.write_cache() }
+    }
+
+    /// Takes on what a predecessor was told.
+    fn adopt(&mut self, state: DeviceState) -> Result<()> {
+        self.config.set_write_cache(state.write_cache);
+        self.keep_state();
+        self.update_write_through()
+    }
+
+    /// Keeps what the guest has set for a successor.
+    fn keep_state(&self) {
+        if let Some(area) = &self.inflight {
+            area.keep(self.state());
+        }
+    }
+
+    /// Has every ring use `memory`, after what is in flight on the old one is complete.
+    fn change_memory(&mut self, memory: Memory) -> Result<()> {
+        self.vrings.iter_mut().for_each(Vring::pause);
+        // With the memory would go the sign that some of it was lost.
+        self.check_intact()?;
+        self.set_memory(memory);
+        self.reconcile()
+    }
+
+    fn set_memory(&mut self, memory: Memory) {
+        self.address_space.lock().unwrap_or_else(PoisonError::into_inner).replace(memory);
+        self.memory = self.address_space.memory().into_inner();
+    }
+
+    /// Kicks the rings whose frontend does not. False if there is none.
+    pub fn poll_rings(&self) -> bool {
+        self.vrings.iter().filter(|vring| vring.poll()).count() > 0
+    }
+
+    /// A descriptor that becomes readable when a ring had to be given up; see [`Session::check`].
+    pub fn failure(&self) -> &EventFd {
+        self.device.failure()
+    }
+
+    /// Whether the session can go on after a ring was given up. A ring that the guest has spoilt is
+    /// the guest's concern. A frontend that shortens the file of its memory has ended the session.
+    ///
+    /// # Errors
+    /// The reason why it cannot.
+    pub fn check(&self) -> std::result::Result<(), impl std::error::Error + use<D>> {
+        // Only to be readable for the next time; that it is not now is no harm.
+        let _ = self.device.failure().read();
+        self.check_intact()
+    }
+}
+
+/// A driver that puts more descriptors into a ring than it has cannot do so, and some wait for ever for
+/// room. The frontend alone knows the size of its rings when it asks for the configuration space, so
+/// here it is too late.
+fn warn_of_long_chains(queue: usize, size: u16, chain_len_max: u32) {
+    if u32::from(size) < chain_len_max {
+        let line = format_args!(
+            "queue {queue}: a ring of {size} without indirect descriptors, and requests may have \
+             {chain_len_max}: the guest may wait for ever for longer ones to fit; start the daemon \
+             with --queue-size={size}, or leave indirect descriptors on"
+        );
+        RINGS.say(Level::Warn, line);
+    }
+}
+
+fn region_info(region: &VhostUserMemoryRegion) -> RegionInfo {
+    RegionInfo {
+        guest_address: region.guest_phys_addr,
+        size: region.memory_size,
+        vmm_address: region.user_addr,
+        file_offset: region.mmap_offset,
+    }
+}
+
+impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
+    fn set_owner(&mut self) -> Result<()> {
+        // The connection is the owner; a second claim changes nothing.
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        // "No longer used"; the specification recommends to disable the rings or to ignore it.
+        // cloud-hypervisor has sent it for a device reset.
+        self.reset();
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.reset();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.offered)
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !self.offered;
+        if unknown != 0 {
+            return Err(Refusal::Features { found: features, unknown }.into());
+        }
+        let changed = self.features.replace(features).unwrap_or(features) ^ features;
+        if changed & (config::F_EVENT_IDX | config::F_LOG_ALL) != 0 {
+            self.vrings.iter_mut().for_each(Vring::pause);
+            self.check_intact()?;
+        }
+        let event_idx = self.has(config::F_EVENT_IDX);
+        self.vrings.iter_mut().for_each(|vring| vring.set_event_idx(event_idx));
+        log::debug!("features {features:#x}");
+        if self.is_logging() && self.log.is_none() {
+            RINGS.say(Level::Info, format_args!("no ring is served before the dirty log has come"));
+        }
+        self.update_write_through()?;
+        self.reconcile()
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        if postcopy_listening.is_some() {
+            return Err(Refusal::Postcopy.into());
+        }
+        let memory = Memory::from_regions(regions.iter().map(region_info).zip(files));
+        self.change_memory(memory.map_err(Refusal::Memory)?)?;
+        Ok(None)
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(u64::try_from(REGIONS_MAX).unwrap_or(u64::MAX))
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        postcopy_listening: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        if postcopy_listening.is_some() {
+            return Err(Refusal::Postcopy.into());
+        }
+        let memory = self.memory.with_region(region_info(region), file);
+        self.change_memory(memory.map_err(Refusal::Memory)?)?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let memory = self.memory.without_region(region_info(region));
+        self.change_memory(memory.map_err(Refusal::Memory)?)
+    }
+
+    fn set_vring_num(&mut self, queue: u32, num: u32) -> Result<()> {
+        let max = self.queue_size_max;
+        let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= max);
+        let size = size.ok_or(Refusal::QueueSize { queue, found: num, max })?;
+        let vring = self.vring(queue)?;
+        vring.stop_if_running();
+        vring.set_size(size);
+        self.reconcile()
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        queue: u32,
+        flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        log: u64,
+    ) -> Result<()> {
+        let addresses = RingAddresses { desc: descriptor, avail: available, used };
+        // Before there is any memory the addresses may come first.
+        if self.memory.regions().next().is_some()
+            && let Some((part, address)) = addresses.outside(&self.memory)
+        {
+            return Err(Refusal::RingOutside { queue, part, address }.into());
+        }
+        let (memory, logging) = (Arc::clone(&self.memory), self.is_logging());
+        let vring = self.vring(queue)?;
+        let logged_at = vring.logged_at(&memory);
+        if vring.addresses != Some(addresses) {
+            vring.stop_if_running();
+            vring.addresses = Some(addresses);
+        }
+        vring.log_address =
+            flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        if logging && vring.logged_at(&memory) != logged_at {
+            vring.pause();
+        }
+        self.reconcile()
+    }
+
+    fn set_vring_base(&mut self, queue: u32, base: u32) -> Result<()> {
+        let next_avail =
+            u16::try_from(base).map_err(|_| Refusal::NextAvail { queue, found: base })?;
+        let vring = self.vring(queue)?;
+        vring.stop_if_running();
+        vring.set_next_avail(next_avail);
+        self.reconcile()
+    }
+
+    fn get_vring_base(&mut self, queue: u32) -> Result<VhostUserVringState> {
+        let vring = self.vring(queue)?;
+        vring.stop();
+        let next_avail = vring.next_avail();
+        self.check_intact()?;
+        self.let_go_if_idle()?;
+        Ok(VhostUserVringState::new(queue, next_avail.into()))
+    }
+
+    fn set_vring_kick(&mut self, queue: u8, file: Option<File>) -> Result<()> {
+        let queue = queue.into();
+        let set = self.vring(queue)?.set_kick(file);
+        set.map_err(|source| Refusal::Descriptor { queue, source })?;
+        self.reconcile()
+    }
+
+    fn set_vring_call(&mut self, queue: u8, file: Option<File>) -> Result<()> {
+        self.vring(queue.into())?.set_call(file);
+        self.reconcile()
+    }
+
+    fn set_vring_err(&mut self, queue: u8, file: Option<File>) -> Result<()> {
+        self.vring(queue.into())?.set_err(file);
+        self.reconcile()
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(PROTOCOL_FEATURES)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !PROTOCOL_FEATURES.bits();
+        if unknown != 0 {
+            return Err(Refusal::ProtocolFeatures { found: features, unknown }.into());
+        }
+        self.protocol_features = features;
+        Ok(())
+    }
+
+    fn set_backend_req_fd(&mut self, _requests: Backend) {
+        // The crate gives its descriptor to nobody, not to a successor either; see `keep_requests`.
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(u64::try_from(self.vrings.len()).unwrap_or(u64::MAX))
+    }
+
+    fn set_vring_enable(&mut self, queue: u32, enable: bool) -> Result<()> {
+        self.vring(queue)?.set_enabled(enable);
+        self.reconcile()
+    }
+
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> Result<Vec<u8>> {
+        let out_of_range = || Refusal::ConfigRange { offset, size: size as usize };
+        Ok(self.config.read(offset, size).ok_or_else(out_of_range)?)
+    }
+
+    fn set_config(&mut self, offset: u32, data: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        let size = data.len();
+        // A driver that has not negotiated CONFIG_WCE must not write, and one that does changes
+        // nothing.
+        if self.has(config::F_CONFIG_WCE) {
+            self.config.write(offset, data).ok_or(Refusal::ConfigRange { offset, size })?;
+            self.keep_state();
+        }
+        self.update_write_through()
+    }
+
+    // The crate asks for these; it lets the first through without looking at what was negotiated.
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        Err(Refusal::NotOffered("GPU_SET_SOCKET").into())
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        direction: VhostTransferStateDirection,
+        phase: VhostTransferStatePhase,
+        fd: File,
+    ) -> Result<Option<File>> {
+        if phase != VhostTransferStatePhase::STOPPED || self.vrings.iter().any(Vring::is_running) {
+            return Err(Refusal::StateWhileRunning.into());
+        }
+        self.transfer = Some(match direction {
+            VhostTransferStateDirection::SAVE => Transfer::Saved(self.state().save(fd)),
+            VhostTransferStateDirection::LOAD => Transfer::Load(fd),
+        });
+        Ok(None)
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        let result = match self.transfer.take() {
+            None => Err(StateError::Nothing),
+            Some(Transfer::Saved(result)) => result.map(|()| None),
+            Some(Transfer::Load(pipe)) => DeviceState::load(pipe),
+        };
+        match result {
+            Ok(Some(state)) => self.adopt(state),
+            Ok(None) => Ok(()),
+            Err(error) => {
+                CONNECTIONS.say(Level::Warn, format_args!("{error}"));
+                Err(Refusal::State(error).into())
+            }
+        }
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        Err(Refusal::NotOffered("SHARED_OBJECT").into())
+    }
+
+    fn get_inflight_fd(
+        &mut self,
+        inflight: &VhostUserInflight,
+    ) -> Result<(VhostUserInflight, File)> {
+        let info = AreaInfo::new(inflight.num_queues, inflight.queue_size);
+        info.check(self.vrings.len(), self.queue_size_max).map_err(Refusal::Inflight)?;
+        let file = info.create().map_err(Refusal::InflightFile)?;
+        let AreaInfo { size, offset, num_queues, queue_size } = info;
+        Ok((VhostUserInflight::new(size, offset, num_queues, queue_size), file))
+    }
+
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        let info = AreaInfo {
+            size: inflight.mmap_size,
+            offset: inflight.mmap_offset,
+            num_queues: inflight.num_queues,
+            queue_size: inflight.queue_size,
+        };
+        info.check(self.vrings.len(), self.queue_size_max).map_err(Refusal::Inflight)?;
+        let area = Area::map(&info, file).map_err(Refusal::Inflight)?;
+        self.vrings.iter_mut().for_each(Vring::pause);
+        self.check_intact()?;
+        let kept = area.kept().unwrap_or(self.state());
+        self.inflight = Some(area);
+        self.adopt(kept)?;
+        self.reconcile()
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        Err(Refusal::NotOffered("SHMEM").into())
+    }
+
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        self.change_log(log, file)?;
+        self.reconcile()
+    }
+}
+
+mod export;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,361 @@
+//! One ring as the frontend has set it up so far.
+//!
+//! Its state is a vring of the `vhost-user-backend` crate, with a `Queue` of `virtio-queue`. A
+//! worker that serves the ring gets a copy, and when it stops the queue is told where it was. What
+//! that crate does not keep, or does not give out again, is kept beside it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use vhost::vhost_user::message::{FrontendReq, VhostUserVringAddrFlags};
+use vhost_user_backend::{VringMutex, VringT};
+use virtio_queue::{QueueState, QueueT};
+use vm_memory::GuestMemoryAtomic;
+use vmm_sys_util::event::{EventFlag, EventNotifier, new_event_consumer_and_notifier};
+
+use crate::datapath::worker::RingStart;
+use crate::guest_memory::memory::Memory;
+use crate::session::replay::Message;
+use crate::virtio::dirty_log::{DirtyLog, RingLog};
+use crate::virtio::inflight::{Area, RingIndices, Tracker};
+use crate::virtio::notify::{Bell, Doorbell, notifier};
+use crate::virtio::virtqueue::indices;
+
+/// In the number of a queue: no descriptor comes with it, the ring is polled.
+const NO_FD: u64 = 0x100;
+
+/// A ring that is being served.
+pub trait RunningRing {
+    /// Completes what is in flight and ends; returns the index of the next available entry.
+    fn stop(self) -> u16;
+}
+
+/// Ring addresses in the frontend's own address space (SET_VRING_ADDR).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingAddresses {
+    /// Descriptor table.
+    pub desc: u64,
+    /// Available ring.
+    pub avail: u64,
+    /// Used ring.
+    pub used: u64,
+}
+
+impl RingAddresses {
+    /// The name and value of the first address that is in no region of `memory`.
+    pub fn outside(&self, memory: &Memory) -> Option<(&'static str, u64)> {
+        let parts = [
+            ("descriptor table", self.desc),
+            ("available ring", self.avail),
+            ("used ring", self.used),
+        ];
+        parts.into_iter().find(|&(_, address)| memory.vmm_va_to_gpa(address).is_none())
+    }
+}
+
+/// What the frontend said about one ring, and the worker that serves it, if it is being served.
+pub struct Vring<R> {
+    /// Of its queue the size, the next entry of the available ring (out of date while the ring
+    /// runs, and of no concern where there is an in-flight area, which knows better) and EVENT_IDX;
+    /// "ready" from SET_VRING_KICK to what stops the ring. Its addresses are those of the last
+    /// start.
+    state: VringMutex<GuestMemoryAtomic<Memory>>,
+    /// SET_VRING_NUM has come. (The queue of one that has no size has its largest.)
+    sized: bool,
+    /// Where the ring stands, in the terms in which the frontend says it: where that is for the
+    /// guest depends on the memory at the time.
+    pub addresses: Option<RingAddresses>,
+    /// The guest address under which the frontend wants the used ring logged
+    /// (`VHOST_VRING_F_LOG`).
+    pub log_address: Option<u64>,
+    /// The frontend does not kick: the ring is to be looked at again and again, so we do.
+    polling: Option<EventNotifier>,
+    /// Not in `state`, which has no getter for it.
+    err: Option<EventNotifier>,
+    running: Option<R>,
+}
+
+impl<R: RunningRing> Vring<R> {
+    /// A ring of which nothing is known, with `size_max` descriptors at most.
+    ///
+    /// # Errors
+    /// If no ring can have that size.
+    pub fn new(
+        memory: GuestMemoryAtomic<Memory>,
+        size_max: u16,
+    ) -> Result<Self, virtio_queue::Error> {
+        Ok(Vring {
+            state: VringMutex::new(memory, size_max)?,
+            sized: false,
+            addresses: None,
+            log_address: None,
+            polling: None,
+            err: None,
+            running: None,
+        })
+    }
+
+    /// Stops the ring and forgets all that was said of it.
+    pub fn reset(&mut self) {
+        self.stop();
+        self.state.get_mut().get_queue_mut().reset();
+        self.state.set_enabled(false);
+        self.state.set_call(None);
+        self.sized = false;
+        self.addresses = None;
+        self.log_address = None;
+        self.err = None;
+    }
+
+    /// Its queue, by value.
+    fn queue(&self) -> QueueState {
+        self.state.get_ref().get_queue().state()
+    }
+
+    /// Descriptors; 0 as long as it is not known.
+    pub fn size(&self) -> u16 {
+        if self.sized { self.queue().size } else { 0 }
+    }
+
+    /// SET_VRING_NUM, with a size that was checked.
+    pub fn set_size(&mut self, size: u16) {
+        self.state.set_queue_size(size);
+        self.sized = true;
+    }
+
+    /// Next entry of the available ring to be taken, as far as it is known.
+    pub fn next_avail(&self) -> u16 {
+        self.state.queue_next_avail()
+    }
+
+    /// SET_VRING_BASE
+    pub fn set_next_avail(&mut self, next_avail: u16) {
+        self.state.set_queue_next_avail(next_avail);
+    }
+
+    /// Whether `VIRTIO_F_EVENT_IDX` was negotiated. For the next start.
+    pub fn set_event_idx(&mut self, event_idx: bool) {
+        self.state.set_queue_event_idx(event_idx);
+    }
+
+    /// What SET_VRING_ENABLE said last.
+    pub fn is_enabled(&self) -> bool {
+        self.state.get_ref().is_enabled()
+    }
+
+    /// SET_VRING_ENABLE
+    pub fn set_enabled(&mut self, enabled: bool) {
+        self.state.set_enabled(enabled);
+    }
+
+    /// Whether a worker serves the ring.
+    pub fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// Where the ring stands in guest memory, if all is known that it needs to run and all of it
+    /// lies in `memory`.
+    pub fn located(&self, memory: &Memory) -> Option<QueueState> {
+        let (addresses, queue) = (self.addresses?, self.queue());
+        if !self.sized || !queue.ready {
+            return None;
+        }
+        Some(QueueState {
+            desc_table: memory.vmm_va_to_gpa(addresses.desc)?.0,
+            avail_ring: memory.vmm_va_to_gpa(addresses.avail)?.0,
+            used_ring: memory.vmm_va_to_gpa(addresses.used)?.0,
+            ..queue
+        })
+    }
+
+    /// Where the used ring is logged, if all is known that is needed to say so: where it was asked for,
+    /// else at its own place. (A frontend that wants the log at all wants all that changes.)
+    pub fn logged_at(&self, memory: &Memory) -> Option<u64> {
+        let own = || memory.vmm_va_to_gpa(self.addresses?.used).map(|at| at.0);
+        self.log_address.or_else(own)
+    }
+
+    /// What a worker needs to serve the ring, which [`Vring::located`] has found.
+    ///
+    /// # Errors
+    /// If a descriptor cannot be had, or the in-flight area contradicts the ring.
+    pub fn start_with(
+        &self,
+        queue: usize,
+        ring: QueueState,
+        common: &StartCommon<'_>,
+    ) -> io::Result<RingStart> {
+        let inflight = match (common.inflight, self.stand_at(&ring, common.memory)) {
+            (Some(area), Some(at)) => Some(area.recover(queue, at).map_err(io::Error::other)?),
+            // A ring that cannot be read is the guest's fault, and the worker's to give up.
+            _ => None,
+        };
+        let vring = self.state.get_ref();
+        let kick = vring.get_kick().as_ref().ok_or(io::ErrorKind::NotFound)?;
+        Ok(RingStart {
+            queue,
+            memory: Arc::clone(common.memory),
+            state: QueueState {
+                next_avail: inflight.as_ref().map_or(ring.next_avail, Tracker::next_avail),
+                ..ring
+            },
+            write_through: Arc::clone(common.write_through),
+            kick: kick.try_clone()?,
+            call: vring.get_call().as_ref().map(EventNotifier::try_clone).transpose()?,
+            err: self.err.as_ref().map(EventNotifier::try_clone).transpose()?,
+            inflight,
+            log: common.log.map(|log| RingLog {
+                log: Arc::clone(log),
+                used: self.log_address.unwrap_or(ring.used_ring),
+                bell: common.log_bell.map(Arc::clone),
+            }),
+        })
+    }
+
+    /// Tells the queue where the ring is, and reads its indices; `None` if it is not aligned or not
+    /// wholly in `memory`.
+    fn stand_at(&self, ring: &QueueState, memory: &Memory) -> Option<RingIndices> {
+        let QueueState { desc_table, avail_ring, used_ring, .. } = *ring;
+        self.state.set_queue_info(desc_table, avail_ring, used_ring).ok()?;
+        let vring = self.state.get_ref();
+        let queue = vring.get_queue();
+        queue.is_valid(memory).then(|| indices(memory, queue).ok())?
+    }
+
+    /// What the guest kicks.
+    fn kick(&self) -> Option<BorrowedFd<'_>> {
+        let fd = self.state.get_ref().get_kick().as_ref()?.as_raw_fd();
+        // SAFETY: nobody else has the vring, and what closes its kick borrows `self` mutably.
+        Some(unsafe { BorrowedFd::borrow_raw(fd) })
+    }
+
+    /// What the guest is called by.
+    fn call(&self) -> Option<BorrowedFd<'_>> {
+        let fd = self.state.get_ref().get_call().as_ref()?.as_raw_fd();
+        // SAFETY: as in `kick`.
+        Some(unsafe { BorrowedFd::borrow_raw(fd) })
+    }
+
+    /// The ring is served by `ring` from now on.
+    pub fn set_running(&mut self, ring: R) {
+        self.running = Some(ring);
+    }
+
+    /// Completes what is in flight and stops serving the ring; nothing that was set up is
+    /// forgotten.
+    pub fn pause(&mut self) {
+        if let Some(ring) = self.running.take() {
+            self.state.set_queue_next_avail(ring.stop());
+        }
+    }
+
+    /// Stops the ring in the sense of the specification: it is not served again before the next
+    /// SET_VRING_KICK.
+    pub fn stop(&mut self) {
+        self.pause();
+        self.state.set_queue_ready(false);
+        self.state.set_kick(None);
+        self.polling = None;
+    }
+
+    /// Stops a running ring because its set-up changes under it: a frontend that did not read the
+    /// base first, and will send the rest of a new set-up, SET_VRING_KICK last or nearly so. Until
+    /// then the ring must not be looked at.
+    pub fn stop_if_running(&mut self) {
+        if self.is_running() {
+            self.stop();
+        }
+    }
+
+    /// SET_VRING_KICK; `None` means that the frontend does not kick.
+    pub fn set_kick(&mut self, file: Option<File>) -> io::Result<()> {
+        self.pause();
+        let (kick, polling) = match file {
+            Some(file) => (file, None),
+            None => {
+                let flags = EventFlag::CLOEXEC | EventFlag::NONBLOCK;
+                let (kick, polling) = new_event_consumer_and_notifier(flags)?;
+                // SAFETY: `kick` owns the descriptor and gives it up.
+                (unsafe { File::from_raw_fd(kick.into_raw_fd()) }, Some(polling))
+            }
+        };
+        self.state.set_kick(Some(kick));
+        self.state.set_queue_ready(true);
+        self.polling = polling;
+        Ok(())
+    }
+
+    /// The messages that set up ring `queue` as it is, but for its being enabled.
+    pub fn export(&self, queue: u32) -> impl Iterator<Item = Message<BorrowedFd<'_>>> {
+        let state = self.queue();
+        let size = self
+            .sized
+            .then(|| Message::state(FrontendReq::SET_VRING_NUM, queue, state.size.into()));
+        let base = Message::state(FrontendReq::SET_VRING_BASE, queue, state.next_avail.into());
+        let addresses = self.addresses.map(|RingAddresses { desc, avail, used }| {
+            let flags = VhostUserVringAddrFlags::VHOST_VRING_F_LOG.bits();
+            let flags = if self.log_address.is_some() { flags } else { 0 };
+            let mut message = Message::state(FrontendReq::SET_VRING_ADDR, queue, flags);
+            let addresses = [desc, used, avail, self.log_address.unwrap_or(0)];
+            message.body.extend(addresses.iter().flat_map(|address| address.to_ne_bytes()));
+            message
+        });
+        let bell = |request, fd| Message::new(request, &[queue.into()]).with(fd);
+        let call = self.call().map(|fd| bell(FrontendReq::SET_VRING_CALL, fd));
+        let err = self.err.as_ref().map(|err| bell(FrontendReq::SET_VRING_ERR, err.fd()));
+        let kick = self.kick().map(|fd| match self.polling {
+            None => bell(FrontendReq::SET_VRING_KICK, fd),
+            Some(_) => Message::new(FrontendReq::SET_VRING_KICK, &[u64::from(queue) | NO_FD]),
+        });
+        size.into_iter().chain([base]).chain(addresses).chain(call).chain(kick).chain(err)
+    }
+
+    /// In place of a frontend that does not kick, kicks. False if the frontend does it itself, or
+    /// the ring is not served.
+    pub fn poll(&self) -> bool {
+        match (&self.polling, &self.running) {
+            (Some(polling), Some(_)) => {
+                // Full is as good.
+                _ = polling.notify();
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// SET_VRING_CALL. The descriptor is signalled once: completions may have been published before
+    /// it was known. A running ring is paused; it signals when it starts again.
+    pub fn set_call(&mut self, file: Option<File>) {
+        let was_running = self.is_running();
+        self.pause();
+        self.state.set_call(file);
+        if let Some(call) = self.call()
+            && !was_running
+        {
+            Doorbell::new(call).ring();
+        }
+    }
+
+    /// SET_VRING_ERR. A running ring is paused.
+    pub fn set_err(&mut self, file: Option<File>) {
+        self.pause();
+        self.err = file.map(notifier);
+    }
+}
+
+/// What all rings of a session have in common when they start.
+pub struct StartCommon<'a> {
+    /// Guest memory.
+    pub memory: &'a Arc<Memory>,
+    /// See [`RingStart`].
+    pub write_through: &'a Arc<AtomicBool>,
+    /// What the frontend keeps for the time after this process.
+    pub inflight: Option<&'a Area>,
+    /// The dirty log, if it is to be kept.
+    pub log: Option<&'a Arc<DirtyLog>>,
+    /// Rings when the log is written.
+    pub log_bell: Option<&'a Arc<File>>,
+}

@@ -13,7 +13,6 @@ use cow_format::{
 };
 
 use crate::disturb;
-use crate::file::{File, Host};
 use crate::image::bits::Bits;
 use crate::image::flush::{FlushFailure, flush};
 use crate::image::journal::Journal;
@@ -22,6 +21,7 @@ use crate::image::live::LiveBitmap;
 use crate::image::state::{Newest, NotMarked, mark_settled, say_not_marked, void_live};
 use crate::image::unflushed::Unflushed;
 use crate::image::{Chain, DiskError, DiskOptions, OpenError, open_chain, open_single};
+use crate::storage::file::{File, Host};
 use crate::storage::{Env, Storage};
 
 /// One file of an open disk.
@@ -32,7 +32,7 @@ pub struct Layer<F> {
 }
 
 impl<F> Layer<F> {
-    /// The open file. A real one has a buffered and maybe a direct description, see [`crate::file::File`].
+    /// The open file. A real one has a buffered and maybe a direct description, see [`crate::storage::file::File`].
     pub fn file(&self) -> &F {
         &self.file
     }

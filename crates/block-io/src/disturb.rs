@@ -38,7 +38,7 @@ mod on {
     use std::hash::{DefaultHasher, Hash, Hasher};
     use std::io;
 
-    use crate::sim::Choices;
+    use crate::testing::sim::Choices;
 
     thread_local! {
         static CHOICES: RefCell<Option<Choices>> = RefCell::new(from_environment());

@@ -3,10 +3,12 @@
 use std::path::Path;
 use std::time::Duration;
 
+use block_io::CowFormat;
+use block_io::Disk;
+use block_io::DiskOptions;
 use block_io::image::{CreateOptions, create_cow};
-use block_io::sim::{Choices, Operation, Sim};
 use block_io::storage::{Env, Storage};
-use block_io::{CowFormat, Disk, DiskOptions};
+use block_io::testing::sim::{Choices, Operation, Sim};
 use cow_format::{ByteOffset, Sector, SectorCount, SectorRange};
 
 const BASE: &str = "/base";
@@ -143,7 +145,7 @@ fn a_write_waits_for_the_hole_under_it() {
             _ = begun.send(());
             (0..100).for_each(|_| std::thread::yield_now());
         }
-        block_io::sim::Verdict::Proceed
+        block_io::testing::sim::Verdict::Proceed
     })));
     disk.sweep(|| true);
     writer.join().unwrap();

@@ -4,10 +4,11 @@ use std::io;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use block_io::Host;
+use block_io::OpenError;
 use block_io::image::ChangeError;
 use block_io::ops::{Holes, OpError, Progress};
 use block_io::storage::{Access, Env, LockKind, Storage};
-use block_io::{Host, OpenError};
 use cow_format::ByteOffset;
 
 use crate::error::CowError;

@@ -3,9 +3,10 @@
 use std::io;
 use std::path::PathBuf;
 
+use block_io::DiskError;
+use block_io::OpenError;
 use block_io::image::ChangeError;
 use block_io::ops::OpError;
-use block_io::{DiskError, OpenError};
 
 use crate::delta::DeltaError;
 use crate::others::Others;

@@ -2,11 +2,14 @@
 
 use std::path::Path;
 
+use block_io::Disk;
+use block_io::DiskOptions;
+use block_io::Host;
+use block_io::OpenError;
 use block_io::ops::OpError;
 use block_io::ops::inspect::{Content, inspect};
 use block_io::ops::walk::{Image, Piece, Reader, Walker};
 use block_io::storage::FileId;
-use block_io::{Disk, DiskOptions, Host, OpenError};
 use clap::ValueEnum;
 use cow_format::{ByteOffset, Header, HeaderError, LayerIndex, SectorRange};
 

@@ -5,7 +5,8 @@ mod common;
 use std::fs;
 use std::process::{Command, Stdio};
 
-use block_io::{Disk, DiskOptions};
+use block_io::Disk;
+use block_io::DiskOptions;
 use common::{Scratch, VECTOR_MTIME, base_image, set_mtime};
 use cow_format::{Sector, SectorCount, SectorRange};
 

@@ -6,7 +6,8 @@ use std::fs;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use block_io::{Disk, DiskOptions};
+use block_io::Disk;
+use block_io::DiskOptions;
 use common::{Scratch, base_image, set_mtime};
 use cow_format::{Sector, SectorCount, SectorRange};
 

@@ -9,8 +9,9 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use block_io::CowFormat;
+use block_io::Host;
 use block_io::image::{CreateOptions, create_cow};
-use block_io::{CowFormat, Host};
 use common::Daemon;
 use testkit::dirty_log::Log;
 use testkit::frontend::{

@@ -16,8 +16,8 @@ use super::flush::{FlushFailure, flush};
 use super::live::LiveBitmap;
 use super::trust::page_cache;
 use crate::disk::WritableCow;
-use crate::mem::SECTOR;
 use crate::storage::{Env, Storage};
+use crate::testing::mem::SECTOR;
 
 /// A header that could not be changed.
 #[derive(Debug)]

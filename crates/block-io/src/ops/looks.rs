@@ -46,7 +46,7 @@ mod tests {
     use super::*;
     use crate::CowFormat;
     use crate::image::{CreateOptions, create_cow};
-    use crate::sim::Sim;
+    use crate::testing::sim::Sim;
 
     #[test]
     fn what_begins_like_something_is_told() {

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use block_io::CowFormat;
+use block_io::Disk;
+use block_io::DiskOptions;
 use block_io::image::{CreateOptions, OpenError, Proof, create_cow, rebind, resize, snapshot};
-use block_io::sim::{Choices, CrashKind, Operation, Sim, SimFile, Verdict};
 use block_io::storage::{Env, Storage};
-use block_io::{CowFormat, Disk, DiskOptions};
+use block_io::testing::sim::{Choices, CrashKind, Operation, Sim, SimFile, Verdict};
 use cow_format::{ByteOffset, Sector, SectorCount, SectorRange};
 
 const BASE: &str = "/base";

@@ -5,10 +5,12 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use block_io::Disk;
+use block_io::DiskOptions;
+use block_io::Host;
 use block_io::ops::inspect::{BackingFacts, inspect};
 use block_io::ops::{Holes, OpError, Output, threads};
 use block_io::storage::Storage;
-use block_io::{Disk, DiskOptions, Host};
 use cow_format::{ByteOffset, Extent, SECTOR_SIZE, Sector, SectorCount, SectorRange};
 
 use crate::delta::{Header, RECORD_MAX, Record, Writer};

@@ -4,8 +4,9 @@ use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use block_io::Disk;
+use block_io::DiskOptions;
 use block_io::ops::walk::{Reader, Source, Walker};
-use block_io::{Disk, DiskOptions};
 use cow_format::{Sector, SectorCount, SectorRange};
 use serde::Serialize;
 

@@ -4,9 +4,10 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use block_io::Host;
 use block_io::image::BaseOptions;
+use block_io::ops;
 use block_io::ops::inspect::{Content, inspect};
-use block_io::{Host, ops};
 
 use crate::base::{BaseFormat, base_format};
 use crate::error::CowError;

@@ -39,7 +39,7 @@ impl Args {
             ));
             rebind::<Host>(&Host, &self.cow, base, Proof::Trust)?;
         } else {
-            let mut take = |file: &block_io::file::File| {
+            let mut take = |file: &block_io::storage::file::File| {
                 let progress = ui.progress("digest", file.len()?);
                 digest(file, &|bytes| progress.add(bytes))
             };

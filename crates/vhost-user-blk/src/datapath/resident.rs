@@ -17,7 +17,8 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use block_io::{Disk, disturb};
+use block_io::Disk;
+use block_io::disturb;
 use cow_format::{ByteOffset, LayerIndex};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use nix::sys::stat::{SFlag, fstat};
@@ -66,7 +67,7 @@ impl Mappings {
     /// the kernel tells us. Where mapping fails the layer is read through
     /// io_uring, as ever.
     pub fn new(disk: &Disk) -> Self {
-        let map = |file: &block_io::file::File| match file.direct() {
+        let map = |file: &block_io::storage::file::File| match file.direct() {
             Some(_) => None,
             None => Mapping::new(file.buffered()),
         };
@@ -365,7 +366,8 @@ mod tests {
     use std::os::fd::AsFd;
     use std::os::unix::fs::FileExt;
 
-    use block_io::{CachePolicy, DiskOptions};
+    use block_io::CachePolicy;
+    use block_io::DiskOptions;
     use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
     use super::*;

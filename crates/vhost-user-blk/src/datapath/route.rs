@@ -3,9 +3,11 @@
 
 use std::os::fd::BorrowedFd;
 
-use block_io::file::whole_blocks;
+use block_io::Disk;
+use block_io::DiskError;
+use block_io::Layer;
 use block_io::ring::{FileSlot, Plan};
-use block_io::{Disk, DiskError, Layer};
+use block_io::storage::file::whole_blocks;
 use cow_format::{ByteOffset, Extent, LayerIndex, SectorRange};
 
 use crate::datapath::holes::Holes;

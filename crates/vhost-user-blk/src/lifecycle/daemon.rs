@@ -6,9 +6,15 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use block_io::CachePolicy;
+use block_io::CowFormat;
+use block_io::Disk;
+use block_io::DiskError;
+use block_io::DiskOptions;
+use block_io::Host;
+use block_io::OpenError;
 use block_io::ops::looks::{Looks, looks_like};
 use block_io::ring::NoUring;
-use block_io::{CachePolicy, CowFormat, Disk, DiskError, DiskOptions, Host, OpenError};
 use cow_format::{HeaderError, Sector, SectorCount, SectorRange};
 use log::Level;
 use nix::poll::PollTimeout;
@@ -267,7 +273,7 @@ pub(crate) fn raise_fd_limit() {
 /// predecessor, by the descriptions of its top file.
 pub(crate) fn open_disk(
     options: &Options,
-    inherited: Option<block_io::file::File>,
+    inherited: Option<block_io::storage::file::File>,
 ) -> Result<Disk, DaemonError> {
     let policy = |cache| match cache {
         Cache::Buffered => CachePolicy::Buffered,

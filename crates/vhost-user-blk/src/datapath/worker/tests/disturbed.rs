@@ -5,8 +5,12 @@
 
 use std::path::Path;
 
+use block_io::CachePolicy;
+use block_io::CowFormat;
+use block_io::DiskOptions;
+use block_io::Host;
+use block_io::disturb;
 use block_io::image::{CreateOptions, create_cow, snapshot};
-use block_io::{CachePolicy, CowFormat, DiskOptions, Host, disturb};
 use cow_format::{Sector, SectorCount};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use testkit::request::segment;

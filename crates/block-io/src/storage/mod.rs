@@ -1,7 +1,13 @@
 //! What a format needs of the place where it is stored, and of the names around it.
 //!
 //! [`Storage`] is one file, [`Env`] the directory tree, the clock of boots and the locks. Both exist for the real
-//! system ([`crate::file`]) and for the simulated disk ([`crate::sim`]), so that exactly the same code runs on both.
+//! system ([`crate::storage::file`]) and for the simulated disk ([`crate::testing::sim`]), so that exactly the same code runs on both.
+
+pub mod file;
+pub(crate) mod filesystem;
+pub(crate) mod lock;
+pub mod proc_fs;
+pub(crate) mod witness;
 
 use std::fmt;
 use std::io;

@@ -104,7 +104,7 @@ fn flock(kind: LockKind, range: LockRange) -> libc::flock {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::file::{File, Host};
+    use crate::storage::file::{File, Host};
     use crate::storage::{Access, Env, Storage};
     use std::path::Path;
 

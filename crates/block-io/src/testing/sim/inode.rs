@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::Choices;
-use crate::mem::{SECTOR, SectorBytes, SparseBytes, ZERO_SECTOR};
+use crate::testing::mem::{SECTOR, SectorBytes, SparseBytes, ZERO_SECTOR};
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Inode {

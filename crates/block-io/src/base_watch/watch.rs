@@ -15,10 +15,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 
+use crate::base_watch::lease::{Lease, Leases};
 use crate::disk::{Disk, Layer};
-use crate::file::{File, Host};
-use crate::lease::{Lease, Leases};
-use crate::proc_fs::{descriptor_path, shows_descriptors};
+use crate::storage::file::{File, Host};
+use crate::storage::proc_fs::{descriptor_path, shows_descriptors};
 use crate::storage::{Access, Env, Storage};
 
 /// Stack of the watching thread in bytes: it writes a log line now and then.

@@ -24,8 +24,8 @@ use nix::sys::statfs::{
 };
 use uuid::Uuid;
 
-use crate::proc_fs::explain_boot_id;
 use crate::storage::BootId;
+use crate::storage::proc_fs::explain_boot_id;
 
 /// ramfs (linux/magic.h).
 const RAMFS_MAGIC: i64 = 0x8584_58f6;

@@ -22,13 +22,13 @@ use nix::sys::statfs::fstatfs;
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Whence, fdatasync, linkat, lseek64};
 
-use crate::filesystem::is_believed;
-use crate::lock::{LockRange, try_lock, unlock};
-use crate::proc_fs::{descriptor_path, explain, shows_descriptors};
+use crate::storage::filesystem::is_believed;
+use crate::storage::lock::{LockRange, try_lock, unlock};
+use crate::storage::proc_fs::{descriptor_path, explain, shows_descriptors};
+use crate::storage::witness;
 use crate::storage::{
     Access, BootId, Env, FILE_BLOCK, FileId, FileKind, FileStat, LockError, LockKind, Storage,
 };
-use crate::witness;
 
 /// What direct I/O must be aligned to where the kernel does not say (statx has said since Linux 6.1): no disk wants more.
 const DIRECT_ALIGN_DEFAULT: u32 = 4096;

@@ -11,7 +11,7 @@ use std::fs::OpenOptions;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use blk_bench::rng::Rng;
+use blk_bench::load::rng::Rng;
 use system_tests::flushed::Told;
 use system_tests::flushed::program::pick;
 use system_tests::powercut::{

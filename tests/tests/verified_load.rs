@@ -8,12 +8,12 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use blk_bench::device::{Device, Options};
-use blk_bench::job::{Job, Mix};
+use blk_bench::driver::device::{Device, Options};
+use blk_bench::driver::queue::{SECTOR_SIZE, Wait};
+use blk_bench::load::job::{Job, Mix};
+use blk_bench::load::model::{Base, Content, Expectation, Expected};
+use blk_bench::load::region::Region;
 use blk_bench::load::{self, RunError};
-use blk_bench::model::{Base, Content, Expectation, Expected};
-use blk_bench::queue::{SECTOR_SIZE, Wait};
-use blk_bench::region::Region;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::parse::{duration, mix, size, sizes};
-use blk_bench::job::{Mix, Pattern};
+use blk_bench::load::job::{Mix, Pattern};
 
 /// A vhost-user-blk load generator: a frontend without a guest.
 #[derive(Debug, Parser)]

@@ -10,14 +10,14 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use blk_bench::config::{Config, RangeLimits};
-use blk_bench::device::{Device, Options};
+use blk_bench::driver::device::{Device, Options};
+use blk_bench::driver::queue::{SECTOR_SIZE, Wait};
 use blk_bench::error::Error;
-use blk_bench::job::Job;
+use blk_bench::load::job::Job;
+use blk_bench::load::model::{Base, Expectation, Expected};
+use blk_bench::load::region::Region;
 use blk_bench::load::{self, Outcome, RunError};
-use blk_bench::model::{Base, Expectation, Expected};
 use blk_bench::null;
-use blk_bench::queue::{SECTOR_SIZE, Wait};
-use blk_bench::region::Region;
 use blk_bench::report::{Report, ServerReport, Target, Verification};
 use blk_bench::server::Server;
 

@@ -4,8 +4,8 @@
 //! against a [`model`]. A test that wants its own requests uses a queue by itself:
 //!
 //! ```no_run
-//! use blk_bench::device::{Device, Options};
-//! use blk_bench::queue::{Op, Request, Status, Wait};
+//! use blk_bench::driver::device::{Device, Options};
+//! use blk_bench::driver::queue::{Op, Request, Status, Wait};
 //!
 //! let mut device = Device::connect(&Options::new("/run/disk.sock"))?;
 //! let mut queue = device.take_queues().remove(0);
@@ -32,20 +32,9 @@
 //! a sleep and a wake-up.
 
 pub mod config;
-pub mod device;
+pub mod driver;
 pub mod error;
-pub mod job;
 pub mod load;
-pub mod memory;
-pub mod model;
 pub mod null;
-mod null_ring;
-pub mod queue;
-pub mod region;
 pub mod report;
-mod ring;
-pub mod rng;
 pub mod server;
-pub mod stamp;
-pub mod stats;
-mod watchdog;

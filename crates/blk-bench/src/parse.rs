@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use blk_bench::job::Mix;
+use blk_bench::load::job::Mix;
 
 /// A size in bytes: a number, and k, M, G or T for powers of 1024.
 pub fn size(text: &str) -> Result<u64, String> {

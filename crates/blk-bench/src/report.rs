@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use crate::config::Config;
 use crate::load::Outcome;
+use crate::load::stats::{OpSummary, per_second};
 use crate::server::Memory;
-use crate::stats::{OpSummary, per_second};
 
 /// A run's result. Its JSON form is what `--output=json` prints.
 #[derive(Debug, Serialize)]

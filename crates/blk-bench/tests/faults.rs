@@ -7,13 +7,13 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use blk_bench::device::{Device, Options};
+use blk_bench::driver::device::{Device, Options};
+use blk_bench::driver::queue::{Status, Wait};
 use blk_bench::error::Error;
-use blk_bench::job::{Job, Mix};
+use blk_bench::load::job::{Job, Mix};
+use blk_bench::load::model::Expectation;
 use blk_bench::load::{self, RunError};
-use blk_bench::model::Expectation;
 use blk_bench::null::Fault;
-use blk_bench::queue::{Status, Wait};
 use common::{RamDisk, SECTORS, mixed_job, options, run_and_read_back};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 

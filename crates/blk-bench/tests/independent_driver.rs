@@ -4,10 +4,10 @@ mod common;
 
 use std::path::Path;
 
-use blk_bench::memory::SharedMemory;
-use blk_bench::model::Content;
+use blk_bench::driver::memory::SharedMemory;
+use blk_bench::driver::queue::SECTOR_SIZE;
+use blk_bench::load::model::Content;
 use blk_bench::null;
-use blk_bench::queue::SECTOR_SIZE;
 use common::{SECTORS, mixed_job, options};
 use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags};
 
@@ -75,7 +75,7 @@ fn the_virtio_driver_crate_reads_what_this_driver_wrote() {
         written += u64::from(matches!(content, Content::Write(_)));
         let mut wanted = [0; SECTOR_SIZE];
         assert!(expected.expectation.fill(sector, owner, content, &mut wanted).unwrap());
-        assert!(data == wanted, "sector {sector}: {}", blk_bench::stamp::describe(data));
+        assert!(data == wanted, "sector {sector}: {}", blk_bench::load::stamp::describe(data));
     }
     assert!(written > SECTORS / 4, "only {written} sectors were written");
 }

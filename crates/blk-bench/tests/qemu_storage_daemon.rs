@@ -8,12 +8,12 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use blk_bench::device::Device;
-use blk_bench::job::{Job, Mix};
+use blk_bench::driver::device::Device;
+use blk_bench::driver::queue::SECTOR_SIZE;
 use blk_bench::load;
-use blk_bench::model::{Base, Expectation, Expected};
-use blk_bench::queue::SECTOR_SIZE;
-use blk_bench::rng::Rng;
+use blk_bench::load::job::{Job, Mix};
+use blk_bench::load::model::{Base, Expectation, Expected};
+use blk_bench::load::rng::Rng;
 use common::{Process, SEED, mixed_job, options, run_and_read_back};
 
 /// Bytes of the base image; no multiple of a cluster.

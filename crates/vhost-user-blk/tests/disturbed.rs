@@ -12,12 +12,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use blk_bench::device::{Device, Options};
-use blk_bench::job::{Job, Mix};
+use blk_bench::driver::device::{Device, Options};
+use blk_bench::driver::queue::Wait;
 use blk_bench::load;
-use blk_bench::model::{Base, Expectation, Expected};
-use blk_bench::queue::Wait;
-use blk_bench::region::Region;
+use blk_bench::load::job::{Job, Mix};
+use blk_bench::load::model::{Base, Expectation, Expected};
+use blk_bench::load::region::Region;
 use common::soak::from_env;
 use common::{Daemon, PROGRAM};
 use nix::sys::signal::Signal;

@@ -13,8 +13,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use blk_bench::device::{Device, Options};
-use blk_bench::queue::{Op, Request};
+use blk_bench::driver::device::{Device, Options};
+use blk_bench::driver::queue::{Op, Request};
 use block_io::ring::IoEngine;
 use common::{Daemon, PROGRAM};
 use nix::errno::Errno;

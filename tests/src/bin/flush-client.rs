@@ -19,8 +19,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
-use blk_bench::device::{Device, Options};
-use blk_bench::queue::{Completion, Op, Queue, Request, SECTOR_SIZE, Status, Wait};
+use blk_bench::driver::device::{Device, Options};
+use blk_bench::driver::queue::{Completion, Op, Queue, Request, SECTOR_SIZE, Status, Wait};
 use system_tests::flushed::program::{MAX_DATA, Step, stamp};
 use system_tests::flushed::{DISK_SECTORS, DUMP_SLOT, Program};
 

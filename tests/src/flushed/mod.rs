@@ -8,7 +8,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use blk_bench::queue::SECTOR_SIZE;
+use blk_bench::driver::queue::SECTOR_SIZE;
 
 pub mod model;
 pub mod program;

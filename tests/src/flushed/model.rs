@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use blk_bench::queue::{Op, SECTOR_SIZE};
+use blk_bench::driver::queue::{Op, SECTOR_SIZE};
 
 use super::program::{BASE_PROGRAM, DISK_SECTORS, Program, Seen, base_op, index, look};
 use super::told::{Event, Run, Told};

@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
-use blk_bench::queue::{Op, SECTOR_SIZE};
-use blk_bench::rng::{Rng, mix};
+use blk_bench::driver::queue::{Op, SECTOR_SIZE};
+use blk_bench::load::rng::{Rng, mix};
 
 /// Sectors of a new disk: 40 MiB, so that two pages of a native bitmap's 16 MiB have a border, and half a page is left.
 pub const DISK_SECTORS: u64 = 40 << 11;

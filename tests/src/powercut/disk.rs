@@ -6,8 +6,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use blk_bench::queue::SECTOR_SIZE;
-use blk_bench::rng::Rng;
+use blk_bench::driver::queue::SECTOR_SIZE;
+use blk_bench::load::rng::Rng;
 
 use crate::flushed::program::{chance, index, pick};
 

@@ -8,8 +8,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use blk_bench::queue::SECTOR_SIZE;
-use blk_bench::rng::Rng;
+use blk_bench::driver::queue::SECTOR_SIZE;
+use blk_bench::load::rng::Rng;
 
 use super::disk::{Survives, VolatileDisk};
 use crate::flushed::program::chance;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use blk_bench::rng::{Rng, mix};
+use blk_bench::load::rng::{Rng, mix};
 
 use crate::files::TestDir;
 use crate::flushed::model::{GROWTH, Verdict};

@@ -6,12 +6,12 @@ use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use blk_bench::device::{Device, Options};
-use blk_bench::job::{Job, Mix};
+use blk_bench::driver::device::{Device, Options};
+use blk_bench::load::job::{Job, Mix};
+use blk_bench::load::model::{Base, Expectation, Expected};
+use blk_bench::load::region::Region;
 use blk_bench::load::{self, RunError};
-use blk_bench::model::{Base, Expectation, Expected};
 use blk_bench::null::{self, Fault};
-use blk_bench::region::Region;
 
 /// Size of the RAM disks.
 pub const SECTORS: u64 = 16 << 10;

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use blk_bench::device::{Device, Options};
-use blk_bench::model::{Base, Content, Expectation, Model};
-use blk_bench::queue::{Completion, Op, Queue, Request, SECTOR_SIZE, Status};
-use blk_bench::region::Region;
-use blk_bench::rng::Rng;
-use blk_bench::stamp::Stamp;
+use blk_bench::driver::device::{Device, Options};
+use blk_bench::driver::queue::{Completion, Op, Queue, Request, SECTOR_SIZE, Status};
+use blk_bench::load::model::{Base, Content, Expectation, Model};
+use blk_bench::load::region::Region;
+use blk_bench::load::rng::Rng;
+use blk_bench::load::stamp::Stamp;
 use nix::sys::signal::Signal;
 
 use super::{Daemon, PROGRAM};

@@ -3,9 +3,9 @@
 
 use std::time::Instant;
 
-use blk_bench::device::Device;
-use blk_bench::model::{Content, Expectation};
-use blk_bench::queue::{Op, Request, SECTOR_SIZE};
+use blk_bench::driver::device::Device;
+use blk_bench::driver::queue::{Op, Request, SECTOR_SIZE};
+use blk_bench::load::model::{Content, Expectation};
 
 use super::{End, GRANULE, Lane, PATIENCE, Soak, start};
 

@@ -17,9 +17,9 @@ use virtio_bindings::virtio_blk::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::driver::queue::SECTOR_SIZE;
+use crate::driver::ring::{DESC_INDIRECT, DESC_NEXT, DESC_SIZE, DESC_WRITE, Descriptor};
 use crate::null::{Disk, Fault};
-use crate::queue::SECTOR_SIZE;
-use crate::ring::{DESC_INDIRECT, DESC_NEXT, DESC_SIZE, DESC_WRITE, Descriptor};
 
 /// Descriptors in a chain; more means a loop.
 const MAX_CHAIN: usize = 1024;

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use crate::memory::{Plain, SharedMemory};
+use crate::driver::memory::{Plain, SharedMemory};
 
 /// `VIRTQ_DESC_F_NEXT`.
 pub(crate) const DESC_NEXT: u16 = 1;

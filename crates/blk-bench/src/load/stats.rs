@@ -5,7 +5,7 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use crate::queue::{Notifications, Op, Request};
+use crate::driver::queue::{Notifications, Op, Request};
 
 /// Longer latencies count as this.
 const LATENCY_MAX_NS: u64 = 3_600_000_000_000;

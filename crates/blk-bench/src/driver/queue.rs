@@ -19,11 +19,11 @@ use virtio_bindings::virtio_blk::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::error::Error;
-use crate::memory::SharedMemory;
-use crate::ring::{
+use crate::driver::memory::SharedMemory;
+use crate::driver::ring::{
     DESC_INDIRECT, DESC_NEXT, DESC_SIZE, DESC_WRITE, Descriptor, DriverRing, RingLayout,
 };
+use crate::error::Error;
 
 /// Bytes of a sector; the unit of all addresses in virtio-blk.
 pub const SECTOR_SIZE: usize = 512;

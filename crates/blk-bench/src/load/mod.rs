@@ -1,17 +1,26 @@
 //! Runs a job: one thread per queue, and the measurement around them.
 
+pub mod job;
+pub mod model;
+pub mod region;
+pub mod rng;
+pub mod stamp;
+pub mod stats;
+
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use crate::driver::queue::{
+    Completion, Notifications, Op, Queue, Request, SECTOR_SIZE, Slot, Status,
+};
 use crate::error::Error;
-use crate::job::{Generator, Job};
-use crate::model::{Content, Expectation, Expected, MAX_SEQUENCE, Mismatch, Model};
-use crate::queue::{Completion, Notifications, Op, Queue, Request, SECTOR_SIZE, Slot, Status};
-use crate::rng::Rng;
+use crate::load::job::{Generator, Job};
+use crate::load::model::{Content, Expectation, Expected, MAX_SEQUENCE, Mismatch, Model};
+use crate::load::rng::Rng;
+use crate::load::stamp::Stamp;
+use crate::load::stats::Stats;
 use crate::server::{Sample, Server, cpu_between};
-use crate::stamp::Stamp;
-use crate::stats::Stats;
 
 /// Why a run ended before its time.
 #[derive(Debug, thiserror::Error)]
@@ -446,7 +455,7 @@ pub fn read_back(
     queues: &mut [Queue],
     expected: &Expected,
     range: std::ops::Range<u64>,
-    wait: crate::queue::Wait,
+    wait: crate::driver::queue::Wait,
 ) -> Result<u64, RunError> {
     let parts = queues.len() as u64;
     std::thread::scope(|scope| {
@@ -467,7 +476,7 @@ fn read_back_part(
     expected: &Expected,
     range: std::ops::Range<u64>,
     (part, parts): (u64, u64),
-    wait: crate::queue::Wait,
+    wait: crate::driver::queue::Wait,
 ) -> Result<u64, RunError> {
     let index = queue.index();
     let step = (queue.max_data() / SECTOR_SIZE).max(1) as u64;

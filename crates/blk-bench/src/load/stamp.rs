@@ -15,8 +15,8 @@
 
 use std::fmt;
 
-use crate::queue::SECTOR_SIZE;
-use crate::rng::mix;
+use crate::driver::queue::SECTOR_SIZE;
+use crate::load::rng::mix;
 
 const MAGIC: [u8; 8] = *b"BLKBENCH";
 const FILL_AT: usize = 32;

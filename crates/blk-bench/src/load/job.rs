@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use crate::queue::{Op, Request, Wait};
-use crate::region::Region;
-use crate::rng::{Permutation, Rng};
+use crate::driver::queue::{Op, Request, Wait};
+use crate::load::region::Region;
+use crate::load::rng::{Permutation, Rng};
 
 /// In which order sectors are visited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

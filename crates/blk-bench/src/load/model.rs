@@ -5,10 +5,10 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::driver::queue::SECTOR_SIZE;
 use crate::error::Error;
-use crate::queue::SECTOR_SIZE;
-use crate::region::Region;
-use crate::stamp::{Stamp, describe};
+use crate::load::region::Region;
+use crate::load::stamp::{Stamp, describe};
 
 /// Sectors in a lazily allocated part of a model.
 const CHUNK: usize = 4096;

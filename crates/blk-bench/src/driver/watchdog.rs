@@ -9,8 +9,8 @@ use std::thread::JoinHandle;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
+use crate::driver::queue::Link;
 use crate::error::Error;
-use crate::queue::Link;
 
 /// Every queue gets to look at the clock once in this time.
 const TICK_MS: u16 = 1000;

@@ -3,6 +3,8 @@
 //! Against it the load generator measures itself. With [`Options::fault`] it goes wrong in one chosen way, so that tests
 //! can show that the generator's checks see it. It trusts its frontend no further than memory safety needs.
 
+pub(crate) mod null_ring;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd};
@@ -31,9 +33,9 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::driver::queue::SECTOR_SIZE;
 use crate::error::Error;
-use crate::null_ring::{DeviceRing, Mapping};
-use crate::queue::SECTOR_SIZE;
+use crate::null::null_ring::{DeviceRing, Mapping};
 
 /// Most queues that it has.
 const MAX_QUEUES: u16 = 64;

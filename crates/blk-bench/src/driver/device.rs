@@ -24,11 +24,11 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use crate::config::{CONFIG_LEN, Config, WRITEBACK_AT};
+use crate::driver::memory::{GUEST_BASE, SharedMemory};
+use crate::driver::queue::{Link, Queue, QueueEnds, SlotLayout};
+use crate::driver::ring::RingLayout;
+use crate::driver::watchdog::Watchdog;
 use crate::error::Error;
-use crate::memory::{GUEST_BASE, SharedMemory};
-use crate::queue::{Link, Queue, QueueEnds, SlotLayout};
-use crate::ring::RingLayout;
-use crate::watchdog::Watchdog;
 
 /// Virtio features that this driver knows what to do with.
 const KNOWN_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1

@@ -1,7 +1,5 @@
 //! How a native file knows its base: size and time, then inode, then a sample of the content; and who writes that down.
 
-mod loop_device;
-
 use std::fs::{self, File};
 use std::num::NonZeroUsize;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -19,7 +17,7 @@ use block_io::storage::file::Host;
 use cow_format::Header;
 use cow_format::header::{Backing, BackingFormat, NativeHeader};
 use cow_format::identity::{BackingIdentity, Doubt, IdentityError, Witness};
-use loop_device::LoopDevice;
+use testkit::loop_device::LoopDevice;
 
 const LEN: usize = 4 << 20;
 const COPYING: Copying<'static> = Copying { detect_zeroes: true, progress: &|_| () };

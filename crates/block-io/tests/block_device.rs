@@ -1,7 +1,5 @@
 //! A block device that has logical blocks of 4096 bytes.
 
-mod loop_device;
-
 use std::fs;
 
 use block_io::Disk;
@@ -9,7 +7,7 @@ use block_io::DiskOptions;
 use block_io::storage::file::{Host, whole_blocks};
 use block_io::storage::{Access, Env, Storage};
 use cow_format::ByteOffset;
-use loop_device::LoopDevice;
+use testkit::loop_device::LoopDevice;
 
 const LEN: usize = 1 << 20;
 

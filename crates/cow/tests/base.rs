@@ -1,15 +1,12 @@
 //! A base that is not the one that the COW file means, or may not be: what the tool says of it.
 
 mod common;
-#[path = "../../block-io/tests/loop_device/mod.rs"]
-mod loop_device;
-
 use std::fs;
 use std::os::unix::fs::{FileExt, symlink};
 
 use common::{Scratch, base_image, set_mtime};
-use loop_device::LoopDevice;
 use serde_json::Value;
+use testkit::loop_device::LoopDevice;
 
 /// The mtime of every file in a Nix store.
 const NIX: u64 = 1;

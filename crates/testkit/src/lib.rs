@@ -8,6 +8,7 @@
 //! - [`memory`], [`dirty_log`]: guest memory that the daemon maps, and the log of its changes.
 //! - [`frontend`]: vhost-user messages as bytes.
 //! - [`queue`]: a queue of any chains in such memory, and the messages about it.
+//! - [`loop_device`]: a block device over a file.
 //! - [`ring`]: a queue with one request at a time.
 //! - [`wait`]: waiting for a condition.
 
@@ -15,6 +16,7 @@ pub mod descriptor;
 pub mod dirty_log;
 pub mod driver;
 pub mod frontend;
+pub mod loop_device;
 pub mod memory;
 pub mod queue;
 pub mod request;

@@ -2,15 +2,12 @@
 //! on with sectors of 512 bytes is served all the same.
 
 mod common;
-#[path = "../../block-io/tests/loop_device/mod.rs"]
-mod loop_device;
-
 use std::ops::Range;
 use std::path::Path;
 
 use common::{Daemon, content, image, sector};
-use loop_device::LoopDevice;
 use testkit::frontend::{F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1};
+use testkit::loop_device::LoopDevice;
 use testkit::memory::Memory;
 use testkit::request::{IN, OUT};
 use testkit::ring::{Ring, running};

@@ -27,6 +27,7 @@ impl LoopDevice {
         }
     }
 
+    /// The device's node.
     pub fn path(&self) -> &Path {
         &self.0
     }

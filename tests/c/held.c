@@ -1,6 +1,6 @@
 /*
  * held DEVICE MIB: a buffer of guest memory that only the device writes, for a test that has its
- * guest migrated meanwhile (tests/tests/migration.rs).
+ * guest migrated meanwhile (tests/guests/migration.rs).
  *
  * It is filled from the device's beginning, and after a line on /dev/ttyS1 from what follows there,
  * by O_DIRECT both times, so that no store of this or of any program changes it again. After another

@@ -1,0 +1,7 @@
+//! The tests that need a daemon with fault points, in one program.
+
+#[path = "../it/common/mod.rs"]
+mod common;
+mod disturbed;
+mod fault_points;
+mod watchdog;

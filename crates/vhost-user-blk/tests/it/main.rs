@@ -1,0 +1,25 @@
+//! The integration tests of this crate, in one program: it is linked once.
+
+mod base_watch;
+mod command_line;
+mod common;
+mod dirty_log;
+mod drain;
+mod engines;
+mod fence;
+mod hidden;
+mod hostile;
+mod idle;
+mod inflight_area;
+mod lifecycle;
+mod log_fd;
+mod log_limits;
+mod logical_block;
+mod migration;
+mod negotiation;
+mod recovery;
+mod restarts;
+mod shared_memory;
+mod systemd;
+mod untracked;
+mod upgrade;

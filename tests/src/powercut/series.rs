@@ -131,7 +131,8 @@ impl Series {
 
     fn try_to_finish(&mut self) -> Report {
         let mut script = self.mount("");
-        script += "status check_after_cut cow check \"$(top)\"\nserve\ndump\nclose_disk\n";
+        script += "[ ! -e \"$(top)\" ] || status check_after_cut cow check \"$(top)\"\n";
+        script += "serve\ndump\nclose_disk\n";
         if self.lie.is_none() {
             script += "check_closed\n";
         }
@@ -266,6 +267,8 @@ impl Series {
     /// What is done with the file before its disk is served again, and then.
     fn recover(&mut self, script: &mut String, about: &mut String) {
         let before = pick(&mut self.rng, &["", "", "check", "repair", "merge"]);
+        // A cut in the making of the file may have left none.
+        *script += "if [ -e \"$(top)\" ]; then :\n";
         *script += match before {
             "check" => "status check_after_cut cow check \"$(top)\"\n",
             "repair" => {
@@ -274,9 +277,9 @@ impl Series {
             "merge" => "merge_after_cut\n",
             _ => "",
         };
-        *script += "serve\ndump\n";
+        *script += "fi\nserve\ndump\n";
         if before == "merge" {
-            *script += "compare_merged 0\n";
+            *script += "[ ! -e /tmp/merged ] || compare_merged 0\n";
         }
         let after = pick(&mut self.rng, &["", "", "close", "kill"]);
         *script += match after {

@@ -12,15 +12,15 @@ use cow_format::{
     Bitmap, ByteOffset, Extents, Geometry, Header, LayerMap, Sector, SectorCount, SectorRange,
 };
 
-use crate::disturb;
-use crate::image::bits::Bits;
+use crate::fault_injection;
+use crate::image::bitmap_source::BitmapSource;
+use crate::image::demand_load::{Failed, demand_load, demand_load_top};
 use crate::image::flush::{FlushFailure, flush};
+use crate::image::header_io::{Newest, NotMarked, mark_settled, say_not_marked, void_live};
 use crate::image::journal::Journal;
-use crate::image::learn::{Failed, learn, learn_top};
 use crate::image::live::LiveBitmap;
-use crate::image::state::{Newest, NotMarked, mark_settled, say_not_marked, void_live};
-use crate::image::unflushed::Unflushed;
-use crate::image::{Chain, DiskError, DiskOptions, OpenError, open_chain, open_single};
+use crate::image::write_tracker::WriteTracker;
+use crate::image::{Chain, DiskError, DiskOptions, ImageError, open_chain, open_single};
 use crate::storage::file::{File, Host};
 use crate::storage::{Env, Storage};
 
@@ -51,7 +51,7 @@ pub struct Disk<E: Env = Host> {
     layers: Vec<Layer<E::File>>,
     map: LayerMap,
     /// Where the bits of each COW file are read from, the top first.
-    bits: Vec<Bits<E::File>>,
+    bits: Vec<BitmapSource<E::File>>,
     /// Where sector 0 stands in layer 0.
     data_offset: ByteOffset,
     size: u64,
@@ -69,7 +69,7 @@ pub struct Disk<E: Env = Host> {
     /// Held while some of that is given back.
     pub(crate) sweeping: Mutex<()>,
     /// What the next flush has to make durable, if it is little.
-    pub(crate) unflushed: Unflushed,
+    pub(crate) unflushed: WriteTracker,
     /// One flush pass at a time, as its machine wants it: the one lock that is held over I/O, for the order of that I/O.
     flushing: Mutex<Journal>,
 }
@@ -96,26 +96,26 @@ impl Disk {
         path: &Path,
         base: Option<&Path>,
         options: &DiskOptions,
-    ) -> Result<Self, OpenError> {
+    ) -> Result<Self, ImageError> {
         Self::open_cow_in(Host, path, base, options)
     }
 
     /// Opens a raw image: a regular file or a block device. Its size is its length; one that is no multiple of 512
     /// can only be read (zeros follow the last byte), since a guest's write of the last sector would lengthen it.
-    pub fn open_raw(path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
+    pub fn open_raw(path: &Path, options: &DiskOptions) -> Result<Self, ImageError> {
         Self::open_raw_in(Host, path, options)
     }
 
     /// [`Disk::open_cow`] for the successor of a process that has it open: the descriptions of `top`, with their locks,
     /// are handed on and nothing is written, so that the predecessor can go on should the successor fail. Until it is
     /// gone for good the successor must not write. The files below are opened anew.
-    pub fn inherit_cow(path: &Path, top: File, options: &DiskOptions) -> Result<Self, OpenError> {
+    pub fn inherit_cow(path: &Path, top: File, options: &DiskOptions) -> Result<Self, ImageError> {
         let chain = open_chain(&Host, path, None, Some(top), options)?;
         Ok(Self::new(Host, chain, options))
     }
 
     /// The same for [`Disk::open_raw`].
-    pub fn inherit_raw(path: &Path, top: File, options: &DiskOptions) -> Result<Self, OpenError> {
+    pub fn inherit_raw(path: &Path, top: File, options: &DiskOptions) -> Result<Self, ImageError> {
         let chain = open_single(&Host, path, Some(top), options)?;
         Ok(Self::new(Host, chain, options))
     }
@@ -128,13 +128,13 @@ impl<E: Env> Disk<E> {
         path: &Path,
         base: Option<&Path>,
         options: &DiskOptions,
-    ) -> Result<Self, OpenError> {
+    ) -> Result<Self, ImageError> {
         let chain = open_chain(&env, path, base, None, options)?;
         Ok(Self::new(env, chain, options))
     }
 
     /// [`Disk::open_raw`] in another environment.
-    pub fn open_raw_in(env: E, path: &Path, options: &DiskOptions) -> Result<Self, OpenError> {
+    pub fn open_raw_in(env: E, path: &Path, options: &DiskOptions) -> Result<Self, ImageError> {
         let chain = open_single(&env, path, None, options)?;
         Ok(Self::new(env, chain, options))
     }
@@ -155,7 +155,7 @@ impl<E: Env> Disk<E> {
             closed: AtomicBool::new(false),
             leaky: chain.leaky,
             sweeping: Mutex::default(),
-            unflushed: Unflushed::new(chain.journal.is_wanted(), chain.leaky),
+            unflushed: WriteTracker::new(chain.journal.is_wanted(), chain.leaky),
             flushing: Mutex::new(chain.journal),
         }
     }
@@ -196,22 +196,22 @@ impl<E: Env> Disk<E> {
     #[inline]
     pub fn extents(&self, range: SectorRange) -> Result<Extents<'_>, DiskError> {
         if self.map.next_unknown(range).is_some() {
-            self.learn(range)?;
+            self.demand_load(range)?;
         }
         Ok(self.map.extents(range))
     }
 
     #[cold]
-    fn learn(&self, range: SectorRange) -> Result<(), DiskError> {
-        disturb::fails(4, libc::EIO).map_err(|source| self.not_learnt((0, source)))?;
-        learn(&self.map, &self.sources(), range).map_err(|failed| self.not_learnt(failed))
+    fn demand_load(&self, range: SectorRange) -> Result<(), DiskError> {
+        fault_injection::fails(4, libc::EIO).map_err(|source| self.not_loaded((0, source)))?;
+        demand_load(&self.map, &self.sources(), range).map_err(|failed| self.not_loaded(failed))
     }
 
-    fn sources(&self) -> Vec<(&E::File, &Bits<E::File>)> {
+    fn sources(&self) -> Vec<(&E::File, &BitmapSource<E::File>)> {
         self.layers.iter().map(|layer| &layer.file).zip(&self.bits).collect()
     }
 
-    fn not_learnt(&self, (layer, source): Failed) -> DiskError {
+    fn not_loaded(&self, (layer, source): Failed) -> DiskError {
         let path = self.layers[layer].path.clone();
         DiskError::Io { path, action: "read the bitmap", source }
     }
@@ -224,16 +224,16 @@ impl<E: Env> Disk<E> {
 
     /// Whether every sector of `range` is present in layer 0, so that [`Writing::written`] will cost nothing.
     pub fn is_present(&self, range: SectorRange) -> Result<bool, DiskError> {
-        self.learn_top(range)?;
+        self.demand_load_top(range)?;
         Ok(self.map.top().is_none_or(|bitmap| bitmap.contains(range)))
     }
 
     #[inline]
-    fn learn_top(&self, range: SectorRange) -> Result<(), DiskError> {
+    fn demand_load_top(&self, range: SectorRange) -> Result<(), DiskError> {
         if self.map.top().is_none_or(|bitmap| bitmap.next_unknown(range).is_none()) {
             return Ok(());
         }
-        learn_top(&self.map, &self.sources(), range).map_err(|failed| self.not_learnt(failed))
+        demand_load_top(&self.map, &self.sources(), range).map_err(|failed| self.not_loaded(failed))
     }
 
     /// To be called before data is moved (or punched, or zeroed) in layer 0, somewhere within `range`.
@@ -245,8 +245,8 @@ impl<E: Env> Disk<E> {
     fn written(&self, ranges: &[SectorRange]) -> Result<(), DiskError> {
         self.check_writable()?;
         let Some((cow, bitmap)) = self.writable_cow() else { return Ok(()) };
-        ranges.iter().try_for_each(|range| self.learn_top(*range))?;
-        disturb::fails(32, libc::ENOSPC)
+        ranges.iter().try_for_each(|range| self.demand_load_top(*range))?;
+        fault_injection::fails(32, libc::ENOSPC)
             .and_then(|()| cow.live.set(&self.top().file, bitmap, ranges))
             .map_err(|source| self.io_error("write the live bitmap", source))?;
         self.unflushed.add(ranges);
@@ -266,14 +266,14 @@ impl<E: Env> Disk<E> {
             return self.top().file.sync().map_err(|err| self.fail(&err));
         };
         let flushed = match self.unflushed.take() {
-            Some(few) => self.flush_few(cow, bitmap, &mut journal, &few),
-            None => self.flush_in_place(cow, bitmap, &mut journal),
+            Some(few) => self.flush_to_journal(cow, bitmap, &mut journal, &few),
+            None => self.checkpoint(cow, bitmap, &mut journal),
         };
         flushed.inspect_err(|_| self.unflushed.add_everything())
     }
 
     /// Makes `few` durable, which is all that was written since the last flush.
-    fn flush_few(
+    fn flush_to_journal(
         &self,
         cow: &WritableCow<E::File>,
         bitmap: &Bitmap,
@@ -290,24 +290,24 @@ impl<E: Env> Disk<E> {
             if committed.map_err(|err| self.fail(&err))? {
                 return Ok(());
             }
-            journal.fill(top);
+            journal.preallocate(top);
         }
-        self.flush_in_place(cow, bitmap, journal)
+        self.checkpoint(cow, bitmap, journal)
     }
 
     /// Makes everything durable in its place.
-    fn flush_in_place(
+    fn checkpoint(
         &self,
         cow: &WritableCow<E::File>,
         bitmap: &Bitmap,
         journal: &mut Journal,
     ) -> Result<(), DiskError> {
-        self.flush_all(cow, bitmap)?;
-        let begun = journal.begin_anew(&self.top().file, &mut lock(&cow.header));
+        self.flush_bitmap(cow, bitmap)?;
+        let begun = journal.reset(&self.top().file, &mut lock(&cow.header));
         begun.map_err(|err| self.fail_with(&err.into(), Newest::InDoubt))
     }
 
-    fn flush_all(&self, cow: &WritableCow<E::File>, bitmap: &Bitmap) -> Result<(), DiskError> {
+    fn flush_bitmap(&self, cow: &WritableCow<E::File>, bitmap: &Bitmap) -> Result<(), DiskError> {
         self.read_predecessor()?;
         flush(&self.top().file, bitmap, &cow.geometry).map_err(|failure| match failure {
             FlushFailure::Sync(err) => self.fail(&err),
@@ -326,7 +326,7 @@ impl<E: Env> Disk<E> {
         else {
             return Ok(());
         };
-        let read = bits.for_each_strange(file, |page| bits.load(file, bitmap, page..page + 1));
+        let read = bits.for_each_stray(file, |page| bits.load(file, bitmap, page..page + 1));
         read.map_err(|source| self.io_error("read the bitmap", source))?;
         cow.unread.store(false, Ordering::Release);
         Ok(())
@@ -356,7 +356,7 @@ impl<E: Env> Disk<E> {
         let Some((cow, bitmap)) = self.writable_cow() else {
             return top.sync().map_err(|err| self.fail(&err));
         };
-        self.flush_all(cow, bitmap)?;
+        self.flush_bitmap(cow, bitmap)?;
         let settled = mark_settled(top, &mut lock(&cow.header));
         settled.map_err(|err| self.fail_with(&err.into(), Newest::InDoubt))?;
         journal.close(top, &lock(&cow.header));
@@ -379,7 +379,7 @@ impl<E: Env> Disk<E> {
 
     /// The top's bitmap, which then knows `range`.
     pub(crate) fn known_top(&self, range: SectorRange) -> Option<&Bitmap> {
-        self.learn_top(range).ok()?;
+        self.demand_load_top(range).ok()?;
         self.map.top()
     }
 
@@ -387,7 +387,7 @@ impl<E: Env> Disk<E> {
     pub(crate) fn top_bitmap(&self) -> Result<Option<&Bitmap>, DiskError> {
         let Some(bitmap) = self.map.top() else { return Ok(None) };
         if let Some(all) = SectorRange::new(Sector::new(0), bitmap.sectors()) {
-            self.learn_top(all)?;
+            self.demand_load_top(all)?;
         }
         Ok(Some(bitmap))
     }

@@ -5,7 +5,7 @@ pub mod base_watch;
 mod blocking;
 mod committer;
 mod disk;
-pub mod disturb;
+pub mod fault_injection;
 pub mod image;
 pub mod ops;
 pub mod pulse;
@@ -16,5 +16,5 @@ pub mod testing;
 
 pub use committer::{Committer, Flushed, Waiter};
 pub use disk::{Disk, Layer, Writing};
-pub use image::{CachePolicy, CowFormat, DiskError, DiskOptions, OpenError};
+pub use image::{CachePolicy, CowFormat, DiskError, DiskOptions, ImageError};
 pub use storage::file::Host;

@@ -25,7 +25,7 @@ use threads::Threads;
 use uring::Uring;
 
 #[cfg(feature = "fault-points")]
-mod disturbed;
+mod fault_injection;
 mod probe;
 mod threads;
 mod uring;
@@ -93,7 +93,7 @@ struct Part {
     first: usize,
     last: usize,
     /// A thread of the kernel does it from the beginning.
-    aside: bool,
+    force_async: bool,
 }
 
 /// The parts of one request; reused from one request to the next, so that
@@ -133,7 +133,7 @@ impl Plan {
     /// The parts so far are done by threads of the kernel from the beginning, while the ring's
     /// owner does something else.
     pub fn set_aside(&mut self) {
-        self.parts.iter_mut().for_each(|part| part.aside = true);
+        self.parts.iter_mut().for_each(|part| part.force_async = true);
     }
 
     /// Reads from `file` at `at` into `buffers`, in order.
@@ -165,7 +165,7 @@ impl Plan {
             len,
             first,
             last: first,
-            aside: false,
+            force_async: false,
         });
     }
 
@@ -182,7 +182,7 @@ impl Plan {
             self.iovecs.extend_from_slice(chunk);
             let len = chunk.iter().map(|v| v.iov_len as u64).sum();
             let last = self.iovecs.len();
-            self.parts.push(Part { action, file, at, len, first, last, aside: false });
+            self.parts.push(Part { action, file, at, len, first, last, force_async: false });
             at += len;
         }
     }
@@ -228,7 +228,7 @@ pub struct Ring<R> {
     /// Parts that the engine has.
     parts_in_flight: usize,
     #[cfg(feature = "fault-points")]
-    disturbed: disturbed::Disturbed,
+    injected: fault_injection::Injected,
 }
 
 // SAFETY: everything in a Ring is owned by it; the raw pointers in the plans are
@@ -266,7 +266,7 @@ impl<R> Ring<R> {
             touches_in_flight: 0,
             parts_in_flight: 0,
             #[cfg(feature = "fault-points")]
-            disturbed: Default::default(),
+            injected: Default::default(),
         }
     }
 
@@ -349,8 +349,8 @@ impl<R> Ring<R> {
     fn queue_part(&mut self, slot: usize, part: usize) {
         self.parts_in_flight += 1;
         #[cfg(feature = "fault-points")]
-        if crate::disturb::is_on() {
-            return self.disturbed.hold(slot, part);
+        if crate::fault_injection::is_on() {
+            return self.injected.hold(slot, part);
         }
         self.begin_part(slot, part);
     }
@@ -372,8 +372,8 @@ impl<R> Ring<R> {
     /// What io_uring_enter(2) or epoll_wait(2) says; EINTR counts as success.
     pub fn enter(&mut self, wait: bool) -> io::Result<()> {
         #[cfg(feature = "fault-points")]
-        if self.disturbed.is_busy() {
-            return self.enter_disturbed(wait);
+        if self.injected.is_busy() {
+            return self.enter_injected(wait);
         }
         self.engine.enter(wait)
     }
@@ -382,7 +382,7 @@ impl<R> Ring<R> {
     #[inline]
     pub fn wants_enter(&mut self) -> bool {
         #[cfg(feature = "fault-points")]
-        if self.disturbed.is_busy() {
+        if self.injected.is_busy() {
             return true;
         }
         match &mut self.engine {
@@ -411,8 +411,8 @@ impl<R> Ring<R> {
     #[inline]
     fn next_completion(&mut self) -> Option<Completion> {
         #[cfg(feature = "fault-points")]
-        if self.disturbed.is_busy() {
-            return self.disturbed.next();
+        if self.injected.is_busy() {
+            return self.injected.next();
         }
         self.engine.next()
     }

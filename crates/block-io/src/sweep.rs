@@ -1,7 +1,7 @@
 //! Giving back the space of data that no bit speaks of: what was written and not flushed when the host went down, or the page
 //! cache. It is done behind the opening, while the disk is in use.
 //!
-//! A block is punched out only while nobody writes to it (`Unflushed::exclusively`): all that write announce themselves
+//! A block is punched out only while nobody writes to it (`WriteTracker::exclusively`): all that write announce themselves
 //! before their first byte and have set their bits before they say that they have ended. So a block of which no bit is set
 //! then holds nothing that anybody was told is there.
 

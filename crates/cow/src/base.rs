@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use block_io::Host;
 use block_io::image::BaseOptions;
 use block_io::ops::inspect::inspect;
-use block_io::ops::looks::{Looks, looks_like};
+use block_io::ops::signature::{Signature, signature_of};
 use clap::ValueEnum;
 use cow_format::header::BackingFormat;
 
@@ -73,18 +73,18 @@ pub fn base_format(base: &Path, said: Option<BaseFormat>) -> Result<BackingForma
     if let Some(said) = said {
         return Ok(said.into());
     }
-    let found = match looks_like(&Host, base) {
+    let found = match signature_of(&Host, base) {
         None => return Ok(BackingFormat::Raw),
-        Some(Looks::Qcow2) => {
+        Some(Signature::Qcow2) => {
             return Err(CowError::Usage(format!(
                 "{}: begins like a qcow2 image: make a raw image of it (cow convert -f qcow2 -O raw) and stand over \
                  that, or say -F raw to take the file's own bytes for a disk",
                 base.display()
             )));
         }
-        Some(Looks::Uml) => "uml",
-        Some(Looks::Native) => "native",
-        Some(Looks::BrokenCow) => "a broken COW file",
+        Some(Signature::Uml) => "uml",
+        Some(Signature::Native) => "native",
+        Some(Signature::BrokenCow) => "a broken COW file",
     };
     Err(CowError::Usage(format!(
         "{}: begins like a COW file ({found}): say what it is, with -F native or -F uml to stand over the disk in \

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use block_io::Host;
-use block_io::OpenError;
+use block_io::ImageError;
 use block_io::image::ChangeError;
 use block_io::ops::{Holes, OpError, Progress};
 use block_io::storage::{Access, Env, LockKind, Storage};
@@ -23,7 +23,7 @@ const PIECES: usize = 3;
 pub fn digest_of(path: &Path, ui: Ui) -> Result<[u8; 32], CowError> {
     let file = Host.open(path, Access::Read).map_err(OpError::io(path, "open"))?;
     file.try_lock(LockKind::Shared)
-        .map_err(|source| OpenError::Locked { path: path.to_owned(), source })?;
+        .map_err(|source| ImageError::Locked { path: path.to_owned(), source })?;
     let before = file.stat().map_err(OpError::io(path, "stat"))?;
     let progress = ui.progress("digest", before.size);
     let found = digest(&file, &|bytes| progress.add(bytes)).map_err(OpError::io(path, "read"))?;

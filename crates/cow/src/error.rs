@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use block_io::DiskError;
-use block_io::OpenError;
+use block_io::ImageError;
 use block_io::image::ChangeError;
 use block_io::ops::OpError;
 
@@ -94,8 +94,8 @@ pub enum CowError {
     Output(io::Error),
 }
 
-impl From<OpenError> for CowError {
-    fn from(err: OpenError) -> Self {
+impl From<ImageError> for CowError {
+    fn from(err: ImageError) -> Self {
         CowError::Op(err.into())
     }
 }

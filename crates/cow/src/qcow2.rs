@@ -10,8 +10,8 @@ use std::process::{Command, Stdio};
 use block_io::Disk;
 use block_io::DiskOptions;
 use block_io::Host;
+use block_io::ImageError;
 use block_io::Layer;
-use block_io::OpenError;
 use block_io::ops::walk::{Image, Piece, Reader, Source};
 use block_io::ops::{Copying, OpError, Output, copy};
 use block_io::storage::file::File;
@@ -62,7 +62,7 @@ impl Qcow2 {
 /// Why a qcow2 image was not opened.
 pub enum Refused {
     /// A file of it cannot be opened, or is in use.
-    InUse(OpenError),
+    InUse(ImageError),
     /// The library would take what is encrypted for the disk.
     Encrypted(PathBuf),
     /// The library does not know what the image has.
@@ -77,7 +77,7 @@ struct Locked {
 }
 
 impl Locked {
-    fn lock(&mut self, path: &Path) -> Result<(), OpenError> {
+    fn lock(&mut self, path: &Path) -> Result<(), ImageError> {
         let options = DiskOptions { read_only: true, ..DiskOptions::default() };
         self.files.push(Disk::open_raw(path, &options)?);
         Ok(())
@@ -176,13 +176,13 @@ pub fn convert_to_qcow2(
     inputs: &[&Path],
     out: &Path,
     replace: bool,
-    how: Copying<'_>,
+    copying: Copying<'_>,
 ) -> Result<(), CowError> {
     let output = Output::create(&Host, out, replace, inputs)?;
     let new = create(output.file(), image.size()).map_err(OpError::io(out, "create"))?;
     let write = |at: u64, bytes: &[u8]| new.write(bytes, at).map_err(OpError::write(out, at));
     // One thread: clusters are allocated in the order in which they are written.
-    copy(image, &write, &|_| Ok(0), std::num::NonZeroUsize::MIN, how)?;
+    copy(image, &write, &|_| Ok(0), std::num::NonZeroUsize::MIN, copying)?;
     new.flush().map_err(OpError::io(out, "write"))?;
     drop(new);
     Ok(output.place()?)

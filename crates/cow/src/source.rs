@@ -5,7 +5,7 @@ use std::path::Path;
 use block_io::Disk;
 use block_io::DiskOptions;
 use block_io::Host;
-use block_io::OpenError;
+use block_io::ImageError;
 use block_io::ops::OpError;
 use block_io::ops::inspect::{Content, inspect};
 use block_io::ops::walk::{Image, Piece, Reader, Walker};
@@ -129,9 +129,9 @@ fn open_qcow2(path: &Path, ui: Ui) -> Result<AnyImage, CowError> {
 }
 
 /// Says what to do where the file is perhaps a raw image.
-fn hint(path: &Path, err: OpenError) -> CowError {
+fn hint(path: &Path, err: ImageError) -> CowError {
     match err {
-        OpenError::Header { source: HeaderError::NotCow { .. }, path: refused }
+        ImageError::Header { source: HeaderError::NotCow { .. }, path: refused }
             if refused == path =>
         {
             CowError::NotCow(refused)

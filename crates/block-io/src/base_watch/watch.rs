@@ -33,7 +33,7 @@ const UNTOLD_RETRY_MS: u16 = 1000;
 
 /// What was done to a file on which a disk stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Harm {
+pub enum BaseEvent {
     /// It is being opened for writing, or truncated.
     Opened,
     /// Its content was written: what the disk reads from it is wrong from now on.
@@ -46,39 +46,39 @@ pub enum Harm {
     Moved,
 }
 
-impl Harm {
+impl BaseEvent {
     /// What inotify tells of.
-    const NOTIFIED: [Harm; 4] =
-        [Harm::Written, Harm::OpenForWriting, Harm::Attributes, Harm::Moved];
+    const NOTIFIED: [BaseEvent; 4] =
+        [BaseEvent::Written, BaseEvent::OpenForWriting, BaseEvent::Attributes, BaseEvent::Moved];
 
     fn flag(self) -> AddWatchFlags {
         match self {
-            Harm::Opened => AddWatchFlags::empty(),
-            Harm::Written => AddWatchFlags::IN_MODIFY,
-            Harm::OpenForWriting => AddWatchFlags::IN_CLOSE_WRITE,
-            Harm::Attributes => AddWatchFlags::IN_ATTRIB,
-            Harm::Moved => AddWatchFlags::IN_MOVE_SELF,
+            BaseEvent::Opened => AddWatchFlags::empty(),
+            BaseEvent::Written => AddWatchFlags::IN_MODIFY,
+            BaseEvent::OpenForWriting => AddWatchFlags::IN_CLOSE_WRITE,
+            BaseEvent::Attributes => AddWatchFlags::IN_ATTRIB,
+            BaseEvent::Moved => AddWatchFlags::IN_MOVE_SELF,
         }
     }
 
     fn log(self, path: &Path) {
         let path = path.display();
         match self {
-            Harm::Opened => log::error!(
+            BaseEvent::Opened => log::error!(
                 "{path}: is being OPENED FOR WRITING by another program while a disk stands on it; it must never be \
                  written"
             ),
-            Harm::Written => log::error!(
+            BaseEvent::Written => log::error!(
                 "{path}: was WRITTEN by another program while a disk stands on it: the disk's content is damaged"
             ),
-            Harm::OpenForWriting => log::error!(
+            BaseEvent::OpenForWriting => log::error!(
                 "{path}: was open for writing in another program while a disk stands on it; it must never be written"
             ),
-            Harm::Attributes => log::warn!(
+            BaseEvent::Attributes => log::warn!(
                 "{path}: its times, links or owner changed while a disk stands on it; the disk may not open again \
                  (cow info says; cow rebind helps)"
             ),
-            Harm::Moved => {
+            BaseEvent::Moved => {
                 log::warn!("{path}: was moved while a disk stands on it; cow rebind tells the disk")
             }
         }
@@ -101,9 +101,9 @@ impl BaseWatch {
     /// The same, telling `report`.
     pub fn spawn_with(
         disk: &Disk,
-        report: impl Fn(&Path, Harm) + Send + 'static,
+        report: impl Fn(&Path, BaseEvent) + Send + 'static,
     ) -> io::Result<Self> {
-        let flags = Harm::NOTIFIED.into_iter().map(Harm::flag).collect();
+        let flags = BaseEvent::NOTIFIED.into_iter().map(BaseEvent::flag).collect();
         let below = &disk.layers()[1..];
         let paths = below.iter().map(way_to).collect::<io::Result<Vec<_>>>()?;
         let (inotify, descriptors) = match notify(&paths, flags) {
@@ -194,7 +194,7 @@ struct Watched {
     lease: Option<Lease>,
     /// What has not been reported yet: a writer causes an event for each write.
     unseen: AddWatchFlags,
-    /// [`Harm::Opened`] has been reported.
+    /// [`BaseEvent::Opened`] has been reported.
     opened: bool,
 }
 
@@ -203,7 +203,7 @@ fn watch(
     leases: &Leases,
     watched: &mut [Watched],
     stopped: &impl AsFd,
-    report: &impl Fn(&Path, Harm),
+    report: &impl Fn(&Path, BaseEvent),
 ) -> io::Result<()> {
     // The watches stand: who closes the file from now on, so that a lease can be had, is heard of.
     leases.block()?;
@@ -225,7 +225,7 @@ fn watch(
         };
         let stop = fds[0].any() == Some(true);
         if leases.told() {
-            watched.iter_mut().for_each(|file| file.give_back(report));
+            watched.iter_mut().for_each(|file| file.release_space(report));
         }
         let events = match inotify.map(Inotify::read_events) {
             None | Some(Err(Errno::EAGAIN | Errno::EINTR)) => Vec::new(),
@@ -235,7 +235,8 @@ fn watch(
             for file in watched.iter_mut().filter(|file| file.descriptor == Some(event.wd)) {
                 let new = file.unseen & event.mask;
                 file.unseen &= !new;
-                let harms = Harm::NOTIFIED.into_iter().filter(|harm| new.contains(harm.flag()));
+                let harms =
+                    BaseEvent::NOTIFIED.into_iter().filter(|harm| new.contains(harm.flag()));
                 harms.for_each(|harm| report(&file.path, harm));
                 if event.mask.contains(AddWatchFlags::IN_CLOSE_WRITE) {
                     tries = RETRIES;
@@ -287,11 +288,11 @@ impl Watched {
         }
     }
 
-    fn give_back(&mut self, report: &impl Fn(&Path, Harm)) {
+    fn release_space(&mut self, report: &impl Fn(&Path, BaseEvent)) {
         if self.lease.as_mut().is_some_and(Lease::give_back_if_broken)
             && !std::mem::replace(&mut self.opened, true)
         {
-            report(&self.path, Harm::Opened);
+            report(&self.path, BaseEvent::Opened);
         }
     }
 }
@@ -309,7 +310,7 @@ mod tests {
         base: PathBuf,
         disk: Disk,
         watch: BaseWatch,
-        reports: mpsc::Receiver<(PathBuf, Harm)>,
+        reports: mpsc::Receiver<(PathBuf, BaseEvent)>,
     }
 
     fn fixture() -> Fixture {
@@ -335,21 +336,21 @@ mod tests {
         // Whether the opening is seen depends on the file system: see the next test.
         let next = || loop {
             match reports.recv() {
-                Ok((_, Harm::Opened)) => {}
+                Ok((_, BaseEvent::Opened)) => {}
                 report => return report,
             }
         };
         let file = fs::File::options().write(true).open(&base).unwrap();
         file.write_all_at(b"x", 0).unwrap();
         file.write_all_at(b"y", 1).unwrap();
-        assert_eq!(next().unwrap(), (base.clone(), Harm::Written));
+        assert_eq!(next().unwrap(), (base.clone(), BaseEvent::Written));
         drop(file);
-        assert_eq!(next().unwrap(), (base.clone(), Harm::OpenForWriting));
+        assert_eq!(next().unwrap(), (base.clone(), BaseEvent::OpenForWriting));
         let moved = dir.path().join("moved");
         fs::rename(&base, &moved).unwrap();
-        assert_eq!(next().unwrap(), (base.clone(), Harm::Moved));
+        assert_eq!(next().unwrap(), (base.clone(), BaseEvent::Moved));
         fs::set_permissions(&moved, fs::metadata(&moved).unwrap().permissions()).unwrap();
-        assert_eq!(next().unwrap(), (base, Harm::Attributes));
+        assert_eq!(next().unwrap(), (base, BaseEvent::Attributes));
         drop(watch);
         assert!(next().is_err(), "each once");
     }
@@ -375,12 +376,12 @@ mod tests {
             // Returns when the lease has been given back.
             drop(fs::File::options().read(true).write(true).open(&base).unwrap());
             let next = reports.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
-            assert_ne!(next.1, Harm::Written, "nobody wrote");
-            (next.1 == Harm::Opened).then_some(next.0)
+            assert_ne!(next.1, BaseEvent::Written, "nobody wrote");
+            (next.1 == BaseEvent::Opened).then_some(next.0)
         });
         assert_eq!(opened, Some(base));
         drop(watch);
-        assert!(reports.iter().all(|(_, harm)| harm == Harm::OpenForWriting), "each once");
+        assert!(reports.iter().all(|(_, harm)| harm == BaseEvent::OpenForWriting), "each once");
     }
 
     fn disk_range() -> cow_format::SectorRange {

@@ -10,10 +10,10 @@ use cow_format::header::{BackingFormat, NativeState};
 use cow_format::identity::{ActualIdentity, BackingIdentity, Doubt};
 use cow_format::{Bitmap, ByteOffset, Geometry, HEADER_PREFIX_LEN, Header};
 
-use super::bits::Bits;
+use super::bitmap_source::BitmapSource;
 use super::identity::verify;
 use super::trust::Trust;
-use super::{CHAIN_DEPTH_MAX, CachePolicy, CowFormat, DiskOptions, OpenError};
+use super::{CHAIN_DEPTH_MAX, CachePolicy, CowFormat, DiskOptions, ImageError};
 use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};
 
 /// Between two attempts to get a lock.
@@ -27,13 +27,13 @@ pub(crate) struct Opener<'a, E: Env> {
     seen: Vec<(FileId, PathBuf)>,
     /// The file below the top that is going to be written, counted from 0 for the nearest.
     writing: Option<usize>,
-    excuse: Option<&'a Excuse<'a, E::File>>,
+    accept_mismatch: Option<&'a AcceptMismatch<'a, E::File>>,
     /// The top, if it is open and locked already.
     held: Option<E::File>,
 }
 
 /// Says of a file that is not what the reference means that it is the right one all the same.
-pub(crate) type Excuse<'a, F> = dyn Fn(&Reference, &Opened<F>) -> bool + 'a;
+pub(crate) type AcceptMismatch<'a, F> = dyn Fn(&Reference, &Opened<F>) -> bool + 'a;
 
 /// An opened and locked file of a chain.
 pub(crate) struct Opened<F> {
@@ -45,7 +45,7 @@ pub(crate) struct Opened<F> {
 impl<'a, E: Env> Opener<'a, E> {
     pub(crate) fn new(env: &'a E, options: &'a DiskOptions, top: &Path) -> Self {
         let (top, seen) = (top.to_owned(), Vec::new());
-        Opener { env, options, top, seen, writing: None, excuse: None, held: None }
+        Opener { env, options, top, seen, writing: None, accept_mismatch: None, held: None }
     }
 
     /// Takes the top from a predecessor, with its descriptions and their locks, instead of opening it.
@@ -54,26 +54,30 @@ impl<'a, E: Env> Opener<'a, E> {
     }
 
     /// Opens the file at `index` below the top, counted from 0 for the nearest, for writing, and takes it as it is if
-    /// `excuse` says so.
-    pub(crate) fn writing(self, index: usize, excuse: &'a Excuse<'a, E::File>) -> Self {
-        Opener { writing: Some(index), excuse: Some(excuse), ..self }
+    /// `accept_mismatch` says so.
+    pub(crate) fn writing(
+        self,
+        index: usize,
+        accept_mismatch: &'a AcceptMismatch<'a, E::File>,
+    ) -> Self {
+        Opener { writing: Some(index), accept_mismatch: Some(accept_mismatch), ..self }
     }
 
     /// Opens and locks the top.
-    pub(crate) fn top(&mut self) -> Result<Opened<E::File>, OpenError> {
+    pub(crate) fn top(&mut self) -> Result<Opened<E::File>, ImageError> {
         let path = self.top.clone();
         let (access, lock) = match self.options.read_only {
             true => (Access::Read, LockKind::Shared),
             false => (Access::ReadWrite, LockKind::Exclusive),
         };
-        let file = self.env.open(&path, access).map_err(OpenError::io(&path, "open"))?;
+        let file = self.env.open(&path, access).map_err(ImageError::io(&path, "open"))?;
         let Some(held) = self.held.take() else {
             return self.admit(file, path, access, self.options.cow_cache, lock);
         };
         let id = |file: &E::File| Ok(file.stat()?.id);
         let same = id(&file).and_then(|named| Ok(named == id(&held)?));
-        if !same.map_err(OpenError::io(&path, "stat"))? {
-            return Err(OpenError::NotHeld { path });
+        if !same.map_err(ImageError::io(&path, "stat"))? {
+            return Err(ImageError::NotHeld { path });
         }
         // What it has of direct descriptions is there; its locks are granted again.
         self.admit(held, path, access, CachePolicy::Buffered, lock)
@@ -86,23 +90,23 @@ impl<'a, E: Env> Opener<'a, E> {
         path: &Path,
         format: BackingFormat,
         cow: &Path,
-    ) -> Result<(Opened<E::File>, Option<Header>), OpenError> {
+    ) -> Result<(Opened<E::File>, Option<Header>), ImageError> {
         let opened = self.backing(cow, path.to_owned())?;
         let header = opened.header_as(format, cow)?;
         if let Some(header) = &header {
             self.frozen(&opened, header, cow)?;
             // That it is frozen has to be durable before anything builds on it.
-            opened.file.sync().map_err(OpenError::io(path, "sync"))?;
+            opened.file.sync().map_err(ImageError::io(path, "sync"))?;
             self.room_above(path, header)?;
         }
         Ok((opened, header))
     }
 
     /// Opens the chain below `cow`, and refuses one that has no room for a file on top of it.
-    pub(crate) fn room_above(&mut self, cow: &Path, header: &Header) -> Result<(), OpenError> {
+    pub(crate) fn room_above(&mut self, cow: &Path, header: &Header) -> Result<(), ImageError> {
         let below = self.below(cow, header, None)?.len();
         if below + 2 > CHAIN_DEPTH_MAX {
-            return Err(OpenError::TooDeep { top: self.top.clone() });
+            return Err(ImageError::TooDeep { top: self.top.clone() });
         }
         Ok(())
     }
@@ -112,9 +116,9 @@ impl<'a, E: Env> Opener<'a, E> {
         &mut self,
         cow: &Path,
         path: PathBuf,
-    ) -> Result<Opened<E::File>, OpenError> {
+    ) -> Result<Opened<E::File>, ImageError> {
         if self.seen.len() == CHAIN_DEPTH_MAX {
-            return Err(OpenError::TooDeep { top: self.top.clone() });
+            return Err(ImageError::TooDeep { top: self.top.clone() });
         }
         // The top has been seen.
         let (access, lock) = match self.writing.map(|index| index + 1) == Some(self.seen.len()) {
@@ -123,7 +127,7 @@ impl<'a, E: Env> Opener<'a, E> {
         };
         let file = match self.env.open(&path, access) {
             Ok(file) => file,
-            Err(source) => return Err(OpenError::Backing { cow: cow.to_owned(), path, source }),
+            Err(source) => return Err(ImageError::Backing { cow: cow.to_owned(), path, source }),
         };
         self.admit(file, path, access, self.options.base_cache, lock)
     }
@@ -135,40 +139,45 @@ impl<'a, E: Env> Opener<'a, E> {
         access: Access,
         cache: CachePolicy,
         lock: LockKind,
-    ) -> Result<Opened<E::File>, OpenError> {
-        let stat = file.stat().map_err(OpenError::io(&path, "stat"))?;
+    ) -> Result<Opened<E::File>, ImageError> {
+        let stat = file.stat().map_err(ImageError::io(&path, "stat"))?;
         if !matches!(stat.kind, FileKind::Regular | FileKind::BlockDevice) {
-            return Err(OpenError::Kind {
+            return Err(ImageError::Kind {
                 path,
                 found: stat.kind,
                 expected: "a regular file or a block device",
             });
         }
         if let Some((_, again)) = self.seen.iter().find(|(id, _)| *id == stat.id) {
-            return Err(OpenError::Repeated { top: self.top.clone(), path, again: again.clone() });
+            return Err(ImageError::Repeated { top: self.top.clone(), path, again: again.clone() });
         }
         let file = match cache {
             CachePolicy::Buffered => file,
             CachePolicy::Direct => self
                 .env
                 .with_direct(file, access)
-                .map_err(OpenError::io(&path, "open for direct I/O"))?,
+                .map_err(ImageError::io(&path, "open for direct I/O"))?,
         };
         match wait_for_lock(&file, &path, lock, self.options.lock_wait) {
             Ok(()) => {}
             Err(LockError::Unsupported(err)) => self.admit_unlocked(&path, lock, err)?,
-            Err(source) => return Err(OpenError::Locked { path, source }),
+            Err(source) => return Err(ImageError::Locked { path, source }),
         }
         self.seen.push((stat.id, path.clone()));
         // Once more: what counts is how it is under the lock.
-        let stat = file.stat().map_err(OpenError::io(&path, "stat"))?;
+        let stat = file.stat().map_err(ImageError::io(&path, "stat"))?;
         Ok(Opened { file, path, stat })
     }
 }
 
 impl<E: Env> Opener<'_, E> {
     /// Whether a file is taken although it cannot be locked. One that is only read is.
-    fn admit_unlocked(&self, path: &Path, lock: LockKind, err: io::Error) -> Result<(), OpenError> {
+    fn admit_unlocked(
+        &self,
+        path: &Path,
+        lock: LockKind,
+        err: io::Error,
+    ) -> Result<(), ImageError> {
         match lock {
             LockKind::Shared => log::warn!(
                 "{}: its file system has no locks ({err}): a program that writes to it is not kept from that",
@@ -180,7 +189,7 @@ impl<E: Env> Opener<'_, E> {
                 path.display()
             ),
             LockKind::Exclusive => {
-                return Err(OpenError::NoLocks { path: path.to_owned(), source: err });
+                return Err(ImageError::NoLocks { path: path.to_owned(), source: err });
             }
         }
         Ok(())
@@ -214,17 +223,17 @@ pub(crate) fn wait_for_lock(
 
 impl<F: Storage> Opened<F> {
     /// Reads and checks the header of a COW file, which must be a regular file.
-    pub(crate) fn header(&self) -> Result<Header, OpenError> {
+    pub(crate) fn header(&self) -> Result<Header, ImageError> {
         if self.stat.kind != FileKind::Regular {
             let path = self.path.clone();
-            return Err(OpenError::Kind {
+            return Err(ImageError::Kind {
                 path,
                 found: self.stat.kind,
                 expected: "a regular file for a COW file",
             });
         }
-        let prefix = self.prefix().map_err(OpenError::io(&self.path, "read the header"))?;
-        Header::check(&prefix, self.stat.size).map_err(OpenError::header(&self.path))
+        let prefix = self.prefix().map_err(ImageError::io(&self.path, "read the header"))?;
+        Header::check(&prefix, self.stat.size).map_err(ImageError::header(&self.path))
     }
 
     fn prefix(&self) -> io::Result<Vec<u8>> {
@@ -265,7 +274,7 @@ pub(crate) fn reference(header: &Header) -> Option<Reference> {
 
 /// Where a path leads that stands in the header of `cow`: a relative one begins at the directory in which the COW
 /// file really is, whatever links led to it.
-pub(crate) fn resolve<E: Env>(env: &E, cow: &Path, stored: &Path) -> Result<PathBuf, OpenError> {
+pub(crate) fn resolve<E: Env>(env: &E, cow: &Path, stored: &Path) -> Result<PathBuf, ImageError> {
     if stored.is_absolute() {
         return Ok(stored.to_owned());
     }
@@ -273,8 +282,8 @@ pub(crate) fn resolve<E: Env>(env: &E, cow: &Path, stored: &Path) -> Result<Path
 }
 
 /// The directory in which the file `path` really is, or is going to be.
-fn real_dir<E: Env>(env: &E, path: &Path) -> Result<PathBuf, OpenError> {
-    let error = || OpenError::io(path, "resolve");
+fn real_dir<E: Env>(env: &E, path: &Path) -> Result<PathBuf, ImageError> {
+    let error = || ImageError::io(path, "resolve");
     let real = match env.canonical(path) {
         Ok(real) => real,
         Err(err) if err.kind() == io::ErrorKind::NotFound => {
@@ -300,7 +309,7 @@ pub(crate) enum Content<F> {
     /// A raw image.
     Raw,
     /// A frozen COW file.
-    Cow(Geometry, Bits<F>),
+    Cow(Geometry, BitmapSource<F>),
 }
 
 impl<F> Lower<F> {
@@ -320,7 +329,7 @@ impl<E: Env> Opener<'_, E> {
         cow: &Path,
         header: &Header,
         named: Option<&Path>,
-    ) -> Result<Vec<Lower<E::File>>, OpenError> {
+    ) -> Result<Vec<Lower<E::File>>, ImageError> {
         let mut lowers = Vec::new();
         let (mut cow, mut next, mut named) = (cow.to_owned(), reference(header), named);
         while let Some(reference) = next {
@@ -332,8 +341,11 @@ impl<E: Env> Opener<'_, E> {
             let header = opened.header_as(reference.format, &cow)?;
             match verify(&reference.identity, &opened, header.as_ref())? {
                 Ok(doubt) => warn(&opened.path, doubt),
-                Err(_) if self.excuse.is_some_and(|excuse| excuse(&reference, &opened)) => {}
-                Err(source) => return Err(OpenError::Identity { cow, path: opened.path, source }),
+                Err(_)
+                    if self
+                        .accept_mismatch
+                        .is_some_and(|accept_mismatch| accept_mismatch(&reference, &opened)) => {}
+                Err(source) => return Err(ImageError::Identity { cow, path: opened.path, source }),
             }
             let content = match &header {
                 None => Content::Raw,
@@ -364,13 +376,13 @@ impl<E: Env> Opener<'_, E> {
         opened: &Opened<E::File>,
         header: &Header,
         cow: &Path,
-    ) -> Result<Content<E::File>, OpenError> {
+    ) -> Result<Content<E::File>, ImageError> {
         if let Header::Native(native) = header
             && native.state() != NativeState::Frozen
         {
-            return Err(OpenError::NotFrozen { cow: cow.to_owned(), path: opened.path.clone() });
+            return Err(ImageError::NotFrozen { cow: cow.to_owned(), path: opened.path.clone() });
         }
-        let bits = Bits::find(self.env, opened, header, Trust::Witness)?;
+        let bits = BitmapSource::find(self.env, opened, header, Trust::Witness)?;
         bits.check_data(opened)?;
         Ok(Content::Cow(*header.geometry(), bits))
     }
@@ -382,8 +394,8 @@ impl<F: Storage> Opened<F> {
         &self,
         format: BackingFormat,
         cow: &Path,
-    ) -> Result<Option<Header>, OpenError> {
-        let wrong = |found| OpenError::Format {
+    ) -> Result<Option<Header>, ImageError> {
+        let wrong = |found| ImageError::Format {
             cow: cow.to_owned(),
             path: self.path.clone(),
             found,
@@ -417,9 +429,13 @@ impl<F: Storage> Opened<F> {
     }
 
     /// Refuses a file that lacks the data of a present sector.
-    pub(crate) fn check_data(&self, geometry: &Geometry, bitmap: &Bitmap) -> Result<(), OpenError> {
+    pub(crate) fn check_data(
+        &self,
+        geometry: &Geometry,
+        bitmap: &Bitmap,
+    ) -> Result<(), ImageError> {
         let checked = geometry.check_data(bitmap, self.stat.size);
-        checked.map_err(|source| OpenError::Data { path: self.path.clone(), source })
+        checked.map_err(|source| ImageError::Data { path: self.path.clone(), source })
     }
 }
 
@@ -430,12 +446,12 @@ pub(crate) fn path_to_store<E: Env>(
     cow: &Path,
     base: &Path,
     format: CowFormat,
-) -> Result<PathBuf, OpenError> {
-    let absolute = env.absolute(base).map_err(OpenError::io(base, "resolve"))?;
+) -> Result<PathBuf, ImageError> {
+    let absolute = env.absolute(base).map_err(ImageError::io(base, "resolve"))?;
     if format == CowFormat::Uml {
         return Ok(absolute);
     }
-    let base = env.canonical(base).map_err(OpenError::io(base, "resolve"))?;
+    let base = env.canonical(base).map_err(ImageError::io(base, "resolve"))?;
     let relative = base.strip_prefix(real_dir(env, cow)?);
     Ok(relative.map_or(absolute, Path::to_owned))
 }

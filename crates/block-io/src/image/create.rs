@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::chain::{Opened, Opener, path_to_store};
 use super::identity::identity_of;
-use super::{CowFormat, DiskOptions, OpenError};
+use super::{CowFormat, DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 
 /// What a new COW file is to be.
@@ -62,9 +62,9 @@ pub(crate) struct Unpublished<E: Env> {
 
 impl<E: Env> Unpublished<E> {
     /// Creates the file that will be `path`.
-    pub(crate) fn create(env: &E, path: &Path) -> Result<Self, OpenError> {
+    pub(crate) fn create(env: &E, path: &Path) -> Result<Self, ImageError> {
         let (file, temporary) =
-            env.create_unpublished(path).map_err(OpenError::io(path, "create"))?;
+            env.create_unpublished(path).map_err(ImageError::io(path, "create"))?;
         Ok(Unpublished { env: env.clone(), path: path.to_owned(), file, temporary })
     }
 
@@ -75,19 +75,21 @@ impl<E: Env> Unpublished<E> {
 
     /// Makes the content durable, gives the file its name, and makes that durable. A file that has the name is
     /// replaced in one step, or an error.
-    pub(crate) fn publish(mut self, replace: bool) -> Result<(), OpenError> {
-        self.file.sync().map_err(OpenError::io(&self.path, "sync"))?;
+    pub(crate) fn publish(mut self, replace: bool) -> Result<(), ImageError> {
+        self.file.sync().map_err(ImageError::io(&self.path, "sync"))?;
         let temporary = self.temporary.as_deref();
         let named = match replace {
             true => self.env.publish_over(&self.file, temporary, &self.path),
             false => self.env.publish(&self.file, temporary, &self.path),
         };
-        named.map_err(OpenError::io(&self.path, "create"))?;
+        named.map_err(ImageError::io(&self.path, "create"))?;
         self.temporary = None;
         // btrfs (Linux 6.1) syncs nothing of a file that has no name yet, and its log of the directory
         // then names an empty file.
-        self.file.sync().map_err(OpenError::io(&self.path, "sync"))?;
-        self.env.sync_parent(&self.path).map_err(OpenError::io(&self.path, "sync the directory of"))
+        self.file.sync().map_err(ImageError::io(&self.path, "sync"))?;
+        self.env
+            .sync_parent(&self.path)
+            .map_err(ImageError::io(&self.path, "sync the directory of"))
     }
 }
 
@@ -106,15 +108,15 @@ pub fn create_file<E: Env>(
     env: &E,
     path: &Path,
     replace: bool,
-    fill: impl FnOnce(&E::File) -> Result<(), OpenError>,
-) -> Result<(), OpenError> {
+    fill: impl FnOnce(&E::File) -> Result<(), ImageError>,
+) -> Result<(), ImageError> {
     let new = Unpublished::create(env, path)?;
     fill(new.file())?;
     new.publish(replace)
 }
 
 /// Makes the COW file `path`. It is sparse.
-pub fn create_cow<E: Env>(env: &E, path: &Path, options: &CreateOptions) -> Result<(), OpenError> {
+pub fn create_cow<E: Env>(env: &E, path: &Path, options: &CreateOptions) -> Result<(), ImageError> {
     let mut new = NewCow::new(env, path, options)?;
     create_file(env, path, options.replace, |file| new.write(file, path))
 }
@@ -132,7 +134,7 @@ impl<F: Storage> NewCow<F> {
         env: &E,
         path: &Path,
         options: &CreateOptions,
-    ) -> Result<Self, OpenError> {
+    ) -> Result<Self, ImageError> {
         let lock =
             DiskOptions { read_only: true, lock_wait: Duration::ZERO, ..DiskOptions::default() };
         let mut opener = Opener::new(env, &lock, path);
@@ -151,15 +153,15 @@ impl<F: Storage> NewCow<F> {
     }
 
     /// Fills the new file, which has no content yet.
-    pub(crate) fn write(&mut self, file: &F, path: &Path) -> Result<(), OpenError> {
+    pub(crate) fn write(&mut self, file: &F, path: &Path) -> Result<(), ImageError> {
         match &mut self.header {
             Header::Native(native) => write_new_native(file, path, native),
             Header::Uml(uml) => {
-                let bytes = uml.encode().map_err(OpenError::header(path))?;
+                let bytes = uml.encode().map_err(ImageError::header(path))?;
                 let written = file.write_all_at(&bytes, ByteOffset::new(0));
                 written
                     .and_then(|()| file.set_len(uml.geometry().full_len()))
-                    .map_err(OpenError::io(path, "write"))
+                    .map_err(ImageError::io(path, "write"))
             }
         }
     }
@@ -184,7 +186,7 @@ fn new_header<F: Storage>(
     path: &Path,
     options: &CreateOptions,
     base: Option<NewBase<'_, F>>,
-) -> Result<Header, OpenError> {
+) -> Result<Header, ImageError> {
     match options.format {
         CowFormat::Uml => new_uml_header(path, options, base).map(Header::Uml),
         CowFormat::Native => {
@@ -197,8 +199,8 @@ fn new_uml_header<F: Storage>(
     path: &Path,
     options: &CreateOptions,
     base: Option<NewBase<'_, F>>,
-) -> Result<UmlHeader, OpenError> {
-    let unable = |what| OpenError::UmlCannot { path: path.to_owned(), what };
+) -> Result<UmlHeader, ImageError> {
+    let unable = |what| ImageError::UmlCannot { path: path.to_owned(), what };
     let base = base.ok_or_else(|| unable("be without a backing file"))?;
     if base.options.format != BackingFormat::Raw {
         return Err(unable("be over anything but a raw image"));
@@ -211,18 +213,18 @@ fn new_uml_header<F: Storage>(
     }
     let stored = base.stored.as_os_str().as_bytes();
     let mtime = base.opened.stat.mtime;
-    UmlHeader::create(stored, base.size(), mtime).map_err(OpenError::header(path))
+    UmlHeader::create(stored, base.size(), mtime).map_err(ImageError::header(path))
 }
 
 fn new_native_header<F: Storage>(
     path: &Path,
     options: &CreateOptions,
     base: Option<NewBase<'_, F>>,
-) -> Result<NativeHeader, OpenError> {
+) -> Result<NativeHeader, ImageError> {
     let size = options
         .size
         .or(base.as_ref().map(NewBase::size))
-        .ok_or_else(|| OpenError::NoSize { path: path.to_owned() })?;
+        .ok_or_else(|| ImageError::NoSize { path: path.to_owned() })?;
     let backing = match base {
         Some(base) => {
             let identity = identity_of(base.opened, base.header)?;
@@ -235,7 +237,7 @@ fn new_native_header<F: Storage>(
         .and_then(|backing| {
             NativeHeader::create_with_journal(size, Uuid::new_v4(), backing, options.journal_len)
         })
-        .map_err(OpenError::header(path))
+        .map_err(ImageError::header(path))
 }
 
 /// How a native header refers to a backing file that is known as `identity`.
@@ -252,11 +254,11 @@ pub(crate) fn write_new_native(
     file: &impl Storage,
     path: &Path,
     header: &mut NativeHeader,
-) -> Result<(), OpenError> {
-    file.set_len(header.geometry().full_len()).map_err(OpenError::io(path, "write"))?;
+) -> Result<(), ImageError> {
+    file.set_len(header.geometry().full_len()).map_err(ImageError::io(path, "write"))?;
     for _ in 0..2 {
-        let write = header.next_write().map_err(OpenError::header(path))?;
-        file.write_all_at(&write.bytes[..], write.at).map_err(OpenError::io(path, "write"))?;
+        let write = header.next_write().map_err(ImageError::header(path))?;
+        file.write_all_at(&write.bytes[..], write.at).map_err(ImageError::io(path, "write"))?;
     }
     Ok(())
 }

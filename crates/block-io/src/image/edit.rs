@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use cow_format::header::NativeHeader;
 use cow_format::{Bitmap, Header};
 
-use super::bits::Bits;
+use super::bitmap_source::BitmapSource;
 use super::chain::{Opened, Opener};
-use super::state::settle;
+use super::header_io::settle;
 use super::trust::recover;
-use super::{DiskOptions, OpenError};
+use super::{DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 
 /// A change that was not made. Unless it says otherwise the file is as it was.
@@ -17,7 +17,7 @@ use crate::storage::{Env, Storage};
 pub enum ChangeError {
     /// A file could not be opened, written or made.
     #[error(transparent)]
-    Open(#[from] OpenError),
+    Open(#[from] ImageError),
     /// A size that a disk cannot have.
     #[error("{}: size {size} is no multiple of 512 above 0", path.display())]
     Size {
@@ -95,18 +95,18 @@ pub(crate) struct Edit<F> {
 }
 
 impl<F: Storage> Edit<F> {
-    pub(crate) fn open<E: Env<File = F>>(env: &E, path: &Path) -> Result<Self, OpenError> {
+    pub(crate) fn open<E: Env<File = F>>(env: &E, path: &Path) -> Result<Self, ImageError> {
         let cow = Opener::new(env, &DiskOptions::default(), path).top()?;
         let mut header = cow.header()?;
         let trust = recover(env, &cow, &mut header)?;
-        let bitmap = Bits::find(env, &cow, &header, trust)?.load_all(&cow)?;
+        let bitmap = BitmapSource::find(env, &cow, &header, trust)?.load_all(&cow)?;
         cow.check_data(header.geometry(), &bitmap)?;
         Ok(Edit { cow, header, bitmap })
     }
 
     /// Makes what only the live bitmap knows durable, and a native file's state clean: then the durable bitmap says
     /// everything.
-    pub(crate) fn settle(&mut self) -> Result<(), OpenError> {
+    pub(crate) fn settle(&mut self) -> Result<(), ImageError> {
         settle(&self.cow, &mut self.header, &self.bitmap)
     }
 }
@@ -116,9 +116,9 @@ pub(crate) fn native_of<'a>(
     header: &'a mut Header,
     path: &Path,
     what: &'static str,
-) -> Result<&'a mut NativeHeader, OpenError> {
+) -> Result<&'a mut NativeHeader, ImageError> {
     match header {
         Header::Native(native) => Ok(native),
-        Header::Uml(_) => Err(OpenError::UmlCannot { path: path.to_owned(), what }),
+        Header::Uml(_) => Err(ImageError::UmlCannot { path: path.to_owned(), what }),
     }
 }

@@ -12,7 +12,7 @@ use crate::storage::{FileKind, LockError};
 
 /// An image that was not opened, made or changed. Each names its file first.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
+pub enum ImageError {
     /// The system refused an operation.
     #[error("{}: cannot {action}: {source}", path.display())]
     Io {
@@ -206,30 +206,30 @@ pub enum OpenError {
     },
 }
 
-impl OpenError {
+impl ImageError {
     /// For `map_err`: `action` on `path` failed.
     pub(crate) fn io(
         path: impl Into<PathBuf>,
         action: &'static str,
     ) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
-        move |source| OpenError::Io { path, action, source }
+        move |source| ImageError::Io { path, action, source }
     }
 
     /// For `map_err`: the live bitmap beside the UML COW file `cow` was not made.
     pub(crate) fn side_file(cow: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| match source.kind() {
             io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-                OpenError::SideFile { path: side_file::path_for(cow), source }
+                ImageError::SideFile { path: side_file::path_for(cow), source }
             }
-            _ => OpenError::io(cow, "make the live bitmap")(source),
+            _ => ImageError::io(cow, "make the live bitmap")(source),
         }
     }
 
     /// For `map_err`: the header of `path` was refused.
     pub(crate) fn header(path: impl Into<PathBuf>) -> impl FnOnce(HeaderError) -> Self {
         let path = path.into();
-        move |source| OpenError::Header { path, source }
+        move |source| ImageError::Header { path, source }
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use cow_format::{Bitmap, FlushPass, Geometry, Next};
 
-use super::OpenError;
+use super::ImageError;
 use crate::storage::Storage;
 
 /// What stopped a flush.
@@ -19,10 +19,10 @@ pub(crate) enum FlushFailure {
 
 impl FlushFailure {
     /// The error of the file at `path`.
-    pub(crate) fn at(self, path: &Path) -> OpenError {
+    pub(crate) fn at(self, path: &Path) -> ImageError {
         match self {
-            FlushFailure::Sync(err) => OpenError::io(path, "sync")(err),
-            FlushFailure::Write(err) => OpenError::io(path, "write the bitmap of")(err),
+            FlushFailure::Sync(err) => ImageError::io(path, "sync")(err),
+            FlushFailure::Write(err) => ImageError::io(path, "write the bitmap of")(err),
         }
     }
 }

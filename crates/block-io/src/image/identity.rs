@@ -6,7 +6,7 @@ use cow_format::Header;
 use cow_format::identity::{BackingIdentity, Doubt, IdentityError, Verdict};
 use cow_format::sample::Sample;
 
-use super::OpenError;
+use super::ImageError;
 use super::chain::Opened;
 use crate::storage::Storage;
 
@@ -15,7 +15,7 @@ pub(crate) fn verify<F: Storage>(
     stored: &BackingIdentity,
     found: &Opened<F>,
     header: Option<&Header>,
-) -> Result<Result<Option<Doubt>, IdentityError>, OpenError> {
+) -> Result<Result<Option<Doubt>, IdentityError>, ImageError> {
     let verdict = match stored.verify(&found.identity(header)) {
         Ok(verdict) => verdict,
         Err(other) => return Ok(Err(other)),
@@ -30,7 +30,7 @@ pub(crate) fn verify<F: Storage>(
 pub(crate) fn identity_of<F: Storage>(
     found: &Opened<F>,
     header: Option<&Header>,
-) -> Result<BackingIdentity, OpenError> {
+) -> Result<BackingIdentity, ImageError> {
     let actual = found.identity(header);
     Ok(match actual.layer {
         Some((uuid, content_generation)) => BackingIdentity::Layer { uuid, content_generation },
@@ -45,7 +45,7 @@ pub(crate) fn renewed<F: Storage>(
     stored: &BackingIdentity,
     found: &Opened<F>,
     header: Option<&Header>,
-) -> Result<Option<BackingIdentity>, OpenError> {
+) -> Result<Option<BackingIdentity>, ImageError> {
     let BackingIdentity::Image { witness, .. } = stored else { return Ok(None) };
     let actual = found.identity(header);
     let new = match (witness.sample, stored.verify(&actual)) {
@@ -59,8 +59,8 @@ pub(crate) fn renewed<F: Storage>(
     Ok((new != *stored).then_some(new))
 }
 
-fn sample_of<F: Storage>(found: &Opened<F>) -> Result<Sample, OpenError> {
+fn sample_of<F: Storage>(found: &Opened<F>) -> Result<Sample, ImageError> {
     let read = |at, block: &mut [u8]| found.file.read_zero_filled(block, at);
     let taken: io::Result<Sample> = Sample::take(found.stat.size, read);
-    taken.map_err(OpenError::io(&found.path, "read"))
+    taken.map_err(ImageError::io(&found.path, "read"))
 }

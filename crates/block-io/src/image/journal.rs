@@ -11,12 +11,12 @@ use cow_format::journal::{BLOCK, Epoch, JournalArea, Records, record_len, seal};
 use cow_format::{Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS, SectorRange};
 use uuid::Uuid;
 
-use super::OpenError;
+use super::ImageError;
 use super::chain::Opened;
 use super::flush::flush;
-use super::state::{UpdateError, write_native_synced};
+use super::header_io::{UpdateError, write_native_synced};
 use super::trust::{Trust, live_counts};
-use super::unflushed::Unflushed;
+use super::write_tracker::WriteTracker;
 use crate::storage::{Env, Storage};
 
 /// How often a flush waits for writes of the same sectors to end before it is done in place: they take microseconds, or it
@@ -82,7 +82,7 @@ impl Journal {
         &mut self,
         file: &impl Storage,
         geometry: &Geometry,
-        unflushed: &Unflushed,
+        unflushed: &WriteTracker,
         few: &[SectorRange],
     ) -> io::Result<bool> {
         let (Some(area), State::Begun { epoch, tail, sequence }) = (self.area, &mut self.state)
@@ -96,7 +96,7 @@ impl Journal {
         self.record.clear();
         self.record.resize(len, 0);
         let data = &mut self.record[BLOCK..];
-        if !read_undisturbed(file, geometry, unflushed, few, data) {
+        if !read_if_quiet(file, geometry, unflushed, few, data) {
             return Ok(false);
         }
         seal(&mut self.record, *epoch, *sequence, few);
@@ -107,14 +107,14 @@ impl Journal {
     }
 
     /// Fills an unused journal, so that it has its blocks: the flush in place that follows makes them durable.
-    pub(crate) fn fill(&mut self, file: &impl Storage) {
+    pub(crate) fn preallocate(&mut self, file: &impl Storage) {
         let (Some(area), State::Unused) = (self.area, &self.state) else { return };
         self.state = match file.write_zeros(area.at(), area.len()) {
             Ok(()) => State::Filled,
             Err(err) => {
                 log::debug!("no journal: {err}");
                 // Without it flushes are slower, no less durable. The space may do better elsewhere.
-                give_back(file, area);
+                release_space(file, area);
                 State::Unable
             }
         };
@@ -122,7 +122,7 @@ impl Journal {
 
     /// After a flush in place: no record counts any more, and new ones may come. An error leaves nobody sure which count,
     /// and the copy of the header that was written in doubt.
-    pub(crate) fn begin_anew(
+    pub(crate) fn reset(
         &mut self,
         file: &impl Storage,
         header: &mut Header,
@@ -149,7 +149,7 @@ impl Journal {
         if epoch.is_none()
             && let Some(area) = native.journal()
         {
-            give_back(file, area);
+            release_space(file, area);
         }
         Ok(())
     }
@@ -160,23 +160,23 @@ impl Journal {
         if let Some(area) = native.journal()
             && !matches!(self.state, State::Unused | State::Unable)
         {
-            give_back(file, area);
+            release_space(file, area);
         }
         self.state = State::Unused;
     }
 }
 
-fn give_back(file: &impl Storage, area: JournalArea) {
+fn release_space(file: &impl Storage, area: JournalArea) {
     if let Err(err) = file.punch(area.at(), area.len()) {
         log::debug!("the journal keeps its space: {err}");
     }
 }
 
 /// Reads `ranges` into `data`, which they may not fill; false if that fails, or if they are being written all the time.
-fn read_undisturbed(
+fn read_if_quiet(
     file: &impl Storage,
     geometry: &Geometry,
-    unflushed: &Unflushed,
+    unflushed: &WriteTracker,
     ranges: &[SectorRange],
     data: &mut [u8],
 ) -> bool {
@@ -184,7 +184,7 @@ fn read_undisturbed(
         if attempt > 0 {
             std::thread::yield_now();
         }
-        unflushed.undisturbed(ranges, || read(file, geometry, ranges, data))
+        unflushed.copy_if_quiet(ranges, || read(file, geometry, ranges, data))
     })
 }
 
@@ -212,7 +212,7 @@ pub(crate) fn must_be_replayed<E: Env>(
     cow: &Opened<E::File>,
     native: &NativeHeader,
     trust: Trust,
-) -> Result<bool, OpenError> {
+) -> Result<bool, ImageError> {
     let Some((area, epoch)) = native.journal().zip(native.journal_epoch()) else {
         return Ok(false);
     };
@@ -225,33 +225,33 @@ pub(crate) fn must_be_replayed<E: Env>(
 
 /// Puts in place, durably, what stands in the journal of a file whose live bitmap does not count. For a file under its
 /// exclusive lock, before its bitmaps are read. Can be interrupted, and then begins again.
-pub(crate) fn replay<F: Storage>(cow: &Opened<F>, header: &mut Header) -> Result<(), OpenError> {
+pub(crate) fn replay<F: Storage>(cow: &Opened<F>, header: &mut Header) -> Result<(), ImageError> {
     let Header::Native(native) = header else { return Ok(()) };
     let Some((area, epoch)) = native.journal().zip(native.journal_epoch()) else { return Ok(()) };
-    let count = put_in_place(cow, native.geometry(), area, epoch)?;
+    let count = apply(cow, native.geometry(), area, epoch)?;
     if count > 0 {
         log::info!("{}: {count} flushes put in place from the journal", cow.path.display());
     }
     native.end_journal();
     write_native_synced(&cow.file, native).map_err(|err| err.at(&cow.path))?;
-    give_back(&cow.file, area);
+    release_space(&cow.file, area);
     Ok(())
 }
 
-fn read_journal<F: Storage>(cow: &Opened<F>, area: JournalArea) -> Result<Vec<u8>, OpenError> {
+fn read_journal<F: Storage>(cow: &Opened<F>, area: JournalArea) -> Result<Vec<u8>, ImageError> {
     let mut journal = vec![0; usize::try_from(area.len()).unwrap_or(0)];
     let read = cow.file.read_zero_filled(&mut journal, area.at());
-    read.map_err(OpenError::io(&cow.path, "read the journal"))?;
+    read.map_err(ImageError::io(&cow.path, "read the journal"))?;
     Ok(journal)
 }
 
-fn put_in_place<F: Storage>(
+fn apply<F: Storage>(
     cow: &Opened<F>,
     geometry: &Geometry,
     area: JournalArea,
     epoch: Epoch,
-) -> Result<usize, OpenError> {
-    let io = |action| OpenError::io(&cow.path, action);
+) -> Result<usize, ImageError> {
+    let io = |action| ImageError::io(&cow.path, action);
     let journal = read_journal(cow, area)?;
     let records = Records::new(&journal, epoch, geometry.sectors());
     let records = records.collect::<Result<Vec<_>, _>>();
@@ -260,7 +260,7 @@ fn put_in_place<F: Storage>(
     for (range, data) in records.iter().flatten() {
         let at = geometry.sector_at(range.start());
         cow.file.write_all_at(data, at).map_err(io("write what the journal holds"))?;
-        know(&cow.file, geometry, &bitmap, *range).map_err(io("read the bitmap"))?;
+        load_known(&cow.file, geometry, &bitmap, *range).map_err(io("read the bitmap"))?;
         bitmap.insert(*range);
     }
     // The data, then the bits, in the order of every flush.
@@ -269,7 +269,7 @@ fn put_in_place<F: Storage>(
 }
 
 /// Reads the durable bits of the pages that speak of `range`, those that are not known yet.
-fn know(
+fn load_known(
     file: &impl Storage,
     geometry: &Geometry,
     bitmap: &Bitmap,

@@ -10,7 +10,7 @@ use cow_format::{
     BITMAP_PAGE, Bitmap, ByteOffset, Geometry, PAGE_SECTORS, Sector, SectorCount, SectorRange,
 };
 
-use super::bits::for_each_strange;
+use super::bitmap_source::for_each_stray;
 use super::side_file::{self, RawSideHeader};
 use super::trust::make_void;
 use crate::storage::{Access, Env, Storage};
@@ -53,7 +53,7 @@ impl<F: Storage> LiveBitmap<F> {
         settled: bool,
     ) -> io::Result<Self> {
         if !settled {
-            take_out_strange_bits(cow, at, geometry)?;
+            clear_stray_bits(cow, at, geometry)?;
         }
         Ok(Self::new(Place::Native(at)))
     }
@@ -149,21 +149,17 @@ impl<F: Storage> LiveBitmap<F> {
 
 /// Punches out the pages of a void live bitmap that have bits which the durable one lacks. Mostly there are none: looking
 /// is much cheaper than punching out everything, which gives back blocks only to take them again.
-fn take_out_strange_bits(
-    cow: &impl Storage,
-    at: ByteOffset,
-    geometry: &Geometry,
-) -> io::Result<()> {
-    let mut strange: Vec<Range<u64>> = Vec::new();
-    for_each_strange(cow, geometry, cow, at, |page| {
-        match strange.last_mut() {
+fn clear_stray_bits(cow: &impl Storage, at: ByteOffset, geometry: &Geometry) -> io::Result<()> {
+    let mut stray: Vec<Range<u64>> = Vec::new();
+    for_each_stray(cow, geometry, cow, at, |page| {
+        match stray.last_mut() {
             Some(run) if run.end == page => run.end += 1,
-            _ => strange.push(page..page + 1),
+            _ => stray.push(page..page + 1),
         }
         Ok(())
     })?;
     let page_len = BITMAP_PAGE as u64;
-    strange.iter().try_for_each(|run| {
+    stray.iter().try_for_each(|run| {
         cow.punch(
             ByteOffset::new(at.get() + run.start * page_len),
             (run.end - run.start) * page_len,

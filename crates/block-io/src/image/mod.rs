@@ -1,29 +1,29 @@
 //! Images: one file or a chain of them, opened, made and changed.
 
-pub(crate) mod bits;
+pub(crate) mod bitmap_pages;
+pub(crate) mod bitmap_source;
 pub(crate) mod chain;
 mod create;
+pub(crate) mod demand_load;
 mod edit;
 mod error;
 pub(crate) mod flush;
+pub(crate) mod header_io;
 pub(crate) mod identity;
 pub(crate) mod journal;
-pub(crate) mod learn;
 pub(crate) mod live;
 pub(crate) mod open;
-pub(crate) mod pages;
 mod rebind;
 mod resize;
 pub(crate) mod side_file;
 mod snapshot;
-pub(crate) mod state;
 pub(crate) mod trust;
-pub(crate) mod unflushed;
+pub(crate) mod write_tracker;
 
 pub use create::{BaseOptions, CreateOptions, create_cow, create_file};
 pub(crate) use create::{NewCow, Unpublished, native_backing};
 pub use edit::ChangeError;
-pub use error::{DiskError, OpenError};
+pub use error::{DiskError, ImageError};
 pub(crate) use open::{Chain, open_chain, open_single};
 pub use rebind::{Proof, rebind};
 pub use resize::resize;

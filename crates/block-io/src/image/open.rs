@@ -5,14 +5,14 @@ use std::path::Path;
 
 use cow_format::{Bitmap, ByteOffset, Geometry, Header, LayerMap, SECTOR_SIZE};
 
-use super::bits::Bits;
+use super::bitmap_source::BitmapSource;
 use super::chain::{Content, Lower, Opened, Opener, path_to_store, reference, resolve};
 use super::create::{CreateOptions, create_cow};
+use super::header_io::{check_writable, make_writable, set_backing_path};
 use super::identity::renewed;
 use super::journal::Journal;
-use super::state::{check_writable, make_writable, set_backing_path};
 use super::trust::{Trust, recover};
-use super::{CachePolicy, CowFormat, DiskOptions, OpenError};
+use super::{CachePolicy, CowFormat, DiskOptions, ImageError};
 use crate::disk::{Layer, WritableCow};
 use crate::storage::{Access, Env, FILE_BLOCK, Storage};
 
@@ -21,7 +21,7 @@ pub(crate) struct Chain<F> {
     pub(crate) layers: Vec<Layer<F>>,
     pub(crate) map: LayerMap,
     /// Of each COW file, the top first.
-    pub(crate) bits: Vec<Bits<F>>,
+    pub(crate) bits: Vec<BitmapSource<F>>,
     pub(crate) data_offset: ByteOffset,
     pub(crate) size: u64,
     pub(crate) logical_block: u32,
@@ -37,11 +37,11 @@ pub(crate) fn open_single<E: Env>(
     path: &Path,
     held: Option<E::File>,
     options: &DiskOptions,
-) -> Result<Chain<E::File>, OpenError> {
+) -> Result<Chain<E::File>, ImageError> {
     let top = Opener::new(env, options, path).holding(held).top()?;
     let len = top.stat.size;
     if len == 0 || (!options.read_only && !len.is_multiple_of(SECTOR_SIZE)) {
-        return Err(OpenError::RawLength { path: top.path, len });
+        return Err(ImageError::RawLength { path: top.path, len });
     }
     let logical_block = top.stat.logical_block;
     let layers = vec![Layer { file: top.file, path: top.path }];
@@ -67,13 +67,13 @@ pub(crate) fn open_chain<E: Env>(
     base: Option<&Path>,
     held: Option<E::File>,
     options: &DiskOptions,
-) -> Result<Chain<E::File>, OpenError> {
+) -> Result<Chain<E::File>, ImageError> {
     let inherited = held.is_some();
     // The predecessor has adopted the base that was named.
     let base = base.filter(|_| !inherited);
     if let Some(base) = base
         && !options.read_only
-        && !env.exists(path).map_err(OpenError::io(path, "look for"))?
+        && !env.exists(path).map_err(ImageError::io(path, "look for"))?
     {
         create_cow(env, path, &CreateOptions::over(options.format, base))?;
     }
@@ -86,7 +86,7 @@ pub(crate) fn open_chain<E: Env>(
     if let Some(base) = base
         && reference(&header).is_none()
     {
-        return Err(OpenError::NoBacking { path: path.to_owned(), base: base.to_owned() });
+        return Err(ImageError::NoBacking { path: path.to_owned(), base: base.to_owned() });
     }
     let below = opener.below(path, &header, base)?;
     let geometry = *header.geometry();
@@ -98,11 +98,11 @@ pub(crate) fn open_chain<E: Env>(
     if !options.read_only && !inherited {
         renew_backing(path, &mut header, below.first())?;
     }
-    let bits = Bits::find(env, &top, &header, trust)?;
+    let bits = BitmapSource::find(env, &top, &header, trust)?;
     bits.check_data(&top)?;
 
     if inherited && !bits.live_counts() {
-        return Err(OpenError::NotHeld { path: path.to_owned() });
+        return Err(ImageError::NotHeld { path: path.to_owned() });
     }
 
     let (mut cow, mut journal) = (None, Journal::none());
@@ -126,7 +126,7 @@ pub(crate) fn new_map<F>(
     geometry: &Geometry,
     bitmap: Bitmap,
     complete: bool,
-) -> Result<LayerMap, OpenError> {
+) -> Result<LayerMap, ImageError> {
     let frozen = below.iter().filter_map(|lower| match &lower.content {
         Content::Raw => None,
         Content::Cow(geometry, _) => Some(*geometry),
@@ -134,7 +134,7 @@ pub(crate) fn new_map<F>(
     let frozen: Vec<_> = frozen.collect();
     let base = below.last().filter(|lower| matches!(lower.content, Content::Raw));
     let map = LayerMap::new(geometry, bitmap, &frozen, base.map(|base| base.opened.stat.size));
-    let mut map = map.map_err(|_| OpenError::TooDeep { top: top.path.clone() })?;
+    let mut map = map.map_err(|_| ImageError::TooDeep { top: top.path.clone() })?;
     if !complete {
         map.ends_after(0, top.disk_bytes(geometry));
     }
@@ -151,10 +151,10 @@ fn join<F>(
     top: Opened<F>,
     below: Vec<Lower<F>>,
     geometry: Geometry,
-    bits: Bits<F>,
+    bits: BitmapSource<F>,
     cow: Option<WritableCow<F>>,
     journal: Journal,
-) -> Result<Chain<F>, OpenError> {
+) -> Result<Chain<F>, ImageError> {
     let bitmap = Bitmap::unknown(geometry.sectors());
     let map = new_map(&top, &below, &geometry, bitmap, cow.is_some())?;
     let mut layers = vec![Layer { file: top.file, path: top.path }];
@@ -186,12 +186,12 @@ fn renew_backing<F: Storage>(
     path: &Path,
     header: &mut Header,
     nearest: Option<&Lower<F>>,
-) -> Result<(), OpenError> {
+) -> Result<(), ImageError> {
     let (Header::Native(native), Some(nearest)) = (header, nearest) else { return Ok(()) };
     let Some(backing) = native.backing() else { return Ok(()) };
     let new = renewed(backing.identity(), &nearest.opened, nearest.header.as_ref())?;
     if let Some(new) = new {
-        let backing = backing.with_identity(new).map_err(OpenError::header(path))?;
+        let backing = backing.with_identity(new).map_err(ImageError::header(path))?;
         native.set_backing(Some(backing));
     }
     Ok(())
@@ -204,7 +204,7 @@ fn adopt_base<E: Env>(
     header: &mut Header,
     base: &Path,
     found: &Opened<E::File>,
-) -> Result<(), OpenError> {
+) -> Result<(), ImageError> {
     let Some(reference) = reference(header) else { return Ok(()) };
     let stored = resolve(env, &top.path, &reference.stored)?;
     let same = env.open(&stored, Access::Read).and_then(|file| file.stat());

@@ -10,9 +10,9 @@ use cow_format::identity::{ActualIdentity, BackingIdentity};
 
 use super::chain::{Opened, Opener, path_to_store, reference, resolve};
 use super::edit::ChangeError;
+use super::header_io::{set_backing_path, write_native_synced};
 use super::identity::{identity_of, verify};
-use super::state::{set_backing_path, write_native_synced};
-use super::{CowFormat, DiskOptions, OpenError};
+use super::{CowFormat, DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 
 /// What a rebind relies on when size or mtime differ.
@@ -89,9 +89,9 @@ fn prove<F: Storage>(
         let (cow, base) = names();
         return Err(ChangeError::NoDigest { cow, base });
     };
-    let digest = take(&base.file).map_err(OpenError::io(&base.path, "read"))?;
+    let digest = take(&base.file).map_err(ImageError::io(&base.path, "read"))?;
     // It is locked, but not everybody asks for locks.
-    let now = base.file.stat().map_err(OpenError::io(&base.path, "stat"))?;
+    let now = base.file.stat().map_err(ImageError::io(&base.path, "stat"))?;
     if (now.size, now.mtime) != (base.stat.size, base.stat.mtime) {
         return Err(ChangeError::Moving { base: base.path.clone() });
     }
@@ -108,7 +108,7 @@ fn write<E: Env>(
     header: &mut Header,
     base: &Path,
     (found, found_header): (&Opened<E::File>, Option<&Header>),
-) -> Result<(), OpenError> {
+) -> Result<(), ImageError> {
     let format = CowFormat::of(header);
     let path = path_to_store(env, &top.path, base, format)?;
     let path = path.as_os_str().as_bytes();
@@ -118,7 +118,7 @@ fn write<E: Env>(
             let Some(old) = native.backing() else { return Ok(()) };
             let identity = identity_of(found, found_header)?;
             let new = Backing::new(path, old.format(), identity, old.digest().copied());
-            native.set_backing(Some(new.map_err(OpenError::header(&top.path))?));
+            native.set_backing(Some(new.map_err(ImageError::header(&top.path))?));
             write_native_synced(&top.file, native)
         }
     };

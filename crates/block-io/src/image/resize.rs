@@ -15,8 +15,8 @@ use cow_format::{
 
 use super::chain::Opener;
 use super::edit::{ChangeError, Edit, native_of};
-use super::state::{check_writable, write_native_synced};
-use super::{DiskOptions, OpenError};
+use super::header_io::{check_writable, write_native_synced};
+use super::{DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 
 /// Gives the native COW file at `path` a size of `size` bytes, a multiple of 512. What is new reads as zeros. A
@@ -39,32 +39,32 @@ pub fn resize<E: Env>(
         return Err(ChangeError::Shrink { path: path.to_owned(), size, virtual_size });
     }
     // Refused before anything is changed, if it is refused.
-    header.resize(size).map_err(OpenError::header(path))?;
+    header.resize(size).map_err(ImageError::header(path))?;
     let below = if size > virtual_size { size_below(env, path, &edit)? } else { 0 };
     edit.settle()?;
     let native = native_of(&mut edit.header, path, "be resized")?;
-    native.resize(size).map_err(OpenError::header(path))?;
+    native.resize(size).map_err(ImageError::header(path))?;
     let new = *native.geometry();
     let file = &edit.cow.file;
     let end = new.sector_at(new.all().end()).get();
     let set_len =
-        |file: &E::File| file.set_len(end).map_err(OpenError::io(path, "set the length of"));
+        |file: &E::File| file.set_len(end).map_err(ImageError::io(path, "set the length of"));
     if size > virtual_size {
-        clear_beyond(file, native, &old).map_err(OpenError::io(path, "clear the end of"))?;
-        hide_below(file, &old, &new, below).map_err(OpenError::io(path, "write the bitmap of"))?;
+        clear_beyond(file, native, &old).map_err(ImageError::io(path, "clear the end of"))?;
+        hide_below(file, &old, &new, below).map_err(ImageError::io(path, "write the bitmap of"))?;
         set_len(file)?;
     }
     write_native_synced(file, native).map_err(|err| err.at(path))?;
     if size < virtual_size {
-        clear_beyond(file, native, &new).map_err(OpenError::io(path, "clear the end of"))?;
+        clear_beyond(file, native, &new).map_err(ImageError::io(path, "clear the end of"))?;
         set_len(file)?;
-        file.sync().map_err(OpenError::io(path, "sync"))?;
+        file.sync().map_err(ImageError::io(path, "sync"))?;
     }
     Ok(())
 }
 
 /// The size in bytes of the disk below the file: where its own end is further down, that would come to light.
-fn size_below<E: Env>(env: &E, path: &Path, edit: &Edit<E::File>) -> Result<u64, OpenError> {
+fn size_below<E: Env>(env: &E, path: &Path, edit: &Edit<E::File>) -> Result<u64, ImageError> {
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
     let below = Opener::new(env, &options, path).below(path, &edit.header, None)?;
     Ok(below.first().map_or(0, |nearest| nearest.disk_size()))

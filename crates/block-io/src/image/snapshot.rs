@@ -11,15 +11,15 @@ use uuid::Uuid;
 use super::chain::{Opener, path_to_store};
 use super::create::{create_file, write_new_native};
 use super::edit::{ChangeError, Edit, native_of};
-use super::state::write_native_synced;
-use super::{CowFormat, DiskOptions, OpenError};
+use super::header_io::write_native_synced;
+use super::{CowFormat, DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 
 /// Freezes the native COW file `cow` for ever and makes `new`, which must not exist, on top of it. An interruption
 /// leaves `cow` as it was, or frozen without `new`; then the same call makes `new`.
 pub fn snapshot<E: Env>(env: &E, cow: &Path, new: &Path) -> Result<(), ChangeError> {
-    if env.exists(new).map_err(OpenError::io(new, "look for"))? {
-        Err(OpenError::io(new, "create")(io::ErrorKind::AlreadyExists.into()))?;
+    if env.exists(new).map_err(ImageError::io(new, "look for"))? {
+        Err(ImageError::io(new, "create")(io::ErrorKind::AlreadyExists.into()))?;
     }
     let mut edit = Edit::open(env, cow)?;
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
@@ -33,10 +33,10 @@ pub fn snapshot<E: Env>(env: &E, cow: &Path, new: &Path) -> Result<(), ChangeErr
     create_file(env, new, false, |file| {
         write_new_native(file, new, &mut header)?;
         // What can fail for the new file has not failed by the time the old one is frozen.
-        file.sync().map_err(OpenError::io(new, "sync"))?;
+        file.sync().map_err(ImageError::io(new, "sync"))?;
         if frozen {
             // By a call that was interrupted, perhaps before its sync.
-            return edit.cow.file.sync().map_err(OpenError::io(cow, "sync"));
+            return edit.cow.file.sync().map_err(ImageError::io(cow, "sync"));
         }
         native.freeze();
         write_native_synced(&edit.cow.file, native).map_err(|err| err.at(cow))
@@ -50,7 +50,7 @@ fn header_above<E: Env>(
     new: &Path,
     cow: &Path,
     layer: &NativeHeader,
-) -> Result<NativeHeader, OpenError> {
+) -> Result<NativeHeader, ImageError> {
     let path = path_to_store(env, new, cow, CowFormat::Native)?;
     let (uuid, content_generation) = (layer.uuid(), layer.content_generation());
     let identity = BackingIdentity::Layer { uuid, content_generation };
@@ -58,5 +58,5 @@ fn header_above<E: Env>(
         .and_then(|backing| {
             NativeHeader::create(layer.geometry().virtual_size(), Uuid::new_v4(), Some(backing))
         })
-        .map_err(OpenError::header(new))
+        .map_err(ImageError::header(new))
 }

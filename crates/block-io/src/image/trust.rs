@@ -12,11 +12,11 @@ use cow_format::header::{BootId, NativeHeader, NativeState, PageCache};
 use cow_format::{ByteOffset, Header};
 use uuid::Uuid;
 
-use super::OpenError;
+use super::ImageError;
 use super::chain::Opened;
+use super::header_io::UpdateError;
 use super::journal::replay;
 use super::side_file::{self, RawSideHeader};
-use super::state::UpdateError;
 use crate::storage::{Access, Env, Storage};
 
 /// By what the live bitmap of a file in use is judged.
@@ -31,8 +31,8 @@ pub(crate) enum Trust {
 }
 
 /// The page cache that holds `file`; `None` if the system says no boot.
-pub(crate) fn page_cache<E: Env>(env: &E, file: &E::File) -> Result<Option<PageCache>, OpenError> {
-    let boot = env.boot_id().map_err(OpenError::io("/proc/sys/kernel/random/boot_id", "read"))?;
+pub(crate) fn page_cache<E: Env>(env: &E, file: &E::File) -> Result<Option<PageCache>, ImageError> {
+    let boot = env.boot_id().map_err(ImageError::io("/proc/sys/kernel/random/boot_id", "read"))?;
     let boot = BootId::new(Uuid::from_bytes(boot.0));
     Ok(boot.map(|boot| PageCache { boot, witness: env.cache_witness(file) }))
 }
@@ -43,7 +43,7 @@ pub(crate) fn live_counts<E: Env>(
     file: &E::File,
     native: &NativeHeader,
     trust: Trust,
-) -> Result<bool, OpenError> {
+) -> Result<bool, ImageError> {
     let Some((live, here)) = native.live().zip(page_cache(env, file)?) else { return Ok(false) };
     Ok(match trust {
         Trust::Witness => live.is(&here),
@@ -58,11 +58,11 @@ pub(crate) fn valid_side_file<E: Env>(
     cow: &Opened<E::File>,
     header: &Header,
     trust: Trust,
-) -> Result<Option<E::File>, OpenError> {
+) -> Result<Option<E::File>, ImageError> {
     if trust == Trust::Nothing {
         return Ok(None);
     }
-    let read = OpenError::io(&cow.path, "read the live bitmap");
+    let read = ImageError::io(&cow.path, "read the live bitmap");
     let Some((file, valid)) =
         find_side_file(env, cow, header, trust, Access::Read).map_err(read)?
     else {
@@ -103,7 +103,7 @@ pub(crate) fn recover<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
     header: &mut Header,
-) -> Result<Trust, OpenError> {
+) -> Result<Trust, ImageError> {
     let believed = match header {
         Header::Native(native) => believe_native(env, cow, native)?,
         Header::Uml(_) => believe_uml(env, cow, header)?,
@@ -113,8 +113,8 @@ pub(crate) fn recover<E: Env>(
     }
     // What is still to be written is newer than what was flushed, and as good. Then nothing that is not on the disk is
     // taken for being there.
-    cow.file.sync().map_err(OpenError::io(&cow.path, "sync"))?;
-    cow.file.drop_cache().map_err(OpenError::io(&cow.path, "drop the page cache of"))?;
+    cow.file.sync().map_err(ImageError::io(&cow.path, "sync"))?;
+    cow.file.drop_cache().map_err(ImageError::io(&cow.path, "drop the page cache of"))?;
     *header = cow.header()?;
     replay(cow, header)?;
     Ok(Trust::Nothing)
@@ -125,7 +125,7 @@ fn believe_native<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
     native: &mut NativeHeader,
-) -> Result<bool, OpenError> {
+) -> Result<bool, ImageError> {
     let NativeState::InUse { live } = native.state() else { return Ok(true) };
     let written = cow.file.check_writeback();
     let here = page_cache(env, &cow.file)?.map(|here| here.boot);
@@ -147,13 +147,17 @@ fn believe_native<E: Env>(
     };
     let write = write.map_err(|err| UpdateError::from(err).at(&cow.path))?;
     let written = cow.file.write_durably(&write.bytes[..], write.at);
-    written.map_err(OpenError::io(&cow.path, "write the header of"))?;
+    written.map_err(ImageError::io(&cow.path, "write the header of"))?;
     Ok(false)
 }
 
 /// The same for a UML file. One that was closed has no side file.
-fn believe_uml<E: Env>(env: &E, cow: &Opened<E::File>, header: &Header) -> Result<bool, OpenError> {
-    let io = |action| OpenError::io(&cow.path, action);
+fn believe_uml<E: Env>(
+    env: &E,
+    cow: &Opened<E::File>,
+    header: &Header,
+) -> Result<bool, ImageError> {
+    let io = |action| ImageError::io(&cow.path, action);
     let found = find_side_file(env, cow, header, Trust::Witness, Access::ReadWrite);
     let Some((file, valid)) = found.map_err(io("read the live bitmap"))? else { return Ok(true) };
     // Both, also where it makes no difference any more: the next sync is to tell what is new.

@@ -9,10 +9,10 @@ use cow_format::{BITMAP_PAGE, Bitmap, ByteOffset, Geometry, Header};
 use super::OpError;
 use crate::disk::Disk;
 use crate::image::DiskOptions;
-use crate::image::bits::Bits;
+use crate::image::bitmap_source::BitmapSource;
 use crate::image::chain::{Opened, Opener};
+use crate::image::header_io::write_native_synced;
 use crate::image::journal::must_be_replayed;
-use crate::image::state::write_native_synced;
 use crate::image::trust::{Trust, recover};
 use crate::storage::{Env, Storage};
 
@@ -32,7 +32,7 @@ pub struct Checked {
 }
 
 /// Checks the COW file at `path`; with `repair` what can be is put right. What keeps the header from being read is an
-/// error, [`crate::OpenError::Header`]. The files below are not looked at.
+/// error, [`crate::ImageError::Header`]. The files below are not looked at.
 pub fn check<E: Env>(env: &E, path: &Path, repair: bool) -> Result<Vec<Checked>, OpError> {
     let mut checked = Vec::new();
     if repair && close_in_order(env, path)? {
@@ -53,7 +53,7 @@ pub fn check<E: Env>(env: &E, path: &Path, repair: bool) -> Result<Vec<Checked>,
         checked.push(Checked { finding: Finding::Journal, repaired: false });
         return Ok(checked);
     }
-    let bits = Bits::find(env, &cow, &header, trust)?;
+    let bits = BitmapSource::find(env, &cow, &header, trust)?;
     let bitmap = bits.load_all(&cow)?;
     if bits.live_counts() && matches!(header, Header::Uml(_)) {
         checked.push(Checked { finding: Finding::NotClosed, repaired: false });
@@ -73,7 +73,7 @@ fn close_in_order<E: Env>(env: &E, path: &Path) -> Result<bool, OpError> {
     let header = cow.header()?;
     let not_closed = match &header {
         Header::Native(native) => matches!(native.state(), NativeState::InUse { .. }),
-        Header::Uml(_) => Bits::find(env, &cow, &header, Trust::Witness)?.live_counts(),
+        Header::Uml(_) => BitmapSource::find(env, &cow, &header, Trust::Witness)?.live_counts(),
     };
     drop(cow);
     if not_closed {

@@ -26,7 +26,7 @@ pub fn copy<I: Image>(
     write: Write<'_>,
     share: Share<'_>,
     threads: NonZeroUsize,
-    how: Copying<'_>,
+    copying: Copying<'_>,
 ) -> Result<(), OpError> {
     let size = image.size();
     let state = || (image.reader(), PageBuffer::new(BUFFER));
@@ -35,10 +35,10 @@ pub fn copy<I: Image>(
             // The last sector may be partial.
             let piece = piece.before(size);
             if let Some(rest) = piece.after(share(&piece)?) {
-                copy_piece(reader, rest, write, how, buf)?;
+                copy_piece(reader, rest, write, copying, buf)?;
             }
         }
-        (how.progress)(range.len_bytes().min(size - range.start_bytes().get()));
+        (copying.progress)(range.len_bytes().min(size - range.start_bytes().get()));
         Ok(())
     };
     parallel::for_each_piece(SectorCount::covering(size), threads, state, work)
@@ -48,7 +48,7 @@ fn copy_piece(
     reader: &impl Reader,
     piece: Piece,
     write: Write<'_>,
-    how: Copying<'_>,
+    copying: Copying<'_>,
     buf: &mut PageBuffer,
 ) -> Result<(), OpError> {
     let Source::Data { layer, at } = piece.source else { return Ok(()) };
@@ -60,7 +60,7 @@ fn copy_piece(
         let bytes = &mut room[..n];
         reader.read(layer, ByteOffset::new(at.get() + done), bytes)?;
         for_each_run(bytes, place, |run, zero| match zero {
-            true if how.detect_zeroes => Ok(()),
+            true if copying.detect_zeroes => Ok(()),
             _ => write(place + run.start as u64, &bytes[run]),
         })?;
         done += n as u64;

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::image::{DiskError, OpenError};
+use crate::image::{DiskError, ImageError};
 use crate::storage::{FileKind, LockError};
 
 /// An operation that failed. Each names its file first; an output that was not complete is gone.
@@ -11,7 +11,7 @@ use crate::storage::{FileKind, LockError};
 pub enum OpError {
     /// An input was not opened.
     #[error(transparent)]
-    Open(#[from] OpenError),
+    Open(#[from] ImageError),
     /// An open disk failed.
     #[error(transparent)]
     Disk(#[from] DiskError),

@@ -6,12 +6,12 @@ use cow_format::header::{BackingFormat, NativeState};
 use cow_format::identity::{ActualIdentity, BackingIdentity, Doubt, IdentityError};
 use cow_format::{Bitmap, Header, HeaderError, SectorCount};
 
-use super::note::note_path;
-use crate::image::bits::Bits;
+use super::merge_marker::note_path;
+use crate::image::bitmap_source::BitmapSource;
 use crate::image::chain::{Opened, Reference, reference, resolve};
 use crate::image::identity::verify;
 use crate::image::trust::Trust;
-use crate::image::{CHAIN_DEPTH_MAX, OpenError};
+use crate::image::{CHAIN_DEPTH_MAX, ImageError};
 use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};
 
 /// What was found.
@@ -20,7 +20,7 @@ pub struct Inspection {
     /// The files of the chain, the top first, as far as they could be followed.
     pub files: Vec<FileFacts>,
     /// Why the chain cannot be opened, or why it ends where it does. It speaks of the last file, or of what that refers to.
-    pub problem: Option<OpenError>,
+    pub problem: Option<ImageError>,
 }
 
 /// What is known of one file.
@@ -92,8 +92,12 @@ pub struct BackingFacts {
 
 /// Looks at the file at `path` and at everything below it. `base` stands in for the path in the first header. Fails only
 /// where the file itself cannot be opened. Takes no lock that outlasts the call, and changes nothing.
-pub fn inspect<E: Env>(env: &E, path: &Path, base: Option<&Path>) -> Result<Inspection, OpenError> {
-    let file = env.open(path, Access::Read).map_err(OpenError::io(path, "open"))?;
+pub fn inspect<E: Env>(
+    env: &E,
+    path: &Path,
+    base: Option<&Path>,
+) -> Result<Inspection, ImageError> {
+    let file = env.open(path, Access::Read).map_err(ImageError::io(path, "open"))?;
     let top = opened(file, path.to_owned())?;
     let mut found = Inspection { files: Vec::new(), problem: None };
     found.problem = found.follow(env, top, base).err();
@@ -111,11 +115,11 @@ pub fn refers_to<E: Env>(env: &E, path: &Path, backing: FileId) -> bool {
     referred() == Some(backing)
 }
 
-fn opened<F: Storage>(file: F, path: PathBuf) -> Result<Opened<F>, OpenError> {
-    let stat = file.stat().map_err(OpenError::io(&path, "stat"))?;
+fn opened<F: Storage>(file: F, path: PathBuf) -> Result<Opened<F>, ImageError> {
+    let stat = file.stat().map_err(ImageError::io(&path, "stat"))?;
     if !matches!(stat.kind, FileKind::Regular | FileKind::BlockDevice) {
         let expected = "a regular file or a block device";
-        return Err(OpenError::Kind { path, found: stat.kind, expected });
+        return Err(ImageError::Kind { path, found: stat.kind, expected });
     }
     Ok(Opened { file, path, stat })
 }
@@ -126,7 +130,7 @@ impl Inspection {
         env: &E,
         top: Opened<E::File>,
         mut base: Option<&Path>,
-    ) -> Result<(), OpenError> {
+    ) -> Result<(), ImageError> {
         let mut next = (top, None);
         loop {
             let (opened, format) = next;
@@ -136,7 +140,7 @@ impl Inspection {
             let Content::Cow(cow) = &facts.content else { return Ok(()) };
             let Some(reference) = reference(&cow.header) else {
                 return match base {
-                    Some(base) => Err(OpenError::NoBacking {
+                    Some(base) => Err(ImageError::NoBacking {
                         path: facts.path.clone(),
                         base: base.to_owned(),
                     }),
@@ -160,11 +164,12 @@ impl Inspection {
         env: &E,
         opened: &Opened<E::File>,
         format: Option<BackingFormat>,
-    ) -> Result<(), OpenError> {
+    ) -> Result<(), ImageError> {
         let path = opened.path.clone();
         let in_use = matches!(opened.file.try_lock(LockKind::Shared), Err(LockError::Held { .. }));
-        let real = env.canonical(&path).map_err(OpenError::io(&path, "resolve"))?;
-        let merging = env.exists(&note_path(&real)).map_err(OpenError::io(&path, "look beside"))?;
+        let real = env.canonical(&path).map_err(ImageError::io(&path, "resolve"))?;
+        let merging =
+            env.exists(&note_path(&real)).map_err(ImageError::io(&path, "look beside"))?;
         let (stat, content) = (opened.stat, Content::Unknown);
         self.files.push(FileFacts { path, stat, in_use, merging, content, backing: None });
         let content = look_inside(env, opened, format, self.files.len() == 1)?;
@@ -175,33 +180,33 @@ impl Inspection {
     }
 
     /// What keeps the last file, which could be read, from being opened as a part of the chain.
-    fn refuse<F: Storage>(&self, opened: &Opened<F>) -> Result<(), OpenError> {
+    fn refuse<F: Storage>(&self, opened: &Opened<F>) -> Result<(), ImageError> {
         let Some((last, above)) = self.files.split_last() else { return Ok(()) };
         let Content::Cow(cow) = &last.content else { return Ok(()) };
         if let (Header::Native(native), Some(above)) = (&cow.header, above.last())
             && native.state() != NativeState::Frozen
         {
-            return Err(OpenError::NotFrozen { cow: above.path.clone(), path: last.path.clone() });
+            return Err(ImageError::NotFrozen { cow: above.path.clone(), path: last.path.clone() });
         }
         opened.check_data(cow.header.geometry(), &cow.bitmap)
     }
 
     /// Opens what the last file refers to.
-    fn open_backing<E: Env>(&self, env: &E, path: PathBuf) -> Result<Opened<E::File>, OpenError> {
+    fn open_backing<E: Env>(&self, env: &E, path: PathBuf) -> Result<Opened<E::File>, ImageError> {
         let cow = || self.files.last().map(|facts| facts.path.clone()).unwrap_or_default();
         let top = || self.files.first().map(|facts| facts.path.clone()).unwrap_or_default();
         if self.files.len() == CHAIN_DEPTH_MAX {
-            return Err(OpenError::TooDeep { top: top() });
+            return Err(ImageError::TooDeep { top: top() });
         }
         let file = match env.open(&path, Access::Read) {
             Ok(file) => file,
-            Err(source) => return Err(OpenError::Backing { cow: cow(), path, source }),
+            Err(source) => return Err(ImageError::Backing { cow: cow(), path, source }),
         };
         let opened = opened(file, path)?;
         let again = self.files.iter().find(|facts| facts.stat.id == opened.stat.id);
         match again {
             None => Ok(opened),
-            Some(again) => Err(OpenError::Repeated {
+            Some(again) => Err(ImageError::Repeated {
                 top: top(),
                 path: opened.path,
                 again: again.path.clone(),
@@ -214,7 +219,7 @@ impl Inspection {
         &mut self,
         found: &Opened<F>,
         reference: &Reference,
-    ) -> Result<(), OpenError> {
+    ) -> Result<(), ImageError> {
         let Some(facts) = self.files.last_mut() else { return Ok(()) };
         let header = found.header_as(reference.format, &facts.path)?;
         let actual = found.identity(header.as_ref());
@@ -226,7 +231,7 @@ impl Inspection {
             backing.doubt = compared.ok().flatten();
         }
         let (cow, path) = (facts.path.clone(), found.path.clone());
-        verdict.map_err(|source| OpenError::Identity { cow, path, source })
+        verdict.map_err(|source| ImageError::Identity { cow, path, source })
     }
 }
 
@@ -236,21 +241,21 @@ fn look_inside<E: Env>(
     opened: &Opened<E::File>,
     format: Option<BackingFormat>,
     top: bool,
-) -> Result<Content, OpenError> {
+) -> Result<Content, ImageError> {
     if format == Some(BackingFormat::Raw) {
         return Ok(Content::Raw);
     }
     let header = match opened.header() {
         Ok(header) => header,
-        Err(OpenError::Header { source: HeaderError::NotCow { .. }, .. }) if top => {
+        Err(ImageError::Header { source: HeaderError::NotCow { .. }, .. }) if top => {
             return Ok(Content::Raw);
         }
-        Err(OpenError::Kind { found: FileKind::BlockDevice, .. }) if top => {
+        Err(ImageError::Kind { found: FileKind::BlockDevice, .. }) if top => {
             return Ok(Content::Raw);
         }
         Err(err) => return Err(err),
     };
-    let bits = Bits::find_as_it_is(env, opened, &header, Trust::Witness)?;
+    let bits = BitmapSource::find_as_it_is(env, opened, &header, Trust::Witness)?;
     let (bitmap, live) = (bits.load_all(opened)?, bits.live_counts());
     Ok(Content::Cow(Box::new(CowFacts { header, bitmap, live })))
 }

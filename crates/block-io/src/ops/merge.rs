@@ -24,7 +24,7 @@ pub fn merge_to<E: Env>(
     disk: &Disk<E>,
     out: &Path,
     replace: bool,
-    how: Copying<'_>,
+    copying: Copying<'_>,
 ) -> Result<(), OpError> {
     let inputs: Vec<_> = disk.layers().iter().map(Layer::path).collect();
     let output = Output::create(env, out, replace, &inputs)?;
@@ -43,7 +43,7 @@ pub fn merge_to<E: Env>(
         }
         Source::Data { .. } | Source::Zero => Ok(0),
     };
-    fill_raw(disk, &output, out, &share, how)?;
+    fill_raw(disk, &output, out, &share, copying)?;
     output.place()
 }
 
@@ -67,10 +67,10 @@ pub fn convert_to_raw<E: Env>(
     inputs: &[&Path],
     out: &Path,
     replace: bool,
-    how: Copying<'_>,
+    copying: Copying<'_>,
 ) -> Result<(), OpError> {
     let output = Output::create(env, out, replace, inputs)?;
-    fill_raw(image, &output, out, &|_| Ok(0), how)?;
+    fill_raw(image, &output, out, &|_| Ok(0), copying)?;
     output.place()
 }
 
@@ -79,14 +79,14 @@ fn fill_raw<E: Env>(
     output: &Output<E>,
     out: &Path,
     share: Share<'_>,
-    how: Copying<'_>,
+    copying: Copying<'_>,
 ) -> Result<(), OpError> {
     output.file().set_len(image.size()).map_err(OpError::io(out, "set the length"))?;
     let write = |at: u64, bytes: &[u8]| {
         let written = output.file().write_large_at(bytes, ByteOffset::new(at));
         written.map_err(OpError::write(out, at))
     };
-    copy(image, &write, share, writers(output.file()), how)
+    copy(image, &write, share, writers(output.file()), copying)
 }
 
 /// Makes a raw image of `size` zeros, which take no space.
@@ -104,7 +104,7 @@ pub fn convert_to_cow<E: Env>(
     inputs: &[&Path],
     (out, options): (&Path, &CreateOptions),
     base: Option<&Disk<E>>,
-    how: Copying<'_>,
+    copying: Copying<'_>,
 ) -> Result<(), OpError> {
     let size = options.size.or(Some(image.size()));
     let new = CowWriter::create(env, out, &CreateOptions { size, ..options.clone() }, inputs)?;
@@ -114,12 +114,12 @@ pub fn convert_to_cow<E: Env>(
             &|at, bytes| new.write(at, bytes),
             &|_| Ok(0),
             writers(new.output.file()),
-            how,
+            copying,
         )?;
         return new.finish();
     };
     let work = |pair: &mut Pair<_, _>, range: SectorRange| {
-        pair.differences(range, |at, bytes| match how.detect_zeroes && is_zero(bytes) {
+        pair.differences(range, |at, bytes| match copying.detect_zeroes && is_zero(bytes) {
             // Where the base has something.
             true => {
                 new.zero(at, bytes.len() as u64);
@@ -127,7 +127,7 @@ pub fn convert_to_cow<E: Env>(
             }
             false => new.write(at, bytes),
         })?;
-        (how.progress)(range.len_bytes());
+        (copying.progress)(range.len_bytes());
         Ok::<(), OpError>(())
     };
     let sectors = SectorCount::covering(new.size());

@@ -21,20 +21,20 @@ use cow_format::{
     SectorRange,
 };
 
-use super::empty::empty;
 use super::holes::Holes;
-use super::note::Note;
+use super::merge_marker::MergeMarker;
+use super::reset::empty;
 use super::zeroes::for_each_run;
 use super::{Copying, OpError, parallel};
-use crate::image::bits::Bits;
+use crate::image::bitmap_source::BitmapSource;
 use crate::image::chain::{Content, Lower, Opened, Opener, Reference, path_to_store, reference};
+use crate::image::demand_load::demand_load;
 use crate::image::flush::flush;
+use crate::image::header_io::{set_backing_path, settle, write_native_synced};
 use crate::image::identity::identity_of;
-use crate::image::learn::learn;
 use crate::image::open::new_map;
-use crate::image::state::{set_backing_path, settle, write_native_synced};
 use crate::image::trust::{Trust, recover};
-use crate::image::{CowFormat, DiskOptions, OpenError};
+use crate::image::{CowFormat, DiskOptions, ImageError};
 use crate::storage::{Env, FileKind, Storage};
 
 /// Bytes that are copied at once.
@@ -57,7 +57,7 @@ pub fn merge_in_place<E: Env>(
     cow: &Path,
     base: Option<&Path>,
     depth: NonZeroUsize,
-    how: Copying<'_>,
+    copying: Copying<'_>,
 ) -> Result<Merged, OpError> {
     let mut merge = Merge::open(env, cow, base, depth)?;
     if merge.empty {
@@ -76,7 +76,7 @@ pub fn merge_in_place<E: Env>(
     merge.note.write(env)?;
     merge.renew_layer()?;
     merge.make_room()?;
-    merge.copy(how)?;
+    merge.copy(copying)?;
     merge.publish()?;
     let emptied = merge.refer()?;
     if emptied {
@@ -101,7 +101,7 @@ struct Merge<'a, E: Env> {
     /// How the header above the target knows it.
     stored: BackingIdentity,
     map: LayerMap,
-    note: Note,
+    note: MergeMarker,
 }
 
 impl<'a, E: Env> Merge<'a, E> {
@@ -116,12 +116,12 @@ impl<'a, E: Env> Merge<'a, E> {
         let top = opener.top()?;
         let mut header = top.header()?;
         if matches!(&header, Header::Native(native) if native.state() == NativeState::Frozen) {
-            return Err(OpenError::Frozen { path: cow.to_owned() }.into());
+            return Err(ImageError::Frozen { path: cow.to_owned() }.into());
         }
         let trust = recover(env, &top, &mut header)?;
         let real = env.canonical(cow).map_err(OpError::io(cow, "resolve"))?;
         let note = |reference: &Reference, target: &Opened<E::File>| {
-            Note::new(&real, &top.stat, &target.stat, &reference.identity)
+            MergeMarker::new(&real, &top.stat, &target.stat, &reference.identity)
         };
         let interrupted = |reference: &Reference, target: &Opened<E::File>| {
             note(reference, target).stands(env).unwrap_or(false)
@@ -165,7 +165,7 @@ impl<'a, E: Env> Merge<'a, E> {
     fn renew_layer(&mut self) -> Result<(), OpError> {
         if let Some(Header::Native(native)) = &mut self.target.header {
             let path = &self.target.opened.path;
-            native.renew_content().map_err(OpenError::header(path))?;
+            native.renew_content().map_err(ImageError::header(path))?;
             let written = write_native_synced(&self.target.opened.file, native);
             written.map_err(|err| err.at(path))?;
         }
@@ -182,7 +182,7 @@ impl<'a, E: Env> Merge<'a, E> {
         Ok(())
     }
 
-    fn copy(&self, how: Copying<'_>) -> Result<(), OpError> {
+    fn copy(&self, copying: Copying<'_>) -> Result<(), OpError> {
         let state = || (vec![Holes::default(); self.between.len() + 1], vec![0; BUFFER]);
         let work = |(holes, buf): &mut (Vec<Holes>, Vec<u8>), range: SectorRange| {
             let mut at = range.start_bytes().get();
@@ -190,7 +190,7 @@ impl<'a, E: Env> Merge<'a, E> {
                 let len = match extent {
                     Extent::Data { layer, at: from, len } if layer.get() < holes.len() => {
                         let source = (self.layer(layer.get()), &mut holes[layer.get()], from);
-                        self.copy_data(source, at, len, how, buf)?;
+                        self.copy_data(source, at, len, copying, buf)?;
                         len
                     }
                     Extent::Data { len, .. } => len,
@@ -201,7 +201,7 @@ impl<'a, E: Env> Merge<'a, E> {
                 };
                 at += len;
             }
-            (how.progress)(range.len_bytes());
+            (copying.progress)(range.len_bytes());
             Ok(())
         };
         // One thread: writes through the page cache take turns.
@@ -221,7 +221,7 @@ impl<'a, E: Env> Merge<'a, E> {
         (source, holes, from): (&Opened<E::File>, &mut Holes, ByteOffset),
         at: u64,
         len: u64,
-        how: Copying<'_>,
+        copying: Copying<'_>,
         buf: &mut [u8],
     ) -> Result<(), OpError> {
         let mut done = 0;
@@ -239,7 +239,7 @@ impl<'a, E: Env> Merge<'a, E> {
             source.file.read_exact_at(&mut buf[..n], ByteOffset::new(place)).map_err(read)?;
             for_each_run(&buf[..n], at + done, |run, zero| {
                 let at = at + done + run.start as u64;
-                match zero && how.detect_zeroes {
+                match zero && copying.detect_zeroes {
                     true => self.zero(at, run.len() as u64),
                     false => self.write(at, &buf[run]),
                 }
@@ -324,7 +324,7 @@ impl<'a, E: Env> Merge<'a, E> {
                 let identity = identity_of(target, self.target.header.as_ref())?;
                 // A digest would be that of the content before.
                 let backing = Backing::new(path, format, identity, None);
-                native.set_backing(Some(backing.map_err(OpenError::header(&top.path))?));
+                native.set_backing(Some(backing.map_err(ImageError::header(&top.path))?));
                 write_native_synced(&top.file, native)
             }
         };
@@ -340,9 +340,9 @@ fn whole_map<E: Env>(
     header: &Header,
     below: &[Lower<E::File>],
     trust: Trust,
-) -> Result<LayerMap, OpenError> {
+) -> Result<LayerMap, ImageError> {
     let geometry = header.geometry();
-    let bits = Bits::find(env, top, header, trust)?;
+    let bits = BitmapSource::find(env, top, header, trust)?;
     bits.check_data(top)?;
     let map = new_map(top, below, geometry, Bitmap::unknown(geometry.sectors()), false)?;
     let lowers = below.iter().filter_map(|lower| match &lower.content {
@@ -350,15 +350,15 @@ fn whole_map<E: Env>(
         Content::Cow(_, bits) => Some((&lower.opened.file, bits)),
     });
     let sources: Vec<_> = std::iter::once((&top.file, &bits)).chain(lowers).collect();
-    learn(&map, &sources, geometry.all()).map_err(|(layer, source)| {
+    demand_load(&map, &sources, geometry.all()).map_err(|(layer, source)| {
         let lower = layer.checked_sub(1).and_then(|index| below.get(index));
         let path = lower.map_or(&top.path, |lower| &lower.opened.path);
-        OpenError::io(path, "read the bitmap")(source)
+        ImageError::io(path, "read the bitmap")(source)
     })?;
     Ok(map)
 }
 
-fn bitmap_of<F: Storage>(lower: &Lower<F>) -> Result<Option<Bitmap>, OpenError> {
+fn bitmap_of<F: Storage>(lower: &Lower<F>) -> Result<Option<Bitmap>, ImageError> {
     match &lower.content {
         Content::Raw => Ok(None),
         Content::Cow(_, bits) => bits.load_all(&lower.opened).map(Some),

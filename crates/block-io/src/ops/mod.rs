@@ -3,23 +3,22 @@
 pub mod check;
 mod compare;
 mod copy;
-mod empty;
 mod error;
 mod holes;
 pub mod inspect;
-pub mod looks;
 mod merge;
 mod merge_in_place;
-mod note;
+mod merge_marker;
 mod output;
 mod parallel;
 mod rebase;
+mod reset;
+pub mod signature;
 pub mod walk;
 mod zeroes;
 
 pub use compare::{Pair, first_difference};
 pub use copy::copy;
-pub use empty::reset;
 pub use error::OpError;
 pub use holes::Holes;
 pub use merge::{CowWriter, convert_to_cow, convert_to_raw, create_raw, merge_to};
@@ -27,6 +26,7 @@ pub use merge_in_place::{Merged, merge_in_place};
 pub use output::{Output, check_target};
 pub use parallel::threads;
 pub use rebase::{rebase, rebase_unsafe};
+pub use reset::reset;
 
 /// How bytes are copied.
 #[derive(Clone, Copy)]

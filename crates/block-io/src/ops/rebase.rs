@@ -12,9 +12,9 @@ use super::zeroes::is_zero;
 use super::{OpError, Progress, parallel};
 use crate::disk::Disk;
 use crate::image::chain::{Opened, Opener, path_to_store};
+use crate::image::header_io::{check_writable, set_backing_path, write_native_synced};
 use crate::image::identity::identity_of;
-use crate::image::state::{check_writable, set_backing_path, write_native_synced};
-use crate::image::{BaseOptions, CowFormat, DiskOptions, OpenError, native_backing};
+use crate::image::{BaseOptions, CowFormat, DiskOptions, ImageError, native_backing};
 use crate::storage::{Env, Storage};
 
 /// Puts the COW file at `cow` over `base`, or over nothing. The content of its disk stays the same: what is different there
@@ -111,7 +111,7 @@ impl<'a, F: Storage> NewBase<'a, F> {
         let same = env.open(&base.path, crate::storage::Access::Read).and_then(|file| file.stat());
         if same.is_ok_and(|stat| stat.id == own) {
             let (top, path, again) = (cow.to_owned(), base.path.clone(), cow.to_owned());
-            return Err(OpenError::Repeated { top, path, again }.into());
+            return Err(ImageError::Repeated { top, path, again }.into());
         }
         let (opened, header) =
             Opener::new(env, &options, cow).new_base(&base.path, base.format, cow)?;
@@ -121,7 +121,7 @@ impl<'a, F: Storage> NewBase<'a, F> {
     /// Refuses what the header of `cow` cannot say.
     fn check(&self, cow: &Path, header: &Header, size: u64) -> Result<(), OpError> {
         let Header::Uml(_) = header else { return Ok(()) };
-        let unable = |what| Err(OpenError::UmlCannot { path: cow.to_owned(), what }.into());
+        let unable = |what| Err(ImageError::UmlCannot { path: cow.to_owned(), what }.into());
         match &self.base {
             None => unable("be without a backing file"),
             Some((base, ..)) if base.format != BackingFormat::Raw => {
@@ -152,18 +152,17 @@ impl<'a, F: Storage> NewBase<'a, F> {
             }
             (Header::Uml(_), ..) => Ok(()),
             (Header::Native(native), base, path) => {
-                let backing =
-                    match (base, path) {
-                        (Some((base, opened, header)), Some(path)) => {
-                            let found = identity_of(opened, header.as_ref())?;
-                            let backing = native_backing(path, base, found);
-                            Some(backing.map_err(|source| OpenError::Header {
-                                path: cow.to_owned(),
-                                source,
-                            })?)
-                        }
-                        _ => None,
-                    };
+                let backing = match (base, path) {
+                    (Some((base, opened, header)), Some(path)) => {
+                        let found = identity_of(opened, header.as_ref())?;
+                        let backing = native_backing(path, base, found);
+                        Some(backing.map_err(|source| ImageError::Header {
+                            path: cow.to_owned(),
+                            source,
+                        })?)
+                    }
+                    _ => None,
+                };
                 native.set_backing(backing);
                 write_native_synced(file, native)
             }

@@ -166,7 +166,7 @@ impl From<cqueue::Entry> for Completion {
 
 /// A part as an entry; its buffers are `iovecs`.
 fn entry(part: Part, iovecs: &[libc::iovec]) -> squeue::Entry {
-    let Part { action, file, at, len, aside, .. } = part;
+    let Part { action, file, at, len, force_async, .. } = part;
     debug_assert!(iovecs.len() <= IOVECS_PER_OP_MAX);
     let fd = types::Fixed(file.0);
     // At most IOVECS_PER_OP_MAX.
@@ -185,5 +185,5 @@ fn entry(part: Part, iovecs: &[libc::iovec]) -> squeue::Entry {
         (Action::Read, _) => opcode::Readv::new(fd, iovecs.as_ptr(), count).offset(at).build(),
         (Action::Write, _) => opcode::Writev::new(fd, iovecs.as_ptr(), count).offset(at).build(),
     };
-    if aside { entry.flags(squeue::Flags::ASYNC) } else { entry }
+    if force_async { entry.flags(squeue::Flags::ASYNC) } else { entry }
 }

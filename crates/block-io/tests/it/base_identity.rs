@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use block_io::CowFormat;
 use block_io::Disk;
 use block_io::DiskOptions;
-use block_io::OpenError;
+use block_io::ImageError;
 use block_io::image::{BaseOptions, CreateOptions, Proof, create_cow, rebind, resize, snapshot};
 use block_io::ops::inspect::inspect;
 use block_io::ops::{Copying, merge_in_place, rebase, rebase_unsafe};
@@ -48,7 +48,7 @@ impl Place {
         create_cow(&Host, &self.path(cow), &options).unwrap();
     }
 
-    fn open(&self, cow: &str, read_only: bool) -> Result<Disk, OpenError> {
+    fn open(&self, cow: &str, read_only: bool) -> Result<Disk, ImageError> {
         // A program that another test starts has the locks for a moment.
         let (lock_wait, how) = (Duration::from_secs(60), DiskOptions::default());
         Disk::open_cow(&self.path(cow), None, &DiskOptions { read_only, lock_wait, ..how })
@@ -100,8 +100,8 @@ impl Place {
     }
 }
 
-fn is_replaced(opened: &Result<Disk, OpenError>) -> bool {
-    let Err(OpenError::Identity { source, .. }) = opened else { return false };
+fn is_replaced(opened: &Result<Disk, ImageError>) -> bool {
+    let Err(ImageError::Identity { source, .. }) = opened else { return false };
     matches!(source, IdentityError::Replaced { .. })
 }
 

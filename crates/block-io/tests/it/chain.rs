@@ -7,7 +7,7 @@ use std::time::Duration;
 use block_io::CowFormat;
 use block_io::Disk;
 use block_io::DiskOptions;
-use block_io::OpenError;
+use block_io::ImageError;
 use block_io::image::{
     BaseOptions, CHAIN_DEPTH_MAX, ChangeError, CreateOptions, Proof, create_cow, rebind, resize,
     snapshot,
@@ -30,7 +30,7 @@ fn read_only() -> DiskOptions {
     DiskOptions { read_only: true, ..options() }
 }
 
-fn open(path: &Path) -> Result<Disk, OpenError> {
+fn open(path: &Path) -> Result<Disk, ImageError> {
     Disk::open_cow(path, None, &options())
 }
 
@@ -108,7 +108,7 @@ fn each_layer_keeps_its_own() {
         }
         drop(disk);
         place.snapshot(layer);
-        assert!(matches!(open(&place.cow(layer)), Err(OpenError::Frozen { .. })));
+        assert!(matches!(open(&place.cow(layer)), Err(ImageError::Frozen { .. })));
         // A layer can still be looked at, together with the one on top of it.
         let top = Disk::open_cow(&place.cow(layer + 1), None, &options()).unwrap();
         let below = Disk::open_cow(&place.cow(layer), None, &read_only()).unwrap();
@@ -132,7 +132,7 @@ fn a_chain_has_an_end() {
     (0..last).for_each(|layer| place.snapshot(layer));
     assert_eq!(open(&place.cow(last)).unwrap().layers().len(), CHAIN_DEPTH_MAX);
     let err = snapshot(&Host, &place.cow(last), &place.cow(last + 1)).unwrap_err();
-    assert!(matches!(err, ChangeError::Open(OpenError::TooDeep { .. })), "{err}");
+    assert!(matches!(err, ChangeError::Open(ImageError::TooDeep { .. })), "{err}");
     // Refused before anything was frozen.
     open(&place.cow(last)).unwrap().close().unwrap();
     assert!(!place.cow(last + 1).exists());
@@ -150,7 +150,7 @@ fn cycles_are_refused() {
             ));
         });
         let err = open(&place.cow(3)).err().unwrap();
-        assert!(matches!(err, OpenError::Repeated { .. }), "{err}");
+        assert!(matches!(err, ImageError::Repeated { .. }), "{err}");
     }
 }
 
@@ -167,24 +167,24 @@ fn a_broken_middle_is_named() {
         err
     };
     let err = broken(1, &|place| fs::remove_file(place.cow(1)).unwrap());
-    assert!(matches!(err, OpenError::Backing { .. }), "{err}");
+    assert!(matches!(err, ImageError::Backing { .. }), "{err}");
     let err = broken(1, &|place| fs::write(place.cow(1), [0; 9000]).unwrap());
-    assert!(matches!(err, OpenError::Header { .. }), "{err}");
+    assert!(matches!(err, ImageError::Header { .. }), "{err}");
     let err = broken(1, &|place| _ = fs::copy(place.cow(2), place.cow(1)).unwrap());
-    assert!(matches!(err, OpenError::Identity { .. }), "{err}");
+    assert!(matches!(err, ImageError::Identity { .. }), "{err}");
     // Another disk of the same name.
     let err = broken(1, &|place| {
         fs::remove_file(place.cow(1)).unwrap();
         create_cow(&Host, &place.cow(1), &CreateOptions::over(CowFormat::Native, &place.base()))
             .unwrap();
     });
-    assert!(matches!(err, OpenError::Identity { .. }), "{err}");
+    assert!(matches!(err, ImageError::Identity { .. }), "{err}");
     let err = broken(1, &|place| {
         fs::remove_file(place.cow(1)).unwrap();
         create_cow(&Host, &place.cow(1), &CreateOptions::over(CowFormat::Uml, &place.base()))
             .unwrap();
     });
-    assert!(matches!(err, OpenError::Format { .. }), "{err}");
+    assert!(matches!(err, ImageError::Format { .. }), "{err}");
 }
 
 #[test]
@@ -196,11 +196,11 @@ fn only_frozen_layers_and_raw_images_are_built_on() {
     };
     let create = |options: &CreateOptions| create_cow(&Host, &place.cow(1), options);
     let err = create(&over(BackingFormat::Native, place.cow(0))).unwrap_err();
-    assert!(matches!(err, OpenError::NotFrozen { .. }), "{err}");
+    assert!(matches!(err, ImageError::NotFrozen { .. }), "{err}");
     let err = create(&over(BackingFormat::Uml, place.cow(0))).unwrap_err();
-    assert!(matches!(err, OpenError::Format { .. }), "{err}");
+    assert!(matches!(err, ImageError::Format { .. }), "{err}");
     let err = create(&over(BackingFormat::Native, place.base())).unwrap_err();
-    assert!(matches!(err, OpenError::Header { .. }), "{err}");
+    assert!(matches!(err, ImageError::Header { .. }), "{err}");
     assert!(!place.cow(1).exists());
     place.snapshot(0);
     create_cow(&Host, &place.cow(2), &over(BackingFormat::Native, place.cow(0))).unwrap();
@@ -242,12 +242,12 @@ fn without_a_base_there_are_zeros() {
     create_cow(&Host, &place.cow(1), &create).unwrap();
     let err = create_cow(&Host, &place.cow(2), &CreateOptions { size: None, ..create.clone() })
         .unwrap_err();
-    assert!(matches!(err, OpenError::NoSize { .. }), "{err}");
+    assert!(matches!(err, ImageError::NoSize { .. }), "{err}");
     let disk = open(&place.cow(1)).unwrap();
     assert_eq!(content(&disk), vec![0; 1 << 20]);
     drop(disk);
     let err = Disk::open_cow(&place.cow(1), Some(&place.base()), &options()).err().unwrap();
-    assert!(matches!(err, OpenError::NoBacking { .. }), "{err}");
+    assert!(matches!(err, ImageError::NoBacking { .. }), "{err}");
 }
 
 #[test]
@@ -276,7 +276,7 @@ fn what_was_cut_off_does_not_come_back() {
     let resize = |size, shrink| resize(&Host, &place.cow(0), size, shrink);
     assert!(matches!(resize(100 * 512, false), Err(ChangeError::Shrink { .. })));
     assert!(matches!(resize(1000, true), Err(ChangeError::Size { .. })));
-    assert!(matches!(resize(1 << 62, false), Err(ChangeError::Open(OpenError::Header { .. }))));
+    assert!(matches!(resize(1 << 62, false), Err(ChangeError::Open(ImageError::Header { .. }))));
     resize(250 * 512, true).unwrap();
     let disk = open(&place.cow(0)).unwrap();
     assert_eq!(disk.capacity(), SectorCount::new(250));
@@ -290,7 +290,7 @@ fn what_was_cut_off_does_not_come_back() {
     assert!(all[250 * 512..].iter().all(|byte| *byte == 0));
     drop(disk);
     place.snapshot(0);
-    assert!(matches!(resize(1 << 20, true), Err(ChangeError::Open(OpenError::Frozen { .. }))));
+    assert!(matches!(resize(1 << 20, true), Err(ChangeError::Open(ImageError::Frozen { .. }))));
 }
 
 #[test]
@@ -299,9 +299,9 @@ fn uml_files_are_neither_frozen_nor_resized() {
     create_cow(&Host, &place.cow(1), &CreateOptions::over(CowFormat::Uml, &place.base())).unwrap();
     let before = fs::read(place.cow(1)).unwrap();
     let err = snapshot(&Host, &place.cow(1), &place.cow(2)).unwrap_err();
-    assert!(matches!(err, ChangeError::Open(OpenError::UmlCannot { .. })), "{err}");
+    assert!(matches!(err, ChangeError::Open(ImageError::UmlCannot { .. })), "{err}");
     let err = resize(&Host, &place.cow(1), 1 << 20, false).unwrap_err();
-    assert!(matches!(err, ChangeError::Open(OpenError::UmlCannot { .. })), "{err}");
+    assert!(matches!(err, ChangeError::Open(ImageError::UmlCannot { .. })), "{err}");
     assert_eq!(fs::read(place.cow(1)).unwrap(), before);
 }
 
@@ -319,10 +319,10 @@ fn a_touched_base_is_taken_when_its_content_is_proved() {
     let digest = |cow: &Path, digest: [u8; 32]| {
         rebind(&Host, cow, Some(&copy), Proof::Digest(&mut |_| Ok(digest)))
     };
-    assert!(matches!(open(&kept), Err(OpenError::Backing { .. })));
+    assert!(matches!(open(&kept), Err(ImageError::Backing { .. })));
     assert!(matches!(
         Disk::open_cow(&kept, Some(&copy), &self::options()),
-        Err(OpenError::Identity { .. })
+        Err(ImageError::Identity { .. })
     ));
     assert!(matches!(digest(&kept, [2; 32]), Err(ChangeError::OtherContent { .. })));
     assert!(matches!(digest(&lacking, [1; 32]), Err(ChangeError::NoDigest { .. })));

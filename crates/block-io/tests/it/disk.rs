@@ -7,7 +7,7 @@ use std::time::Duration;
 use block_io::CowFormat;
 use block_io::Disk;
 use block_io::DiskOptions;
-use block_io::OpenError;
+use block_io::ImageError;
 use block_io::image::{CreateOptions, create_cow};
 use block_io::storage::file::Host;
 use cow_format::{Extent, Sector, SectorCount, SectorRange};
@@ -119,10 +119,10 @@ fn a_second_writer_is_refused_and_readers_of_the_base_are_not() {
         let place = Place::new();
         let disk = place.open(format);
         let err = Disk::open_cow(&place.cow, None, &options(format)).err().unwrap();
-        assert!(matches!(err, OpenError::Locked { .. }), "{err}");
+        assert!(matches!(err, ImageError::Locked { .. }), "{err}");
         assert!(err.to_string().contains(place.cow.to_str().unwrap()), "{err}");
         let err = Disk::open_raw(&place.base, &options(format)).err().unwrap();
-        assert!(matches!(err, OpenError::Locked { .. }), "{err}");
+        assert!(matches!(err, ImageError::Locked { .. }), "{err}");
         let other = place.dir.path().join("other");
         Disk::open_cow(&other, Some(&place.base), &options(format)).unwrap().close().unwrap();
         disk.close().unwrap();
@@ -143,7 +143,7 @@ fn another_path_to_the_same_base_is_adopted() {
             let moved = dir.join("moved");
             fs::rename(&place.base, &moved).unwrap();
             let err = Disk::open_cow(&place.cow, None, &options(format)).err().unwrap();
-            assert!(matches!(err, OpenError::Backing { .. }), "{err}");
+            assert!(matches!(err, ImageError::Backing { .. }), "{err}");
             let disk = Disk::open_cow(&place.cow, Some(&moved), &options(format)).unwrap();
             disk.write(range(0, 1), &[1; 512]).unwrap();
             disk.close().unwrap();
@@ -166,14 +166,14 @@ fn wrong_bases_are_refused_and_nothing_changes() {
             assert_eq!(fs::read(&place.cow).unwrap(), before, "{err}");
             err
         };
-        assert!(matches!(refused(&place.cow), OpenError::Repeated { .. }));
-        assert!(matches!(refused(place.dir.path()), OpenError::Kind { .. }));
-        assert!(matches!(refused(Path::new("/nowhere")), OpenError::Backing { .. }));
+        assert!(matches!(refused(&place.cow), ImageError::Repeated { .. }));
+        assert!(matches!(refused(place.dir.path()), ImageError::Kind { .. }));
+        assert!(matches!(refused(Path::new("/nowhere")), ImageError::Backing { .. }));
         let shorter = place.dir.path().join("shorter");
         fs::write(&shorter, [0; 512]).unwrap();
         let err = refused(&shorter);
         assert!(
-            matches!(err, OpenError::Identity { .. }) && err.to_string().contains("size"),
+            matches!(err, ImageError::Identity { .. }) && err.to_string().contains("size"),
             "{err}"
         );
         let touched = fs::File::options().write(true).open(&place.base).unwrap();

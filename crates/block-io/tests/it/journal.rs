@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use block_io::Disk;
 use block_io::DiskOptions;
-use block_io::OpenError;
+use block_io::ImageError;
 use block_io::image::resize;
 use block_io::ops::check::{Checked, check};
 use block_io::storage::Storage;
@@ -49,7 +49,7 @@ fn a_journal_of_another_boot_is_put_in_place_by_who_may_write() {
     let (_dir, path) = journalled();
     let reading = DiskOptions { read_only: true, ..options() };
     let err = Disk::open_cow(&path, None, &reading).err().unwrap();
-    assert!(matches!(err, OpenError::Journal { .. }), "{err}");
+    assert!(matches!(err, ImageError::Journal { .. }), "{err}");
     let found = check(&Host, &path, false).unwrap();
     assert!(matches!(found[..], [Checked { finding: Finding::Journal, repaired: false }]));
     let disk = Disk::open_cow(&path, None, &options()).unwrap();

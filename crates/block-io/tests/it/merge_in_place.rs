@@ -8,7 +8,7 @@ use std::sync::Arc;
 use block_io::CowFormat;
 use block_io::Disk;
 use block_io::DiskOptions;
-use block_io::image::{CreateOptions, OpenError, create_cow, snapshot};
+use block_io::image::{CreateOptions, ImageError, create_cow, snapshot};
 use block_io::ops::check::check;
 use block_io::ops::{Copying, merge_in_place};
 use block_io::storage::{Access, Env, Storage};
@@ -33,7 +33,7 @@ fn range(start: u64, count: u64) -> SectorRange {
     SectorRange::new(Sector::new(start), SectorCount::new(count)).unwrap()
 }
 
-fn open(sim: &Sim, cow: &str, read_only: bool) -> Result<Disk<Sim>, OpenError> {
+fn open(sim: &Sim, cow: &str, read_only: bool) -> Result<Disk<Sim>, ImageError> {
     let options = DiskOptions { read_only, ..DiskOptions::default() };
     Disk::open_cow_in(sim.clone(), Path::new(cow), None, &options)
 }
@@ -117,7 +117,7 @@ impl World {
     fn check_between(&self) -> Result<(), String> {
         let disk = match open(&self.sim, COW, true) {
             Ok(disk) => disk,
-            Err(OpenError::Identity { source, .. }) if self.is_expected(&source) => return Ok(()),
+            Err(ImageError::Identity { source, .. }) if self.is_expected(&source) => return Ok(()),
             Err(err) => return Err(err.to_string()),
         };
         if content(&disk) == self.expected { Ok(()) } else { Err("the content changed".into()) }
@@ -164,7 +164,7 @@ impl World {
             return Err(format!("the COW file is not clean: {found:?}"));
         }
         match open(&self.sim, OTHER, true) {
-            Err(OpenError::Identity { source, .. }) if self.is_expected(&source) => {}
+            Err(ImageError::Identity { source, .. }) if self.is_expected(&source) => {}
             _ => return Err("the other COW file still takes the base".into()),
         }
         match self.sim.names().iter().find(|name| name.to_str().unwrap().ends_with(".merging")) {

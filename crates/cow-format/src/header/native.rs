@@ -354,7 +354,7 @@ impl NativeHeader {
         Ok(())
     }
 
-    /// The same, by whoever had taken the strange bits out of the live bitmap: see [`Self::live_is_settled`].
+    /// The same, by whoever had taken the stray bits out of the live bitmap: see [`Self::live_is_settled`].
     pub fn set_clean_and_settled(&mut self) -> Result<(), HeaderError> {
         self.set_clean()?;
         self.live_settled = true;

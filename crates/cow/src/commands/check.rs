@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use block_io::Host;
-use block_io::OpenError;
+use block_io::ImageError;
 use block_io::ops::OpError;
 use block_io::ops::check::{Checked, check};
 use block_io::ops::inspect::{Content, Inspection, inspect};
@@ -89,7 +89,7 @@ impl Report {
         match check(&Host, path, repair) {
             Ok(found) => found.iter().for_each(|found| self.add(path, found)),
             // The header cannot be used, or nothing that it says can be relied on.
-            Err(OpError::Open(err @ OpenError::Header { .. })) if !is_no_cow(&err) => {
+            Err(OpError::Open(err @ ImageError::Header { .. })) if !is_no_cow(&err) => {
                 self.add_problem(path, &err);
             }
             Err(err) => return Err(err.into()),
@@ -111,8 +111,10 @@ impl Report {
             self.findings.push(Found { filename, severity: "note", message, repaired: false });
         }
         // A broken header has been reported above; with data past the end, the check of the file has found that.
-        let seen =
-            matches!(found.problem, Some(OpenError::Header { .. } | OpenError::Data { .. }) | None);
+        let seen = matches!(
+            found.problem,
+            Some(ImageError::Header { .. } | ImageError::Data { .. }) | None
+        );
         if let (Some(problem), false) = (&found.problem, seen) {
             let last = found.files.last().map(|facts| facts.path.clone());
             self.add_problem(&last.unwrap_or_default(), problem);
@@ -162,7 +164,7 @@ impl Report {
         self.findings.push(Found { filename, severity, message, repaired: found.repaired });
     }
 
-    fn add_problem(&mut self, path: &Path, problem: &OpenError) {
+    fn add_problem(&mut self, path: &Path, problem: &ImageError) {
         self.corruptions += 1;
         self.findings.push(Found {
             filename: path.to_owned(),
@@ -174,8 +176,8 @@ impl Report {
 }
 
 /// A raw image, say: there is nothing to check.
-fn is_no_cow(err: &OpenError) -> bool {
-    matches!(err, OpenError::Header { source: HeaderError::NotCow { .. }, .. })
+fn is_no_cow(err: &ImageError) -> bool {
+    matches!(err, ImageError::Header { source: HeaderError::NotCow { .. }, .. })
 }
 
 impl std::fmt::Display for Report {

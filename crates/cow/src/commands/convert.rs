@@ -76,19 +76,26 @@ impl Args {
             FileFormat::Raw => {
                 let progress = ui.progress("convert", image.size());
                 let add = |n| progress.add(n);
-                let (out, force, how) = (&self.out, self.force, self.copy.copying(&add));
+                let (out, force, copying) = (&self.out, self.force, self.copy.copying(&add));
                 match &image {
-                    AnyImage::Disk(disk) => ops::merge_to(&Host, disk, out, force, how)?,
+                    AnyImage::Disk(disk) => ops::merge_to(&Host, disk, out, force, copying)?,
                     AnyImage::Qcow2(_) => {
-                        ops::convert_to_raw(&Host, &image, &self.inputs(&image), out, force, how)?;
+                        ops::convert_to_raw(
+                            &Host,
+                            &image,
+                            &self.inputs(&image),
+                            out,
+                            force,
+                            copying,
+                        )?;
                     }
                 }
             }
             FileFormat::Qcow2 => {
                 let progress = ui.progress("convert", image.size());
                 let (inputs, add) = (self.inputs(&image), |n| progress.add(n));
-                let how = self.copy.copying(&add);
-                convert_to_qcow2(&image, &inputs, &self.out, self.force, how)?;
+                let copying = self.copy.copying(&add);
+                convert_to_qcow2(&image, &inputs, &self.out, self.force, copying)?;
             }
         }
         ui.note(format_args!("{}: {}", self.out.display(), Human(image.size())));

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use block_io::Host;
 use block_io::ops::inspect::{BackingFacts, Content, CowFacts, FileFacts, inspect};
-use block_io::ops::looks::{Looks, looks_like};
+use block_io::ops::signature::{Signature, signature_of};
 use cow_format::header::{NativeState, UmlVersion};
 use cow_format::identity::{BackingIdentity, Timestamp};
 use cow_format::{Header, SECTOR_SIZE};
@@ -48,8 +48,8 @@ impl Args {
             top.problem = Some(problem.to_string());
         }
         if let Some(top) = files.first_mut().filter(|top| top.format == Some("raw")) {
-            top.looks_like =
-                (looks_like(&Host, &self.file) == Some(Looks::Qcow2)).then_some("qcow2");
+            top.signature_of =
+                (signature_of(&Host, &self.file) == Some(Signature::Qcow2)).then_some("qcow2");
         }
         match self.chain {
             true => self.output.print(&files, |files| text(files))?,
@@ -86,7 +86,7 @@ struct Facts {
     problem: Option<String>,
     /// What a raw image could be instead, by its first bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
-    looks_like: Option<&'static str>,
+    signature_of: Option<&'static str>,
 }
 
 #[derive(Serialize)]
@@ -170,7 +170,7 @@ impl Facts {
             cow: cow.map(|cow| CowPart::new(facts, cow)),
             backing: facts.backing.as_ref().map(Backing::new),
             problem: None,
-            looks_like: None,
+            signature_of: None,
         }
     }
 }
@@ -293,7 +293,7 @@ impl std::fmt::Display for Facts {
         if let Some(problem) = &self.problem {
             writeln!(f, "problem: {problem}")?;
         }
-        match self.looks_like {
+        match self.signature_of {
             Some(format) => {
                 writeln!(
                     f,

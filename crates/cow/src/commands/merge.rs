@@ -117,8 +117,8 @@ impl Args {
         let size = found.files.first().map_or(0, |top| top.stat.size);
         let progress = ui.progress("merge", size);
         let (base, add) = (self.base.as_deref(), |bytes| progress.add(bytes));
-        let how = self.copy.copying(&add);
-        let merged = ops::merge_in_place(&Host, &self.cow, base, depth, how)?;
+        let copying = self.copy.copying(&add);
+        let merged = ops::merge_in_place(&Host, &self.cow, base, depth, copying)?;
         drop(progress);
         let (cow, target) = (self.cow.display(), merged.target.display());
         match merged.emptied {

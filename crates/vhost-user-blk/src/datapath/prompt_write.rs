@@ -10,7 +10,7 @@
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use block_io::disturb;
+use block_io::fault_injection;
 use cow_format::ByteOffset;
 
 /// The longest write that is done here: with a whole batch of them the reads that
@@ -46,7 +46,7 @@ impl PromptWrites {
         buffers: &[libc::iovec],
     ) -> bool {
         let len: usize = buffers.iter().map(|buffer| buffer.iov_len).sum();
-        let buffers = disturb::shortened(buffers);
+        let buffers = fault_injection::shortened(buffers);
         let (Ok(count), Ok(at)) = (i32::try_from(buffers.len()), i64::try_from(at.get())) else {
             return false;
         };

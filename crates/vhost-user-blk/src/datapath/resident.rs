@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use block_io::Disk;
-use block_io::disturb;
+use block_io::fault_injection;
 use cow_format::{ByteOffset, LayerIndex};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use nix::sys::stat::{SFlag, fstat};
@@ -278,7 +278,7 @@ impl<'a> Resident<'a> {
         #[expect(clippy::cast_possible_truncation)]
         let mut from = at.get() as usize;
         for buffer in buffers {
-            if disturb::one_in(3) {
+            if fault_injection::one_in(3) {
                 return false;
             }
             // SAFETY: the buffers are `len` bytes in all, and `from` + `len` is

@@ -12,8 +12,8 @@ use block_io::Disk;
 use block_io::DiskError;
 use block_io::DiskOptions;
 use block_io::Host;
-use block_io::OpenError;
-use block_io::ops::looks::{Looks, looks_like};
+use block_io::ImageError;
+use block_io::ops::signature::{Signature, signature_of};
 use block_io::ring::NoUring;
 use cow_format::{HeaderError, Sector, SectorCount, SectorRange};
 use log::Level;
@@ -48,7 +48,7 @@ pub enum DaemonError {
     Socket(#[from] SocketError),
     /// The disk was not opened.
     #[error("{0}{hint}", hint = hint(.0))]
-    Open(#[from] OpenError),
+    Open(#[from] ImageError),
     /// The file has another format than the command line says.
     #[error(
         "{}: --format: the file is {found:?}, expected {expected:?}; leave --format out for a COW \
@@ -155,9 +155,9 @@ impl DaemonError {
 }
 
 /// What the daemon's user can do.
-fn hint(error: &OpenError) -> &'static str {
+fn hint(error: &ImageError) -> &'static str {
     match error {
-        OpenError::NoLocks { .. } => {
+        ImageError::NoLocks { .. } => {
             "; if you are certain that no second daemon or tool will, start it with --allow-unlocked"
         }
         _ => "",
@@ -339,9 +339,9 @@ pub(crate) fn describe(disk: &Disk) {
 /// header is no good, is left to the opening, which says why.
 pub(crate) fn check_format(path: &Path, expected: Option<Format>) -> Result<(), DaemonError> {
     let Some(expected) = expected else { return Ok(()) };
-    let found = match looks_like(&Host, path) {
-        Some(Looks::Uml) => Format::Uml,
-        Some(Looks::Native) => Format::Native,
+    let found = match signature_of(&Host, path) {
+        Some(Signature::Uml) => Format::Uml,
+        Some(Signature::Native) => Format::Native,
         _ => return Ok(()),
     };
     if found == expected {
@@ -354,18 +354,18 @@ pub(crate) fn check_format(path: &Path, expected: Option<Format>) -> Result<(), 
 /// bytes of a disk. (Where it is one, for a guest can have written anything there, `cow create -F raw`
 /// makes the COW file.)
 fn check_base(base: &Path) -> Result<(), DaemonError> {
-    let found = match looks_like(&Host, base) {
-        Some(Looks::Qcow2) => "a qcow2 image",
-        Some(Looks::Uml | Looks::Native | Looks::BrokenCow) => "a COW file",
+    let found = match signature_of(&Host, base) {
+        Some(Signature::Qcow2) => "a qcow2 image",
+        Some(Signature::Uml | Signature::Native | Signature::BrokenCow) => "a COW file",
         None => return Ok(()),
     };
     Err(DaemonError::Base { path: base.to_owned(), found })
 }
 
 /// Says what to do with a file that is no COW file, which may well be a raw image.
-fn unless_raw(path: &Path, error: OpenError) -> DaemonError {
+fn unless_raw(path: &Path, error: ImageError) -> DaemonError {
     match error {
-        OpenError::Header { source: HeaderError::NotCow { .. }, .. } => {
+        ImageError::Header { source: HeaderError::NotCow { .. }, .. } => {
             DaemonError::NotCow { path: path.to_owned() }
         }
         error => error.into(),

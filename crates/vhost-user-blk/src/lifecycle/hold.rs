@@ -11,7 +11,7 @@ use block_io::Committer;
 use block_io::Disk;
 use block_io::DiskError;
 use block_io::Host;
-use block_io::OpenError;
+use block_io::ImageError;
 use block_io::base_watch::watch::BaseWatch;
 use block_io::ops::inspect::{Content, inspect};
 use block_io::storage::FILE_BLOCK;
@@ -229,7 +229,7 @@ fn look(path: &Path, base: Option<&Path>, raw: bool) -> Result<(SectorCount, u32
     let logical_block = top.map_or(FILE_BLOCK, |top| top.stat.logical_block);
     match found.problem {
         // Its writer may have added to it in the middle of the look.
-        None | Some(OpenError::Data { .. }) => Ok((capacity, logical_block)),
+        None | Some(ImageError::Data { .. }) => Ok((capacity, logical_block)),
         Some(_) if raw => Ok((capacity, logical_block)),
         Some(problem) => Err(problem.into()),
     }

@@ -1,5 +1,5 @@
 //! The daemon on a bad day: its I/O is begun and completed in any order, comes up short and fails
-//! (`block_io::disturb`), under a load from several queues that knows what each sector must hold.
+//! (`block_io::fault_injection`), under a load from several queues that knows what each sector must hold.
 //! After that it is killed, and another one, on a good day, has to find all that was acknowledged.
 //!
 //! What happens is random; `TEST_SEED` gives the load and each queue the same random numbers again.
@@ -40,13 +40,13 @@ fn base(directory: &Path) -> PathBuf {
     path
 }
 
-fn serve(directory: &Path, args: &[&str], disturb: Option<u64>) -> Daemon {
+fn serve(directory: &Path, args: &[&str], fault_injection: Option<u64>) -> Daemon {
     let socket = directory.join("socket");
     let mut command = Command::new(PROGRAM);
     command.arg("--socket-path").arg(&socket).arg(format!("--num-queues={QUEUES}")).args(args);
     command.arg(format!("{0}/cow,{0}/base", directory.display()));
-    if let Some(seed) = disturb {
-        command.env("BLOCK_IO_DISTURB", seed.to_string());
+    if let Some(seed) = fault_injection {
+        command.env("BLOCK_IO_FAULTS", seed.to_string());
     }
     let mut daemon = Daemon::spawn(command, socket);
     daemon.wait_line("listening");

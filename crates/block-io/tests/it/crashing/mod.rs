@@ -9,7 +9,7 @@ use std::time::Duration;
 use block_io::CowFormat;
 use block_io::Disk;
 use block_io::DiskOptions;
-use block_io::image::{CreateOptions, OpenError, Proof, create_cow, rebind, resize, snapshot};
+use block_io::image::{CreateOptions, ImageError, Proof, create_cow, rebind, resize, snapshot};
 use block_io::storage::{Env, Storage};
 use block_io::testing::sim::{Choices, CrashKind, Operation, Sim, SimFile, Verdict};
 use cow_format::{ByteOffset, Sector, SectorCount, SectorRange};
@@ -549,11 +549,11 @@ impl Run<'_> {
         }
         let base = (self.snapshots == 0).then(|| self.base.clone());
         let opened = match self.open_over(base.as_deref()) {
-            Err(OpenError::Identity { .. } | OpenError::Backing { .. }) => {
+            Err(ImageError::Identity { .. } | ImageError::Backing { .. }) => {
                 self.rebind(Proof::Trust)?;
                 self.open_over(None)
             }
-            Err(OpenError::Frozen { .. }) => {
+            Err(ImageError::Frozen { .. }) => {
                 self.snapshot()?;
                 self.open_over(None)
             }
@@ -564,7 +564,7 @@ impl Run<'_> {
         Ok(disk)
     }
 
-    fn open_over(&self, base: Option<&Path>) -> Result<Disk<Sim>, OpenError> {
+    fn open_over(&self, base: Option<&Path>) -> Result<Disk<Sim>, ImageError> {
         let options = DiskOptions { lock_wait: Duration::ZERO, ..DiskOptions::default() };
         Disk::open_cow_in(self.sim.clone(), &cow_name(self.snapshots), base, &options)
     }

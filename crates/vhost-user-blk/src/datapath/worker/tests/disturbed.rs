@@ -1,5 +1,5 @@
 //! Workers on a bad day: their I/O is begun and completed in any order, comes up short and fails (see
-//! `block_io::disturb`), and after each answer every sector that it is about is compared with a model.
+//! `block_io::fault_injection`), and after each answer every sector that it is about is compared with a model.
 //!
 //! One thread takes the turns of all workers, so that a seed plays a failure again: `TEST_SEED=n`.
 
@@ -9,7 +9,7 @@ use block_io::CachePolicy;
 use block_io::CowFormat;
 use block_io::DiskOptions;
 use block_io::Host;
-use block_io::disturb;
+use block_io::fault_injection;
 use block_io::image::{CreateOptions, create_cow, snapshot};
 use cow_format::{Sector, SectorCount};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
@@ -118,7 +118,7 @@ impl Lane<'_> {
             assert!(head.is_multiple_of(4), "no head: {head}");
             let slot = usize::try_from(head / 4).unwrap();
             let sent = self.slots[slot].take().expect("a head that was answered twice");
-            disturb::undisturbed(|| self.check(disk, model, slot as u64, &sent, len));
+            fault_injection::without(|| self.check(disk, model, slot as u64, &sent, len));
         }
     }
 
@@ -298,7 +298,7 @@ fn play(setting: Setting, seed: u64) -> [[u64; 2]; 16] {
             seen: 0,
         };
         let mut lanes: Vec<_> = guests.into_iter().zip(&starts).map(lane).collect();
-        disturb::begin(seed);
+        fault_injection::begin(seed);
         for _ in 0..setting.steps {
             let lane = &mut lanes[usize::try_from(random(LANES as u64)).unwrap()];
             match random(3) {
@@ -313,7 +313,7 @@ fn play(setting: Setting, seed: u64) -> [[u64; 2]; 16] {
             turns += 1;
             assert!(turns < PATIENCE, "a request is never answered");
         }
-        disturb::end();
+        fault_injection::end();
     }
     let answers = model.answers;
     drop(shared);

@@ -15,7 +15,7 @@ const _: () = assert!(RANGES_MAX <= journal::RANGES_MAX);
 
 /// See above. A write that does not tell of itself is one that a flush may miss.
 #[derive(Debug)]
-pub(crate) struct Unflushed {
+pub(crate) struct WriteTracker {
     /// More than a few, or nobody knows: then nobody need be told more. Writers share a flag that seldom changes.
     much: AtomicBool,
     /// There is a journal that copies of what is written are made for.
@@ -33,18 +33,18 @@ struct State {
     sectors: u64,
     /// Being written.
     under_way: Vec<SectorRange>,
-    /// Being copied into a record, and whether a write has disturbed that.
+    /// Being copied into a record, and whether a write has overlapped that.
     copied: Vec<SectorRange>,
-    disturbed: bool,
+    overlapped: bool,
     /// Nobody may write here for the moment.
     reserved: Option<SectorRange>,
 }
 
-impl Unflushed {
+impl WriteTracker {
     /// Of a disk that has just been opened: what its predecessor did is not known. `leaky`: it may have left data that no
     /// bit speaks of.
     pub(crate) fn new(has_journal: bool, leaky: bool) -> Self {
-        Unflushed {
+        WriteTracker {
             much: AtomicBool::new(true),
             has_journal,
             tracked: has_journal || leaky,
@@ -61,7 +61,7 @@ impl Unflushed {
         let reserved = |state: &mut State| state.reserved.is_some_and(|held| meet(held, range));
         let waited = self.released.wait_while(self.state(), reserved);
         let mut state = waited.unwrap_or_else(PoisonError::into_inner);
-        state.disturbed |= overlaps(&state.copied, range);
+        state.overlapped |= overlaps(&state.copied, range);
         state.under_way.push(range);
     }
 
@@ -104,19 +104,23 @@ impl Unflushed {
 
     /// Lets `copy` read what is in `ranges`; false if it says so, or if a sector may have been half of what it was and half of
     /// what it was going to be, which no disk ever shows. One copy at a time.
-    pub(crate) fn undisturbed(&self, ranges: &[SectorRange], copy: impl FnOnce() -> bool) -> bool {
+    pub(crate) fn copy_if_quiet(
+        &self,
+        ranges: &[SectorRange],
+        copy: impl FnOnce() -> bool,
+    ) -> bool {
         debug_assert!(self.has_journal);
         let mut state = self.state();
         if state.under_way.iter().any(|range| overlaps(ranges, *range)) {
             return false;
         }
         state.copied.extend_from_slice(ranges);
-        state.disturbed = false;
+        state.overlapped = false;
         drop(state);
         let copied = copy();
         let mut state = self.state();
         state.copied.clear();
-        copied && !state.disturbed
+        copied && !state.overlapped
     }
 
     /// Does something to `range` while nobody writes there; writes of it wait, so let it be short. False, and nothing is done,
@@ -172,47 +176,47 @@ mod tests {
 
     #[test]
     fn little_is_remembered_and_much_is_not() {
-        let unflushed = Unflushed::new(true, false);
-        assert_eq!(unflushed.take(), None, "nobody knows what came before");
-        assert_eq!(unflushed.take(), Some(vec![]));
-        unflushed.add(&[range(8, 8), range(3, 0), range(9, 2), range(20, 1)]);
-        unflushed.add(&[range(8, 8)]);
-        assert_eq!(unflushed.take(), Some(vec![range(8, 8), range(20, 1)]));
-        unflushed.add(&[range(0, SECTORS_MAX)]);
-        assert!(unflushed.take().is_some());
-        unflushed.add(&[range(0, SECTORS_MAX), range(1 << 20, 1)]);
-        unflushed.add(&[range(8, 8)]);
-        assert_eq!(unflushed.take(), None);
-        (0..=RANGES_MAX as u64).for_each(|n| unflushed.add(&[range(n * 2, 1)]));
-        assert_eq!(unflushed.take(), None);
-        unflushed.add(&[range(8, 8)]);
-        unflushed.add_everything();
-        assert_eq!(unflushed.take(), None);
-        assert_eq!(unflushed.take(), Some(vec![]));
+        let tracker = WriteTracker::new(true, false);
+        assert_eq!(tracker.take(), None, "nobody knows what came before");
+        assert_eq!(tracker.take(), Some(vec![]));
+        tracker.add(&[range(8, 8), range(3, 0), range(9, 2), range(20, 1)]);
+        tracker.add(&[range(8, 8)]);
+        assert_eq!(tracker.take(), Some(vec![range(8, 8), range(20, 1)]));
+        tracker.add(&[range(0, SECTORS_MAX)]);
+        assert!(tracker.take().is_some());
+        tracker.add(&[range(0, SECTORS_MAX), range(1 << 20, 1)]);
+        tracker.add(&[range(8, 8)]);
+        assert_eq!(tracker.take(), None);
+        (0..=RANGES_MAX as u64).for_each(|n| tracker.add(&[range(n * 2, 1)]));
+        assert_eq!(tracker.take(), None);
+        tracker.add(&[range(8, 8)]);
+        tracker.add_everything();
+        assert_eq!(tracker.take(), None);
+        assert_eq!(tracker.take(), Some(vec![]));
     }
 
     #[test]
     fn nobody_writes_what_is_changed_exclusively() {
-        let unflushed = Unflushed::new(false, true);
-        unflushed.begin(range(8, 8));
-        assert!(!unflushed.exclusively(range(15, 4), || panic!("it is being written")));
-        assert!(unflushed.exclusively(range(16, 4), || ()));
-        unflushed.end(range(8, 8));
+        let tracker = WriteTracker::new(false, true);
+        tracker.begin(range(8, 8));
+        assert!(!tracker.exclusively(range(15, 4), || panic!("it is being written")));
+        assert!(tracker.exclusively(range(16, 4), || ()));
+        tracker.end(range(8, 8));
         let changed = AtomicBool::new(false);
         let (held, is_held) = std::sync::mpsc::channel();
-        let (unflushed, changed) = (&unflushed, &changed);
+        let (tracker, changed) = (&tracker, &changed);
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 is_held.recv().unwrap();
-                unflushed.begin(range(8, 8));
+                tracker.begin(range(8, 8));
                 assert!(changed.load(Ordering::SeqCst), "it did not wait");
-                unflushed.end(range(8, 8));
+                tracker.end(range(8, 8));
             });
-            assert!(unflushed.exclusively(range(15, 4), || {
+            assert!(tracker.exclusively(range(15, 4), || {
                 held.send(()).unwrap();
                 // Elsewhere nobody waits.
-                unflushed.begin(range(19, 4));
-                unflushed.end(range(19, 4));
+                tracker.begin(range(19, 4));
+                tracker.end(range(19, 4));
                 changed.store(true, Ordering::SeqCst);
             }));
         });
@@ -220,10 +224,10 @@ mod tests {
 
     #[test]
     fn a_copy_is_disturbed_by_writes_of_its_sectors_only() {
-        let unflushed = Unflushed::new(true, false);
+        let tracker = WriteTracker::new(true, false);
         let few = [range(8, 8), range(100, 1)];
-        assert!(unflushed.undisturbed(&few, || true));
-        assert!(!unflushed.undisturbed(&few, || false));
+        assert!(tracker.copy_if_quiet(&few, || true));
+        assert!(!tracker.copy_if_quiet(&few, || false));
         for (write, disturbs) in [
             (range(15, 1), true),
             (range(0, 9), true),
@@ -233,21 +237,21 @@ mod tests {
             (range(101, 1), false),
         ] {
             let write_now = || {
-                unflushed.begin(write);
-                unflushed.end(write);
+                tracker.begin(write);
+                tracker.end(write);
             };
             write_now();
-            let found = unflushed.undisturbed(&few, || {
+            let found = tracker.copy_if_quiet(&few, || {
                 write_now();
                 true
             });
             assert_eq!(found, !disturbs, "{write} in between");
-            unflushed.begin(write);
-            unflushed.begin(write);
-            unflushed.end(write);
-            assert_eq!(unflushed.undisturbed(&few, || true), !disturbs, "{write} under way");
-            unflushed.end(write);
+            tracker.begin(write);
+            tracker.begin(write);
+            tracker.end(write);
+            assert_eq!(tracker.copy_if_quiet(&few, || true), !disturbs, "{write} under way");
+            tracker.end(write);
         }
-        assert!(unflushed.undisturbed(&few, || true));
+        assert!(tracker.copy_if_quiet(&few, || true));
     }
 }

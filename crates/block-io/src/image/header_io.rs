@@ -10,7 +10,7 @@ use cow_format::header::{Backing, NativeHeader, NativeState, PageCache, UmlHeade
 use cow_format::identity::Timestamp;
 use cow_format::{Bitmap, ByteOffset, Geometry, Header, HeaderError};
 
-use super::OpenError;
+use super::ImageError;
 use super::chain::Opened;
 use super::flush::{FlushFailure, flush};
 use super::live::LiveBitmap;
@@ -30,10 +30,10 @@ pub(crate) enum UpdateError {
 
 impl UpdateError {
     /// The error of the file at `path`.
-    pub(crate) fn at(self, path: &Path) -> OpenError {
+    pub(crate) fn at(self, path: &Path) -> ImageError {
         match self {
-            UpdateError::Header(source) => OpenError::Header { path: path.to_owned(), source },
-            UpdateError::Io(source) => OpenError::io(path, "write the header of")(source),
+            UpdateError::Header(source) => ImageError::Header { path: path.to_owned(), source },
+            UpdateError::Io(source) => ImageError::io(path, "write the header of")(source),
         }
     }
 }
@@ -113,14 +113,14 @@ pub(crate) fn write_native_synced(
 }
 
 /// Refuses a file whose header allows reading only.
-pub(crate) fn check_writable(path: &Path, header: &Header) -> Result<(), OpenError> {
+pub(crate) fn check_writable(path: &Path, header: &Header) -> Result<(), ImageError> {
     match header {
         Header::Uml(uml) if uml.is_read_only() => {
             let source = HeaderError::ReadOnlyVersion { version: uml.version().number() };
-            Err(OpenError::Header { path: path.to_owned(), source })
+            Err(ImageError::Header { path: path.to_owned(), source })
         }
         Header::Native(native) if native.state() == NativeState::Frozen => {
-            Err(OpenError::Frozen { path: path.to_owned() })
+            Err(ImageError::Frozen { path: path.to_owned() })
         }
         _ => Ok(()),
     }
@@ -134,15 +134,15 @@ pub(crate) fn make_writable<E: Env>(
     mut header: Header,
     live_is_valid: bool,
     inherited: bool,
-) -> Result<WritableCow<E::File>, OpenError> {
+) -> Result<WritableCow<E::File>, ImageError> {
     let geometry = *header.geometry();
-    hold_last_sector(&cow.file, &geometry).map_err(OpenError::io(&cow.path, "lengthen"))?;
-    let make = OpenError::io(&cow.path, "make the live bitmap");
+    hold_last_sector(&cow.file, &geometry).map_err(ImageError::io(&cow.path, "lengthen"))?;
+    let make = ImageError::io(&cow.path, "make the live bitmap");
     let live = match &mut header {
         Header::Uml(_) => {
-            let path = env.canonical(&cow.path).map_err(OpenError::io(&cow.path, "resolve"))?;
+            let path = env.canonical(&cow.path).map_err(ImageError::io(&cow.path, "resolve"))?;
             LiveBitmap::side_file(env, &cow.file, &path, &geometry, live_is_valid)
-                .map_err(OpenError::side_file(&path))?
+                .map_err(ImageError::side_file(&path))?
         }
         Header::Native(native) => {
             let Some(at) = geometry.live_bitmap_offset() else {
@@ -164,7 +164,7 @@ pub(crate) fn make_writable<E: Env>(
     };
     if !inherited {
         warn_without_witness(env, cow);
-        hold_name(env, &cow.path).map_err(OpenError::io(&cow.path, "sync the directory of"))?;
+        hold_name(env, &cow.path).map_err(ImageError::io(&cow.path, "sync the directory of"))?;
     }
     let unread = AtomicBool::new(live_is_valid);
     Ok(WritableCow { header: Mutex::new(header), geometry, live, unread })
@@ -234,7 +234,7 @@ pub(crate) fn settle<F: Storage>(
     cow: &Opened<F>,
     header: &mut Header,
     bitmap: &Bitmap,
-) -> Result<(), OpenError> {
+) -> Result<(), ImageError> {
     if let Err(failure) = flush(&cow.file, bitmap, header.geometry()) {
         if let FlushFailure::Sync(_) = failure {
             mark_failed(cow, header, Newest::Durable);

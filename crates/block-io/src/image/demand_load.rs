@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use cow_format::{LayerMap, SectorRange};
 
-use super::bits::Bits;
+use super::bitmap_source::BitmapSource;
 use crate::storage::Storage;
 
 /// Bitmap pages that are read at once (64 KiB, 256 MiB of disk): what lies near is asked for soon, and a read of so much
@@ -16,10 +16,10 @@ const GROUP: u64 = 16;
 pub(crate) type Failed = (usize, io::Error);
 
 /// The COW files of a chain, the top first, and where each has its bits.
-pub(crate) type Sources<'a, F> = [(&'a F, &'a Bits<F>)];
+pub(crate) type Sources<'a, F> = [(&'a F, &'a BitmapSource<F>)];
 
 /// Adds to `map` what is not known of `range`.
-pub(crate) fn learn<F: Storage>(
+pub(crate) fn demand_load<F: Storage>(
     map: &LayerMap,
     sources: &Sources<'_, F>,
     range: SectorRange,
@@ -37,7 +37,7 @@ pub(crate) fn learn<F: Storage>(
 }
 
 /// Adds to the top's bitmap what is not known of `range`.
-pub(crate) fn learn_top<F: Storage>(
+pub(crate) fn demand_load_top<F: Storage>(
     map: &LayerMap,
     sources: &Sources<'_, F>,
     range: SectorRange,

@@ -50,12 +50,12 @@ const CRC_END: usize = 16;
 
 /// The note that a merge of one COW file leaves. There is exactly one for a target and what the header above it says, so
 /// that a note is valid when it is equal.
-pub(crate) struct Note {
+pub(crate) struct MergeMarker {
     path: PathBuf,
     bytes: [u8; RAW_LEN],
 }
 
-impl Note {
+impl MergeMarker {
     /// The note for the COW file at `cow` (without symbolic links) over a target that is known as `stored`.
     pub(crate) fn new(
         cow: &Path,
@@ -85,7 +85,7 @@ impl Note {
         raw.crc = crc32c::crc32c(&raw.as_bytes()[CRC_END..]).into();
         let mut bytes = [0; RAW_LEN];
         bytes.copy_from_slice(raw.as_bytes());
-        Note { path: note_path(cow), bytes }
+        MergeMarker { path: note_path(cow), bytes }
     }
 
     /// Whether exactly this note stands beside the COW file.

@@ -15,7 +15,7 @@ const MAGIC_LEN: usize = 8;
 
 /// What a file begins like, if not like the bytes of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Looks {
+pub enum Signature {
     /// A qcow2 image.
     Qcow2,
     /// A COW file of User Mode Linux.
@@ -27,17 +27,19 @@ pub enum Looks {
 }
 
 /// What the file at `path` begins like. `None` also where it cannot be read: who opens it says why.
-pub fn looks_like<E: Env>(env: &E, path: &Path) -> Option<Looks> {
+pub fn signature_of<E: Env>(env: &E, path: &Path) -> Option<Signature> {
     let file = env.open(path, Access::Read).ok()?;
     let len = file.len().ok()?;
     let mut prefix = vec![0; HEADER_PREFIX_LEN];
     let read = file.read_at(&mut prefix, ByteOffset::new(0)).ok()?;
     // What is too short for a magic is none.
     match Header::check(&prefix[..read.max(MAGIC_LEN)], len) {
-        Ok(Header::Uml(_)) => Some(Looks::Uml),
-        Ok(Header::Native(_)) => Some(Looks::Native),
-        Err(HeaderError::NotCow { .. }) => prefix.starts_with(QCOW2_MAGIC).then_some(Looks::Qcow2),
-        Err(_) => Some(Looks::BrokenCow),
+        Ok(Header::Uml(_)) => Some(Signature::Uml),
+        Ok(Header::Native(_)) => Some(Signature::Native),
+        Err(HeaderError::NotCow { .. }) => {
+            prefix.starts_with(QCOW2_MAGIC).then_some(Signature::Qcow2)
+        }
+        Err(_) => Some(Signature::BrokenCow),
     }
 }
 
@@ -68,13 +70,13 @@ mod tests {
             ("/disk", None),
             ("/empty", None),
             ("/missing", None),
-            ("/qcow2", Some(Looks::Qcow2)),
-            ("/magic", Some(Looks::Qcow2)),
-            ("/broken", Some(Looks::BrokenCow)),
-            ("/native", Some(Looks::Native)),
-            ("/uml", Some(Looks::Uml)),
+            ("/qcow2", Some(Signature::Qcow2)),
+            ("/magic", Some(Signature::Qcow2)),
+            ("/broken", Some(Signature::BrokenCow)),
+            ("/native", Some(Signature::Native)),
+            ("/uml", Some(Signature::Uml)),
         ] {
-            assert_eq!(looks_like(&sim, Path::new(path)), expected, "{path}");
+            assert_eq!(signature_of(&sim, Path::new(path)), expected, "{path}");
         }
     }
 }

@@ -2,8 +2,8 @@
 //! any order. Each thread has its own sequence of random numbers, which decides all of it, so that a
 //! seed plays a failure again. Without the feature there is nothing of this.
 //!
-//! The environment variable `BLOCK_IO_DISTURB`, a seed, disturbs the threads of a program whose names
-//! begin with `queue-`; a test disturbs its own thread with `begin`.
+//! The environment variable `BLOCK_IO_FAULTS`, a seed, injects faults into the threads of a program whose names
+//! begin with `queue-`; a test does so to its own thread with `begin`.
 
 #[cfg(feature = "fault-points")]
 pub use on::*;
@@ -45,7 +45,7 @@ mod on {
     }
 
     fn from_environment() -> Option<Choices> {
-        let seed: u64 = std::env::var("BLOCK_IO_DISTURB").ok()?.parse().ok()?;
+        let seed: u64 = std::env::var("BLOCK_IO_FAULTS").ok()?.parse().ok()?;
         let thread = std::thread::current();
         let name = thread.name().filter(|name| name.starts_with("queue-"))?;
         let mut hasher = DefaultHasher::new();
@@ -53,7 +53,7 @@ mod on {
         Some(Choices::seeded(hasher.finish()))
     }
 
-    /// Disturbs this thread from here on.
+    /// Injects faults into this thread from here on.
     pub fn begin(seed: u64) {
         CHOICES.set(Some(Choices::seeded(seed)));
     }
@@ -64,14 +64,14 @@ mod on {
     }
 
     /// Leaves this thread alone for as long as `work` takes.
-    pub fn undisturbed<T>(work: impl FnOnce() -> T) -> T {
+    pub fn without<T>(work: impl FnOnce() -> T) -> T {
         let choices = CHOICES.take();
         let result = work();
         CHOICES.set(choices);
         result
     }
 
-    /// Whether this thread is disturbed.
+    /// Whether faults are injected into this thread.
     pub fn is_on() -> bool {
         CHOICES.with_borrow(Option::is_some)
     }

@@ -5,10 +5,10 @@ use std::ops::Range;
 
 use cow_format::{BITMAP_PAGE, Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS, SECTOR_SIZE};
 
-use super::OpenError;
+use super::ImageError;
+use super::bitmap_pages::read_pages;
 use super::chain::Opened;
 use super::journal::must_be_replayed;
-use super::pages::read_pages;
 use super::side_file;
 use super::trust::{Trust, live_counts, valid_side_file};
 use crate::storage::{Env, Storage};
@@ -16,7 +16,7 @@ use crate::storage::{Env, Storage};
 const PAGE_LEN: u64 = BITMAP_PAGE as u64;
 
 /// The bitmaps of one COW file that count.
-pub(crate) struct Bits<F> {
+pub(crate) struct BitmapSource<F> {
     geometry: Geometry,
     live: Option<Live<F>>,
 }
@@ -28,18 +28,18 @@ enum Live<F> {
     SideFile(F),
 }
 
-impl<F: Storage> Bits<F> {
+impl<F: Storage> BitmapSource<F> {
     /// Finds out whether the live bitmap counts. Changes nothing. Refuses a file whose journal has to be put in place first.
     pub(crate) fn find<E: Env<File = F>>(
         env: &E,
         cow: &Opened<F>,
         header: &Header,
         trust: Trust,
-    ) -> Result<Self, OpenError> {
+    ) -> Result<Self, ImageError> {
         if let Header::Native(native) = header
             && must_be_replayed(env, cow, native, trust)?
         {
-            return Err(OpenError::Journal { path: cow.path.clone() });
+            return Err(ImageError::Journal { path: cow.path.clone() });
         }
         Self::find_as_it_is(env, cow, header, trust)
     }
@@ -50,7 +50,7 @@ impl<F: Storage> Bits<F> {
         cow: &Opened<F>,
         header: &Header,
         trust: Trust,
-    ) -> Result<Self, OpenError> {
+    ) -> Result<Self, ImageError> {
         let geometry = *header.geometry();
         let live = match header {
             Header::Uml(_) => valid_side_file(env, cow, header, trust)?.map(Live::SideFile),
@@ -59,7 +59,7 @@ impl<F: Storage> Bits<F> {
                 false => None,
             },
         };
-        Ok(Bits { geometry, live })
+        Ok(BitmapSource { geometry, live })
     }
 
     /// Whether the live bitmap counts beside the durable one.
@@ -76,10 +76,10 @@ impl<F: Storage> Bits<F> {
     }
 
     /// All of them. What only the live bitmap says is dirty.
-    pub(crate) fn load_all(&self, cow: &Opened<F>) -> Result<Bitmap, OpenError> {
+    pub(crate) fn load_all(&self, cow: &Opened<F>) -> Result<Bitmap, ImageError> {
         let bitmap = Bitmap::unknown(self.geometry.sectors());
         let loaded = self.load(&cow.file, &bitmap, 0..bitmap.pages());
-        loaded.map_err(OpenError::io(&cow.path, "read the bitmap"))?;
+        loaded.map_err(ImageError::io(&cow.path, "read the bitmap"))?;
         Ok(bitmap)
     }
 
@@ -129,33 +129,33 @@ impl<F: Storage> Bits<F> {
     }
 
     /// Hands out the pages in which the live bitmap has bits that the durable one lacks, if it counts.
-    pub(crate) fn for_each_strange(
+    pub(crate) fn for_each_stray(
         &self,
         cow: &F,
         found: impl FnMut(u64) -> io::Result<()>,
     ) -> io::Result<()> {
         match self.live(cow) {
-            Some((file, at)) => for_each_strange(cow, &self.geometry, file, at, found),
+            Some((file, at)) => for_each_stray(cow, &self.geometry, file, at, found),
             None => Ok(()),
         }
     }
 
     /// Refuses a file that lacks the data of a present sector. Only pages that speak of what lies past the end of the file
     /// are read.
-    pub(crate) fn check_data(&self, cow: &Opened<F>) -> Result<(), OpenError> {
+    pub(crate) fn check_data(&self, cow: &Opened<F>) -> Result<(), ImageError> {
         let held = cow.disk_bytes(&self.geometry);
         let bitmap = Bitmap::new(self.geometry.sectors());
         if held < self.geometry.virtual_size() {
             let first = held / (PAGE_SECTORS * SECTOR_SIZE);
             let read = self.load(&cow.file, &bitmap, first..bitmap.pages());
-            read.map_err(OpenError::io(&cow.path, "read the bitmap"))?;
+            read.map_err(ImageError::io(&cow.path, "read the bitmap"))?;
         }
         cow.check_data(&self.geometry, &bitmap)
     }
 }
 
 /// Hands out the pages in which the live bitmap at `at` in `live` has bits that the durable one of `cow` lacks.
-pub(crate) fn for_each_strange<F: Storage>(
+pub(crate) fn for_each_stray<F: Storage>(
     cow: &F,
     geometry: &Geometry,
     live: &F,

@@ -1,4 +1,4 @@
-//! A kernel that has a bad day (see [`crate::disturb`]): parts are held back, begun in any order, come
+//! A kernel whose I/O goes wrong (see [`crate::fault_injection`]): parts are held back, begun in any order, come
 //! up short, fail at once or half-way, and complete in any order.
 //!
 //! What is begun is waited for, and the completions are then shuffled, so that the order is the seed's
@@ -8,11 +8,11 @@ use std::collections::VecDeque;
 use std::io;
 
 use super::{Action, Completion, Part, Ring, WATCH};
-use crate::disturb::{below, one_in, prefix};
+use crate::fault_injection::{below, one_in, prefix};
 
 /// What a ring keeps on such a day.
 #[derive(Default)]
-pub(super) struct Disturbed {
+pub(super) struct Injected {
     /// Parts that the kernel does not know of yet: the place of the request, and of the part in it.
     held: Vec<(usize, usize)>,
     /// Completions of parts to be reported.
@@ -21,7 +21,7 @@ pub(super) struct Disturbed {
     watched: VecDeque<Completion>,
 }
 
-impl Disturbed {
+impl Injected {
     /// Keeps a part back.
     pub(super) fn hold(&mut self, slot: usize, part: usize) {
         self.held.push((slot, part));
@@ -83,8 +83,8 @@ fn some_of(part: &Part) -> u64 {
 
 impl<R> Ring<R> {
     /// In place of [`Ring::enter`].
-    pub(super) fn enter_disturbed(&mut self, wait: bool) -> io::Result<()> {
-        let chosen = self.disturbed.choose(wait);
+    pub(super) fn enter_injected(&mut self, wait: bool) -> io::Result<()> {
+        let chosen = self.injected.choose(wait);
         let (mut ended, mut begun) = (Vec::new(), Vec::new());
         // The kernel may look at them until the parts are complete.
         let mut shortened = Vec::new();
@@ -107,7 +107,7 @@ impl<R> Ring<R> {
         ended.sort_by_key(|completion| completion.data);
         while !ended.is_empty() {
             let next = ended.swap_remove(below(ended.len()));
-            self.disturbed.done.push_back(next);
+            self.injected.done.push_back(next);
         }
         Ok(())
     }
@@ -122,7 +122,7 @@ impl<R> Ring<R> {
             self.engine.enter(!begun.is_empty())?;
             while let Some(mut completion) = self.engine.next() {
                 if completion.data & WATCH != 0 {
-                    self.disturbed.watched.push_back(completion);
+                    self.injected.watched.push_back(completion);
                     continue;
                 }
                 // One that was not begun here comes from better days.

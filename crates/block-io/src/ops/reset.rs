@@ -6,7 +6,7 @@ use cow_format::{ByteOffset, Header};
 
 use super::{OpError, check};
 use crate::image::chain::{Opened, Opener};
-use crate::image::state::{check_writable, mark_clean};
+use crate::image::header_io::{check_writable, mark_clean};
 use crate::image::{DiskOptions, side_file};
 use crate::storage::{Env, Storage};
 

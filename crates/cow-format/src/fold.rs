@@ -127,7 +127,7 @@ impl Folded {
     /// Page `page`, of which no layer has a sector.
     fn plain(&self, page: u64) -> Chunk {
         let mut fold = self.begin(page);
-        (0..self.layers.len()).rev().for_each(|index| fold.lay_over(index, &[]));
+        (0..self.layers.len()).rev().for_each(|index| fold.overlay(index, &[]));
         fold.finish()
     }
 
@@ -199,7 +199,7 @@ enum Content {
 
 impl Fold<'_> {
     /// Lays the layer `index`, counted from 0 for the nearest, over what is there: its bits as they stand in its file.
-    pub(crate) fn lay_over(&mut self, index: usize, bits: &[u8]) {
+    pub(crate) fn overlay(&mut self, index: usize, bits: &[u8]) {
         // A layer's index in the chain is one more.
         let from = u8::try_from(index + 1).unwrap_or(NOWHERE);
         if bits.iter().any(|&byte| byte != 0) {

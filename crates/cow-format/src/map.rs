@@ -205,8 +205,8 @@ pub struct PageFold<'a>(Fold<'a>);
 impl PageFold<'_> {
     /// Lays the layer `index` below the top, counted from 0 for the nearest, over what is there. `bits` is the page as it
     /// stands in the layer's file; what it lacks at the end is zeros.
-    pub fn lay_over(&mut self, index: usize, bits: &[u8]) {
-        self.0.lay_over(index, bits);
+    pub fn overlay(&mut self, index: usize, bits: &[u8]) {
+        self.0.overlay(index, bits);
     }
 
     /// The page is known from now on. Whoever folds it a second time changes nothing.

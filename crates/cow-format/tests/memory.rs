@@ -73,7 +73,7 @@ fn memory_follows_what_is_written() {
                 let mut bits = [0; BITMAP_PAGE];
                 frozen.render_page(page, &mut bits);
                 let mut fold = map.fold(page);
-                (0..depth).rev().for_each(|index| fold.lay_over(index, &bits));
+                (0..depth).rev().for_each(|index| fold.overlay(index, &bits));
                 fold.publish();
             }
             map

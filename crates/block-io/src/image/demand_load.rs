@@ -82,12 +82,12 @@ fn learn_below_group<F: Storage>(
         let mut folds: Vec<_> = pages.clone().map(|page| map.fold(page)).collect();
         for (layer, (file, bits)) in below().rev() {
             // The ends of a layer count even where it has no sector.
-            folds.iter_mut().for_each(|fold| fold.lay_over(layer - 1, &[]));
+            folds.iter_mut().for_each(|fold| fold.overlay(layer - 1, &[]));
             let lay = |page: u64, bytes: &[u8], _live| {
                 let fold =
                     usize::try_from(page - pages.start).ok().and_then(|at| folds.get_mut(at));
                 if let Some(fold) = fold {
-                    fold.lay_over(layer - 1, bytes);
+                    fold.overlay(layer - 1, bytes);
                 }
             };
             bits.for_each(file, &pages, lay).map_err(|err| (layer, err))?;

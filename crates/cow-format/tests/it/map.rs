@@ -153,7 +153,7 @@ fn learn(map: &LayerMap, layers: &[Layer], asked: SectorRange) {
         let mut fold = map.fold(page);
         for (index, bitmap) in bitmaps[1..].iter().enumerate().rev() {
             bitmap.render_page(page, &mut bits);
-            fold.lay_over(index, &bits);
+            fold.overlay(index, &bits);
         }
         fold.publish();
     }

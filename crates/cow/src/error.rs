@@ -9,7 +9,7 @@ use block_io::image::ChangeError;
 use block_io::ops::OpError;
 
 use crate::delta::DeltaError;
-use crate::others::Others;
+use crate::dependents::Dependents;
 use crate::source::FileFormat;
 
 /// A failure of a command: one message.
@@ -79,7 +79,7 @@ pub enum CowError {
         /// The file that would be written.
         target: PathBuf,
         /// The COW files over it that were found.
-        others: Others,
+        others: Dependents,
     },
     /// The file is no part of the chain.
     #[error("{}: is not one of the files below {}", file.display(), cow.display())]

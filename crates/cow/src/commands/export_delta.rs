@@ -14,8 +14,8 @@ use block_io::storage::Storage;
 use cow_format::{ByteOffset, Extent, SECTOR_SIZE, Sector, SectorCount, SectorRange};
 
 use crate::delta::{Header, RECORD_MAX, Record, Writer};
+use crate::dependents::id_of;
 use crate::error::CowError;
-use crate::others::id_of;
 use crate::ui::Ui;
 
 /// Write the changes of a COW file as a stream

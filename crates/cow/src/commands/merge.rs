@@ -12,8 +12,8 @@ use block_io::ops::inspect::{FileFacts, inspect};
 use block_io::storage::FileKind;
 
 use crate::copying::CopyArgs;
+use crate::dependents::{Dependents, id_of};
 use crate::error::CowError;
-use crate::others::{Others, id_of};
 use crate::size::Human;
 use crate::ui::Ui;
 
@@ -134,7 +134,7 @@ impl Args {
     /// Refuses to go on unless the user has said that it is meant; says who will notice.
     fn confirm(&self, facts: &FileFacts, ui: Ui) -> Result<(), CowError> {
         let target = &facts.path;
-        let others = Others::over(target, &self.cow);
+        let others = Dependents::over(target, &self.cow);
         if !self.yes {
             return Err(CowError::NotConfirmed { target: target.to_owned(), others });
         }

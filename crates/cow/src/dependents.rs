@@ -9,12 +9,12 @@ use block_io::storage::FileId;
 
 /// The COW files over a file, and where they were looked for.
 #[derive(Debug)]
-pub struct Others {
+pub struct Dependents {
     files: Vec<PathBuf>,
     dirs: Vec<PathBuf>,
 }
 
-impl Others {
+impl Dependents {
     /// Looks for COW files over `target`, and over those, in its directory and in that of `cow`; `cow` does not count.
     pub fn over(target: &Path, cow: &Path) -> Self {
         let mut dirs = vec![dir_of(target)];
@@ -42,11 +42,11 @@ impl Others {
         }
         files.sort();
         files.dedup_by_key(|path| id_of(path));
-        Others { files, dirs }
+        Dependents { files, dirs }
     }
 }
 
-impl fmt::Display for Others {
+impl fmt::Display for Dependents {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let join = |paths: &[PathBuf], by| {
             paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(by)

@@ -19,7 +19,7 @@ use testkit::memory::memfd;
 use testkit::request::{HEADER_LEN, IN, header};
 use vhost_user_blk::guest_memory::memory::{GuestAddress, Memory, RegionInfo};
 use vhost_user_blk::virtio::request::{IoVecs, ParseLimits, Parsed, parse};
-use vhost_user_blk::virtio::virtqueue::SplitQueue;
+use vhost_user_blk::virtio::split_queue::SplitQueue;
 use virtio_queue::QueueState;
 
 const QUEUE_SIZE: u16 = 128;

@@ -103,7 +103,7 @@ struct Args {
     #[arg(long, value_name = "FDNUM")]
     fd: Option<RawFd>,
 
-    /// Make this socket and obey what comes from it; see `vhost-user-blk upgrade --help`
+    /// Make this socket and handle what comes from it; see `vhost-user-blk upgrade --help`
     ///
     /// Only the daemon's user can connect to it.
     #[arg(long, value_name = "PATH")]

@@ -9,7 +9,7 @@ use testkit::driver::{Driver, GuestMemory, Layout};
 use virtio_queue::QueueState;
 
 use crate::guest_memory::memory::{GuestAddress, Memory};
-use crate::virtio::virtqueue::{QUEUE_SIZE_MAX, SplitQueue};
+use crate::virtio::split_queue::{QUEUE_SIZE_MAX, SplitQueue};
 
 impl GuestMemory for Memory {
     fn write_guest(&self, address: u64, bytes: &[u8]) {

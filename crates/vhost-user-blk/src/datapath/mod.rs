@@ -2,7 +2,7 @@
 
 pub(crate) mod cold_stream;
 pub mod holes;
-pub mod prompt_write;
+pub mod inline_write;
 pub mod resident;
 pub mod route;
 pub mod spin;

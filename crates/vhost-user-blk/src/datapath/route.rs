@@ -11,7 +11,7 @@ use block_io::storage::file::whole_blocks;
 use cow_format::{ByteOffset, Extent, LayerIndex, SectorRange};
 
 use crate::datapath::holes::Holes;
-use crate::datapath::prompt_write::PromptWrites;
+use crate::datapath::inline_write::PromptWrites;
 use crate::datapath::resident::{Mappings, READ_MAX, Resident};
 use crate::guest_memory::memory::Memory;
 use crate::virtio::request::Segment;
@@ -64,7 +64,7 @@ impl<'a> Router<'a> {
     }
 
     /// Plans the read of `range` into `buffers`, which are as long as it. What
-    /// no file holds, or what the page cache does, is filled in at once; with `lend` what the
+    /// no file holds, or what the page cache does, is filled in at once; with `offload` what the
     /// page cache holds is planned to be copied by a thread of the kernel.
     ///
     /// # Errors
@@ -74,7 +74,7 @@ impl<'a> Router<'a> {
         range: SectorRange,
         memory: &Memory,
         buffers: &[libc::iovec],
-        lend: bool,
+        offload: bool,
         plan: &mut Plan,
     ) -> Result<(), DiskError> {
         let mut cursor = Cursor { left: buffers, skip: 0 };
@@ -84,7 +84,7 @@ impl<'a> Router<'a> {
                     let piece = cursor.take(len, &mut self.piece);
                     if self.holes.cover(layer, at, len) {
                         zero(memory, piece);
-                    } else if lend && self.resident.holds(layer, at, len) {
+                    } else if offload && self.resident.holds(layer, at, len) {
                         plan.read(slot(self.disk, layer, at, piece), at, piece);
                         plan.set_aside();
                     } else if len > READ_MAX || !self.resident.copy(layer, at, len, memory, piece) {

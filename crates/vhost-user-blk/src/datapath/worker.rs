@@ -31,16 +31,16 @@ use crate::datapath::route::Router;
 use crate::datapath::spin::{For, Spin};
 use crate::fault;
 use crate::guest_memory::memory::Memory;
-use crate::process::complaints::{self, RINGS};
+use crate::process::log_limit::{self, RINGS};
 use crate::process::requirements::Engine;
 use crate::process::watchdog;
 use crate::virtio::dirty_log::RingLog;
 use crate::virtio::inflight::Tracker;
-use crate::virtio::notify::{Bell, Doorbell, Kick};
+use crate::virtio::notify::{CallFd, EventDescriptor, Kick};
 use crate::virtio::request::{
     Fault, ID_LEN, IoVecs, Operation, ParseLimits, Parsed, Pending, Reply, Segment, parse,
 };
-use crate::virtio::virtqueue::{Head, SplitQueue};
+use crate::virtio::split_queue::{Head, SplitQueue};
 
 /// Requests taken in one turn: enough to share a system call and a
 /// notification among many, few enough that the first is not held up by the
@@ -59,9 +59,9 @@ const BATCH_BYTES_MAX: u64 = 64 << 20;
 /// The stack of a worker, in bytes. Its data is on the heap.
 const STACK_BYTES: usize = 256 << 10;
 
-/// A read of at least so many bytes that are in the page cache can be lent to a thread of the
-/// kernel, while the queue's thread copies the next: for less it takes as long to lend it.
-const LEND_MIN: u64 = 256 << 10;
+/// A read of at least so many bytes that are in the page cache can be offloaded to a thread of the
+/// kernel, while the queue's thread copies the next: for less it takes as long to offload it.
+const OFFLOAD_MIN: u64 = 256 << 10;
 
 const KICK: Watch = Watch(0);
 const STOP: Watch = Watch(1);
@@ -177,7 +177,7 @@ fn give_up(start: &RingStart, shared: &Shared, why: &dyn std::fmt::Display) {
     let line = format_args!("queue {}: {why}; the ring is stopped", start.queue);
     RINGS.say(log::Level::Error, line);
     if let Some(err) = &start.err {
-        Doorbell::new(err.fd()).ring();
+        CallFd::new(err.fd()).signal();
     }
     _ = shared.failure.write(1);
 }
@@ -189,7 +189,7 @@ fn log_refused(queue: usize, fault: Option<Fault>) {
     match fault {
         Some(fault) if fault.is_of_shared_memory() => {
             let hint = "is all of the guest's memory shared (QEMU: share=on), and writable?";
-            complaints::request_failed(queue, "request refused", &format_args!("{fault}; {hint}"));
+            log_limit::request_failed(queue, "request refused", &format_args!("{fault}; {hint}"));
         }
         fault => log::debug!("queue {queue}: {fault:?}"),
     }
@@ -205,8 +205,8 @@ struct InFlight<'a> {
 /// What is being done for it, and so what remains when that is done.
 enum Work<'a> {
     Read,
-    /// The one that is lent, see [`LEND_MIN`].
-    LentRead,
+    /// The one that is offloaded, see [`OFFLOAD_MIN`].
+    OffloadedRead,
     Write(SectorRange, Writing<'a>),
     /// The ranges are being turned into zeros; whether by hand, which always
     /// works.
@@ -224,7 +224,7 @@ struct Worker<'a> {
     shared: &'a Shared,
     router: Router<'a>,
     kick: Kick<'a>,
-    call: Option<Doorbell<'a>>,
+    call: Option<CallFd<'a>>,
     /// Requests that are in flight at most.
     depth: u16,
     /// Requests that wait for the committer; the tag is the place.
@@ -234,8 +234,8 @@ struct Worker<'a> {
     pulse: &'a Pulse,
     /// Bytes to read of the batch that is being taken.
     batch_bytes: u64,
-    /// A read is lent. One at a time: two that copy take the memory's speed.
-    lent: bool,
+    /// A read is offloaded. One at a time: two that copy take the memory's speed.
+    offloaded: bool,
     /// Requests are still being taken.
     open: bool,
     /// [`TIDY`] will come.
@@ -276,14 +276,14 @@ impl<'a> Worker<'a> {
             shared,
             router,
             kick,
-            call: start.call.as_ref().map(|call| Doorbell::new(call.fd())),
+            call: start.call.as_ref().map(|call| CallFd::new(call.fd())),
             depth,
             committing: (0..depth).map(|_| None).collect(),
             uncommitted: (0..u32::from(depth)).rev().collect(),
             spin: Spin::new(shared.poll),
             pulse,
             batch_bytes: 0,
-            lent: false,
+            offloaded: false,
             open: true,
             tidying: false,
             plan: Plan::default(),
@@ -323,10 +323,10 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// In the middle of a batch, so that the next long read can be lent.
+    /// In the middle of a batch, so that the next long read can be offloaded.
     #[inline]
-    fn fetch_lent(&mut self) {
-        if self.lent && self.ring.wants_enter() {
+    fn reap_offloaded(&mut self) {
+        if self.offloaded && self.ring.wants_enter() {
             self.enter();
             self.reap();
             self.publish();
@@ -347,7 +347,7 @@ impl<'a> Worker<'a> {
         self.router.resident().tick();
         self.batch_bytes = 0;
         for taken in 0..BATCH_MAX {
-            self.fetch_lent();
+            self.reap_offloaded();
             if !self.can_take() || self.batch_bytes > BATCH_BYTES_MAX {
                 return taken > 0;
             }
@@ -393,17 +393,17 @@ impl<'a> Worker<'a> {
         self.batch_bytes += range.len_bytes();
         let memory = &self.start.memory;
         // With nothing else to copy it would only take longer.
-        let lend = range.len_bytes() >= LEND_MIN && !self.lent && self.queue.has_work();
+        let offload = range.len_bytes() >= OFFLOAD_MIN && !self.offloaded && self.queue.has_work();
         let (data, plan) = (self.iovecs.data(), &mut self.plan);
-        let planned = self.router.plan_read(range, memory, data, lend, plan);
+        let planned = self.router.plan_read(range, memory, data, offload, plan);
         if let Err(e) = planned {
-            complaints::request_failed(self.start.queue, "read failed", &e);
+            log_limit::request_failed(self.start.queue, "read failed", &e);
             return self.answer(head, pending.failed());
         }
-        self.lent |= lend && !self.plan.is_empty();
-        let work = if lend && self.lent { Work::LentRead } else { Work::Read };
+        self.offloaded |= offload && !self.plan.is_empty();
+        let work = if offload && self.offloaded { Work::OffloadedRead } else { Work::Read };
         self.submit(InFlight { head, pending, work });
-        if lend {
+        if offload {
             self.enter();
         }
         while self.ring.can_touch()
@@ -502,7 +502,7 @@ impl<'a> Worker<'a> {
     /// The data of a request has been moved, or could not be.
     fn completed(&mut self, request: InFlight<'a>, result: io::Result<()>) {
         let InFlight { head, pending, work } = request;
-        self.lent &= !matches!(work, Work::LentRead);
+        self.offloaded &= !matches!(work, Work::OffloadedRead);
         match (work, result) {
             (Work::Zero(segments, false, writing), Err(e))
                 if e.raw_os_error() == Some(libc::EOPNOTSUPP) =>
@@ -514,14 +514,14 @@ impl<'a> Worker<'a> {
             // SIGBUS.
             (_, Err(e)) if e.raw_os_error() == Some(libc::EFAULT) => {
                 let why = format_args!("the frontend's memory cannot be used: {e}");
-                complaints::request_failed(self.start.queue, "I/O failed", &why);
+                log_limit::request_failed(self.start.queue, "I/O failed", &why);
                 self.answer(head, pending.failed());
             }
             (_, Err(e)) => {
-                complaints::request_failed(self.start.queue, "I/O failed", &e);
+                log_limit::request_failed(self.start.queue, "I/O failed", &e);
                 self.answer(head, pending.failed());
             }
-            (Work::Read | Work::LentRead | Work::Commit, Ok(())) => {
+            (Work::Read | Work::OffloadedRead | Work::Commit, Ok(())) => {
                 self.answer(head, pending.done())
             }
             (Work::Write(range, writing), Ok(())) => {
@@ -546,7 +546,7 @@ impl<'a> Worker<'a> {
     ) {
         fault::reached("data");
         if let Err(e) = writing.written(ranges) {
-            complaints::request_failed(self.start.queue, "write failed", &e);
+            log_limit::request_failed(self.start.queue, "write failed", &e);
             return self.answer(head, pending.failed());
         }
         // Before the flush that may follow: a write under way keeps it out of the journal.
@@ -580,7 +580,7 @@ impl<'a> Worker<'a> {
             let reply = match flushed {
                 Ok(()) => pending.done(),
                 Err(e) => {
-                    complaints::request_failed(self.start.queue, "flush failed", &e);
+                    log_limit::request_failed(self.start.queue, "flush failed", &e);
                     pending.failed()
                 }
             };
@@ -615,7 +615,7 @@ impl<'a> Worker<'a> {
 
     fn notify(&self) {
         if let Some(call) = &self.call {
-            call.ring();
+            call.signal();
         }
     }
 

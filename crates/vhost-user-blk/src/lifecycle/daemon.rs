@@ -23,12 +23,12 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::cli::{Cache, Format, Image, Options};
 use crate::datapath::route::PAGE;
 use crate::datapath::worker::WorkerHandle;
+use crate::lifecycle::disk_slot::DiskSlot;
 use crate::lifecycle::handover::HandoverError;
-use crate::lifecycle::hold::Hold;
 use crate::lifecycle::takeover;
-use crate::lifecycle::upgrade::{Estate, UpgradeError, running_program};
-use crate::process::complaints::{self, CONNECTIONS, CONTROL};
+use crate::lifecycle::upgrade::{Handoff, UpgradeError, running_program};
 use crate::process::control::{self, Request};
+use crate::process::log_limit::{self, CONNECTIONS, CONTROL};
 use crate::process::socket::{Listener, PREDECESSOR_WAIT, Socket, SocketError};
 use crate::process::{requirements, signals, systemd};
 use crate::session::Session;
@@ -179,39 +179,40 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     options.endpoint.check()?;
     let control = options.control.as_deref().map(Listener::control).transpose()?;
     raise_fd_limit();
-    let hold = if options.incoming { Hold::incoming(options) } else { Hold::open(options) }?;
+    let slot =
+        if options.incoming { DiskSlot::incoming(options) } else { DiskSlot::open(options) }?;
     let socket = match Socket::open(&options.endpoint) {
         Ok(socket) => socket,
         Err(e) => {
-            hold.close()?;
+            slot.close()?;
             return Err(e.into());
         }
     };
-    live(Daemon::new(socket, control, hold), None)
+    live(Daemon::new(socket, control, slot), None)
 }
 
 /// A frontend that is connected to the disk.
-pub(crate) type Guest = Connection<Arc<Hold>>;
+pub(crate) type Guest = Connection<Arc<DiskSlot>>;
 
 /// All that a daemon consists of.
 pub struct Daemon {
     socket: Socket,
     control: Option<Listener>,
-    hold: Arc<Hold>,
-    session: Arc<Mutex<Session<Arc<Hold>>>>,
+    slot: Arc<DiskSlot>,
+    session: Arc<Mutex<Session<Arc<DiskSlot>>>>,
     /// The file that this program was started from.
     program: PathBuf,
 }
 
 impl Daemon {
     /// A daemon to which no frontend has said anything yet.
-    pub(crate) fn new(socket: Socket, control: Option<Listener>, hold: Hold) -> Self {
-        let hold = Arc::new(hold);
-        let session = Arc::new(Mutex::new(Session::new(Arc::clone(&hold), &hold.shape())));
-        Daemon { socket, control, hold, session, program: running_program() }
+    pub(crate) fn new(socket: Socket, control: Option<Listener>, slot: DiskSlot) -> Self {
+        let slot = Arc::new(slot);
+        let session = Arc::new(Mutex::new(Session::new(Arc::clone(&slot), &slot.shape())));
+        Daemon { socket, control, slot, session, program: running_program() }
     }
 
-    pub(crate) fn session(&self) -> &Arc<Mutex<Session<Arc<Hold>>>> {
+    pub(crate) fn session(&self) -> &Arc<Mutex<Session<Arc<DiskSlot>>>> {
         &self.session
     }
 }
@@ -221,21 +222,21 @@ impl Commands for (&Daemon, &Listener) {
         self.1.as_fd()
     }
 
-    fn obey(&self, frontend: Option<BorrowedFd<'_>>) {
+    fn handle(&self, frontend: Option<BorrowedFd<'_>>) {
         let &(daemon, control) = self;
         let Ok(client) = control.accept() else { return };
-        let Request::Upgrade(how) = match Request::receive(&client) {
+        let Request::Upgrade(request) = match Request::receive(&client) {
             Ok(request) => request,
             Err(e) => return CONTROL.say(Level::Warn, format_args!("control socket: {e}")),
         };
-        let why = match daemon.hold.disk() {
+        let why = match daemon.slot.disk() {
             Some(disk) => {
                 let listener = match &daemon.socket {
                     Socket::Listening(listener) => Some(listener),
                     Socket::Connected(_) => None,
                 };
-                let estate = Estate { disk: &disk, listener, control, program: &daemon.program };
-                estate.give(&how, &daemon.session, frontend, client.as_fd())
+                let handoff = Handoff { disk: &disk, listener, control, program: &daemon.program };
+                handoff.hand_over(&request, &daemon.session, frontend, client.as_fd())
             }
             None => UpgradeError::DiskElsewhere,
         };
@@ -254,9 +255,9 @@ pub(crate) fn live(daemon: Daemon, connected: Option<Guest>) -> Result<(), Daemo
     let served = serve(&daemon, connected).map_err(DaemonError::system("use the socket"));
     systemd::stopping();
     drop(entrance);
-    complaints::say_what_was_left_out();
+    log_limit::say_what_was_left_out();
     // The workers have ended with the last connection.
-    daemon.hold.close()?;
+    daemon.slot.close()?;
     served
 }
 
@@ -279,7 +280,7 @@ pub(crate) fn open_disk(
         Cache::Buffered => CachePolicy::Buffered,
         Cache::Direct => CachePolicy::Direct,
     };
-    let mut how = DiskOptions {
+    let mut disk_options = DiskOptions {
         read_only: options.read_only,
         base_cache: policy(options.base_cache),
         cow_cache: policy(options.cow_cache),
@@ -288,28 +289,30 @@ pub(crate) fn open_disk(
         ..DiskOptions::default()
     };
     let disk = match (&options.image, inherited) {
-        (Image::File { path, format: Some(Format::Raw) }, None) => Disk::open_raw(path, &how)?,
+        (Image::File { path, format: Some(Format::Raw) }, None) => {
+            Disk::open_raw(path, &disk_options)?
+        }
         (Image::File { path, format: Some(Format::Raw) }, Some(top)) => {
-            Disk::inherit_raw(path, top, &how)?
+            Disk::inherit_raw(path, top, &disk_options)?
         }
         (Image::File { path, .. } | Image::Cow { cow: path, .. }, Some(top)) => {
-            Disk::inherit_cow(path, top, &how)?
+            Disk::inherit_cow(path, top, &disk_options)?
         }
         (Image::File { path, format }, None) => {
             check_format(path, *format)?;
-            Disk::open_cow(path, None, &how).map_err(|e| unless_raw(path, e))?
+            Disk::open_cow(path, None, &disk_options).map_err(|e| unless_raw(path, e))?
         }
         (Image::Cow { cow, base, format }, None) => {
             check_format(cow, *format)?;
             if *format == Some(Format::Uml) {
-                how.format = CowFormat::Uml;
+                disk_options.format = CowFormat::Uml;
             }
             if let Some(base) = base
                 && !cow.exists()
             {
                 check_base(base)?;
             }
-            Disk::open_cow(cow, base.as_deref(), &how)?
+            Disk::open_cow(cow, base.as_deref(), &disk_options)?
         }
     };
     Ok(disk)
@@ -411,7 +414,7 @@ fn next_frontend(
         match wait_readable(&fds, PollTimeout::NONE)? {
             Readable::Stop => return Ok(None),
             Readable::Fd(1) => {
-                commands.inspect(|commands| commands.obey(None));
+                commands.inspect(|commands| commands.handle(None));
                 continue;
             }
             _ => {}

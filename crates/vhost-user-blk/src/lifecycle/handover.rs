@@ -69,7 +69,7 @@ pub struct Handover {
     pub hold: Vec<RawFd>,
     /// Whom to tell the outcome.
     pub reply: Option<RawFd>,
-    /// See [`crate::virtio::state::DeviceState::write_cache`].
+    /// See [`crate::virtio::device_state::DeviceState::write_cache`].
     pub write_cache: bool,
     /// What the frontend said.
     pub messages: Vec<Message<RawFd>>,

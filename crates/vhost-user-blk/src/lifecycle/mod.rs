@@ -1,7 +1,7 @@
 //! The life of the daemon: start, the disk it serves, upgrade to another program, end.
 
 pub mod daemon;
+pub mod disk_slot;
 pub mod handover;
-pub mod hold;
 pub mod takeover;
 pub mod upgrade;

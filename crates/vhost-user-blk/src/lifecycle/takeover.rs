@@ -11,15 +11,15 @@ use vhost::vhost_user::message::FrontendReq;
 
 use crate::cli::Options;
 use crate::lifecycle::daemon::{self, Daemon, DaemonError, Guest};
+use crate::lifecycle::disk_slot::DiskSlot;
 use crate::lifecycle::handover::{Handover, Listening, duplicate};
-use crate::lifecycle::hold::Hold;
 use crate::lifecycle::upgrade;
 use crate::process::control;
 use crate::process::socket::{Endpoint, Listener, Socket};
 use crate::process::{signals, systemd};
 use crate::session::connection::Connection;
 use crate::session::replay::Message;
-use crate::virtio::state::DeviceState;
+use crate::virtio::device_state::DeviceState;
 
 /// This program's version.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -101,8 +101,8 @@ fn take(
     };
     let control = handover.control.map(|it| listen(it, options.control.clone())).transpose()?;
     daemon::raise_fd_limit();
-    let hold = Hold::inherit(options, &handover.top, rehearsal)?;
-    let daemon = Daemon::new(socket, control, hold);
+    let slot = DiskSlot::inherit(options, &handover.top, rehearsal)?;
+    let daemon = Daemon::new(socket, control, slot);
     let Some(stream) = stream else { return Ok((daemon, None)) };
     let state = DeviceState { write_cache: handover.write_cache };
     let messages = handover.messages.iter().filter(|message| !(rehearsal && starts(message)));

@@ -28,8 +28,8 @@ use nix::unistd::{Pid, execve, getpid, getppid};
 
 use crate::cli::TAKEOVER;
 use crate::lifecycle::handover::{Handover, HandoverError, Listening, set_inherited};
-use crate::process::complaints;
 use crate::process::control::Upgrade;
+use crate::process::log_limit;
 use crate::process::signals;
 use crate::process::socket::Listener;
 use crate::session::connection::{Readable, lock, wait_readable};
@@ -118,7 +118,7 @@ pub enum RehearsalError {
 }
 
 /// What a daemon has to hand over besides its session.
-pub struct Estate<'a> {
+pub struct Handoff<'a> {
     /// The disk.
     pub disk: &'a Disk,
     /// Where frontends come from, unless there is only one.
@@ -129,25 +129,25 @@ pub struct Estate<'a> {
     pub program: &'a Path,
 }
 
-impl Estate<'_> {
+impl Handoff<'_> {
     /// Has another program go on with all this, the session, and the frontend at `connection`; it
     /// will tell `client`. Returns only if that is not possible, with the reason; the session is
     /// then served as before.
-    pub fn give<D: Device>(
+    pub fn hand_over<D: Device>(
         &self,
-        how: &Upgrade,
+        request: &Upgrade,
         session: &Mutex<Session<D>>,
         connection: Option<BorrowedFd<'_>>,
         client: BorrowedFd<'_>,
     ) -> UpgradeError {
         let mut session = lock(session);
-        let program = how.program.as_deref().unwrap_or(self.program);
-        let tried = match self.try_out(program, how.time, &session, connection, client) {
+        let program = request.program.as_deref().unwrap_or(self.program);
+        let tried = match self.try_out(program, request.time, &session, connection, client) {
             Ok(tried) => tried,
             Err(why) => return why,
         };
         session.pause();
-        complaints::say_what_was_left_out();
+        log_limit::say_what_was_left_out();
         let why = match identity(program) {
             Ok(now) if now != tried => UpgradeError::Changed { program: program.to_owned() },
             Ok(_) if signals::stopping() => UpgradeError::Stopping,
@@ -172,7 +172,7 @@ impl Estate<'_> {
         if self.disk.is_failed() {
             return Err(UpgradeError::DiskFailed);
         }
-        if let Some(why) = session.bound() {
+        if let Some(why) = session.upgrade_blocker() {
             return Err(UpgradeError::Session(why));
         }
         let tried = identity(program)?;
@@ -283,7 +283,7 @@ fn rehearse(program: &Path, mut handover: Handover, time: Duration) -> Result<()
     }
     let mut child = command.spawn().map_err(UpgradeError::start(program))?;
     drop(theirs);
-    let heard = hear(&mut ours, &child, Instant::now() + time);
+    let heard = await_verdict(&mut ours, &child, Instant::now() + time);
     // It has nothing more to do. Until it is reaped its number is nobody else's.
     if let Ok(group) = i32::try_from(child.id()) {
         let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
@@ -306,7 +306,11 @@ enum Heard {
 }
 
 /// What the rehearsing child says.
-fn hear(pipe: &mut PipeReader, child: &Child, deadline: Instant) -> Result<Heard, RehearsalError> {
+fn await_verdict(
+    pipe: &mut PipeReader,
+    child: &Child,
+    deadline: Instant,
+) -> Result<Heard, RehearsalError> {
     let mut answer = Vec::new();
     while !answer.ends_with(b"\n") && answer.len() < ANSWER_LEN_MAX {
         let left = deadline.saturating_duration_since(Instant::now());

@@ -1,7 +1,7 @@
 //! What the process needs of the system: sockets, signals, the service manager, the log.
 
-pub(crate) mod complaints;
 pub mod control;
+pub(crate) mod log_limit;
 pub mod logger;
 pub mod requirements;
 pub mod signals;

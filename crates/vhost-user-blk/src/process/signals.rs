@@ -25,7 +25,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::register_signal_handler;
 
 use crate::process::socket::Listener;
-use crate::virtio::notify::Bell;
+use crate::virtio::notify::EventDescriptor;
 
 const NO_FD: RawFd = -1;
 
@@ -148,7 +148,7 @@ pub fn stopping() -> bool {
 /// Readable once a signal has asked for the end; `None` before [`install`].
 #[must_use]
 pub fn wake_fd() -> Option<BorrowedFd<'static>> {
-    WAKE.get().map(Bell::fd)
+    WAKE.get().map(EventDescriptor::fd)
 }
 
 /// While this lives, a signal shuts the connection down.

@@ -14,14 +14,14 @@ use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use vhost::vhost_user::{self, BackendReqHandler, VhostUserBackendReqHandlerMut};
 
 use crate::lifecycle::handover::{HandoverError, duplicate};
-use crate::process::complaints::CONNECTIONS;
+use crate::process::log_limit::CONNECTIONS;
 use crate::process::{signals, systemd};
 use crate::session::message::{SCM_FDS_MAX, is_whole};
 use crate::session::replay::{Message, skip_replies};
 use crate::session::{Device, Session};
 use crate::session::{log_fd, memory_table};
-use crate::virtio::notify::Bell;
-use crate::virtio::state::DeviceState;
+use crate::virtio::device_state::DeviceState;
+use crate::virtio::notify::EventDescriptor;
 
 /// How often a ring is looked at whose frontend has announced not to kick.
 const POLLING_INTERVAL_MS: u8 = 1;
@@ -40,7 +40,7 @@ pub trait Commands {
     fn fd(&self) -> BorrowedFd<'_>;
 
     /// Takes it and does it. `frontend` is the connection, if there is one.
-    fn obey(&self, frontend: Option<BorrowedFd<'_>>);
+    fn handle(&self, frontend: Option<BorrowedFd<'_>>);
 }
 
 /// A frontend that is connected.
@@ -155,7 +155,7 @@ impl<D: Device> Connection<D> {
                     Err(reason) => say(Level::Warn, format_args!("connection closed: {reason}")),
                 },
                 Event::Command => {
-                    commands.inspect(|commands| commands.obey(Some(socket)));
+                    commands.inspect(|commands| commands.handle(Some(socket)));
                     continue;
                 }
                 Event::Stalled => {
@@ -182,7 +182,7 @@ impl<D: Device> Connection<D> {
         if let Some(result) = padded_table {
             return result;
         }
-        if let Some(result) = log_fd::handle(socket, |bell| lock(session).set_log_bell(bell)) {
+        if let Some(result) = log_fd::handle(socket, |call| lock(session).set_log_call(call)) {
             return result;
         }
         let channel = request_channel(socket);

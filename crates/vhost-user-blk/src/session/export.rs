@@ -7,11 +7,11 @@ use vhost::vhost_user::message::FrontendReq;
 use super::{Device, PROTOCOL_FEATURES, Result, Session};
 use crate::session::replay::Message;
 use crate::session::vring::Vring;
-use crate::virtio::state::DeviceState;
+use crate::virtio::device_state::DeviceState;
 
 impl<D: Device> Session<D> {
     /// Why the session cannot be handed on at the moment.
-    pub fn bound(&self) -> Option<&'static str> {
+    pub fn upgrade_blocker(&self) -> Option<&'static str> {
         match () {
             () if self.transfer.is_some() => {
                 Some("the frontend is transferring the device's state")
@@ -83,8 +83,8 @@ impl<D: Device> Session<D> {
             let message = Message::new(FrontendReq::SET_BACKEND_REQ_FD, &[]);
             messages.push(message.with(channel.as_fd()));
         }
-        if let Some(bell) = &self.log_bell {
-            messages.push(Message::new(FrontendReq::SET_LOG_FD, &[]).with(bell.as_fd()));
+        if let Some(call) = &self.log_call {
+            messages.push(Message::new(FrontendReq::SET_LOG_FD, &[]).with(call.as_fd()));
         }
         if let Some(features) = self.features {
             messages.push(Message::new(FrontendReq::SET_FEATURES, &[features]));

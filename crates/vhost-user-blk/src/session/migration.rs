@@ -21,7 +21,7 @@ use crate::session::vring::Vring;
 use crate::virtio::config;
 use crate::virtio::dirty_log::DirtyLog;
 use crate::virtio::inflight::Area;
-use crate::virtio::virtqueue::used_ring_len;
+use crate::virtio::split_queue::used_ring_len;
 
 type Result<T> = std::result::Result<T, Refusal>;
 
@@ -48,11 +48,11 @@ impl<D: Device> Session<D> {
     ///
     /// # Errors
     /// If a ring cannot be served any more.
-    pub fn set_log_bell(&mut self, bell: File) -> std::result::Result<(), vhost_user::Error> {
+    pub fn set_log_call(&mut self, call: File) -> std::result::Result<(), vhost_user::Error> {
         if self.is_logging() {
             self.vrings.iter_mut().for_each(Vring::pause);
         }
-        self.log_bell = Some(Arc::new(bell));
+        self.log_call = Some(Arc::new(call));
         self.reconcile()
     }
 
@@ -81,11 +81,11 @@ impl<D: Device> Session<D> {
     }
 
     /// Lets go of the disk if a migration has stopped its last ring.
-    pub(super) fn let_go_if_idle(&mut self) -> Result<()> {
+    pub(super) fn release_if_idle(&mut self) -> Result<()> {
         let idle = !self.vrings.iter().any(Vring::is_running);
         // Without a log it may be coming still.
         if self.served && idle && self.is_logging() && self.log.is_some() {
-            self.device.let_go().map_err(Refusal::LetGo)?;
+            self.device.release().map_err(Refusal::LetGo)?;
             self.served = false;
         }
         Ok(())

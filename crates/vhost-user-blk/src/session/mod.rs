@@ -42,12 +42,12 @@ use vmm_sys_util::eventfd::EventFd;
 use self::refusal::Refusal;
 use crate::datapath::worker::RingStart;
 use crate::guest_memory::memory::{Memory, REGIONS_MAX, RegionInfo};
-use crate::process::complaints::{CONNECTIONS, RINGS, WRITE_CACHE};
+use crate::process::log_limit::{CONNECTIONS, RINGS, WRITE_CACHE};
 use crate::session::vring::{RingAddresses, RunningRing, StartCommon, Vring};
 use crate::virtio::config::{self, DeviceConfig, DiskShape};
+use crate::virtio::device_state::{DeviceState, StateError};
 use crate::virtio::dirty_log::DirtyLog;
 use crate::virtio::inflight::{Area, AreaInfo, Tracker};
-use crate::virtio::state::{DeviceState, StateError};
 
 /// What is offered in answer to GET_PROTOCOL_FEATURES. BACKEND_REQ also because User Mode Linux (6.1)
 /// cannot use a disk without: its `virtio_uml` takes the interrupt of the rings from that channel.
@@ -82,7 +82,7 @@ pub trait Device {
     ///
     /// # Errors
     /// If not all of it could be made durable. Then it is not closed.
-    fn let_go(&self) -> io::Result<()>;
+    fn release(&self) -> io::Result<()>;
 
     /// Signalled when a ring had to be given up.
     fn failure(&self) -> &EventFd;
@@ -121,7 +121,7 @@ pub struct Session<D: Device> {
     /// SET_LOG_BASE.
     log: Option<Arc<DirtyLog>>,
     /// SET_LOG_FD: rings when the log is written.
-    log_bell: Option<Arc<File>>,
+    log_call: Option<Arc<File>>,
     /// A ring has run since the disk was last let go.
     served: bool,
     vrings: Vec<Vring<D::Ring>>,
@@ -157,7 +157,7 @@ impl<D: Device> Session<D> {
             transfer: None,
             inflight: None,
             log: None,
-            log_bell: None,
+            log_call: None,
             served: false,
             requests: None,
         }
@@ -170,7 +170,7 @@ impl<D: Device> Session<D> {
         self.transfer = None;
         self.inflight = None;
         self.log = None;
-        self.log_bell = None;
+        self.log_call = None;
         self.set_memory(Memory::empty());
         self.requests = None;
     }
@@ -221,7 +221,7 @@ impl<D: Device> Session<D> {
             write_through: &self.write_through,
             inflight: self.inflight.as_ref(),
             log: self.log.as_ref().filter(|_| logging),
-            log_bell: self.log_bell.as_ref(),
+            log_call: self.log_call.as_ref(),
         };
         // Nothing may be written that the log should have and cannot.
         let ready = self.features.is_some() && logging == common.log.is_some();
@@ -253,7 +253,7 @@ impl<D: Device> Session<D> {
                 _ => vring.pause(),
             }
         }
-        Ok(self.let_go_if_idle()?)
+        Ok(self.release_if_idle()?)
     }
 
     /// How many descriptors of the ring a request may take: as many as the driver has been told, unless
@@ -492,7 +492,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         vring.stop();
         let next_avail = vring.next_avail();
         self.check_intact()?;
-        self.let_go_if_idle()?;
+        self.release_if_idle()?;
         Ok(VhostUserVringState::new(queue, next_avail.into()))
     }
 

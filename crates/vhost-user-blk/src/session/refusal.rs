@@ -6,9 +6,9 @@ use vhost::vhost_user;
 
 use crate::guest_memory::memory::{Loss, MemoryError};
 use crate::virtio::config;
+use crate::virtio::device_state::StateError;
 use crate::virtio::dirty_log::LogError;
 use crate::virtio::inflight::InflightError;
-use crate::virtio::state::StateError;
 
 /// Why a message is refused.
 #[derive(Debug, thiserror::Error)]

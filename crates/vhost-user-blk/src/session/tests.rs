@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
 use crate::guest_memory::memory::GuestAddress;
-use crate::virtio::notify::Bell;
+use crate::virtio::notify::EventDescriptor;
 
 mod migration;
 
@@ -66,7 +66,7 @@ impl Device for FakeDevice {
         Ok(())
     }
 
-    fn let_go(&self) -> io::Result<()> {
+    fn release(&self) -> io::Result<()> {
         self.calls.lock().unwrap().push(Call::LetGo);
         Ok(())
     }

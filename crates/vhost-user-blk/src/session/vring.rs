@@ -21,8 +21,8 @@ use crate::guest_memory::memory::Memory;
 use crate::session::replay::Message;
 use crate::virtio::dirty_log::{DirtyLog, RingLog};
 use crate::virtio::inflight::{Area, RingIndices, Tracker};
-use crate::virtio::notify::{Bell, Doorbell, notifier};
-use crate::virtio::virtqueue::indices;
+use crate::virtio::notify::{CallFd, EventDescriptor, notifier};
+use crate::virtio::split_queue::indices;
 
 /// In the number of a queue: no descriptor comes with it, the ring is polled.
 const NO_FD: u64 = 0x100;
@@ -210,7 +210,7 @@ impl<R: RunningRing> Vring<R> {
             log: common.log.map(|log| RingLog {
                 log: Arc::clone(log),
                 used: self.log_address.unwrap_or(ring.used_ring),
-                bell: common.log_bell.map(Arc::clone),
+                call: common.log_call.map(Arc::clone),
             }),
         })
     }
@@ -303,11 +303,11 @@ impl<R: RunningRing> Vring<R> {
             message.body.extend(addresses.iter().flat_map(|address| address.to_ne_bytes()));
             message
         });
-        let bell = |request, fd| Message::new(request, &[queue.into()]).with(fd);
-        let call = self.call().map(|fd| bell(FrontendReq::SET_VRING_CALL, fd));
-        let err = self.err.as_ref().map(|err| bell(FrontendReq::SET_VRING_ERR, err.fd()));
+        let descriptor = |request, fd| Message::new(request, &[queue.into()]).with(fd);
+        let call = self.call().map(|fd| descriptor(FrontendReq::SET_VRING_CALL, fd));
+        let err = self.err.as_ref().map(|err| descriptor(FrontendReq::SET_VRING_ERR, err.fd()));
         let kick = self.kick().map(|fd| match self.polling {
-            None => bell(FrontendReq::SET_VRING_KICK, fd),
+            None => descriptor(FrontendReq::SET_VRING_KICK, fd),
             Some(_) => Message::new(FrontendReq::SET_VRING_KICK, &[u64::from(queue) | NO_FD]),
         });
         size.into_iter().chain([base]).chain(addresses).chain(call).chain(kick).chain(err)
@@ -335,7 +335,7 @@ impl<R: RunningRing> Vring<R> {
         if let Some(call) = self.call()
             && !was_running
         {
-            Doorbell::new(call).ring();
+            CallFd::new(call).signal();
         }
     }
 
@@ -357,5 +357,5 @@ pub struct StartCommon<'a> {
     /// The dirty log, if it is to be kept.
     pub log: Option<&'a Arc<DirtyLog>>,
     /// Rings when the log is written.
-    pub log_bell: Option<&'a Arc<File>>,
+    pub log_call: Option<&'a Arc<File>>,
 }

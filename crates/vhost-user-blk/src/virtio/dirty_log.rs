@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use crate::guest_memory::memory::{
     GuestAddress, Loss, Memory, MemoryError, NotWritable, RegionInfo,
 };
-use crate::virtio::notify::Doorbell;
+use crate::virtio::notify::CallFd;
 
 /// Bytes of guest memory for which one bit stands (`VHOST_LOG_PAGE`).
 pub const PAGE_LEN: u64 = 4096;
@@ -118,7 +118,7 @@ pub struct RingLog {
     /// The guest address under which the used ring is marked.
     pub used: u64,
     /// Rings when there are new marks (SET_LOG_FD).
-    pub bell: Option<Arc<File>>,
+    pub call: Option<Arc<File>>,
 }
 
 impl RingLog {
@@ -130,8 +130,8 @@ impl RingLog {
 
     /// Tells the frontend, if it wants to be told, that there are new marks.
     pub fn announce(&self) {
-        if let Some(bell) = &self.bell {
-            Doorbell::new(bell.as_fd()).ring();
+        if let Some(call) = &self.call {
+            CallFd::new(call.as_fd()).signal();
         }
     }
 }

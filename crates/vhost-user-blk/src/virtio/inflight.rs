@@ -29,7 +29,7 @@ use crate::fault;
 use crate::guest_memory::memory::{
     GuestAddress, Loss, Memory, MemoryError, NotWritable, RegionInfo,
 };
-use crate::virtio::state::{DeviceState, STATE_LEN};
+use crate::virtio::device_state::{DeviceState, STATE_LEN};
 
 /// The version of the layout.
 const VERSION: u16 = 1;

@@ -1,9 +1,9 @@
 //! The device as virtio and vhost-user define it. Nothing in here knows layers or files.
 
 pub mod config;
+pub mod device_state;
 pub mod dirty_log;
 pub mod inflight;
 pub mod notify;
 pub mod request;
-pub mod state;
-pub mod virtqueue;
+pub mod split_queue;

@@ -1,4 +1,4 @@
-//! The two bells of a ring: the guest's kick and our call. Each is an eventfd
+//! The two event descriptors of a ring: the guest's kick and our call. Each is an eventfd
 //! or, with UML, a pipe.
 //!
 //! `EventConsumer` and `EventNotifier` of the `vmm-sys-util` crate own their descriptors. Reading
@@ -21,20 +21,20 @@ use vmm_sys_util::eventfd::EventFd;
 /// What one look into a pipe takes out of it, in bytes: many kicks at once.
 const PIPE_READ_LEN: usize = 512;
 
-/// The descriptor of a bell, which the crate's types lend by number only.
-pub trait Bell {
+/// The descriptor of an event, which the crate's types give out by number only.
+pub trait EventDescriptor {
     /// The descriptor.
     fn fd(&self) -> BorrowedFd<'_>;
 }
 
-impl Bell for EventConsumer {
+impl EventDescriptor for EventConsumer {
     fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: `self` owns it, and is borrowed as long.
         unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
     }
 }
 
-impl Bell for EventNotifier {
+impl EventDescriptor for EventNotifier {
     fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: as above.
         unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
@@ -42,20 +42,20 @@ impl Bell for EventNotifier {
 }
 
 /// One that only this daemon has.
-impl Bell for EventFd {
+impl EventDescriptor for EventFd {
     fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: as above.
         unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
     }
 }
 
-/// A bell of ours behind a descriptor that came in a message.
+/// A notifier of ours behind a descriptor that came in a message.
 pub fn notifier(file: File) -> EventNotifier {
     // SAFETY: `file` owns the descriptor and gives it up.
     unsafe { EventNotifier::from_raw_fd(file.into_raw_fd()) }
 }
 
-/// The guest's bell.
+/// The guest's kick descriptor.
 #[derive(Debug)]
 pub struct Kick<'a> {
     fd: BorrowedFd<'a>,
@@ -75,7 +75,7 @@ impl<'a> Kick<'a> {
         Ok(Self { fd, is_pipe: kind == SFlag::S_IFIFO || kind == SFlag::S_IFSOCK })
     }
 
-    /// To be called once the bell is known to have rung. An eventfd only counts
+    /// To be called once the descriptor is known to be signalled. An eventfd only counts
     /// on, which costs nothing; a pipe would fill up.
     pub fn consume(&self) {
         if self.is_pipe && is_ready(self.fd, PollFlags::POLLIN) {
@@ -84,24 +84,24 @@ impl<'a> Kick<'a> {
     }
 }
 
-/// Our bell.
+/// Our call descriptor.
 #[derive(Debug)]
-pub struct Doorbell<'a> {
+pub struct CallFd<'a> {
     fd: BorrowedFd<'a>,
     /// A write never waits: the description is non-blocking.
     never_waits: bool,
 }
 
-impl<'a> Doorbell<'a> {
-    /// The bell behind `fd`.
+impl<'a> CallFd<'a> {
+    /// The call descriptor `fd`.
     pub fn new(fd: BorrowedFd<'a>) -> Self {
         let flags = fcntl(fd, FcntlArg::F_GETFL).map_or(OFlag::empty(), OFlag::from_bits_truncate);
         Self { fd, never_waits: flags.contains(OFlag::O_NONBLOCK) }
     }
 
-    /// Rings. One that is full rings already; a frontend that leaves it full
+    /// Signals it. One that is full is signalled already; a frontend that leaves it full
     /// must not hold up the queue.
-    pub fn ring(&self) {
+    pub fn signal(&self) {
         if !self.never_waits && !is_ready(self.fd, PollFlags::POLLOUT) {
             return;
         }
@@ -137,13 +137,13 @@ mod tests {
     }
 
     #[test]
-    fn a_full_bell_holds_nobody_up() {
+    fn a_full_call_descriptor_holds_nobody_up() {
         for flags in [EfdFlags::empty(), EfdFlags::EFD_NONBLOCK] {
             let event = EventFd::from_flags(flags).unwrap();
             event.write(u64::MAX - 1).unwrap();
-            Doorbell::new(event.as_fd()).ring();
+            CallFd::new(event.as_fd()).signal();
             assert_eq!(event.read().unwrap(), u64::MAX - 1);
-            Doorbell::new(event.as_fd()).ring();
+            CallFd::new(event.as_fd()).signal();
             assert_eq!(event.read().unwrap(), 1);
         }
     }
@@ -151,9 +151,9 @@ mod tests {
     #[test]
     fn a_pipe_is_emptied_and_an_eventfd_is_left_alone() {
         let (reader, writer) = std::io::pipe().unwrap();
-        let bell = Doorbell::new(writer.as_fd());
-        bell.ring();
-        bell.ring();
+        let call = CallFd::new(writer.as_fd());
+        call.signal();
+        call.signal();
         let kick = Kick::new(reader.as_fd()).unwrap();
         kick.consume();
         assert!(!is_ready(reader.as_fd(), PollFlags::POLLIN));
@@ -170,6 +170,6 @@ mod tests {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         // Rust ignores SIGPIPE.
-        Doorbell::new(writer.as_fd()).ring();
+        CallFd::new(writer.as_fd()).signal();
     }
 }

@@ -18,7 +18,7 @@ use virtio_bindings::virtio_blk::{
 use self::stream::Stream;
 use crate::guest_memory::memory::{GuestAddress, Memory, NotWritable, OutsideMemory};
 use crate::virtio::config;
-use crate::virtio::virtqueue::{Chain, ChainError};
+use crate::virtio::split_queue::{Chain, ChainError};
 
 /// Data iovecs of one request: what one system call takes (IOV_MAX).
 pub const IOVECS_MAX: usize = 1024;

@@ -2,6 +2,6 @@
 
 #[path = "../it/common/mod.rs"]
 mod common;
-mod disturbed;
+mod fault_injection;
 mod fault_points;
 mod watchdog;

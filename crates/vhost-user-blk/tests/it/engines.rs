@@ -15,7 +15,7 @@ use testkit::wait::wait_until;
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH;
 /// What the threads of the engine without io_uring are called.
 const THREAD: &str = "block-io";
-/// Bytes: more than what `prompt_write` takes, less than what a ring of the tests has for data.
+/// Bytes: more than what `inline_write` takes, less than what a ring of the tests has for data.
 const LONG: usize = 40 << 10;
 
 fn command(directory: &Path, args: &[&str]) -> Command {

@@ -16,21 +16,21 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH | F_EVENT_IDX;
 
-fn bell() -> EventFd {
+fn call() -> EventFd {
     EventFd::new(EFD_NONBLOCK).unwrap()
 }
 
-fn set_log_fd(frontend: &mut RawFrontend, bell: &EventFd) {
-    frontend.send(FrontendReq::SET_LOG_FD, &[], &[bell.as_raw_fd()]);
+fn set_log_fd(frontend: &mut RawFrontend, call: &EventFd) {
+    frontend.send(FrontendReq::SET_LOG_FD, &[], &[call.as_raw_fd()]);
 }
 
-/// Has the ring answer a request, waits for the bell, and looks whether the log has it then.
-fn rings(memory: &Memory, queue: &mut Queue, status: u64, bell: &EventFd, log: &Log) {
+/// Has the ring answer a request, waits for the call, and looks whether the log has it then.
+fn rings(memory: &Memory, queue: &mut Queue, status: u64, call: &EventFd, log: &Log) {
     queue.offer(memory, 0);
-    // The marks of a buffer come before those of its answer, and all of them before the bell.
+    // The marks of a buffer come before those of its answer, and all of them before the call.
     let mut marked = BTreeSet::new();
-    wait_until("the bell", || {
-        let rang = bell.read().is_ok();
+    wait_until("the call", || {
+        let rang = call.read().is_ok();
         if rang {
             marked.extend(log.take());
         }
@@ -44,7 +44,7 @@ fn the_bell_rings_when_the_log_is_written() {
     let directory = tempfile::tempdir().unwrap();
     let daemon = Daemon::with_image(directory.path(), &[]);
     let (mut frontend, memory, mut queue, status) = running(daemon.connect(), FEATURES);
-    let (first, second) = (bell(), bell());
+    let (first, second) = (call(), call());
     // Before there is a log.
     set_log_fd(&mut frontend, &first);
     queue.offer(&memory, 0);
@@ -64,8 +64,8 @@ fn the_bell_rings_when_the_log_is_written() {
     for _ in 0..3 {
         rings(&memory, &mut queue, status, &second, &log);
     }
-    assert!(first.read().is_err(), "the old bell rings");
-    // Without a log, and so without a bell.
+    assert!(first.read().is_err(), "the old call rings");
+    // Without a log, and so without a call.
     frontend.send_u64(FrontendReq::SET_FEATURES, FEATURES);
     let _ = second.read();
     queue.offer(&memory, 0);
@@ -81,13 +81,13 @@ fn a_daemon_that_was_upgraded_knows_the_bell() {
     let control = format!("--control={}/control", directory.path().display());
     let daemon = Daemon::with_image(directory.path(), &[&control]);
     let (mut frontend, memory, mut queue, status) = running(daemon.connect(), FEATURES);
-    let bell = bell();
-    set_log_fd(&mut frontend, &bell);
+    let call = call();
+    set_log_fd(&mut frontend, &call);
     upgrade_ok(directory.path());
     let log = memory.log();
     log.set(&mut frontend);
     frontend.send_u64(FrontendReq::SET_FEATURES, FEATURES | F_LOG_ALL);
-    rings(&memory, &mut queue, status, &bell, &log);
+    rings(&memory, &mut queue, status, &call, &log);
     daemon.terminate();
 }
 
@@ -116,9 +116,9 @@ fn no_descriptor_is_left_open() {
     for round in 0..40 {
         let (mut frontend, _memory, _queue, _) = running(daemon.connect(), FEATURES);
         for _ in 0..3 {
-            set_log_fd(&mut frontend, &bell());
+            set_log_fd(&mut frontend, &call());
         }
-        let file = bell();
+        let file = call();
         let many = vec![file.as_raw_fd(); 100];
         let (request, body) = (FrontendReq::SET_LOG_FD.into(), [0; 8]);
         let refused = match round % 3 {

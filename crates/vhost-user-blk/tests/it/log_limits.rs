@@ -23,7 +23,7 @@ const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH | F_CONFIG_WCE
 const WCE: u32 = 32;
 /// As often as a test does what brings a line into the log.
 const TIMES: usize = 300;
-/// Lines of one subject that may come at once (`complaints.rs`).
+/// Lines of one subject that may come at once (`log_limit.rs`).
 const BURST: usize = 32;
 
 /// The `n` of "(n more since the last message)", or 0.

@@ -11,7 +11,7 @@ use crate::guest::{DATA, Desc, Guest};
 
 // Its I/O is the worse for the feature.
 #[cfg(feature = "fault-points")]
-mod disturbed;
+mod fault_injection;
 
 fn shared(disk: &Arc<Disk>, queues: usize, engine: Option<IoEngine>) -> Shared {
     Shared {
@@ -28,14 +28,14 @@ fn shared(disk: &Arc<Disk>, queues: usize, engine: Option<IoEngine>) -> Shared {
 }
 
 fn start(queue: usize, guest: &Guest, write_through: &Arc<AtomicBool>) -> RingStart {
-    let bell = || new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
+    let events = || new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
     RingStart {
         queue,
         memory: Arc::clone(&guest.memory),
         state: QueueState { event_idx_enabled: true, ..guest.layout },
         write_through: Arc::clone(write_through),
-        kick: bell().0,
-        call: Some(bell().1),
+        kick: events().0,
+        call: Some(events().1),
         err: None,
         inflight: None,
         log: None,
@@ -136,7 +136,7 @@ fn one_of_several_long_reads_is_lent() {
     let mut begin_next = || {
         let head = worker.queue.pop().unwrap().unwrap();
         worker.begin(head);
-        (worker.lent, worker.queue.in_flight())
+        (worker.offloaded, worker.queue.in_flight())
     };
     // Nobody looks whether it has come back; so the second is copied, and so would the last be anyway.
     assert_eq!(begin_next(), (true, 1));
@@ -144,7 +144,7 @@ fn one_of_several_long_reads_is_lent() {
     while guest.used_idx() < 3 {
         worker.turn();
     }
-    assert!(!worker.lent);
+    assert!(!worker.offloaded);
     for request in 0..3 {
         let read = guest.read::<{ LEN as usize }>(data(request));
         assert!(read[..] == content(request), "{request}");

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::guest_memory::memory::{GuestAddress, Memory, volatile_read};
 use crate::virtio::config;
-use crate::virtio::virtqueue::{Chain, ChainError, Descriptor};
+use crate::virtio::split_queue::{Chain, ChainError, Descriptor};
 
 /// Bytes of a segment of a discard or write-zeroes request.
 const SEGMENT_LEN: usize = size_of::<virtio_blk_discard_write_zeroes>();

@@ -8,7 +8,7 @@ use proptest::sample::Index;
 use super::*;
 use crate::guest::RING;
 use crate::guest_memory::memory::volatile_read;
-use crate::virtio::virtqueue::SplitQueue;
+use crate::virtio::split_queue::SplitQueue;
 
 const QUEUE_SIZE: u16 = 64;
 /// Where indirect tables are put; buffers end below.
@@ -313,7 +313,7 @@ fn overwrite(contents: &mut [u8], buffers: &[Buffer], from: usize, bytes: &[u8])
 struct Taken {
     guest: Guest,
     queue: SplitQueue,
-    head: crate::virtio::virtqueue::Head,
+    head: crate::virtio::split_queue::Head,
     iovecs: IoVecs,
     parsed: Parsed,
 }
@@ -332,7 +332,7 @@ fn take(guest: Guest, head: u16, read_only: bool) -> Taken {
 /// Answers the head and checks that the guest sees that, once.
 fn answer(
     mut queue: SplitQueue,
-    head: crate::virtio::virtqueue::Head,
+    head: crate::virtio::split_queue::Head,
     guest: &Guest,
     written: u32,
 ) {

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::guest::RING;
-use crate::virtio::virtqueue::RingError;
+use crate::virtio::split_queue::RingError;
 
 const QUEUE_SIZE: u16 = 8;
 

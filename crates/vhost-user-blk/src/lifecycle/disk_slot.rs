@@ -26,7 +26,7 @@ use crate::datapath::resident::Mappings;
 use crate::datapath::worker::{self, RingStart, Shared, WorkerHandle};
 use crate::lifecycle::daemon::{DaemonError, check_format, describe, open_disk};
 use crate::lifecycle::handover::duplicate;
-use crate::process::complaints::DISK;
+use crate::process::log_limit::DISK;
 use crate::process::requirements::Engine;
 use crate::process::{signals, watchdog};
 use crate::session::Device;
@@ -34,7 +34,7 @@ use crate::virtio::config::DiskShape;
 use crate::virtio::request::ParseLimits;
 
 /// A disk that is open or will be.
-pub struct Hold {
+pub struct DiskSlot {
     options: Options,
     /// What frontends are told; the disk may not have another size when it is opened.
     capacity: SectorCount,
@@ -51,7 +51,7 @@ struct Open {
     _watch: Option<BaseWatch>,
 }
 
-impl Hold {
+impl DiskSlot {
     /// Opens the disk.
     ///
     /// # Errors
@@ -62,9 +62,9 @@ impl Hold {
         engine.report();
         let disk = open_disk(options, None)?;
         describe(&disk);
-        let hold = Self::of(options, (disk.capacity(), disk.logical_block()), engine)?;
-        *hold.lock() = Some(hold.serve(disk).map_err(DaemonError::system("start a thread"))?);
-        Ok(hold)
+        let slot = Self::of(options, (disk.capacity(), disk.logical_block()), engine)?;
+        *slot.lock() = Some(slot.serve(disk).map_err(DaemonError::system("start a thread"))?);
+        Ok(slot)
     }
 
     /// Takes the disk from a predecessor, by the descriptions of its top file, buffered and maybe
@@ -85,11 +85,11 @@ impl Hold {
         let file = file.map_err(DaemonError::system("use the predecessor's files"))?;
         let disk = open_disk(options, file)?;
         describe(&disk);
-        let hold = Self::of(options, (disk.capacity(), disk.logical_block()), engine)?;
+        let slot = Self::of(options, (disk.capacity(), disk.logical_block()), engine)?;
         if !rehearsal {
-            *hold.lock() = Some(hold.serve(disk).map_err(DaemonError::system("start a thread"))?);
+            *slot.lock() = Some(slot.serve(disk).map_err(DaemonError::system("start a thread"))?);
         }
-        Ok(hold)
+        Ok(slot)
     }
 
     /// The disk, if it is open.
@@ -126,7 +126,7 @@ impl Hold {
             .map_err(DaemonError::system("make an eventfd"))?;
         let (options, failure) = (options.clone(), Arc::new(failure));
         let engine = Arc::new(engine);
-        Ok(Hold { options, capacity, logical_block, engine, failure, open: Mutex::new(None) })
+        Ok(DiskSlot { options, capacity, logical_block, engine, failure, open: Mutex::new(None) })
     }
 
     /// What a session has to know.
@@ -235,7 +235,7 @@ fn look(path: &Path, base: Option<&Path>, raw: bool) -> Result<(SectorCount, u32
     }
 }
 
-impl Device for Arc<Hold> {
+impl Device for Arc<DiskSlot> {
     type Ring = WorkerHandle;
 
     fn start(&self, ring: RingStart) -> io::Result<WorkerHandle> {
@@ -251,7 +251,7 @@ impl Device for Arc<Hold> {
         }
     }
 
-    fn let_go(&self) -> io::Result<()> {
+    fn release(&self) -> io::Result<()> {
         self.close().map_err(io::Error::other)
     }
 

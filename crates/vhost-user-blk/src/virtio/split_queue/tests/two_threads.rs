@@ -17,8 +17,8 @@ const REQUESTS: u32 = if cfg!(miri) { 200 } else { 100_000 };
 /// Not a limit on how long anything may take: it ends a test that would hang for ever.
 const HANG: Duration = Duration::from_secs(120);
 
-fn sleep(bell: &Receiver<()>, who: &str) {
-    bell.recv_timeout(HANG).unwrap_or_else(|error| panic!("{who} sleeps for ever: {error}"));
+fn sleep(call: &Receiver<()>, who: &str) {
+    call.recv_timeout(HANG).unwrap_or_else(|error| panic!("{who} sleeps for ever: {error}"));
 }
 
 /// Spends some time, now more, now less, so that the threads meet in ever new places.

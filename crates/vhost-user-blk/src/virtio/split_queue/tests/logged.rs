@@ -37,7 +37,7 @@ fn each_change_of_the_used_ring_is_marked_where_the_frontend_wants_it() {
             let mut guest = Guest::new(SIZE, 0);
             let mut queue = guest.queue(event_idx);
             let (log, take) = dirty_log();
-            queue.log(RingLog { log, used, bell: None });
+            queue.log(RingLog { log, used, call: None });
             assert_eq!(take(), pages(0, 6 + 8 * u64::from(SIZE)), "at the start");
             for entry in 0..u64::from(SIZE) {
                 guest.set_desc(0, Desc { address: DATA, len: 1, flags: WRITE, next: 0 });
@@ -89,7 +89,7 @@ fn the_buffers_of_a_request_are_marked_as_far_as_they_can_have_been_written() {
             let head = queue.pop().unwrap().unwrap();
             queue.mark_buffers(&head, status);
             let (log, take) = dirty_log();
-            queue.log(RingLog { log, used: 0, bell: None });
+            queue.log(RingLog { log, used: 0, call: None });
             take();
             queue.mark_buffers(&head, status);
             assert_eq!(take(), marked, "{descs:?}");

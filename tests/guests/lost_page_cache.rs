@@ -1,5 +1,5 @@
 //! The page cache goes, or has lost something, while the host runs on: its boot id stays. What a guest has flushed must be
-//! there all the same (docs/architecture.md, "When the page cache goes without the host").
+//! there all the same (docs/architecture.md, "When the power goes").
 //!
 //! The first half mounts file systems here and needs root. The second runs in a QEMU guest, where a device can fail.
 

@@ -1,6 +1,6 @@
 //! A daemon under test.
 
-#![expect(dead_code, reason = "each test file is a program of its own and uses a part of this")]
+#![cfg_attr(feature = "fault-points", allow(dead_code, reason = "tests/faults uses a part"))]
 
 pub mod soak;
 

@@ -36,6 +36,7 @@ pub enum End {
     Killed { after: u64 },
     /// It kills itself at this place, when that is reached for the nth time (src/fault.rs); if that
     /// does not happen, it is killed after so many completions.
+    #[cfg_attr(not(feature = "fault-points"), expect(dead_code, reason = "for tests/faults"))]
     Fault { place: &'static str, nth: u64, or_after: u64 },
 }
 

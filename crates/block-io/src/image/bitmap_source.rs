@@ -7,8 +7,8 @@ use cow_format::{BITMAP_PAGE, Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS
 
 use super::ImageError;
 use super::bitmap_pages::read_pages;
-use super::chain::Opened;
 use super::journal::must_be_replayed;
+use super::opened::Opened;
 use super::side_file;
 use super::trust::{Trust, live_counts, valid_side_file};
 use crate::storage::{Env, Storage};

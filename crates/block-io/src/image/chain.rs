@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use cow_format::header::{BackingFormat, NativeState};
-use cow_format::identity::{ActualIdentity, BackingIdentity, Doubt};
-use cow_format::{Bitmap, ByteOffset, Geometry, HEADER_PREFIX_LEN, Header};
+use cow_format::identity::{BackingIdentity, Doubt};
+use cow_format::{Geometry, Header};
 
 use super::bitmap_source::BitmapSource;
 use super::identity::verify;
+use super::opened::Opened;
 use super::trust::Trust;
 use super::{CHAIN_DEPTH_MAX, CachePolicy, CowFormat, DiskOptions, ImageError};
-use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};
+use crate::storage::{Access, Env, FileId, FileKind, LockError, LockKind, Storage};
 
 /// Between two attempts to get a lock.
 const LOCK_RETRY: Duration = Duration::from_millis(1);
@@ -34,13 +35,6 @@ pub(crate) struct Opener<'a, E: Env> {
 
 /// Says of a file that is not what the reference means that it is the right one all the same.
 pub(crate) type AcceptMismatch<'a, F> = dyn Fn(&Reference, &Opened<F>) -> bool + 'a;
-
-/// An opened and locked file of a chain.
-pub(crate) struct Opened<F> {
-    pub(crate) file: F,
-    pub(crate) path: PathBuf,
-    pub(crate) stat: FileStat,
-}
 
 impl<'a, E: Env> Opener<'a, E> {
     pub(crate) fn new(env: &'a E, options: &'a DiskOptions, top: &Path) -> Self {
@@ -221,36 +215,6 @@ pub(crate) fn wait_for_lock(
     }
 }
 
-impl<F: Storage> Opened<F> {
-    /// Reads and checks the header of a COW file, which must be a regular file.
-    pub(crate) fn header(&self) -> Result<Header, ImageError> {
-        if self.stat.kind != FileKind::Regular {
-            let path = self.path.clone();
-            return Err(ImageError::Kind {
-                path,
-                found: self.stat.kind,
-                expected: "a regular file for a COW file",
-            });
-        }
-        let prefix = self.prefix().map_err(ImageError::io(&self.path, "read the header"))?;
-        Header::check(&prefix, self.stat.size).map_err(ImageError::header(&self.path))
-    }
-
-    fn prefix(&self) -> io::Result<Vec<u8>> {
-        let mut prefix = vec![0; HEADER_PREFIX_LEN];
-        let n = self.file.read_at(&mut prefix, ByteOffset::new(0))?;
-        prefix.truncate(n);
-        Ok(prefix)
-    }
-}
-
-impl<F> Opened<F> {
-    /// Bytes of disk that the file can hold by its length.
-    pub(crate) fn disk_bytes(&self, geometry: &Geometry) -> u64 {
-        self.stat.size.saturating_sub(geometry.data_offset().get())
-    }
-}
-
 /// What a header says of its backing file.
 pub(crate) struct Reference {
     /// As it stands in the header.
@@ -385,57 +349,6 @@ impl<E: Env> Opener<'_, E> {
         let bits = BitmapSource::find(self.env, opened, header, Trust::Witness)?;
         bits.check_data(opened)?;
         Ok(Content::Cow(*header.geometry(), bits))
-    }
-}
-
-impl<F: Storage> Opened<F> {
-    /// The header, if the format has one and the file is of that format.
-    pub(crate) fn header_as(
-        &self,
-        format: BackingFormat,
-        cow: &Path,
-    ) -> Result<Option<Header>, ImageError> {
-        let wrong = |found| ImageError::Format {
-            cow: cow.to_owned(),
-            path: self.path.clone(),
-            found,
-            expected: format,
-        };
-        match format {
-            BackingFormat::Raw => Ok(None),
-            BackingFormat::Qcow2 => Err(wrong("not a format that this program reads")),
-            BackingFormat::Uml | BackingFormat::Native => match self.header()? {
-                Header::Uml(_) if format == BackingFormat::Native => Err(wrong("a UML COW file")),
-                Header::Native(_) if format == BackingFormat::Uml => {
-                    Err(wrong("a native COW file"))
-                }
-                header => Ok(Some(header)),
-            },
-        }
-    }
-
-    /// What the file is found to be.
-    pub(crate) fn identity(&self, header: Option<&Header>) -> ActualIdentity {
-        let layer = match header {
-            Some(Header::Native(native)) => Some((native.uuid(), native.content_generation())),
-            _ => None,
-        };
-        self.stat.identity(layer)
-    }
-
-    /// The size in bytes of the disk that it holds.
-    pub(crate) fn disk_size(&self, header: Option<&Header>) -> u64 {
-        header.map_or(self.stat.size, |header| header.geometry().virtual_size())
-    }
-
-    /// Refuses a file that lacks the data of a present sector.
-    pub(crate) fn check_data(
-        &self,
-        geometry: &Geometry,
-        bitmap: &Bitmap,
-    ) -> Result<(), ImageError> {
-        let checked = geometry.check_data(bitmap, self.stat.size);
-        checked.map_err(|source| ImageError::Data { path: self.path.clone(), source })
     }
 }
 

@@ -10,8 +10,9 @@ use cow_format::identity::BackingIdentity;
 use cow_format::{ByteOffset, Header, HeaderError};
 use uuid::Uuid;
 
-use super::chain::{Opened, Opener, path_to_store};
+use super::chain::{Opener, path_to_store};
 use super::identity::identity_of;
+use super::opened::Opened;
 use super::{CowFormat, DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 

@@ -6,8 +6,9 @@ use cow_format::header::NativeHeader;
 use cow_format::{Bitmap, Header};
 
 use super::bitmap_source::BitmapSource;
-use super::chain::{Opened, Opener};
+use super::chain::Opener;
 use super::header_io::settle;
+use super::opened::Opened;
 use super::trust::recover;
 use super::{DiskOptions, ImageError};
 use crate::storage::{Env, Storage};

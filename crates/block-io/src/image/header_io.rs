@@ -11,9 +11,9 @@ use cow_format::identity::Timestamp;
 use cow_format::{Bitmap, ByteOffset, Geometry, Header, HeaderError};
 
 use super::ImageError;
-use super::chain::Opened;
 use super::flush::{FlushFailure, flush};
 use super::live::LiveBitmap;
+use super::opened::Opened;
 use super::trust::page_cache;
 use crate::disk::WritableCow;
 use crate::storage::{Env, Storage};

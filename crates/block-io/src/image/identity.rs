@@ -7,7 +7,7 @@ use cow_format::identity::{BackingIdentity, Doubt, IdentityError, Verdict};
 use cow_format::sample::Sample;
 
 use super::ImageError;
-use super::chain::Opened;
+use super::opened::Opened;
 use crate::storage::Storage;
 
 /// Compares the file with what a header says of it. The outer error is that of reading.

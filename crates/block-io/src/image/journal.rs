@@ -12,9 +12,9 @@ use cow_format::{Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS, SectorRange
 use uuid::Uuid;
 
 use super::ImageError;
-use super::chain::Opened;
 use super::flush::flush;
 use super::header_io::{UpdateError, write_native_synced};
+use super::opened::Opened;
 use super::trust::{Trust, live_counts};
 use super::write_tracker::WriteTracker;
 use crate::storage::{Env, Storage};

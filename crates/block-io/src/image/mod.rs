@@ -13,6 +13,7 @@ pub(crate) mod identity;
 pub(crate) mod journal;
 pub(crate) mod live;
 pub(crate) mod open;
+pub(crate) mod opened;
 mod rebind;
 mod resize;
 pub(crate) mod side_file;

@@ -8,10 +8,11 @@ use cow_format::Header;
 use cow_format::header::Backing;
 use cow_format::identity::{ActualIdentity, BackingIdentity};
 
-use super::chain::{Opened, Opener, path_to_store, reference, resolve};
+use super::chain::{Opener, path_to_store, reference, resolve};
 use super::edit::ChangeError;
 use super::header_io::{set_backing_path, write_native_synced};
 use super::identity::{identity_of, verify};
+use super::opened::Opened;
 use super::{CowFormat, DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 

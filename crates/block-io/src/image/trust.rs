@@ -13,9 +13,9 @@ use cow_format::{ByteOffset, Header};
 use uuid::Uuid;
 
 use super::ImageError;
-use super::chain::Opened;
 use super::header_io::UpdateError;
 use super::journal::replay;
+use super::opened::Opened;
 use super::side_file::{self, RawSideHeader};
 use crate::storage::{Access, Env, Storage};
 

@@ -10,9 +10,10 @@ use super::OpError;
 use crate::disk::Disk;
 use crate::image::DiskOptions;
 use crate::image::bitmap_source::BitmapSource;
-use crate::image::chain::{Opened, Opener};
+use crate::image::chain::Opener;
 use crate::image::header_io::write_native_synced;
 use crate::image::journal::must_be_replayed;
+use crate::image::opened::Opened;
 use crate::image::trust::{Trust, recover};
 use crate::storage::{Env, Storage};
 

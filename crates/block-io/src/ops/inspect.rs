@@ -8,8 +8,9 @@ use cow_format::{Bitmap, Header, HeaderError, SectorCount};
 
 use super::merge_marker::note_path;
 use crate::image::bitmap_source::BitmapSource;
-use crate::image::chain::{Opened, Reference, reference, resolve};
+use crate::image::chain::{Reference, reference, resolve};
 use crate::image::identity::verify;
+use crate::image::opened::Opened;
 use crate::image::trust::Trust;
 use crate::image::{CHAIN_DEPTH_MAX, ImageError};
 use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};

@@ -5,8 +5,9 @@ use std::path::Path;
 use cow_format::{ByteOffset, Header};
 
 use super::{OpError, check};
-use crate::image::chain::{Opened, Opener};
+use crate::image::chain::Opener;
 use crate::image::header_io::{check_writable, mark_clean};
+use crate::image::opened::Opened;
 use crate::image::{DiskOptions, side_file};
 use crate::storage::{Env, Storage};
 

@@ -45,3 +45,24 @@ pub(crate) fn read_pages(
     }
     Ok(())
 }
+
+/// Hands out the pages in which the live bitmap at `at` in `live` has bits that the durable one of `cow` lacks.
+pub(crate) fn for_each_stray<F: Storage>(
+    cow: &F,
+    geometry: &Geometry,
+    live: &F,
+    at: ByteOffset,
+    mut found: impl FnMut(u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut known = [0; BITMAP_PAGE];
+    read_pages(live, at, geometry, &(0..u64::MAX / BITMAP_PAGE as u64), |page, bytes| {
+        if bytes.iter().all(|&byte| byte == 0) {
+            return Ok(());
+        }
+        cow.read_zero_filled(&mut known[..geometry.bitmap_page_len(page)], geometry.page_at(page))?;
+        match bytes.iter().zip(&known).all(|(live, known)| live & !known == 0) {
+            true => Ok(()),
+            false => found(page),
+        }
+    })
+}

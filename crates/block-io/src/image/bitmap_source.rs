@@ -6,7 +6,7 @@ use std::ops::Range;
 use cow_format::{BITMAP_PAGE, Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS, SECTOR_SIZE};
 
 use super::ImageError;
-use super::bitmap_pages::read_pages;
+use super::bitmap_pages::{for_each_stray, read_pages};
 use super::journal::must_be_replayed;
 use super::opened::Opened;
 use super::side_file;
@@ -152,25 +152,4 @@ impl<F: Storage> BitmapSource<F> {
         }
         cow.check_data(&self.geometry, &bitmap)
     }
-}
-
-/// Hands out the pages in which the live bitmap at `at` in `live` has bits that the durable one of `cow` lacks.
-pub(crate) fn for_each_stray<F: Storage>(
-    cow: &F,
-    geometry: &Geometry,
-    live: &F,
-    at: ByteOffset,
-    mut found: impl FnMut(u64) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut known = [0; BITMAP_PAGE];
-    read_pages(live, at, geometry, &(0..u64::MAX / PAGE_LEN), |page, bytes| {
-        if bytes.iter().all(|&byte| byte == 0) {
-            return Ok(());
-        }
-        cow.read_zero_filled(&mut known[..geometry.bitmap_page_len(page)], geometry.page_at(page))?;
-        match bytes.iter().zip(&known).all(|(live, known)| live & !known == 0) {
-            true => Ok(()),
-            false => found(page),
-        }
-    })
 }

@@ -11,8 +11,7 @@ use cow_format::{
 };
 
 use super::bitmap_pages::for_each_stray;
-use super::side_file::{self, RawSideHeader};
-use super::trust::make_void;
+use super::side_file::{self, RawSideHeader, make_void};
 use crate::storage::{Access, Env, Storage};
 
 /// Locks over the pages of the live bitmap. Few queues set new bits at once, so that a collision is rare.

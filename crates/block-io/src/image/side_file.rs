@@ -4,6 +4,7 @@
 //! close removes it. It is used only under the COW file's exclusive lock, or read under its shared lock. Nothing in it is ever
 //! synced on purpose: it speaks of one page cache, and lives in it. Specified in `docs/spec/format-side-file.md`.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use cow_format::header::CacheWitness;
@@ -11,7 +12,7 @@ use cow_format::{BITMAP_PAGE, ByteOffset, Geometry};
 use zerocopy::little_endian::{I64, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::storage::{BootId, FileStat};
+use crate::storage::{BootId, FileStat, Storage};
 
 /// The first bytes of a side file.
 const MAGIC: [u8; 8] = *b"COWLIVE\n";
@@ -108,4 +109,10 @@ pub(crate) fn path_for(cow: &Path) -> PathBuf {
     let mut path = cow.as_os_str().to_owned();
     path.push(".live");
     PathBuf::from(path)
+}
+
+/// Makes a side file one that is never valid.
+pub(crate) fn make_void(side_file: &impl Storage) -> io::Result<()> {
+    side_file.write_all_at(&RawSideHeader::buffer(), ByteOffset::new(0))?;
+    side_file.write_durably(&RawSideHeader::buffer(), ByteOffset::new(0))
 }

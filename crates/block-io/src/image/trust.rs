@@ -16,7 +16,7 @@ use super::ImageError;
 use super::header_io::UpdateError;
 use super::journal::replay;
 use super::opened::Opened;
-use super::side_file::{self, RawSideHeader};
+use super::side_file::{self, RawSideHeader, make_void};
 use crate::storage::{Access, Env, Storage};
 
 /// By what the live bitmap of a file in use is judged.
@@ -173,12 +173,6 @@ fn believe_uml<E: Env>(
             Ok(false)
         }
     }
-}
-
-/// Makes a side file one that is never valid.
-pub(crate) fn make_void(side_file: &impl Storage) -> io::Result<()> {
-    side_file.write_all_at(&RawSideHeader::buffer(), ByteOffset::new(0))?;
-    side_file.write_durably(&RawSideHeader::buffer(), ByteOffset::new(0))
 }
 
 fn say_not_written(path: &Path, err: &io::Error) {

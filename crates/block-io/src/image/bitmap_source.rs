@@ -7,10 +7,9 @@ use cow_format::{BITMAP_PAGE, Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS
 
 use super::ImageError;
 use super::bitmap_pages::{for_each_stray, read_pages};
-use super::journal::must_be_replayed;
 use super::opened::Opened;
 use super::side_file;
-use super::trust::{Trust, live_counts, valid_side_file};
+use super::trust::{Trust, live_counts, must_be_replayed, valid_side_file};
 use crate::storage::{Env, Storage};
 
 const PAGE_LEN: u64 = BITMAP_PAGE as u64;

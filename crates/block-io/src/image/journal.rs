@@ -6,7 +6,6 @@
 
 use std::io;
 
-use cow_format::header::NativeHeader;
 use cow_format::journal::{BLOCK, Epoch, JournalArea, Records, record_len, seal};
 use cow_format::{Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS, SectorRange};
 use uuid::Uuid;
@@ -15,9 +14,8 @@ use super::ImageError;
 use super::flush::flush;
 use super::header_io::{UpdateError, write_native_synced};
 use super::opened::Opened;
-use super::trust::{Trust, live_counts};
 use super::write_tracker::WriteTracker;
-use crate::storage::{Env, Storage};
+use crate::storage::Storage;
 
 /// How often a flush waits for writes of the same sectors to end before it is done in place: they take microseconds, or it
 /// is not worth waiting.
@@ -205,24 +203,6 @@ fn read(
     true
 }
 
-/// Whether flushed sectors stand in the journal and maybe not in their place. Where the live bitmap counts they do: the page
-/// cache has everything.
-pub(crate) fn must_be_replayed<E: Env>(
-    env: &E,
-    cow: &Opened<E::File>,
-    native: &NativeHeader,
-    trust: Trust,
-) -> Result<bool, ImageError> {
-    let Some((area, epoch)) = native.journal().zip(native.journal_epoch()) else {
-        return Ok(false);
-    };
-    if live_counts(env, &cow.file, native, trust)? {
-        return Ok(false);
-    }
-    let journal = read_journal(cow, area)?;
-    Ok(Records::new(&journal, epoch, native.geometry().sectors()).next().is_some())
-}
-
 /// Puts in place, durably, what stands in the journal of a file whose live bitmap does not count. For a file under its
 /// exclusive lock, before its bitmaps are read. Can be interrupted, and then begins again.
 pub(crate) fn replay<F: Storage>(cow: &Opened<F>, header: &mut Header) -> Result<(), ImageError> {
@@ -238,7 +218,10 @@ pub(crate) fn replay<F: Storage>(cow: &Opened<F>, header: &mut Header) -> Result
     Ok(())
 }
 
-fn read_journal<F: Storage>(cow: &Opened<F>, area: JournalArea) -> Result<Vec<u8>, ImageError> {
+pub(crate) fn read_journal<F: Storage>(
+    cow: &Opened<F>,
+    area: JournalArea,
+) -> Result<Vec<u8>, ImageError> {
     let mut journal = vec![0; usize::try_from(area.len()).unwrap_or(0)];
     let read = cow.file.read_zero_filled(&mut journal, area.at());
     read.map_err(ImageError::io(&cow.path, "read the journal"))?;

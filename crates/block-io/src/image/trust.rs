@@ -9,12 +9,13 @@ use std::io;
 use std::path::Path;
 
 use cow_format::header::{BootId, NativeHeader, NativeState, PageCache};
+use cow_format::journal::Records;
 use cow_format::{ByteOffset, Header};
 use uuid::Uuid;
 
 use super::ImageError;
 use super::header_io::UpdateError;
-use super::journal::replay;
+use super::journal::{read_journal, replay};
 use super::opened::Opened;
 use super::side_file::{self, RawSideHeader, make_void};
 use crate::storage::{Access, Env, Storage};
@@ -50,6 +51,24 @@ pub(crate) fn live_counts<E: Env>(
         Trust::Held => live.boot == here.boot,
         Trust::Nothing => false,
     })
+}
+
+/// Whether flushed sectors stand in the journal and maybe not in their place. Where the live bitmap counts they do: the page
+/// cache has everything.
+pub(crate) fn must_be_replayed<E: Env>(
+    env: &E,
+    cow: &Opened<E::File>,
+    native: &NativeHeader,
+    trust: Trust,
+) -> Result<bool, ImageError> {
+    let Some((area, epoch)) = native.journal().zip(native.journal_epoch()) else {
+        return Ok(false);
+    };
+    if live_counts(env, &cow.file, native, trust)? {
+        return Ok(false);
+    }
+    let journal = read_journal(cow, area)?;
+    Ok(Records::new(&journal, epoch, native.geometry().sectors()).next().is_some())
 }
 
 /// The side file of the UML COW file `cow`, if its live bitmap counts.

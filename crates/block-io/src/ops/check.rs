@@ -12,9 +12,8 @@ use crate::image::DiskOptions;
 use crate::image::bitmap_source::BitmapSource;
 use crate::image::chain::Opener;
 use crate::image::header_io::write_native_synced;
-use crate::image::journal::must_be_replayed;
 use crate::image::opened::Opened;
-use crate::image::trust::{Trust, recover};
+use crate::image::trust::{Trust, must_be_replayed, recover};
 use crate::storage::{Env, Storage};
 
 /// Bytes of disk that one page of the bitmap speaks of.

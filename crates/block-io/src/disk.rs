@@ -4,7 +4,7 @@
 //! [`Writing::written`] is told when that has completed. Everything that must happen in a certain order
 //! (docs/architecture.md, "Durability") happens here.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -18,30 +18,12 @@ use crate::image::demand_load::{Failed, demand_load, demand_load_top};
 use crate::image::flush::{FlushFailure, flush};
 use crate::image::header_io::{Newest, NotMarked, mark_settled, say_not_marked, void_live};
 use crate::image::journal::Journal;
+use crate::image::layer::Layer;
 use crate::image::live::LiveBitmap;
 use crate::image::write_tracker::WriteTracker;
 use crate::image::{Chain, DiskError, DiskOptions, ImageError, open_chain, open_single};
 use crate::storage::file::{File, Host};
 use crate::storage::{Env, Storage};
-
-/// One file of an open disk.
-#[derive(Debug)]
-pub struct Layer<F> {
-    pub(crate) file: F,
-    pub(crate) path: PathBuf,
-}
-
-impl<F> Layer<F> {
-    /// The open file. A real one has a buffered and maybe a direct description, see [`crate::storage::file::File`].
-    pub fn file(&self) -> &F {
-        &self.file
-    }
-
-    /// The path under which it was opened.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-}
 
 /// An open disk. Dropping it without [`Disk::close`] is as the death of the process: nothing that was acknowledged is
 /// lost, and the next opening finds the file in use.

@@ -15,6 +15,7 @@ mod sweep;
 pub mod testing;
 
 pub use committer::{Committer, Flushed, Waiter};
-pub use disk::{Disk, Layer, Writing};
+pub use disk::{Disk, Writing};
+pub use image::layer::Layer;
 pub use image::{CachePolicy, CowFormat, DiskError, DiskOptions, ImageError};
 pub use storage::file::Host;

@@ -16,7 +16,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 
 use crate::base_watch::lease::{Lease, Leases};
-use crate::disk::{Disk, Layer};
+use crate::disk::Disk;
+use crate::image::layer::Layer;
 use crate::storage::file::{File, Host};
 use crate::storage::proc_fs::{descriptor_path, shows_descriptors};
 use crate::storage::{Access, Env, Storage};

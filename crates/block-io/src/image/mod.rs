@@ -11,6 +11,7 @@ pub(crate) mod flush;
 pub(crate) mod header_io;
 pub(crate) mod identity;
 pub(crate) mod journal;
+pub(crate) mod layer;
 pub(crate) mod live;
 pub(crate) mod open;
 pub(crate) mod opened;

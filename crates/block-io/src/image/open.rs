@@ -11,10 +11,11 @@ use super::create::{CreateOptions, create_cow};
 use super::header_io::{check_writable, make_writable, set_backing_path};
 use super::identity::renewed;
 use super::journal::Journal;
+use super::layer::Layer;
 use super::opened::Opened;
 use super::trust::{Trust, recover};
 use super::{CachePolicy, CowFormat, DiskOptions, ImageError};
-use crate::disk::{Layer, WritableCow};
+use crate::disk::WritableCow;
 use crate::storage::{Access, Env, FILE_BLOCK, Storage};
 
 /// Everything that an open disk consists of.

@@ -10,10 +10,11 @@ use super::copy::{Share, copy, writers};
 use super::walk::{Image, Piece, Source};
 use super::zeroes::is_zero;
 use super::{Copying, OpError, Output, parallel};
-use crate::disk::{Disk, Layer};
+use crate::disk::Disk;
 use crate::image::CreateOptions;
 use crate::image::NewCow;
 use crate::image::flush::flush;
+use crate::image::layer::Layer;
 use crate::storage::{Env, Storage};
 
 /// Writes the content of `disk`, its last partial sector included, to a raw image that gets the name `out` when it is

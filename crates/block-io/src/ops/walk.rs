@@ -4,7 +4,8 @@ use cow_format::{ByteOffset, Extent, LayerIndex, Sector, SectorRange};
 
 use super::OpError;
 use super::holes::Holes;
-use crate::disk::{Disk, Layer};
+use crate::disk::Disk;
+use crate::image::layer::Layer;
 use crate::storage::{Env, FileId, Storage};
 
 /// A disk that is read as a whole.

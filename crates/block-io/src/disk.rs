@@ -8,9 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use cow_format::{
-    Bitmap, ByteOffset, Extents, Geometry, Header, LayerMap, Sector, SectorCount, SectorRange,
-};
+use cow_format::{Bitmap, ByteOffset, Extents, Header, LayerMap, Sector, SectorCount, SectorRange};
 
 use crate::fault_injection;
 use crate::image::bitmap_source::BitmapSource;
@@ -19,7 +17,7 @@ use crate::image::flush::{FlushFailure, flush};
 use crate::image::header_io::{Newest, NotMarked, mark_settled, say_not_marked, void_live};
 use crate::image::journal::Journal;
 use crate::image::layer::Layer;
-use crate::image::live::LiveBitmap;
+use crate::image::writable::WritableCow;
 use crate::image::write_tracker::WriteTracker;
 use crate::image::{Chain, DiskError, DiskOptions, ImageError, open_chain, open_single};
 use crate::storage::file::{File, Host};
@@ -60,15 +58,6 @@ pub struct Disk<E: Env = Host> {
 pub struct Writing<'a, E: Env = Host> {
     disk: &'a Disk<E>,
     range: SectorRange,
-}
-
-/// What a COW file needs while it is open for writing.
-pub(crate) struct WritableCow<F> {
-    pub(crate) header: Mutex<Header>,
-    pub(crate) geometry: Geometry,
-    pub(crate) live: LiveBitmap<F>,
-    /// The live bitmap that a predecessor left may say what is not durable and not known yet.
-    pub(crate) unread: AtomicBool,
 }
 
 impl Disk {

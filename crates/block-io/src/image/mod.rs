@@ -20,6 +20,7 @@ mod resize;
 pub(crate) mod side_file;
 mod snapshot;
 pub(crate) mod trust;
+pub(crate) mod writable;
 pub(crate) mod write_tracker;
 
 pub use create::{BaseOptions, CreateOptions, create_cow, create_file};

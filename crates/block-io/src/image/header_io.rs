@@ -6,13 +6,12 @@ use std::path::Path;
 
 use cow_format::header::{Backing, NativeHeader, NativeState, UmlHeader};
 use cow_format::identity::Timestamp;
-use cow_format::{Bitmap, ByteOffset, Header, HeaderError};
+use cow_format::{Bitmap, ByteOffset, Header, HeaderError, SECTOR_SIZE};
 
 use super::ImageError;
 use super::flush::{FlushFailure, flush};
 use super::opened::Opened;
-use crate::storage::Storage;
-use crate::testing::mem::SECTOR;
+use crate::storage::{SECTOR, Storage};
 
 /// A header that could not be changed.
 #[derive(Debug)]
@@ -77,7 +76,7 @@ pub(crate) fn write_uml_backing(
             let between = old.with_backing(b"(interrupted-rebind)", mtime)?.encode()?;
             write_synced(file, &between[..SECTOR], 0)?;
         }
-        write_synced(file, &bytes[SECTOR..], SECTOR as u64)?;
+        write_synced(file, &bytes[SECTOR..], SECTOR_SIZE)?;
     }
     write_synced(file, &bytes[..SECTOR], 0)?;
     Ok(new)

@@ -8,9 +8,8 @@ use cow_format::{SectorCount, SectorRange};
 use super::copy::{PAGE, PageBuffer};
 use super::walk::{Image, Piece, Reader, Source};
 use super::{OpError, Progress, parallel};
+use crate::storage::SECTOR;
 
-/// A sector, in bytes of memory.
-const SECTOR: usize = 512;
 /// Bytes that are compared at once.
 const BUFFER: usize = 1 << 20;
 

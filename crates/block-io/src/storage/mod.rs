@@ -1,7 +1,7 @@
 //! What a format needs of the place where it is stored, and of the names around it.
 //!
 //! [`Storage`] is one file, [`Env`] the directory tree, the clock of boots and the locks. Both exist for the real
-//! system ([`crate::storage::file`]) and for the simulated disk ([`crate::testing::sim`]), so that exactly the same code runs on both.
+//! system ([`crate::storage::file`]) and for the simulated disk (`crate::testing::sim`), so that exactly the same code runs on both.
 
 pub mod file;
 pub(crate) mod filesystem;
@@ -78,6 +78,10 @@ impl FileStat {
 /// The logical block of a file that is no block device, in bytes.
 pub const FILE_BLOCK: u32 = 512;
 const _: () = assert!(FILE_BLOCK as u64 == SECTOR_SIZE);
+
+/// A sector, as the length of something in memory.
+pub(crate) const SECTOR: usize = 512;
+const _: () = assert!(SECTOR as u64 == SECTOR_SIZE);
 
 /// Device and inode number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

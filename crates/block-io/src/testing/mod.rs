@@ -1,4 +1,4 @@
-//! What tests put in place of the real system: a simulated disk that loses power.
+//! Test doubles for the real system: a simulated disk that loses power. Compiled only with the feature `testing`.
 
-pub(crate) mod mem;
 pub mod sim;
+mod sparse_bytes;

@@ -9,10 +9,10 @@ use cow_format::identity::Timestamp;
 
 use super::inode::Inode;
 use super::{CrashKind, Go, Operation, Sim, Verdict, World, crash_error};
+use crate::storage::SECTOR;
 use crate::storage::{
     Access, FILE_BLOCK, FileId, FileKind, FileStat, LockError, LockKind, Storage,
 };
-use crate::testing::mem::SECTOR;
 
 /// An open file of a [`Sim`].
 pub struct SimFile {

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::Choices;
-use crate::testing::mem::{SECTOR, SectorBytes, SparseBytes, ZERO_SECTOR};
+use crate::storage::SECTOR;
+use crate::testing::sparse_bytes::{SectorBytes, SparseBytes, ZERO_SECTOR};
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Inode {

@@ -5,11 +5,11 @@ use std::ops::Range;
 
 use cow_format::SECTOR_SIZE;
 
+use crate::storage::SECTOR;
+
 /// The unit that a disk writes as a whole.
 pub(crate) type SectorBytes = [u8; SECTOR];
-pub(crate) const SECTOR: usize = 512;
 pub(crate) const ZERO_SECTOR: SectorBytes = [0; SECTOR];
-const _: () = assert!(SECTOR as u64 == SECTOR_SIZE);
 
 /// A byte array with holes. Sectors of zeros take no room.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use cow_format::check::leaks;
 use cow_format::{ByteOffset, Geometry, Header, SECTOR_SIZE, Sector, SectorCount, SectorRange};
 
 use crate::disk::Disk;
-use crate::image::writable::WritableCow;
+use crate::image::write::writable::WritableCow;
 use crate::storage::{Env, Storage};
 
 /// Bytes that are looked at, and punched out at most, at a time: so long may a write have to wait, some milliseconds.

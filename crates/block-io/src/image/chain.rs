@@ -10,7 +10,7 @@ use cow_format::header::{BackingFormat, NativeState};
 use cow_format::identity::{BackingIdentity, Doubt};
 use cow_format::{Geometry, Header};
 
-use super::bitmap_source::BitmapSource;
+use super::bitmap::source::BitmapSource;
 use super::identity::verify;
 use super::opened::Opened;
 use super::trust::Trust;

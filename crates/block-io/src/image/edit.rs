@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use cow_format::header::NativeHeader;
 use cow_format::{Bitmap, Header};
 
-use super::bitmap_source::BitmapSource;
+use super::bitmap::source::BitmapSource;
 use super::chain::Opener;
-use super::header_io::settle;
 use super::opened::Opened;
 use super::trust::recover;
+use super::write::header_io::settle;
 use super::{DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 

@@ -7,7 +7,8 @@ use cow_format::header::BackingFormat;
 use cow_format::identity::IdentityError;
 use cow_format::{DataTruncated, HeaderError};
 
-use super::{CHAIN_DEPTH_MAX, side_file};
+use super::CHAIN_DEPTH_MAX;
+use super::bitmap::side_file;
 use crate::storage::{FileKind, LockError};
 
 /// An image that was not opened, made or changed. Each names its file first.

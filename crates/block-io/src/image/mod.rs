@@ -1,27 +1,19 @@
 //! Images: one file or a chain of them, opened, made and changed.
 
-pub(crate) mod bitmap_pages;
-pub(crate) mod bitmap_source;
+pub(crate) mod bitmap;
 pub(crate) mod chain;
 mod create;
-pub(crate) mod demand_load;
 mod edit;
 mod error;
-pub(crate) mod flush;
-pub(crate) mod header_io;
 pub(crate) mod identity;
-pub(crate) mod journal;
 pub(crate) mod layer;
-pub(crate) mod live;
 pub(crate) mod open;
 pub(crate) mod opened;
 mod rebind;
 mod resize;
-pub(crate) mod side_file;
 mod snapshot;
 pub(crate) mod trust;
-pub(crate) mod writable;
-pub(crate) mod write_tracker;
+pub(crate) mod write;
 
 pub use create::{BaseOptions, CreateOptions, create_cow, create_file};
 pub(crate) use create::{NewCow, Unpublished, native_backing};

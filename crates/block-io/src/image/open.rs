@@ -5,16 +5,16 @@ use std::path::Path;
 
 use cow_format::{Bitmap, ByteOffset, Geometry, Header, LayerMap, SECTOR_SIZE};
 
-use super::bitmap_source::BitmapSource;
+use super::bitmap::source::BitmapSource;
 use super::chain::{Content, Lower, Opener, path_to_store, reference, resolve};
 use super::create::{CreateOptions, create_cow};
-use super::header_io::{check_writable, set_backing_path};
 use super::identity::renewed;
-use super::journal::Journal;
 use super::layer::Layer;
 use super::opened::Opened;
 use super::trust::{Trust, recover};
-use super::writable::{WritableCow, make_writable};
+use super::write::header_io::{check_writable, set_backing_path};
+use super::write::journal::Journal;
+use super::write::writable::{WritableCow, make_writable};
 use super::{CachePolicy, CowFormat, DiskOptions, ImageError};
 use crate::storage::{Access, Env, FILE_BLOCK, Storage};
 

@@ -10,9 +10,9 @@ use cow_format::identity::{ActualIdentity, BackingIdentity};
 
 use super::chain::{Opener, path_to_store, reference, resolve};
 use super::edit::ChangeError;
-use super::header_io::{set_backing_path, write_native_synced};
 use super::identity::{identity_of, verify};
 use super::opened::Opened;
+use super::write::header_io::{set_backing_path, write_native_synced};
 use super::{CowFormat, DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 

@@ -15,7 +15,7 @@ use cow_format::{
 
 use super::chain::Opener;
 use super::edit::{ChangeError, Edit, native_of};
-use super::header_io::{check_writable, write_native_synced};
+use super::write::header_io::{check_writable, write_native_synced};
 use super::{DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::chain::{Opener, path_to_store};
 use super::create::{create_file, write_new_native};
 use super::edit::{ChangeError, Edit, native_of};
-use super::header_io::write_native_synced;
+use super::write::header_io::write_native_synced;
 use super::{CowFormat, DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 

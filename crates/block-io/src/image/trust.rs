@@ -14,10 +14,10 @@ use cow_format::{ByteOffset, Header};
 use uuid::Uuid;
 
 use super::ImageError;
-use super::header_io::UpdateError;
-use super::journal::{read_journal, replay};
+use super::bitmap::side_file::{self, RawSideHeader, make_void};
 use super::opened::Opened;
-use super::side_file::{self, RawSideHeader, make_void};
+use super::write::header_io::UpdateError;
+use super::write::journal::{read_journal, replay};
 use crate::storage::{Access, Env, Storage};
 
 /// By what the live bitmap of a file in use is judged.

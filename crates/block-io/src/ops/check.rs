@@ -9,11 +9,11 @@ use cow_format::{BITMAP_PAGE, Bitmap, ByteOffset, Geometry, Header};
 use super::OpError;
 use crate::disk::Disk;
 use crate::image::DiskOptions;
-use crate::image::bitmap_source::BitmapSource;
+use crate::image::bitmap::source::BitmapSource;
 use crate::image::chain::Opener;
-use crate::image::header_io::write_native_synced;
 use crate::image::opened::Opened;
 use crate::image::trust::{Trust, must_be_replayed, recover};
+use crate::image::write::header_io::write_native_synced;
 use crate::storage::{Env, Storage};
 
 /// Bytes of disk that one page of the bitmap speaks of.

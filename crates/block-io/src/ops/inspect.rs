@@ -7,7 +7,7 @@ use cow_format::identity::{ActualIdentity, BackingIdentity, Doubt, IdentityError
 use cow_format::{Bitmap, Header, HeaderError, SectorCount};
 
 use super::merge_marker::note_path;
-use crate::image::bitmap_source::BitmapSource;
+use crate::image::bitmap::source::BitmapSource;
 use crate::image::chain::{Reference, reference, resolve};
 use crate::image::identity::verify;
 use crate::image::opened::Opened;

@@ -13,8 +13,8 @@ use super::{Copying, OpError, Output, parallel};
 use crate::disk::Disk;
 use crate::image::CreateOptions;
 use crate::image::NewCow;
-use crate::image::flush::flush;
 use crate::image::layer::Layer;
+use crate::image::write::flush::flush;
 use crate::storage::{Env, Storage};
 
 /// Writes the content of `disk`, its last partial sector included, to a raw image that gets the name `out` when it is

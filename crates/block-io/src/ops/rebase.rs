@@ -12,9 +12,9 @@ use super::zeroes::is_zero;
 use super::{OpError, Progress, parallel};
 use crate::disk::Disk;
 use crate::image::chain::{Opener, path_to_store};
-use crate::image::header_io::{check_writable, set_backing_path, write_native_synced};
 use crate::image::identity::identity_of;
 use crate::image::opened::Opened;
+use crate::image::write::header_io::{check_writable, set_backing_path, write_native_synced};
 use crate::image::{BaseOptions, CowFormat, DiskOptions, ImageError, native_backing};
 use crate::storage::{Env, Storage};
 

@@ -5,10 +5,11 @@ use std::path::Path;
 use cow_format::{ByteOffset, Header};
 
 use super::{OpError, check};
+use crate::image::DiskOptions;
+use crate::image::bitmap::side_file;
 use crate::image::chain::Opener;
-use crate::image::header_io::{check_writable, mark_clean};
 use crate::image::opened::Opened;
-use crate::image::{DiskOptions, side_file};
+use crate::image::write::header_io::{check_writable, mark_clean};
 use crate::storage::{Env, Storage};
 
 /// What file systems allocate at a time.

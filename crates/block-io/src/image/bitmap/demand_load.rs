@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use cow_format::{LayerMap, SectorRange};
 
-use super::bitmap_source::BitmapSource;
+use super::source::BitmapSource;
 use crate::storage::Storage;
 
 /// Bitmap pages that are read at once (64 KiB, 256 MiB of disk): what lies near is asked for soon, and a read of so much

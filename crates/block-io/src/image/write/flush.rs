@@ -5,7 +5,7 @@ use std::path::Path;
 
 use cow_format::{Bitmap, FlushPass, Geometry, Next};
 
-use super::ImageError;
+use crate::image::ImageError;
 use crate::storage::Storage;
 
 /// What stopped a flush.

@@ -10,7 +10,7 @@ use cow_format::{
     BITMAP_PAGE, Bitmap, ByteOffset, Geometry, PAGE_SECTORS, Sector, SectorCount, SectorRange,
 };
 
-use super::bitmap_pages::for_each_stray;
+use super::pages::for_each_stray;
 use super::side_file::{self, RawSideHeader, make_void};
 use crate::storage::{Access, Env, Storage};
 

@@ -10,11 +10,11 @@ use cow_format::journal::{BLOCK, Epoch, JournalArea, Records, record_len, seal};
 use cow_format::{Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS, SectorRange};
 use uuid::Uuid;
 
-use super::ImageError;
 use super::flush::flush;
 use super::header_io::{UpdateError, write_native_synced};
-use super::opened::Opened;
 use super::write_tracker::WriteTracker;
+use crate::image::ImageError;
+use crate::image::opened::Opened;
 use crate::storage::Storage;
 
 /// How often a flush waits for writes of the same sectors to end before it is done in place: they take microseconds, or it

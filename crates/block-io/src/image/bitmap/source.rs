@@ -5,11 +5,11 @@ use std::ops::Range;
 
 use cow_format::{BITMAP_PAGE, Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS, SECTOR_SIZE};
 
-use super::ImageError;
-use super::bitmap_pages::{for_each_stray, read_pages};
-use super::opened::Opened;
+use super::pages::{for_each_stray, read_pages};
 use super::side_file;
-use super::trust::{Trust, live_counts, must_be_replayed, valid_side_file};
+use crate::image::ImageError;
+use crate::image::opened::Opened;
+use crate::image::trust::{Trust, live_counts, must_be_replayed, valid_side_file};
 use crate::storage::{Env, Storage};
 
 const PAGE_LEN: u64 = BITMAP_PAGE as u64;

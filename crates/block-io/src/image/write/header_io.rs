@@ -8,9 +8,9 @@ use cow_format::header::{Backing, NativeHeader, NativeState, UmlHeader};
 use cow_format::identity::Timestamp;
 use cow_format::{Bitmap, ByteOffset, Header, HeaderError, SECTOR_SIZE};
 
-use super::ImageError;
 use super::flush::{FlushFailure, flush};
-use super::opened::Opened;
+use crate::image::ImageError;
+use crate::image::opened::Opened;
 use crate::storage::{SECTOR, Storage};
 
 /// A header that could not be changed.

@@ -8,11 +8,11 @@ use std::sync::atomic::AtomicBool;
 use cow_format::header::{NativeHeader, PageCache};
 use cow_format::{Geometry, Header};
 
-use super::ImageError;
 use super::header_io::{Newest, UpdateError, void_live};
-use super::live::LiveBitmap;
-use super::opened::Opened;
-use super::trust::page_cache;
+use crate::image::ImageError;
+use crate::image::bitmap::live::LiveBitmap;
+use crate::image::opened::Opened;
+use crate::image::trust::page_cache;
 use crate::storage::{Env, Storage};
 
 /// What a COW file needs while it is open for writing.

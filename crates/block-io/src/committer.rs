@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -12,6 +12,7 @@ use crate::disk::Disk;
 use crate::image::DiskError;
 use crate::pulse::Pulse;
 use crate::storage::Env;
+use crate::sync::lock;
 
 /// Stack of the committer's thread in bytes: a flush pass keeps its pages on the heap, so a small one does.
 const STACK_BYTES: usize = 256 << 10;
@@ -182,10 +183,6 @@ impl Mailbox {
             log::debug!("committer: eventfd: {err}");
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

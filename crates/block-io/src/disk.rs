@@ -6,7 +6,7 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use cow_format::{Bitmap, ByteOffset, Extents, Header, LayerMap, Sector, SectorCount, SectorRange};
 
@@ -22,6 +22,7 @@ use crate::image::write::write_tracker::WriteTracker;
 use crate::image::{Chain, DiskError, DiskOptions, ImageError, open_chain, open_single};
 use crate::storage::file::{File, Host};
 use crate::storage::{Env, Storage};
+use crate::sync::lock;
 
 /// An open disk. Dropping it without [`Disk::close`] is as the death of the process: nothing that was acknowledged is
 /// lost, and the next opening finds the file in use.
@@ -365,7 +366,7 @@ impl<E: Env> Disk<E> {
 
     /// The header of the COW file, if it is open for writing.
     pub(crate) fn header(&self) -> Option<MutexGuard<'_, Header>> {
-        Some(self.cow.as_ref()?.header.lock().unwrap_or_else(PoisonError::into_inner))
+        Some(lock(&self.cow.as_ref()?.header))
     }
 
     fn top(&self) -> &Layer<E::File> {
@@ -454,8 +455,4 @@ impl<E: Env> Drop for Writing<'_, E> {
     fn drop(&mut self) {
         self.disk.unflushed.end(self.range);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

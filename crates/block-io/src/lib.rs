@@ -12,6 +12,7 @@ pub mod pulse;
 pub mod ring;
 pub mod storage;
 mod sweep;
+mod sync;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 

@@ -6,7 +6,6 @@
 //! then holds nothing that anybody was told is there.
 
 use std::ops::Range;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use cow_format::check::leaks;
@@ -14,12 +13,11 @@ use cow_format::{ByteOffset, Geometry, Header, SECTOR_SIZE, Sector, SectorCount,
 
 use crate::disk::Disk;
 use crate::image::write::writable::WritableCow;
-use crate::storage::{Env, Storage};
+use crate::storage::{Env, FS_BLOCK, Storage};
+use crate::sync::lock;
 
 /// Bytes that are looked at, and punched out at most, at a time: so long may a write have to wait, some milliseconds.
 const PIECE_BYTES: u64 = 4 << 20;
-/// What file systems allocate at a time.
-const BLOCK: u64 = 4096;
 
 impl<E: Env> Disk<E> {
     /// Gives back what leaked, for as long as `go_on` says so and the disk is not closed. To be called once, by a thread of its
@@ -45,14 +43,14 @@ impl<E: Env> Disk<E> {
     /// The next data at or after `at`, a piece of it.
     fn next_piece(&self, cow: &WritableCow<E::File>, at: u64) -> Option<Range<u64>> {
         let file = self.layers()[0].file();
-        let end = match &*cow.header.lock().unwrap_or_else(PoisonError::into_inner) {
+        let end = match &*lock(&cow.header) {
             Header::Native(_) => cow.geometry.sector_at(cow.geometry.all().end()).get(),
             // A new UML file is made by writing its last byte: that block is no leak.
-            Header::Uml(_) => file.len().ok()?.saturating_sub(1) / BLOCK * BLOCK,
+            Header::Uml(_) => file.len().ok()?.saturating_sub(1) / FS_BLOCK * FS_BLOCK,
         };
         let data = file.next_data(ByteOffset::new(at)).ok()??;
         let start = data.start.max(at);
-        let end = data.end.min(end).min(start / BLOCK * BLOCK + PIECE_BYTES);
+        let end = data.end.min(end).min(start / FS_BLOCK * FS_BLOCK + PIECE_BYTES);
         (start < end).then_some(start..end)
     }
 
@@ -67,7 +65,7 @@ impl<E: Env> Disk<E> {
             let blocks = at.get()..at.get() + len;
             let range = sectors(geometry, &blocks)?;
             // Whoever closes the disk waits for this, and then nothing more is done: others may have the file by then.
-            let _open = self.sweeping.lock().unwrap_or_else(PoisonError::into_inner);
+            let _open = lock(&self.sweeping);
             if self.is_closed() || self.is_failed() {
                 return None;
             }

@@ -14,13 +14,10 @@ use crate::image::chain::Opener;
 use crate::image::opened::Opened;
 use crate::image::trust::{Trust, must_be_replayed, recover};
 use crate::image::write::header_io::write_native_synced;
-use crate::storage::{Env, Storage};
+use crate::storage::{Env, FS_BLOCK, Storage};
 
 /// Bytes of disk that one page of the bitmap speaks of.
 const PAGE_SPAN: u64 = BITMAP_PAGE as u64 * 8 * 512;
-
-/// What file systems allocate at a time.
-const BLOCK: u64 = 4096;
 
 /// Something that was found, and what was done about it.
 #[derive(Debug)]
@@ -100,7 +97,7 @@ fn find<F: Storage>(cow: &Opened<F>, header: &Header, bitmap: &Bitmap) -> Result
     let end = match header {
         Header::Native(_) => u64::MAX,
         // A new UML file is made by writing its last byte: that block is no leak.
-        Header::Uml(_) => cow.stat.size.saturating_sub(1) / BLOCK * BLOCK,
+        Header::Uml(_) => cow.stat.size.saturating_sub(1) / FS_BLOCK * FS_BLOCK,
     };
     // Where all counts as data nobody knows what is allocated.
     let knows = cow.file.knows_holes();

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use cow_format::{SectorCount, SectorRange};
 
-use super::copy::{PAGE, PageBuffer};
+use super::copy::PageBuffer;
 use super::walk::{Image, Piece, Reader, Source};
 use super::{OpError, Progress, parallel};
-use crate::storage::SECTOR;
+use crate::storage::{PAGE, SECTOR};
 
 /// Bytes that are compared at once.
 const BUFFER: usize = 1 << 20;

@@ -8,7 +8,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use super::walk::{Image, Piece, Reader, Source};
 use super::zeroes::for_each_run;
 use super::{Copying, OpError, parallel};
-use crate::storage::Storage;
+use crate::storage::{PAGE, Storage};
 
 /// Bytes that a thread reads at once.
 const BUFFER: usize = 2 << 20;
@@ -82,8 +82,6 @@ pub(super) struct PageBuffer(Vec<Page>);
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(4096))]
 struct Page([u8; PAGE]);
-
-pub(super) const PAGE: usize = 4096;
 
 impl PageBuffer {
     /// A buffer of at least `len` zeros.

@@ -15,7 +15,7 @@ use crate::image::CreateOptions;
 use crate::image::NewCow;
 use crate::image::layer::Layer;
 use crate::image::write::flush::flush;
-use crate::storage::{Env, Storage};
+use crate::storage::{Env, FS_BLOCK, Storage};
 
 /// Writes the content of `disk`, its last partial sector included, to a raw image that gets the name `out` when it is
 /// complete and durable. A file that has the name is replaced only if `replace` says so, and never if it is a file of
@@ -50,14 +50,11 @@ pub fn merge_to<E: Env>(
 
 /// How many bytes of a piece are worth sharing: whole blocks, if it begins one in both files, and not few.
 fn shareable(piece: &Piece, at: ByteOffset) -> u64 {
-    let len = piece.len / SHARE_BLOCK * SHARE_BLOCK;
-    let aligned =
-        at.get().is_multiple_of(SHARE_BLOCK) && piece.at.get().is_multiple_of(SHARE_BLOCK);
+    let len = piece.len / FS_BLOCK * FS_BLOCK;
+    let aligned = at.get().is_multiple_of(FS_BLOCK) && piece.at.get().is_multiple_of(FS_BLOCK);
     if aligned && len >= SHARE_MIN { len } else { 0 }
 }
 
-/// What file systems share at a time.
-const SHARE_BLOCK: u64 = 4096;
 /// Fewer bytes are copied: each shared piece is an extent that the file system keeps books of.
 const SHARE_MIN: u64 = 64 << 10;
 

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use cow_format::{Sector, SectorCount, SectorRange};
 
+use crate::sync::lock;
+
 /// Sectors of a piece (8 MiB): a thread takes the next one when it is done, so pieces are small against a disk and
 /// large against a system call.
 const PIECE: u64 = 16384;
@@ -33,7 +35,7 @@ pub fn for_each_piece<S, E: Send>(
             let Some(range) = piece(next.fetch_add(1, Relaxed), sectors) else { break };
             if let Err(err) = work(&mut state, range) {
                 stop.store(true, Relaxed);
-                error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(err);
+                lock(&error).get_or_insert(err);
             }
         }
     };

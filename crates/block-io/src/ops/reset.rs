@@ -10,10 +10,7 @@ use crate::image::bitmap::side_file;
 use crate::image::chain::Opener;
 use crate::image::opened::Opened;
 use crate::image::write::header_io::{check_writable, mark_clean};
-use crate::storage::{Env, Storage};
-
-/// What file systems allocate at a time.
-const BLOCK: u64 = 4096;
+use crate::storage::{Env, FS_BLOCK, Storage};
 
 /// Empties the COW file at `path`: the disk is again what it stands over. An interruption leaves some of the changes, so
 /// run it again then.
@@ -56,7 +53,7 @@ pub(super) fn empty<E: Env>(
     punch(geometry.bitmap_offset(), check::room(header))?;
     sync()?;
     // The last block as a whole, though the file may end within it.
-    let end = cow.file.len().map_err(OpError::io(path, "stat"))?.next_multiple_of(BLOCK);
+    let end = cow.file.len().map_err(OpError::io(path, "stat"))?.next_multiple_of(FS_BLOCK);
     punch(geometry.data_offset(), end.saturating_sub(geometry.data_offset().get()))?;
     sync()
 }

@@ -2,14 +2,15 @@
 
 use std::ops::Range;
 
-/// Zeros are kept as holes in whole blocks of this many bytes: what file systems allocate.
-pub const ZERO_BLOCK: usize = 4096;
+use crate::storage::{FS_BLOCK, ZEROS};
 
-/// To compare with: what the C library does with vectors.
-static ZEROS: [u8; ZERO_BLOCK] = [0; ZERO_BLOCK];
+/// Zeros are kept as holes in whole blocks of this many bytes, [`FS_BLOCK`].
+pub(crate) const ZERO_BLOCK: usize = 4096;
+const _: () = assert!(ZERO_BLOCK as u64 == FS_BLOCK);
 
 /// Whether all bytes are zero.
 pub fn is_zero(bytes: &[u8]) -> bool {
+    // A comparison of slices is the C library's memcmp, which uses vector instructions.
     bytes.chunks(ZERO_BLOCK).all(|chunk| *chunk == ZEROS[..chunk.len()])
 }
 

@@ -31,6 +31,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::{Action, Completion, Part};
+use crate::sync::lock;
 
 /// Threads of one ring: enough for a few slow reads to go on beside each other, few enough that many
 /// queues do not make thousands.
@@ -104,7 +105,7 @@ struct Work {
 
 impl Common {
     fn lock(&self) -> MutexGuard<'_, Work> {
-        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.work)
     }
 }
 

@@ -27,7 +27,7 @@ use crate::storage::lock::{LockRange, try_lock, unlock};
 use crate::storage::proc_fs::{descriptor_path, explain, shows_descriptors};
 use crate::storage::witness;
 use crate::storage::{
-    Access, BootId, Env, FILE_BLOCK, FileId, FileKind, FileStat, LockError, LockKind, Storage,
+    Access, BootId, Env, FILE_BLOCK, FileId, FileKind, FileStat, LockError, LockKind, PAGE, Storage,
 };
 
 /// What direct I/O must be aligned to where the kernel does not say (statx has said since Linux 6.1): no disk wants more.
@@ -35,8 +35,6 @@ const DIRECT_ALIGN_DEFAULT: u32 = 4096;
 
 /// Fewer bytes go through the page cache, where the kernel makes larger transfers of them.
 const LARGE_MIN: usize = 128 << 10;
-/// What a large transfer is aligned to, in memory and in the file.
-const PAGE: usize = 4096;
 /// The number of cachestat(2), Linux 6.5, on all architectures but Alpha.
 const SYS_CACHESTAT: libc::c_long = 451;
 

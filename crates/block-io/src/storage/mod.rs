@@ -79,6 +79,12 @@ impl FileStat {
 pub const FILE_BLOCK: u32 = 512;
 const _: () = assert!(FILE_BLOCK as u64 == SECTOR_SIZE);
 
+/// What file systems allocate, share and punch out at a time, in bytes.
+pub(crate) const FS_BLOCK: u64 = 4096;
+
+/// A page of memory, in bytes: the alignment at which direct I/O and the page cache need no copy.
+pub(crate) const PAGE: usize = 4096;
+
 /// A sector, as the length of something in memory.
 pub(crate) const SECTOR: usize = 512;
 const _: () = assert!(SECTOR as u64 == SECTOR_SIZE);
@@ -120,8 +126,8 @@ impl fmt::Debug for BootId {
     }
 }
 
-/// Zeros that [`Storage::write_zeros`] writes.
-static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+/// Zeros to write, or to compare with.
+pub(crate) static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// One open file.
 ///

@@ -4,7 +4,7 @@
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use cow_format::{
     BITMAP_PAGE, Bitmap, ByteOffset, Geometry, PAGE_SECTORS, Sector, SectorCount, SectorRange,
@@ -13,6 +13,7 @@ use cow_format::{
 use super::pages::for_each_stray;
 use super::side_file::{self, RawSideHeader, make_void};
 use crate::storage::{Access, Env, Storage};
+use crate::sync::lock;
 
 /// Locks over the pages of the live bitmap. Few queues set new bits at once, so that a collision is rare.
 const STRIPES: usize = 64;
@@ -119,7 +120,7 @@ impl<F: Storage> LiveBitmap<F> {
             return Ok(());
         }
         let stripe = usize::try_from(page % STRIPES as u64).unwrap_or(0);
-        let _lock = self.stripes[stripe].lock().unwrap_or_else(PoisonError::into_inner);
+        let _lock = lock(&self.stripes[stripe]);
         let mut words = Words::new(page);
         ranges.iter().for_each(|range| words.add(in_page(*range, page)));
         let (file, at) = self.place(cow);

@@ -6,6 +6,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use cow_format::{SectorRange, journal};
 
+use crate::sync::lock;
+
 /// Sectors (128 KiB) up to which a flush goes into the journal: writing so much twice costs less than a second sync and a
 /// commit of the file system's own journal.
 const SECTORS_MAX: u64 = 256;
@@ -140,7 +142,7 @@ impl WriteTracker {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

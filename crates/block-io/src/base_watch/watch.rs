@@ -34,7 +34,7 @@ const UNTOLD_RETRY_MS: u16 = 1000;
 
 /// What was done to a file on which a disk stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BaseEvent {
+pub(crate) enum BaseEvent {
     /// It is being opened for writing, or truncated.
     Opened,
     /// Its content was written: what the disk reads from it is wrong from now on.
@@ -100,7 +100,7 @@ impl BaseWatch {
     }
 
     /// The same, telling `report`.
-    pub fn spawn_with(
+    pub(crate) fn spawn_with(
         disk: &Disk,
         report: impl Fn(&Path, BaseEvent) + Send + 'static,
     ) -> io::Result<Self> {

@@ -105,7 +105,7 @@ impl<E: Env> Drop for Unpublished<E> {
 
 /// Makes the file `path`, which may exist only if `replace` says so, out of what `fill` writes: it appears under its
 /// name only when it is complete and durable, see `Unpublished`.
-pub fn create_file<E: Env>(
+pub(crate) fn create_file<E: Env>(
     env: &E,
     path: &Path,
     replace: bool,

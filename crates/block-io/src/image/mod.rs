@@ -15,7 +15,7 @@ mod snapshot;
 pub(crate) mod trust;
 pub(crate) mod write;
 
-pub use create::{BaseOptions, CreateOptions, create_cow, create_file};
+pub use create::{BaseOptions, CreateOptions, create_cow};
 pub(crate) use create::{NewCow, Unpublished, native_backing};
 pub use edit::ChangeError;
 pub use error::{DiskError, ImageError};

@@ -98,7 +98,7 @@ impl<A: Reader, B: Reader> Pair<A, B> {
     }
 
     /// Hands out the bytes of the first disk that the second has otherwise, in whole sectors and as long as they can be.
-    pub fn differences(
+    pub(crate) fn differences(
         &mut self,
         range: SectorRange,
         mut found: impl FnMut(u64, &[u8]) -> Result<(), OpError>,

@@ -14,10 +14,10 @@ use crate::storage::{PAGE, Storage};
 const BUFFER: usize = 2 << 20;
 
 /// Where copied bytes go: told their place in the disk. Called from every thread.
-pub type Write<'a> = &'a (dyn Fn(u64, &[u8]) -> Result<(), OpError> + Sync);
+pub(super) type Write<'a> = &'a (dyn Fn(u64, &[u8]) -> Result<(), OpError> + Sync);
 
 /// Tries to have the bytes of a piece without a copy; says how many of them, from its beginning on, that did.
-pub type Share<'a> = &'a (dyn Fn(&Piece) -> Result<u64, OpError> + Sync);
+pub(super) type Share<'a> = &'a (dyn Fn(&Piece) -> Result<u64, OpError> + Sync);
 
 /// Copies `image` by giving `write` all bytes that `share` leaves but holes, and zeros that look like data if `how` says
 /// so.

@@ -20,7 +20,7 @@ pub fn threads() -> NonZeroUsize {
 
 /// Calls `work` for pieces that together are the first `sectors` sectors, from `threads` threads, in rising order as
 /// far as each thread sees it. `state` makes what each thread keeps between its pieces. The first error ends all.
-pub fn for_each_piece<S, E: Send>(
+pub(super) fn for_each_piece<S, E: Send>(
     sectors: SectorCount,
     threads: NonZeroUsize,
     state: impl Fn() -> S + Sync,

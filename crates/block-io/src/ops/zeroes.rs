@@ -9,14 +9,14 @@ pub(crate) const ZERO_BLOCK: usize = 4096;
 const _: () = assert!(ZERO_BLOCK as u64 == FS_BLOCK);
 
 /// Whether all bytes are zero.
-pub fn is_zero(bytes: &[u8]) -> bool {
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
     // A comparison of slices is the C library's memcmp, which uses vector instructions.
     bytes.chunks(ZERO_BLOCK).all(|chunk| *chunk == ZEROS[..chunk.len()])
 }
 
 /// Calls `found` with each run of `bytes`, from the first to the last: its place in `bytes`, and whether it is all
 /// zeros. Runs are made of whole blocks of [`ZERO_BLOCK`], counted from `at` in the output.
-pub fn for_each_run<E>(
+pub(super) fn for_each_run<E>(
     bytes: &[u8],
     at: u64,
     mut found: impl FnMut(Range<usize>, bool) -> Result<(), E>,

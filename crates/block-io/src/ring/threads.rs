@@ -111,7 +111,7 @@ impl Common {
 
 impl Threads {
     /// See [`super::Ring::new`]. The files are kept open by the caller.
-    pub fn new(files: &[Option<BorrowedFd<'_>>], perform: Perform) -> io::Result<Self> {
+    pub(super) fn new(files: &[Option<BorrowedFd<'_>>], perform: Perform) -> io::Result<Self> {
         let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&bell, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, BELL))?;
@@ -143,17 +143,17 @@ impl Threads {
         Ok(())
     }
 
-    pub fn watch(&mut self, fd: BorrowedFd<'_>, data: u64) -> io::Result<()> {
+    pub(super) fn watch(&mut self, fd: BorrowedFd<'_>, data: u64) -> io::Result<()> {
         let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, data);
         Ok(self.epoll.add(fd.as_fd(), event)?)
     }
 
-    pub fn alarm(&mut self, after: Duration, data: u64) {
+    pub(super) fn alarm(&mut self, after: Duration, data: u64) {
         self.alarms.push((Instant::now() + after, data));
     }
 
     /// The iovecs are valid until the completion has been seen.
-    pub fn begin(&mut self, part: Part, iovecs: &[libc::iovec], data: u64) {
+    pub(super) fn begin(&mut self, part: Part, iovecs: &[libc::iovec], data: u64) {
         let Part { action, file, at, len, .. } = part;
         let fd = self.files.get(file.0 as usize).copied().unwrap_or(-1);
         // At most IOVECS_PER_OP_MAX.
@@ -166,7 +166,7 @@ impl Threads {
     }
 
     /// See [`super::Ring::enter`].
-    pub fn enter(&mut self, wait: bool) -> io::Result<()> {
+    pub(super) fn enter(&mut self, wait: bool) -> io::Result<()> {
         let sleeps = self.exchange(wait) && wait;
         self.look(if sleeps { self.until_alarm() } else { EpollTimeout::ZERO })?;
         self.sound_alarms();
@@ -243,11 +243,11 @@ impl Threads {
 
     /// See [`super::Ring::wants_enter`].
     #[inline]
-    pub fn wants_enter(&self) -> bool {
+    pub(super) fn wants_enter(&self) -> bool {
         self.common.any_done.load(Ordering::Acquire)
     }
 
-    pub fn next(&mut self) -> Option<Completion> {
+    pub(super) fn next(&mut self) -> Option<Completion> {
         self.done.pop_front()
     }
 }

@@ -42,7 +42,7 @@ unsafe impl Send for Uring {}
 
 impl Uring {
     /// See [`super::Ring::new`].
-    pub fn new(depth: usize, files: &[Option<BorrowedFd<'_>>]) -> io::Result<Self> {
+    pub(super) fn new(depth: usize, files: &[Option<BorrowedFd<'_>>]) -> io::Result<Self> {
         let entries =
             u32::try_from(depth).unwrap_or(ENTRIES_MAX).next_power_of_two().clamp(8, ENTRIES_MAX);
         let uring = IoUring::builder()
@@ -64,31 +64,31 @@ impl Uring {
     }
 
     /// An operation of [`OPERATIONS`] that the kernel does not know.
-    pub fn missing_operation(&self) -> io::Result<Option<&'static str>> {
+    pub(super) fn missing_operation(&self) -> io::Result<Option<&'static str>> {
         let mut probe = Probe::new();
         self.uring.submitter().register_probe(&mut probe)?;
         Ok(OPERATIONS.iter().find(|(code, _)| !probe.is_supported(*code)).map(|(_, name)| *name))
     }
 
-    pub fn watch(&mut self, fd: RawFd, data: u64) {
+    pub(super) fn watch(&mut self, fd: RawFd, data: u64) {
         let poll = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(true).build();
         self.queue(poll.user_data(data));
     }
 
-    pub fn alarm(&mut self, after: Duration, data: u64) {
+    pub(super) fn alarm(&mut self, after: Duration, data: u64) {
         *self.alarm = types::Timespec::from(after);
         let timeout = opcode::Timeout::new(&raw const *self.alarm).build();
         self.queue(timeout.user_data(data));
     }
 
-    pub fn touch(&mut self, file: FileSlot, at: u64, data: u64) {
+    pub(super) fn touch(&mut self, file: FileSlot, at: u64, data: u64) {
         let read = opcode::Read::new(types::Fixed(file.0), self.touched.as_mut_ptr(), 1);
         self.queue(read.offset(at).build().user_data(data));
     }
 
     /// The iovecs are valid until the completion has been seen.
     #[inline]
-    pub fn begin(&mut self, part: Part, iovecs: &[libc::iovec], data: u64) {
+    pub(super) fn begin(&mut self, part: Part, iovecs: &[libc::iovec], data: u64) {
         self.queue(entry(part, iovecs).user_data(data));
     }
 
@@ -105,7 +105,7 @@ impl Uring {
     }
 
     /// See [`super::Ring::enter`].
-    pub fn enter(&mut self, wait: bool) -> io::Result<()> {
+    pub(super) fn enter(&mut self, wait: bool) -> io::Result<()> {
         if !wait && !self.has_queued() && !self.wants_enter() {
             return Ok(());
         }
@@ -146,13 +146,13 @@ impl Uring {
 
     /// See [`super::Ring::wants_enter`].
     #[inline]
-    pub fn wants_enter(&mut self) -> bool {
+    pub(super) fn wants_enter(&mut self) -> bool {
         let queue = self.uring.submission();
         queue.taskrun() || queue.cq_overflow()
     }
 
     #[inline]
-    pub fn next(&mut self) -> Option<Completion> {
+    pub(super) fn next(&mut self) -> Option<Completion> {
         self.uring.completion().next().map(Completion::from)
     }
 }

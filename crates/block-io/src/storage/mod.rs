@@ -6,7 +6,7 @@
 pub mod file;
 pub(crate) mod filesystem;
 pub(crate) mod lock;
-pub mod proc_fs;
+pub(crate) mod proc_fs;
 pub(crate) mod witness;
 
 use std::fmt;

@@ -15,6 +15,7 @@ use crate::storage::{Env, Storage};
 
 /// A change that was not made. Unless it says otherwise the file is as it was.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ChangeError {
     /// A file could not be opened, written or made.
     #[error(transparent)]

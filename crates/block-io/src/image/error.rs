@@ -13,6 +13,7 @@ use crate::storage::{FileKind, LockError};
 
 /// An image that was not opened, made or changed. Each names its file first.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ImageError {
     /// The system refused an operation.
     #[error("{}: cannot {action}: {source}", path.display())]
@@ -236,6 +237,7 @@ impl ImageError {
 
 /// A disk's operation that failed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DiskError {
     /// The system refused an operation. The disk works on.
     #[error("{}: cannot {action}: {source}", path.display())]

@@ -8,6 +8,7 @@ use crate::storage::{FileKind, LockError};
 
 /// An operation that failed. Each names its file first; an output that was not complete is gone.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum OpError {
     /// An input was not opened.
     #[error(transparent)]

@@ -257,6 +257,7 @@ pub trait Storage: Send + Sync {
 
 /// Why a lock was not taken.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum LockError {
     /// Another opening of the file holds a lock that conflicts.
     #[error("{}", held_by(.pid))]

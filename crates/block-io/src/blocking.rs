@@ -1,4 +1,5 @@
-//! Plain blocking reads and writes on a [`Disk`], for the tool and for tests. The daemon does its own I/O.
+//! Plain blocking reads and writes on a [`Disk`], for the tool and for tests. The daemon does its
+//! own I/O.
 
 use cow_format::{ByteOffset, Extent, SectorRange};
 

@@ -1,4 +1,4 @@
-//! Group commit: one thread per disk makes flushes of all queues that wait at the same time share one pass.
+//! Group commit: one thread per disk lets concurrent flushes of all queues share one pass.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,23 +14,24 @@ use crate::pulse::Pulse;
 use crate::storage::Env;
 use crate::sync::lock;
 
-/// Stack of the committer's thread in bytes: a flush pass keeps its pages on the heap, so a small one does.
+/// Stack of the committer's thread in bytes: a flush pass keeps its pages on the heap, so a small
+/// stack is enough.
 const STACK_BYTES: usize = 256 << 10;
 
-/// Who asked for a flush.
+/// The origin of a flush request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Waiter {
     /// The number of the queue, below the number given to [`Committer::spawn`].
     pub queue: usize,
-    /// What the queue knows the request by.
+    /// How the queue identifies the request.
     pub tag: u32,
 }
 
-/// What came of a flush. All who waited for one pass share its error.
+/// The result of a flush. All waiters of one pass share its error.
 pub type Flushed = Result<(), Arc<DiskError>>;
 
-/// The thread that flushes, and the mailboxes in which it answers. Dropping it ends the thread after what was
-/// submitted has been answered.
+/// The thread that flushes, and the mailboxes in which it answers. Dropping it ends the thread
+/// after everything submitted has been answered.
 #[derive(Debug)]
 pub struct Committer {
     shared: Arc<Shared>,
@@ -38,7 +39,7 @@ pub struct Committer {
     sweeper: Option<Sweeper>,
 }
 
-/// Gives back the space that a crash of the host has left, and ends by itself.
+/// Frees the space that a host crash leaked, then ends.
 #[derive(Debug)]
 struct Sweeper {
     stop: Arc<AtomicBool>,
@@ -74,7 +75,8 @@ impl Committer {
         Ok(committer)
     }
 
-    /// Starts a thread that calls `flush` for one pass, which makes everything before the call durable or fails.
+    /// Starts a thread that calls `flush` for one pass, which makes everything before the call
+    /// durable or fails.
     fn spawn_with(
         queues: usize,
         flush: impl FnMut() -> Result<(), DiskError> + Send + 'static,
@@ -92,8 +94,8 @@ impl Committer {
         Ok(Committer { shared, thread: Some(thread), sweeper: None })
     }
 
-    /// Asks for a flush of every write whose `written()` returned before this call. Never blocks on I/O; allocates
-    /// nothing once as many requests have waited as ever will.
+    /// Asks for a flush of every write whose `written()` returned before this call. Never blocks on
+    /// I/O; allocates nothing once the number of waiting requests has reached its maximum.
     pub fn submit(&self, waiter: Waiter) {
         debug_assert!(waiter.queue < self.shared.mailboxes.len());
         lock(&self.shared.inbox).waiting.push(waiter);
@@ -105,14 +107,14 @@ impl Committer {
         &self.shared.pulse
     }
 
-    /// Moves the answers for `queue` to the end of `answers`: the tag and what came of the flush. It does not read
-    /// the eventfd, so that a queue can do that in its ring.
+    /// Moves the answers for `queue` to the end of `answers`: the tag and the result of the flush.
+    /// It does not read the eventfd, so that a queue can do that in its ring.
     pub fn drain(&self, queue: usize, answers: &mut Vec<(u32, Flushed)>) {
         answers.append(&mut lock(&self.shared.mailboxes[queue].answers));
     }
 
-    /// The eventfd that is signalled when the mailbox of `queue` is no longer empty. Consume the event first, then
-    /// [`Committer::drain`].
+    /// The eventfd that is signalled when the mailbox of `queue` is no longer empty. Consume the
+    /// event first, then [`Committer::drain`].
     pub fn event(&self, queue: usize) -> BorrowedFd<'_> {
         self.shared.mailboxes[queue].event.as_fd()
     }
@@ -132,7 +134,7 @@ impl Drop for Sweeper {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
-            // A panic of the thread has been reported by itself.
+            // A panic of the thread has already been reported.
             _ = thread.join();
         }
     }
@@ -143,7 +145,7 @@ impl Drop for Committer {
         lock(&self.shared.inbox).stop = true;
         self.shared.wake.notify_one();
         if let Some(thread) = self.thread.take() {
-            // A panic of the thread has been reported by itself.
+            // A panic of the thread has already been reported.
             _ = thread.join();
         }
     }
@@ -153,7 +155,8 @@ impl Shared {
     fn run(&self, mut flush: impl FnMut() -> Result<(), DiskError>) {
         let mut batch = Vec::new();
         while self.next_batch(&mut batch) {
-            // Everyone in the batch had submitted before this pass began, so one pass answers them all.
+            // Every waiter in the batch submitted before this pass began, so one pass answers them
+            // all.
             let flushed = flush().map_err(Arc::new);
             for waiter in batch.drain(..) {
                 self.mailboxes[waiter.queue].put(waiter.tag, flushed.clone());
@@ -178,7 +181,8 @@ impl Mailbox {
         answers.push((tag, flushed));
         let first = answers.len() == 1;
         drop(answers);
-        // If it was not empty the queue has an event to come already. A full counter is an event to come as well.
+        // If it was not empty, an event is already pending for the queue. A full counter means a
+        // pending event as well.
         if first && let Err(err) = self.event.write(1) {
             log::debug!("committer: eventfd: {err}");
         }
@@ -191,7 +195,7 @@ mod tests {
     use std::sync::atomic::AtomicUsize;
     use std::sync::mpsc;
 
-    /// The tags of `count` answers, and of a failed flush what it says.
+    /// The tags of `count` answers, with the error message of a failed flush.
     fn answers(committer: &Committer, queue: usize, count: usize) -> Vec<(u32, Option<String>)> {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         let mut all = Vec::new();
@@ -220,7 +224,8 @@ mod tests {
         .unwrap();
         committer.submit(Waiter { queue: 0, tag: 1 });
         has_begun.recv().unwrap();
-        // These come while the first pass runs: it does not cover them, and one more covers them all.
+        // These arrive while the first pass runs: it does not cover them, and one more pass covers
+        // them all.
         for tag in 0..30 {
             committer.submit(Waiter { queue: tag as usize % 3, tag: 100 + tag });
         }

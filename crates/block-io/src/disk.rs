@@ -1,8 +1,9 @@
 //! [`Disk`]: an open image, as the daemon and the tool use it.
 //!
-//! The caller does the I/O on data: [`Disk::extents`] says what to read from where, [`Disk::write_at`] where to write,
-//! [`Writing::written`] is told when that has completed. Everything that must happen in a certain order
-//! (docs/architecture.md, "Durability") happens here.
+//! The caller does the I/O on data: [`Disk::extents`] says what to read from where,
+//! [`Disk::write_at`] where to write, and the caller reports completion with [`Writing::written`].
+//! Everything that must happen in a certain order (docs/architecture.md, "Durability") happens
+//! here.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,34 +25,36 @@ use crate::storage::file::{File, Host};
 use crate::storage::{Env, Storage};
 use crate::sync::lock;
 
-/// An open disk. Dropping it without [`Disk::close`] is as the death of the process: nothing that was acknowledged is
-/// lost, and the next opening finds the file in use.
+/// An open disk. Dropping it without [`Disk::close`] is equivalent to the death of the process: no
+/// acknowledged write is lost, and the next open finds the file marked as in use.
 pub struct Disk<E: Env = Host> {
     env: E,
     /// Layer 0 is the top.
     layers: Vec<Layer<E::File>>,
     map: LayerMap,
-    /// Where the bits of each COW file are read from, the top first.
+    /// The source of each COW file's bits, the top first.
     bits: Vec<BitmapSource<E::File>>,
-    /// Where sector 0 stands in layer 0.
+    /// The offset of sector 0 in layer 0.
     data_offset: ByteOffset,
     size: u64,
     logical_block: u32,
-    /// The state of a COW file that is open for writing; `None` for a raw image or a read-only disk.
+    /// The state of a COW file that is open for writing; `None` for a raw image or a read-only
+    /// disk.
     cow: Option<WritableCow<E::File>>,
     read_only: bool,
-    /// A sync has failed: for ever.
+    /// A sync has failed; this is permanent.
     failed: AtomicBool,
-    /// That stands in the file, durably.
+    /// The failure is recorded durably in the file.
     marked: AtomicBool,
     pub(crate) closed: AtomicBool,
-    /// It may have data that no bit speaks of.
+    /// The file may contain data that is not marked present.
     leaky: bool,
-    /// Held while some of that is given back.
+    /// Held while some of that space is being freed.
     pub(crate) sweeping: Mutex<()>,
     /// What the next flush has to make durable, if it is little.
     pub(crate) unflushed: WriteTracker,
-    /// One flush pass at a time, as its machine wants it: the one lock that is held over I/O, for the order of that I/O.
+    /// One flush pass at a time, as `FlushPass` requires. This is the only lock that is held across
+    /// I/O, to keep that I/O in order.
     flushing: Mutex<Journal>,
 }
 
@@ -62,8 +65,9 @@ pub struct Writing<'a, E: Env = Host> {
 }
 
 impl Disk {
-    /// Opens the COW file at `path`, or makes it over `base` if it does not exist. Its backing file is the one that its
-    /// header names, or `base`, which must then match the header's size and mtime.
+    /// Opens the COW file at `path`, or creates it over `base` if it does not exist. Its backing
+    /// file is the one named in its header, or `base`, which must then match the header's size and
+    /// mtime.
     pub fn open_cow(
         path: &Path,
         base: Option<&Path>,
@@ -72,15 +76,17 @@ impl Disk {
         Self::open_cow_in(Host, path, base, options)
     }
 
-    /// Opens a raw image: a regular file or a block device. Its size is its length; one that is no multiple of 512
-    /// can only be read (zeros follow the last byte), since a guest's write of the last sector would lengthen it.
+    /// Opens a raw image: a regular file or a block device. Its size is its length. If that is not
+    /// a multiple of 512 it can only be read (zeros follow the last byte), since a guest's write of
+    /// the last sector would extend it.
     pub fn open_raw(path: &Path, options: &DiskOptions) -> Result<Self, ImageError> {
         Self::open_raw_in(Host, path, options)
     }
 
-    /// [`Disk::open_cow`] for the successor of a process that has it open: the descriptions of `top`, with their locks,
-    /// are handed on and nothing is written, so that the predecessor can go on should the successor fail. Until it is
-    /// gone for good the successor must not write. The files below are opened anew.
+    /// [`Disk::open_cow`] for the successor of a process that has it open: the descriptions of
+    /// `top`, with their locks, are passed on and nothing is written, so that the predecessor can
+    /// continue if the successor fails. The successor must not write until the predecessor has
+    /// exited. The files below are opened again.
     pub fn inherit_cow(path: &Path, top: File, options: &DiskOptions) -> Result<Self, ImageError> {
         let chain = open_chain(&Host, path, None, Some(top), options)?;
         Ok(Self::new(Host, chain, options))
@@ -132,7 +138,7 @@ impl<E: Env> Disk<E> {
         }
     }
 
-    /// The size of the disk, a partial last sector counted as a whole one.
+    /// The size of the disk; a partial last sector counts as a whole one.
     pub fn capacity(&self) -> SectorCount {
         self.map.sectors()
     }
@@ -142,8 +148,8 @@ impl<E: Env> Disk<E> {
         self.size
     }
 
-    /// What every address and length should be a multiple of, in bytes: 512, or the logical block of the block device that
-    /// the disk is. Reads and writes of parts of it work, through the page cache.
+    /// The alignment that addresses and lengths should have, in bytes: 512, or the logical block
+    /// size if the disk is a block device. Unaligned reads and writes work, through the page cache.
     pub fn logical_block(&self) -> u32 {
         self.logical_block
     }
@@ -163,8 +169,8 @@ impl<E: Env> Disk<E> {
         &self.layers
     }
 
-    /// What to read from where, for a range within the capacity. The first call for a part of the disk may read a piece
-    /// of the bitmaps; if that fails, nobody knows where the range stands.
+    /// What to read from where, for a range within the capacity. The first call for a part of the
+    /// disk may read some of the bitmaps; if that fails, the location of the range is unknown.
     #[inline]
     pub fn extents(&self, range: SectorRange) -> Result<Extents<'_>, DiskError> {
         if self.map.next_unknown(range).is_some() {
@@ -188,13 +194,15 @@ impl<E: Env> Disk<E> {
         DiskError::Io { path, action: "read the bitmap", source }
     }
 
-    /// Where the sectors of `range`, which is within the capacity, stand in layer 0, one after the other: write them
-    /// there, or punch or zero there, between [`Disk::begin_write`] and [`Writing::written`].
+    /// The offset in layer 0 of the sectors of `range`, which is within the capacity; they are
+    /// contiguous. Write, punch or zero them there, between [`Disk::begin_write`] and
+    /// [`Writing::written`].
     pub fn write_at(&self, range: SectorRange) -> ByteOffset {
         ByteOffset::new(self.data_offset.get() + range.start_bytes().get())
     }
 
-    /// Whether every sector of `range` is present in layer 0, so that [`Writing::written`] will cost nothing.
+    /// Whether every sector of `range` is present in layer 0, so that [`Writing::written`] will
+    /// cost nothing.
     pub fn is_present(&self, range: SectorRange) -> Result<bool, DiskError> {
         self.demand_load_top(range)?;
         Ok(self.map.top().is_none_or(|bitmap| bitmap.contains(range)))
@@ -208,7 +216,8 @@ impl<E: Env> Disk<E> {
         demand_load_top(&self.map, &self.sources(), range).map_err(|failed| self.not_loaded(failed))
     }
 
-    /// To be called before data is moved (or punched, or zeroed) in layer 0, somewhere within `range`.
+    /// Must be called before data is moved (or punched, or zeroed) in layer 0, anywhere within
+    /// `range`.
     pub fn begin_write(&self, range: SectorRange) -> Writing<'_, E> {
         self.unflushed.begin(range);
         Writing { disk: self, range }
@@ -225,8 +234,9 @@ impl<E: Env> Disk<E> {
         Ok(())
     }
 
-    /// Makes every write durable whose [`Writing::written`] returned before this call. Blocks. A failed sync fails the disk
-    /// for ever; after a failed write of the bitmap (no space) the next flush tries again.
+    /// Makes every write durable whose [`Writing::written`] returned before this call. Blocks. A
+    /// failed sync fails the disk permanently; after a failed write of the bitmap (no space) the
+    /// next flush tries again.
     pub fn flush(&self) -> Result<(), DiskError> {
         if self.read_only {
             return Ok(());
@@ -244,7 +254,7 @@ impl<E: Env> Disk<E> {
         flushed.inspect_err(|_| self.unflushed.add_everything())
     }
 
-    /// Makes `few` durable, which is all that was written since the last flush.
+    /// Makes `few` durable, which is everything written since the last flush.
     fn flush_to_journal(
         &self,
         cow: &WritableCow<E::File>,
@@ -255,7 +265,8 @@ impl<E: Env> Disk<E> {
         if few.is_empty() {
             return Ok(());
         }
-        // Where no bit is new one sync does, unless it would have to outdo records.
+        // If no bit is new, one sync is enough, unless journal records would then override newer
+        // data.
         if journal.has_records() || bitmap.dirty_pages() > 0 {
             let top = &self.top().file;
             let committed = journal.commit(top, &cow.geometry, &self.unflushed, few);
@@ -267,7 +278,7 @@ impl<E: Env> Disk<E> {
         self.checkpoint(cow, bitmap, journal)
     }
 
-    /// Makes everything durable in its place.
+    /// Makes everything durable in its final place, without the journal.
     fn checkpoint(
         &self,
         cow: &WritableCow<E::File>,
@@ -287,8 +298,8 @@ impl<E: Env> Disk<E> {
         })
     }
 
-    /// What a dead predecessor acknowledged has to be durable after a flush as well. Only what is not yet is read into
-    /// memory.
+    /// Writes that a dead predecessor acknowledged must be durable after a flush as well. Only bits
+    /// that are not durable yet are read into memory.
     fn read_predecessor(&self) -> Result<(), DiskError> {
         let Some((cow, bitmap)) = self.writable_cow() else { return Ok(()) };
         if !cow.unread.load(Ordering::Acquire) {
@@ -304,14 +315,16 @@ impl<E: Env> Disk<E> {
         Ok(())
     }
 
-    /// Ends the disk's use: flushes, and marks the file clean. To be called when no write is under way; writes are
-    /// refused from then on, and reads still work. After an error in the flush the disk is as open as before; one in
-    /// the header fails it. The file then stays marked as in use.
+    /// Ends the disk's use: flushes, and marks the file clean. Must be called when no write is in
+    /// progress; later writes are refused, and reads still work. After an error in the flush the
+    /// disk is as open as before; an error in the header fails the disk. The file then stays marked
+    /// as in use.
     pub fn close(&self) -> Result<(), DiskError> {
         if self.read_only || self.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
-        // A sweep under way ends, and none goes on: once the locks are given back others may write.
+        // A sweep in progress ends and no new one starts: once the locks are released other
+        // processes may write.
         drop(lock(&self.sweeping));
         let closed = self.end_use();
         if closed.is_err() {
@@ -320,7 +333,8 @@ impl<E: Env> Disk<E> {
         closed
     }
 
-    /// Makes everything durable in its place: then neither live bitmap nor journal need count any more.
+    /// Makes everything durable in its final place: then neither live bitmap nor journal is needed
+    /// any more.
     fn end_use(&self) -> Result<(), DiskError> {
         let mut journal = lock(&self.flushing);
         self.check_not_failed().inspect_err(|_| self.mark_failed(Newest::InDoubt))?;
@@ -349,13 +363,13 @@ impl<E: Env> Disk<E> {
         self.cow.as_ref().filter(|_| self.leaky)
     }
 
-    /// The top's bitmap, which then knows `range`.
+    /// The top's bitmap, with `range` loaded.
     pub(crate) fn known_top(&self, range: SectorRange) -> Option<&Bitmap> {
         self.demand_load_top(range).ok()?;
         self.map.top()
     }
 
-    /// What is present in the COW file, all of it.
+    /// The complete bitmap of the COW file.
     pub(crate) fn top_bitmap(&self) -> Result<Option<&Bitmap>, DiskError> {
         let Some(bitmap) = self.map.top() else { return Ok(None) };
         if let Some(all) = SectorRange::new(Sector::new(0), bitmap.sectors()) {
@@ -392,7 +406,7 @@ impl<E: Env> Disk<E> {
         }
     }
 
-    /// A sync has failed: nothing that this disk says about durability can be believed any more.
+    /// A sync has failed: from now on this disk can make no claim about durability.
     fn fail(&self, err: &std::io::Error) -> DiskError {
         self.fail_with(err, Newest::Durable)
     }
@@ -410,8 +424,8 @@ impl<E: Env> Disk<E> {
         DiskError::Failed { path }
     }
 
-    /// Whoever opens the file next must not believe the page cache either: the kernel reports a failed sync once, and then
-    /// takes what it could not write for written.
+    /// The next process to open the file must not trust the page cache either: the kernel reports a
+    /// failed sync once, and afterwards considers the lost pages written.
     fn mark_failed(&self, newest: Newest) {
         if self.marked.load(Ordering::Acquire) {
             return;
@@ -419,7 +433,7 @@ impl<E: Env> Disk<E> {
         let top = self.top();
         let marked = match &self.cow {
             None => {
-                // What is read from now on is what is there.
+                // From now on, reads return what is on the disk.
                 if let Err(err) = top.file.drop_cache() {
                     log::debug!("{}: the page cache stays: {err}", top.path.display());
                 }
@@ -442,10 +456,11 @@ impl<E: Env> Disk<E> {
 }
 
 impl<E: Env> Writing<'_, E> {
-    /// To be called when the data of `ranges` has been written (or punched, or zeroed) in layer 0, before the write is
-    /// acknowledged: from its return on, reads find the sectors in layer 0, and so does whoever opens the file after this
-    /// process has died. A flush that begins later makes them durable. Several ranges are cheapest when they are sorted: those
-    /// in one bitmap page share a write. After an error some may have been set; each can be tried alone.
+    /// Must be called when the data of `ranges` has been written (or punched, or zeroed) in layer
+    /// 0, before the write is acknowledged. Once it returns, reads find the sectors in layer 0, and
+    /// so does a process that opens the file after this one has died. A flush that begins later
+    /// makes them durable. Several ranges are cheapest when sorted: those in one bitmap page share
+    /// a write. After an error some bits may have been set; each range can be retried alone.
     pub fn written(&self, ranges: &[SectorRange]) -> Result<(), DiskError> {
         self.disk.written(ranges)
     }

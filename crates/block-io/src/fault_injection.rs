@@ -1,14 +1,15 @@
-//! Bad days, for tests: with the feature `fault-points` I/O fails, comes up short, and completes in
-//! any order. Each thread has its own sequence of random numbers, which decides all of it, so that a
-//! seed plays a failure again. Without the feature there is nothing of this.
+//! Fault injection for tests: with the feature `fault-points` I/O fails, comes up short, and
+//! completes in any order. Each thread has its own sequence of random numbers, which decides
+//! everything, so that a seed reproduces a failure. Without the feature all of this compiles to
+//! nothing.
 //!
-//! The environment variable `BLOCK_IO_FAULTS`, a seed, injects faults into the threads of a program whose names
-//! begin with `queue-`; a test does so to its own thread with `begin`.
+//! The environment variable `BLOCK_IO_FAULTS`, a seed, enables fault injection in the threads of a
+//! program whose names begin with `queue-`; a test enables it for its own thread with `begin`.
 
 #[cfg(feature = "fault-points")]
 pub use on::*;
 
-/// An error now and then, once in `n` times. (Without the feature: never.)
+/// Returns an error once in `n` calls on average. (Without the feature: never.)
 ///
 /// # Errors
 /// `errno`
@@ -18,14 +19,15 @@ pub fn fails(_n: usize, _errno: i32) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Whether something unusual is to happen now, once in `n` times. (Without the feature: never.)
+/// Whether something unusual should happen now, once in `n` calls on average. (Without the feature:
+/// never.)
 #[cfg(not(feature = "fault-points"))]
 #[inline(always)]
 pub fn one_in(_n: usize) -> bool {
     false
 }
 
-/// As many of the buffers as a transfer gets done at once. (Without the feature: all.)
+/// The buffers that a transfer completes in one step. (Without the feature: all.)
 #[cfg(not(feature = "fault-points"))]
 #[inline(always)]
 pub fn shortened(buffers: &[libc::iovec]) -> &[libc::iovec] {
@@ -53,17 +55,17 @@ mod on {
         Some(Choices::seeded(hasher.finish()))
     }
 
-    /// Injects faults into this thread from here on.
+    /// Enables fault injection in this thread.
     pub fn begin(seed: u64) {
         CHOICES.set(Some(Choices::seeded(seed)));
     }
 
-    /// Leaves this thread alone from here on.
+    /// Disables fault injection in this thread.
     pub fn end() {
         CHOICES.set(None);
     }
 
-    /// Leaves this thread alone for as long as `work` takes.
+    /// Disables fault injection in this thread while `work` runs.
     pub fn without<T>(work: impl FnOnce() -> T) -> T {
         let choices = CHOICES.take();
         let result = work();
@@ -76,7 +78,7 @@ mod on {
         CHOICES.with_borrow(Option::is_some)
     }
 
-    /// One of `0..n`; 0 for a thread that is left alone.
+    /// One of `0..n`; 0 if fault injection is disabled in this thread.
     pub fn below(n: usize) -> usize {
         CHOICES.with_borrow_mut(|choices| {
             choices.as_mut().map_or(0, |choices| choices.choose(n.max(1)))

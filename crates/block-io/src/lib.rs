@@ -1,5 +1,5 @@
-//! Storage under the formats: real files, a simulated disk that loses power, locks, and the disk that daemon and
-//! tool share.
+//! Storage for the formats: real files, a simulated disk that loses power, locks, and the disk that
+//! daemon and tool share.
 
 pub mod base_watch;
 mod blocking;

@@ -2,8 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The pulse of one thread: a count of the steps that it has begun, odd while it waits for something
-/// to do.
+/// The pulse of one thread: a count of the steps that it has begun, odd while it waits for
+/// something to do.
 ///
 /// Nothing is ordered by it. It has a cache line of its own, for it is stored to at every step.
 #[derive(Debug)]
@@ -29,8 +29,8 @@ impl Pulse {
         self.0.store(self.0.load(Ordering::Relaxed) | 1, Ordering::Relaxed);
     }
 
-    /// The step that it is in; `None` if it waits. Two looks that find the same step mean that it has
-    /// not got on between them.
+    /// The step that it is in; `None` if it waits. Two looks that find the same step mean that it
+    /// has not got on between them.
     pub fn step(&self) -> Option<u64> {
         let count = self.0.load(Ordering::Relaxed);
         (count & 1 == 0).then_some(count)

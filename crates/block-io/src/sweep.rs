@@ -1,9 +1,10 @@
-//! Giving back the space of data that no bit speaks of: what was written and not flushed when the host went down, or the page
-//! cache. It is done behind the opening, while the disk is in use.
+//! Giving back the space of data that no bit speaks of: what was written and not flushed when the
+//! host went down, or the page cache. It is done behind the opening, while the disk is in use.
 //!
-//! A block is punched out only while nobody writes to it (`WriteTracker::exclusively`): all that write announce themselves
-//! before their first byte and have set their bits before they say that they have ended. So a block of which no bit is set
-//! then holds nothing that anybody was told is there.
+//! A block is punched out only while nobody writes to it (`WriteTracker::exclusively`): all that
+//! write announce themselves before their first byte and have set their bits before they say that
+//! they have ended. So a block of which no bit is set then holds nothing that anybody was told is
+//! there.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -16,12 +17,13 @@ use crate::image::write::writable::WritableCow;
 use crate::storage::{Env, FS_BLOCK, Storage};
 use crate::sync::lock;
 
-/// Bytes that are looked at, and punched out at most, at a time: so long may a write have to wait, some milliseconds.
+/// Bytes that are looked at, and punched out at most, at a time: so long may a write have to wait,
+/// some milliseconds.
 const PIECE_BYTES: u64 = 4 << 20;
 
 impl<E: Env> Disk<E> {
-    /// Gives back what leaked, for as long as `go_on` says so and the disk is not closed. To be called once, by a thread of its
-    /// own. What it leaves is only space.
+    /// Gives back what leaked, for as long as `go_on` says so and the disk is not closed. To be
+    /// called once, by a thread of its own. What it leaves is only space.
     pub fn sweep(&self, go_on: impl Fn() -> bool) {
         let Some(cow) = self.leaky() else { return };
         let mut at = cow.geometry.data_offset().get();
@@ -64,7 +66,8 @@ impl<E: Env> Disk<E> {
         for (at, len) in found {
             let blocks = at.get()..at.get() + len;
             let range = sectors(geometry, &blocks)?;
-            // Whoever closes the disk waits for this, and then nothing more is done: others may have the file by then.
+            // Whoever closes the disk waits for this, and then nothing more is done: others may
+            // have the file by then.
             let _open = lock(&self.sweeping);
             if self.is_closed() || self.is_failed() {
                 return None;

@@ -1,7 +1,9 @@
-//! Read leases (fcntl(2), `F_SETLEASE`): the kernel tells who has one when somebody opens the file for writing, and lets that
-//! opening wait until the lease is given back. So it is given back at once.
+//! Read leases (fcntl(2), `F_SETLEASE`): when another process opens the file for writing, the
+//! kernel notifies the lease holder and delays that open until the lease is released. It is
+//! therefore released at once.
 //!
-//! The kernel tells by a signal. It is sent to the thread that took the lease, which has it blocked and polls for it.
+//! The notification is a signal. It is sent to the thread that took the lease; that thread blocks
+//! the signal and polls for it.
 
 use std::fs::File;
 use std::io;
@@ -23,20 +25,20 @@ struct OwnerEx {
     id: libc::pid_t,
 }
 
-/// Where the kernel tells a thread of its leases.
+/// Selects the thread to which the kernel sends lease signals.
 pub(crate) struct Leases {
     signals: OwnedFd,
 }
 
-/// A file for which there is, or may be, a lease.
+/// A file that has, or may get, a lease.
 pub(crate) struct Lease {
-    /// A description of its own: owner and signal belong to the description.
+    /// A file description of its own: owner and signal are properties of the description.
     file: File,
     held: bool,
 }
 
 impl Leases {
-    /// For the thread that is going to call [`Self::block`].
+    /// Must be created on the thread that is going to call [`Self::block`].
     pub(crate) fn new() -> io::Result<Self> {
         let signals = signals()?;
         // SAFETY: `signals` is a whole set.
@@ -48,17 +50,19 @@ impl Leases {
         Ok(Self { signals: unsafe { OwnedFd::from_raw_fd(fd) } })
     }
 
-    /// Blocks the signals in the calling thread, which is the one that polls and has the leases from now on.
+    /// Blocks the signals in the calling thread, which from now on holds the leases and polls for
+    /// them.
     pub(crate) fn block(&self) -> io::Result<()> {
         let signals = signals()?;
-        // SAFETY: `signals` is a whole set, and the old one is not asked for.
+        // SAFETY: `signals` is a whole set, and the old set is not requested.
         let errno = unsafe {
             libc::pthread_sigmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut())
         };
         if errno == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) }
     }
 
-    /// Whether a lease may have been broken, since the last call; becomes readable then.
+    /// Whether a lease may have been broken since the last call; the descriptor becomes readable
+    /// then.
     pub(crate) fn told(&self) -> bool {
         let mut told = false;
         let mut info = [0; size_of::<libc::signalfd_siginfo>()];
@@ -81,8 +85,9 @@ impl Lease {
         Ok(Self { file: File::open(path)?, held: false })
     }
 
-    /// Lets the kernel tell the calling thread, which has called [`Leases::block`], and takes the lease: to be had by the file's
-    /// owner or with CAP_LEASE, where the file system knows leases, and while nobody has the file open for writing.
+    /// Makes the kernel notify the calling thread, which has called [`Leases::block`], and takes
+    /// the lease. That requires owning the file or CAP_LEASE, a file system that supports leases,
+    /// and that no process has the file open for writing.
     pub(crate) fn begin(&mut self, _leases: &Leases) -> io::Result<()> {
         let owner = OwnerEx { kind: F_OWNER_TID, id: nix::unistd::gettid().as_raw() };
         // SAFETY: the command reads such a struct during the call.
@@ -96,7 +101,7 @@ impl Lease {
         self.held
     }
 
-    /// Takes it again, if it is not held.
+    /// Takes the lease again if it is not held.
     pub(crate) fn take(&mut self) -> io::Result<()> {
         if !self.held {
             fcntl(&self.file, libc::F_SETLEASE, libc::F_RDLCK)?;
@@ -105,9 +110,9 @@ impl Lease {
         Ok(())
     }
 
-    /// Gives it back if somebody waits for that; whether somebody did.
+    /// Releases the lease if another process is waiting for it; returns whether one was.
     pub(crate) fn give_back_if_broken(&mut self) -> bool {
-        // While it is being broken the kernel names what is to be left of it.
+        // While a lease is being broken, the kernel reports the type that it is to be reduced to.
         if !self.held || fcntl(&self.file, libc::F_GETLEASE, 0).ok() == Some(libc::F_RDLCK) {
             return false;
         }
@@ -119,8 +124,8 @@ impl Lease {
     }
 }
 
-/// A real-time signal, and SIGIO, which the kernel sends where its queue of those is full and which else would end the
-/// process.
+/// A real-time signal, and SIGIO, which the kernel sends when its queue of real-time signals is
+/// full and which would otherwise kill the process.
 fn signals() -> io::Result<libc::sigset_t> {
     Ok(create_sigset(&[libc::SIGRTMIN(), libc::SIGIO])?)
 }

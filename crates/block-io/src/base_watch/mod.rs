@@ -1,4 +1,4 @@
-//! Who opens or writes a base while a disk stands on it.
+//! Detects processes that open or write a base while a disk uses it.
 
 pub(crate) mod lease;
 pub mod watch;

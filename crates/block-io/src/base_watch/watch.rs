@@ -1,9 +1,10 @@
-//! Watching the files below the top. Locks keep out those who ask for them; an editor, a `dd` or a `cp` does not, and a
-//! base that changes under a disk spoils it. This cannot be prevented, so it is said loudly and at once.
+//! Watches the files below the top. Locks only keep out programs that ask for them; an editor, `dd`
+//! or `cp` does not ask, and a base that changes while a disk uses it corrupts the disk. This
+//! cannot be prevented, so it is reported loudly and at once.
 //!
-//! By a lease, which sees the opening for writing itself, before anything is written, but is refused to all but the file's
-//! owner and root and is not known to every file system; and by inotify, which sees each write and the end of each opening
-//! for writing.
+//! Two mechanisms are used. A lease reports the open for writing itself, before anything is
+//! written, but only the file's owner and root can take one, and not every file system supports
+//! them. inotify reports each write and the close after each open for writing.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -22,33 +23,34 @@ use crate::storage::file::{File, Host};
 use crate::storage::proc_fs::{descriptor_path, shows_descriptors};
 use crate::storage::{Access, Env, Storage};
 
-/// Stack of the watching thread in bytes: it writes a log line now and then.
+/// Stack of the watching thread in bytes: it only writes an occasional log line.
 const STACK_BYTES: usize = 128 << 10;
 
-/// A lease that was given back is taken again when the file is closed. The kernel says so a moment before it is: so many
-/// attempts are made, so many milliseconds apart.
+/// A released lease is taken again when the file is closed. The kernel reports the close a moment
+/// before it is complete, so this many attempts are made, this many milliseconds apart.
 const RETRIES: u32 = 10;
 const RETRY_MS: u16 = 100;
-/// Without inotify nobody says so, and it is tried this often.
+/// Without inotify there is no notification of the close, so the lease is retried at this interval.
 const UNTOLD_RETRY_MS: u16 = 1000;
 
-/// What was done to a file on which a disk stands.
+/// What happened to a file that a disk uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum BaseEvent {
     /// It is being opened for writing, or truncated.
     Opened,
-    /// Its content was written: what the disk reads from it is wrong from now on.
+    /// Its content was written: what the disk reads from it is no longer valid.
     Written,
-    /// It was open for writing. If it was not written, its mtime tells.
+    /// It was open for writing. Its mtime shows whether it was written.
     OpenForWriting,
-    /// Its mtime, links or owner changed: the disk may find its base changed or gone when it is opened the next time.
+    /// Its mtime, links or owner changed: the next open of the disk may find its base changed or
+    /// gone.
     Attributes,
-    /// It was moved: the disk will not find it when it is opened the next time.
+    /// It was moved: the next open of the disk will not find it.
     Moved,
 }
 
 impl BaseEvent {
-    /// What inotify tells of.
+    /// The events that inotify reports.
     const NOTIFIED: [BaseEvent; 4] =
         [BaseEvent::Written, BaseEvent::OpenForWriting, BaseEvent::Attributes, BaseEvent::Moved];
 
@@ -94,12 +96,13 @@ pub struct BaseWatch {
 }
 
 impl BaseWatch {
-    /// Watches what `disk` stands on, and logs what is done to it, each kind once for each file.
+    /// Watches the files below `disk`'s top and logs what happens to them, each kind of event once
+    /// for each file.
     pub fn spawn(disk: &Disk) -> io::Result<Self> {
         Self::spawn_with(disk, |path, harm| harm.log(path))
     }
 
-    /// The same, telling `report`.
+    /// The same, but calls `report` instead of logging.
     pub(crate) fn spawn_with(
         disk: &Disk,
         report: impl Fn(&Path, BaseEvent) + Send + 'static,
@@ -140,13 +143,13 @@ impl Drop for BaseWatch {
         if self.stop.write(1).is_ok()
             && let Some(thread) = self.thread.take()
         {
-            // A panic of the thread has been reported by itself.
+            // A panic of the thread has already been reported.
             _ = thread.join();
         }
     }
 }
 
-/// A path of the very file that is open, whatever has its name by now.
+/// A path that leads to the very file that is open, whichever file has its name by now.
 fn way_to(layer: &Layer<File>) -> io::Result<PathBuf> {
     if shows_descriptors() {
         return Ok(descriptor_path(layer.file()));
@@ -161,7 +164,7 @@ fn way_to(layer: &Layer<File>) -> io::Result<PathBuf> {
     Ok(layer.path().to_owned())
 }
 
-/// Has inotify tell what is done to each of the files.
+/// Asks inotify to report events of each of the files.
 fn notify(paths: &[PathBuf], flags: AddWatchFlags) -> nix::Result<(Inotify, Vec<WatchDescriptor>)> {
     let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
     let descriptors = paths.iter().map(|path| inotify.add_watch(path, flags));
@@ -169,7 +172,7 @@ fn notify(paths: &[PathBuf], flags: AddWatchFlags) -> nix::Result<(Inotify, Vec<
     Ok((inotify, descriptors))
 }
 
-/// What it means that inotify has refused, and what to do.
+/// What an error of inotify means, and how to fix it.
 fn without_inotify(errno: Errno) -> String {
     let remedy = match errno {
         Errno::EMFILE => {
@@ -191,9 +194,9 @@ struct Watched {
     /// None without inotify.
     descriptor: Option<WatchDescriptor>,
     path: PathBuf,
-    /// None where it is refused for good.
+    /// None if it was refused permanently.
     lease: Option<Lease>,
-    /// What has not been reported yet: a writer causes an event for each write.
+    /// Events that have not been reported yet: a writer causes an event for each write.
     unseen: AddWatchFlags,
     /// [`BaseEvent::Opened`] has been reported.
     opened: bool,
@@ -206,7 +209,7 @@ fn watch(
     stopped: &impl AsFd,
     report: &impl Fn(&Path, BaseEvent),
 ) -> io::Result<()> {
-    // The watches stand: who closes the file from now on, so that a lease can be had, is heard of.
+    // The inotify watches are in place: any later close that makes a lease possible is reported.
     leases.block()?;
     watched.iter_mut().for_each(|file| file.begin_lease(leases));
     let mut tries = 0;
@@ -269,7 +272,7 @@ impl Watched {
         }
     }
 
-    /// Tries again; whether that need not be repeated.
+    /// Tries again; returns whether no further attempt is needed.
     fn take_lease(&mut self) -> bool {
         if let Some(Err(err)) = self.lease.as_mut().map(Lease::take) {
             self.forget_unless_busy(&err);
@@ -277,12 +280,12 @@ impl Watched {
         !self.lacks_lease()
     }
 
-    /// It may be had later.
+    /// It may become available later.
     fn lacks_lease(&self) -> bool {
         self.lease.as_ref().is_some_and(|lease| !lease.is_held())
     }
 
-    /// What is refused for another reason than that the file is open for writing will always be.
+    /// A refusal for any other reason than that the file is open for writing is permanent.
     fn forget_unless_busy(&mut self, err: &io::Error) {
         if err.raw_os_error() != Some(libc::EAGAIN) {
             self.lease = None;
@@ -324,7 +327,7 @@ mod tests {
             send.send((path.to_owned(), harm)).unwrap()
         });
         let watch = watch.unwrap();
-        // Nothing of this is harm.
+        // None of this is harmful.
         fs::read(&base).unwrap();
         disk.write(disk_range(), &[2; 512]).unwrap();
         disk.close().unwrap();
@@ -365,7 +368,7 @@ mod tests {
         fs::write(&other, b"").unwrap();
         let mut lease = Lease::new(&other).unwrap();
         match lease.begin(&leases) {
-            // A child that another test is just starting may have it open for the moment.
+            // A child process that another test is just starting may have it open for a moment.
             Err(err) if err.raw_os_error() != Some(libc::EAGAIN) => {
                 println!("skipped: no leases here: {err}");
                 return;
@@ -374,7 +377,7 @@ mod tests {
         }
         // For the same reason the watch may get its lease only when this one has closed the file.
         let opened = (0..).find_map(|_| {
-            // Returns when the lease has been given back.
+            // Returns when the lease has been released.
             drop(fs::File::options().read(true).write(true).open(&base).unwrap());
             let next = reports.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
             assert_ne!(next.1, BaseEvent::Written, "nobody wrote");

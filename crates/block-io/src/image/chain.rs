@@ -1,4 +1,4 @@
-//! Opening a chain: the top, what its header names, and so on down to the base.
+//! Opening a chain: the top, the file that its header names, and so on down to the base.
 
 use std::ffi::OsStr;
 use std::io;
@@ -17,10 +17,10 @@ use super::trust::Trust;
 use super::{CHAIN_DEPTH_MAX, CachePolicy, CowFormat, DiskOptions, ImageError};
 use crate::storage::{Access, Env, FileId, FileKind, LockError, LockKind, Storage};
 
-/// Between two attempts to get a lock.
+/// The pause between two attempts to get a lock.
 const LOCK_RETRY: Duration = Duration::from_millis(1);
 
-/// Opens the files of one chain: each locked, none twice.
+/// Opens the files of one chain. Each is locked, and none may occur twice.
 pub(crate) struct Opener<'a, E: Env> {
     env: &'a E,
     options: &'a DiskOptions,
@@ -33,7 +33,7 @@ pub(crate) struct Opener<'a, E: Env> {
     held: Option<E::File>,
 }
 
-/// Says of a file that is not what the reference means that it is the right one all the same.
+/// Decides whether to accept a file that does not match the reference.
 pub(crate) type AcceptMismatch<'a, F> = dyn Fn(&Reference, &Opened<F>) -> bool + 'a;
 
 impl<'a, E: Env> Opener<'a, E> {
@@ -42,13 +42,14 @@ impl<'a, E: Env> Opener<'a, E> {
         Opener { env, options, top, seen, writing: None, accept_mismatch: None, held: None }
     }
 
-    /// Takes the top from a predecessor, with its descriptions and their locks, instead of opening it.
+    /// Takes the top from a predecessor, with its descriptions and their locks, instead of opening
+    /// it.
     pub(crate) fn holding(self, top: Option<E::File>) -> Self {
         Opener { held: top, ..self }
     }
 
-    /// Opens the file at `index` below the top, counted from 0 for the nearest, for writing, and takes it as it is if
-    /// `accept_mismatch` says so.
+    /// Opens the file at `index` below the top, counted from 0 for the nearest, for writing. It
+    /// need not match its reference if `accept_mismatch` returns true.
     pub(crate) fn writing(
         self,
         index: usize,
@@ -73,12 +74,12 @@ impl<'a, E: Env> Opener<'a, E> {
         if !same.map_err(ImageError::io(&path, "stat"))? {
             return Err(ImageError::NotHeld { path });
         }
-        // What it has of direct descriptions is there; its locks are granted again.
+        // Its direct description, if any, is already open; locking it again succeeds.
         self.admit(held, path, access, CachePolicy::Buffered, lock)
     }
 
-    /// Opens the file that a new COW file `cow` is going to be over and all that is below it, as they will be opened
-    /// with it.
+    /// Opens the base of a new COW file `cow`, and everything below it, in the same way as opening
+    /// `cow` later will.
     pub(crate) fn new_base(
         &mut self,
         path: &Path,
@@ -89,14 +90,14 @@ impl<'a, E: Env> Opener<'a, E> {
         let header = opened.header_as(format, cow)?;
         if let Some(header) = &header {
             self.frozen(&opened, header, cow)?;
-            // That it is frozen has to be durable before anything builds on it.
+            // It must be durably frozen before anything builds on it.
             opened.file.sync().map_err(ImageError::io(path, "sync"))?;
             self.room_above(path, header)?;
         }
         Ok((opened, header))
     }
 
-    /// Opens the chain below `cow`, and refuses one that has no room for a file on top of it.
+    /// Opens the chain below `cow`, and refuses one that has no room for another file on top.
     pub(crate) fn room_above(&mut self, cow: &Path, header: &Header) -> Result<(), ImageError> {
         let below = self.below(cow, header, None)?.len();
         if below + 2 > CHAIN_DEPTH_MAX {
@@ -114,7 +115,7 @@ impl<'a, E: Env> Opener<'a, E> {
         if self.seen.len() == CHAIN_DEPTH_MAX {
             return Err(ImageError::TooDeep { top: self.top.clone() });
         }
-        // The top has been seen.
+        // `seen` includes the top.
         let (access, lock) = match self.writing.map(|index| index + 1) == Some(self.seen.len()) {
             true => (Access::ReadWrite, LockKind::Exclusive),
             false => (Access::Read, LockKind::Shared),
@@ -158,14 +159,15 @@ impl<'a, E: Env> Opener<'a, E> {
             Err(source) => return Err(ImageError::Locked { path, source }),
         }
         self.seen.push((stat.id, path.clone()));
-        // Once more: what counts is how it is under the lock.
+        // Stat again: only the state under the lock matters.
         let stat = file.stat().map_err(ImageError::io(&path, "stat"))?;
         Ok(Opened { file, path, stat })
     }
 }
 
 impl<E: Env> Opener<'_, E> {
-    /// Whether a file is taken although it cannot be locked. One that is only read is.
+    /// Decides whether a file is accepted although it cannot be locked. A file that is only read
+    /// is.
     fn admit_unlocked(
         &self,
         path: &Path,
@@ -190,7 +192,7 @@ impl<E: Env> Opener<'_, E> {
     }
 }
 
-/// A dead predecessor's lock falls when its I/O has ended, so this waits a moment for it.
+/// A dead predecessor's lock is released when its I/O has ended, so this waits briefly for it.
 pub(crate) fn wait_for_lock(
     file: &impl Storage,
     path: &Path,
@@ -217,10 +219,10 @@ pub(crate) fn wait_for_lock(
 
 /// What a header says of its backing file.
 pub(crate) struct Reference {
-    /// As it stands in the header.
+    /// As recorded in the header.
     pub(crate) stored: PathBuf,
     pub(crate) identity: BackingIdentity,
-    /// Never guessed, whatever the file begins with.
+    /// Never guessed from the file's first bytes.
     pub(crate) format: BackingFormat,
 }
 
@@ -236,8 +238,8 @@ pub(crate) fn reference(header: &Header) -> Option<Reference> {
     Some(Reference { stored: OsStr::from_bytes(path).into(), identity, format })
 }
 
-/// Where a path leads that stands in the header of `cow`: a relative one begins at the directory in which the COW
-/// file really is, whatever links led to it.
+/// Resolves a path from the header of `cow`: a relative one starts at the directory in which the
+/// COW file really is, whatever links led to it.
 pub(crate) fn resolve<E: Env>(env: &E, cow: &Path, stored: &Path) -> Result<PathBuf, ImageError> {
     if stored.is_absolute() {
         return Ok(stored.to_owned());
@@ -245,7 +247,7 @@ pub(crate) fn resolve<E: Env>(env: &E, cow: &Path, stored: &Path) -> Result<Path
     Ok(real_dir(env, cow)?.join(stored))
 }
 
-/// The directory in which the file `path` really is, or is going to be.
+/// The directory in which the file `path` really is, or will be created.
 fn real_dir<E: Env>(env: &E, path: &Path) -> Result<PathBuf, ImageError> {
     let error = || ImageError::io(path, "resolve");
     let real = match env.canonical(path) {
@@ -263,7 +265,7 @@ fn real_dir<E: Env>(env: &E, path: &Path) -> Result<PathBuf, ImageError> {
 /// One file below the top.
 pub(crate) struct Lower<F> {
     pub(crate) opened: Opened<F>,
-    /// Of a COW file.
+    /// `Some` for a COW file.
     pub(crate) header: Option<Header>,
     pub(crate) content: Content<F>,
 }
@@ -287,7 +289,7 @@ impl<F> Lower<F> {
 }
 
 impl<E: Env> Opener<'_, E> {
-    /// Opens everything below `cow`, nearest first. `named` stands in for the path in the first header.
+    /// Opens everything below `cow`, nearest first. `named` replaces the path in the first header.
     pub(crate) fn below(
         &mut self,
         cow: &Path,
@@ -323,18 +325,20 @@ impl<E: Env> Opener<'_, E> {
     }
 }
 
-/// Says what a match is worth, where that is less than it should be.
+/// Logs a match that is weaker than it should be.
 fn warn(path: &Path, doubt: Option<Doubt>) {
     match doubt {
-        // Said when the reference was made, and by `cow info`: it is a weakness that a sample makes up for.
+        // Reported when the reference was made, and by inspection: the sample compensates for this
+        // weakness.
         None | Some(Doubt::Mtime { sampled: true, .. }) => {}
         Some(doubt) => log::warn!("{}: {doubt}", path.display()),
     }
 }
 
 impl<E: Env> Opener<'_, E> {
-    /// What a COW file below the top holds. A native one is frozen; a UML one is known by its mtime, and its live bitmap
-    /// counts as long as it is of this page cache.
+    /// The content of a COW file below the top. A native one must be frozen; a UML one is
+    /// identified by its mtime, and its live bitmap is valid as long as it belongs to this page
+    /// cache.
     fn frozen(
         &self,
         opened: &Opened<E::File>,
@@ -352,8 +356,9 @@ impl<E: Env> Opener<'_, E> {
     }
 }
 
-/// How `cow` refers to `base`: UML's way is absolute. A native header's path is relative where the base stands in the
-/// COW file's directory or below it, so that the two can move together.
+/// The path under which `cow` refers to `base`. UML's is always absolute. A native header's path is
+/// relative if the base is in the COW file's directory or below it, so that the two can be moved
+/// together.
 pub(crate) fn path_to_store<E: Env>(
     env: &E,
     cow: &Path,

@@ -1,4 +1,4 @@
-//! Making files: whole under their name, or not there at all.
+//! Creating files: a file appears under its name complete, or not at all.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -16,48 +16,49 @@ use super::opened::Opened;
 use super::{CowFormat, DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 
-/// What a new COW file is to be.
+/// Options for a new COW file.
 #[derive(Clone, Debug)]
 pub struct CreateOptions {
     /// The header.
     pub format: CowFormat,
-    /// The backing file; a native COW file can be without.
+    /// The backing file; a native COW file can have none.
     pub base: Option<BaseOptions>,
     /// The size of the disk in bytes; by default the base's. UML's is always the base's.
     pub size: Option<u64>,
-    /// Whether a file that has the name is replaced; otherwise that is an error.
+    /// Whether to replace an existing file; otherwise that is an error.
     pub replace: bool,
-    /// Room for the journal of a native file, in bytes; 0 for none, `None` for what is good.
+    /// The size of a native file's journal area in bytes; 0 for none, `None` for the default.
     pub journal_len: Option<u64>,
 }
 
 /// The backing file of a new COW file.
 #[derive(Clone, Debug)]
 pub struct BaseOptions {
-    /// Its path, from the working directory.
+    /// Its path, relative to the working directory.
     pub path: PathBuf,
-    /// What it is.
+    /// Its format.
     pub format: BackingFormat,
-    /// BLAKE3 of the file's content, to be kept for a later rebind. A UML header cannot.
+    /// BLAKE3 digest of the file's content, to be stored for a later rebind. A UML header cannot
+    /// store one.
     pub digest: Option<[u8; 32]>,
 }
 
 impl CreateOptions {
-    /// A COW file over a raw image, under a name that is free.
+    /// A COW file over a raw image, under a name that must be free.
     pub fn over(format: CowFormat, base: &Path) -> Self {
         let base = BaseOptions { path: base.to_owned(), format: BackingFormat::Raw, digest: None };
         CreateOptions { format, base: Some(base), size: None, replace: false, journal_len: None }
     }
 }
 
-/// A new file in the directory of the name that it will have. Nobody finds it before [`Unpublished::publish`]; dropping it
-/// leaves nothing, nor does the death of the process (on a file system without nameless files, that leaves a hidden
-/// temporary one).
+/// A new file in the directory of its final name. It is invisible until [`Unpublished::publish`].
+/// Dropping it leaves nothing, nor does the death of the process (except on a file system without
+/// nameless files, where a hidden temporary file is left).
 pub(crate) struct Unpublished<E: Env> {
     env: E,
     path: PathBuf,
     file: E::File,
-    /// The name that it has for now, if it needs one.
+    /// Its temporary name, if it needs one.
     temporary: Option<PathBuf>,
 }
 
@@ -74,8 +75,8 @@ impl<E: Env> Unpublished<E> {
         &self.file
     }
 
-    /// Makes the content durable, gives the file its name, and makes that durable. A file that has the name is
-    /// replaced in one step, or an error.
+    /// Makes the content durable, gives the file its name, and makes that durable. An existing file
+    /// is replaced in one step, or is an error.
     pub(crate) fn publish(mut self, replace: bool) -> Result<(), ImageError> {
         self.file.sync().map_err(ImageError::io(&self.path, "sync"))?;
         let temporary = self.temporary.as_deref();
@@ -85,8 +86,8 @@ impl<E: Env> Unpublished<E> {
         };
         named.map_err(ImageError::io(&self.path, "create"))?;
         self.temporary = None;
-        // btrfs (Linux 6.1) syncs nothing of a file that has no name yet, and its log of the directory
-        // then names an empty file.
+        // btrfs (Linux 6.1) syncs nothing of a file that has no name yet, so after a crash its log
+        // of the directory would show an empty file.
         self.file.sync().map_err(ImageError::io(&self.path, "sync"))?;
         self.env
             .sync_parent(&self.path)
@@ -97,14 +98,14 @@ impl<E: Env> Unpublished<E> {
 impl<E: Env> Drop for Unpublished<E> {
     fn drop(&mut self) {
         if let Some(temporary) = &self.temporary {
-            // What it says is less than what it hides: the error that led here.
+            // An error here would only hide the one that led here.
             _ = self.env.remove(temporary);
         }
     }
 }
 
-/// Makes the file `path`, which may exist only if `replace` says so, out of what `fill` writes: it appears under its
-/// name only when it is complete and durable, see `Unpublished`.
+/// Creates the file `path`, which may exist only if `replace` is set, with the content that `fill`
+/// writes. It appears under its name only when it is complete and durable, see `Unpublished`.
 pub(crate) fn create_file<E: Env>(
     env: &E,
     path: &Path,
@@ -116,21 +117,21 @@ pub(crate) fn create_file<E: Env>(
     new.publish(replace)
 }
 
-/// Makes the COW file `path`. It is sparse.
+/// Creates the COW file `path`. It is sparse.
 pub fn create_cow<E: Env>(env: &E, path: &Path, options: &CreateOptions) -> Result<(), ImageError> {
     let mut new = NewCow::new(env, path, options)?;
     create_file(env, path, options.replace, |file| new.write(file, path))
 }
 
-/// The header of a COW file that is going to be.
+/// The header of a COW file that is being created.
 pub(crate) struct NewCow<F> {
     pub(crate) header: Header,
-    /// Nobody writes it meanwhile.
+    /// Keeps the base locked meanwhile.
     _base: Option<Opened<F>>,
 }
 
 impl<F: Storage> NewCow<F> {
-    /// Opens the backing file and makes the header.
+    /// Opens the backing file and builds the header.
     pub(crate) fn new<E: Env<File = F>>(
         env: &E,
         path: &Path,
@@ -168,7 +169,7 @@ impl<F: Storage> NewCow<F> {
     }
 }
 
-/// A backing file as it was found.
+/// A backing file and what was found out about it.
 struct NewBase<'a, F> {
     options: &'a BaseOptions,
     stored: PathBuf,
@@ -177,7 +178,7 @@ struct NewBase<'a, F> {
 }
 
 impl<F: Storage> NewBase<'_, F> {
-    /// Bytes of disk.
+    /// The size of its disk in bytes.
     fn size(&self) -> u64 {
         self.opened.disk_size(self.header)
     }
@@ -241,7 +242,7 @@ fn new_native_header<F: Storage>(
         .map_err(ImageError::header(path))
 }
 
-/// How a native header refers to a backing file that is known as `identity`.
+/// The reference to a backing file with the given `identity`, for a native header.
 pub(crate) fn native_backing(
     stored: &Path,
     options: &BaseOptions,
@@ -250,7 +251,8 @@ pub(crate) fn native_backing(
     Backing::new(stored.as_os_str().as_bytes(), options.format, identity, options.digest)
 }
 
-/// Fills a new file: its length and both copies of the header, so that one broken block never costs it.
+/// Initialises a new file: its length and both copies of the header, so that one bad block never
+/// loses the header.
 pub(crate) fn write_new_native(
     file: &impl Storage,
     path: &Path,

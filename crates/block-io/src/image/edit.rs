@@ -1,4 +1,5 @@
-//! A COW file that is changed as a whole, without the files below it: locked, and brought to its durable state.
+//! Changing a COW file as a whole, without the files below it: it is locked, and brought to its
+//! durable state.
 
 use std::path::{Path, PathBuf};
 
@@ -13,14 +14,14 @@ use super::write::header_io::settle;
 use super::{DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 
-/// A change that was not made. Unless it says otherwise the file is as it was.
+/// A change that was not made. Unless the error says otherwise, the file is unchanged.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ChangeError {
     /// A file could not be opened, written or made.
     #[error(transparent)]
     Open(#[from] ImageError),
-    /// A size that a disk cannot have.
+    /// Not a valid disk size.
     #[error("{}: size {size} is no multiple of 512 above 0", path.display())]
     Size {
         /// The file.
@@ -28,7 +29,7 @@ pub enum ChangeError {
         /// The size in bytes.
         size: u64,
     },
-    /// A disk is to become smaller, and nobody said that this is meant.
+    /// The disk would become smaller, which the caller has not allowed.
     #[error("{}: {size} bytes is less than the disk's {virtual_size}; what lies beyond would be lost: --shrink", path.display())]
     Shrink {
         /// The file.
@@ -61,7 +62,7 @@ pub enum ChangeError {
         /// The new base.
         base: PathBuf,
     },
-    /// Nothing proves that the base is unchanged.
+    /// There is no proof that the base is unchanged.
     #[error(
         "{}: size, mtime or sample of {} differ from the header's, and there is no digest to prove that the content is \
          the same; if you know that it is: --trust",
@@ -106,14 +107,14 @@ impl<F: Storage> Edit<F> {
         Ok(Edit { cow, header, bitmap })
     }
 
-    /// Makes what only the live bitmap knows durable, and a native file's state clean: then the durable bitmap says
-    /// everything.
+    /// Makes bits durable that only the live bitmap has, and marks a native file clean: then the
+    /// durable bitmap is complete.
     pub(crate) fn settle(&mut self) -> Result<(), ImageError> {
         settle(&self.cow, &mut self.header, &self.bitmap)
     }
 }
 
-/// The native header, for what UML's cannot do.
+/// The native header, for operations that UML's format does not support.
 pub(crate) fn native_of<'a>(
     header: &'a mut Header,
     path: &Path,

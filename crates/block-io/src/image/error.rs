@@ -1,4 +1,4 @@
-//! Why an image is not opened, made or changed.
+//! Errors of opening, creating or changing an image.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use super::CHAIN_DEPTH_MAX;
 use super::bitmap::side_file;
 use crate::storage::{FileKind, LockError};
 
-/// An image that was not opened, made or changed. Each names its file first.
+/// An image could not be opened, created or changed. Each message begins with the file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ImageError {
@@ -33,7 +33,7 @@ pub enum ImageError {
         /// Who holds it, if that is known.
         source: LockError,
     },
-    /// The file cannot be locked, and is to be written.
+    /// The file cannot be locked, but would be written.
     #[error(
         "{}: its file system has no locks ({source}), so that nothing keeps a second program from writing to it, which \
          would destroy it",
@@ -42,10 +42,10 @@ pub enum ImageError {
     NoLocks {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// There can be no side file beside a UML COW file.
+    /// The side file of a UML COW file cannot be created.
     #[error(
         "{}: cannot be made: {source}; a UML COW file has this file beside it while it is written, without which writes that \
          were acknowledged and not flushed would be lost with the program that serves them. Let its user write to \
@@ -55,23 +55,23 @@ pub enum ImageError {
     SideFile {
         /// The side file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// The file is not the one that a predecessor handed on, or not in use by it.
+    /// The file is not the one that the predecessor passed on, or the predecessor was not using it.
     #[error("{}: is not the file that the predecessor has open", path.display())]
     NotHeld {
         /// The file.
         path: PathBuf,
     },
-    /// The file is no image.
+    /// The file has the wrong type.
     #[error("{}: is a {found}, expected {expected}", path.display())]
     Kind {
         /// The file.
         path: PathBuf,
-        /// What it is.
+        /// Its type.
         found: FileKind,
-        /// What it may be.
+        /// The permitted types.
         expected: &'static str,
     },
     /// The header was refused.
@@ -82,7 +82,7 @@ pub enum ImageError {
         /// The field, what was found and expected.
         source: HeaderError,
     },
-    /// The bitmap speaks of data that the file does not have.
+    /// The bitmap marks data as present that the file does not have.
     #[error("{}: {source}", path.display())]
     Data {
         /// The file.
@@ -103,17 +103,17 @@ pub enum ImageError {
         /// Why it failed.
         source: io::Error,
     },
-    /// The backing file is not the one that the header means.
+    /// The backing file does not match the header.
     #[error("{} is not the backing file of {}: {source}", path.display(), cow.display())]
     Identity {
         /// The COW file.
         cow: PathBuf,
-        /// The backing file that was looked at.
+        /// The backing file that was checked.
         path: PathBuf,
         /// Which property differs, and both values.
         source: IdentityError,
     },
-    /// A file was named as its own backing file, or comes twice in a chain.
+    /// A file is its own backing file, or occurs twice in a chain.
     #[error("{}: comes twice in the chain of {} (also as {}); a file cannot back itself", path.display(), top.display(), again.display())]
     Repeated {
         /// The top of the chain.
@@ -135,7 +135,7 @@ pub enum ImageError {
         /// The file.
         path: PathBuf,
     },
-    /// After a power cut, what stands in the journal is to be put in place by whoever may write.
+    /// After a power cut, the journal must be replayed by the next opener that may write.
     #[error(
         "{}: was not closed before the host went down, and flushed sectors stand in its journal only; open it for \
          writing once: cow check --repair, or start its daemon",
@@ -145,7 +145,7 @@ pub enum ImageError {
         /// The file.
         path: PathBuf,
     },
-    /// A file below the top is still being written, or can be.
+    /// A file below the top is still being written, or could be.
     #[error(
         "{}: backs {} but is not frozen; if it has been opened for writing since, that disk's content is gone; else \
          freeze it: cow snapshot",
@@ -157,32 +157,32 @@ pub enum ImageError {
         /// Its backing file.
         path: PathBuf,
     },
-    /// The backing file is of another format than the reference says.
+    /// The backing file's format differs from the one in the reference.
     #[error("{}: backs {} as {expected}, but is {found}", path.display(), cow.display())]
     Format {
         /// The COW file.
         cow: PathBuf,
         /// Its backing file.
         path: PathBuf,
-        /// What it is.
+        /// Its format.
         found: &'static str,
-        /// What the reference says.
+        /// The format in the reference.
         expected: BackingFormat,
     },
-    /// A backing file was named for a COW file that has none.
+    /// A backing file was given for a COW file that has none.
     #[error("{}: has no backing file, so {} cannot be it", path.display(), base.display())]
     NoBacking {
         /// The COW file.
         path: PathBuf,
-        /// What was named.
+        /// The file that was given.
         base: PathBuf,
     },
-    /// UML's format cannot express what was asked for.
+    /// UML's format does not support the operation.
     #[error("{}: a UML COW file cannot {what}; a native one can", path.display())]
     UmlCannot {
         /// The file.
         path: PathBuf,
-        /// What was asked for.
+        /// The operation.
         what: &'static str,
     },
     /// A new file without a backing file needs a size.
@@ -218,7 +218,7 @@ impl ImageError {
         move |source| ImageError::Io { path, action, source }
     }
 
-    /// For `map_err`: the live bitmap beside the UML COW file `cow` was not made.
+    /// For `map_err`: the live bitmap beside the UML COW file `cow` could not be created.
     pub(crate) fn side_file(cow: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| match source.kind() {
             io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
@@ -235,11 +235,11 @@ impl ImageError {
     }
 }
 
-/// A disk's operation that failed.
+/// An operation on an open disk failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DiskError {
-    /// The system refused an operation. The disk works on.
+    /// The system refused an operation. The disk stays usable.
     #[error("{}: cannot {action}: {source}", path.display())]
     Io {
         /// The file.
@@ -249,7 +249,8 @@ pub enum DiskError {
         /// Why it failed.
         source: io::Error,
     },
-    /// A sync failed, now or earlier: nobody knows what is on the disk, and no later success would prove anything.
+    /// A sync failed, now or earlier: the state on the disk is unknown, and a later success would
+    /// prove nothing.
     #[error("{}: a sync has failed; the disk takes no writes until it is opened again", path.display())]
     Failed {
         /// The file.

@@ -1,4 +1,5 @@
-//! Whether a backing file is the one that a header means: as much of it is read as that takes.
+//! Checks whether a backing file is the one that a header refers to, reading only as much of it as
+//! that takes.
 
 use std::io;
 
@@ -10,7 +11,7 @@ use super::ImageError;
 use super::opened::Opened;
 use crate::storage::Storage;
 
-/// Compares the file with what a header says of it. The outer error is that of reading.
+/// Compares the file with the reference in a header. The outer error is a read error.
 pub(crate) fn verify<F: Storage>(
     stored: &BackingIdentity,
     found: &Opened<F>,
@@ -26,7 +27,8 @@ pub(crate) fn verify<F: Storage>(
     Ok(verdict.decide(sample_of(found)?).map(|()| verdict.doubt))
 }
 
-/// How a native header refers to the file: every writer of a reference has it from here.
+/// The identity by which a native header refers to the file. Every writer of a reference gets it
+/// from here.
 pub(crate) fn identity_of<F: Storage>(
     found: &Opened<F>,
     header: Option<&Header>,
@@ -38,9 +40,9 @@ pub(crate) fn identity_of<F: Storage>(
     })
 }
 
-/// What the header should say of the file, which [`verify`] has found to be the right one, if that is not what it says. A
-/// base that was copied need not be read again at the next opening; one that an older program referred to gets its
-/// sample.
+/// An updated identity for the header, for a file that [`verify`] has accepted, or `None` if the
+/// stored one is up to date. Afterwards a copied base need not be read again at each open, and a
+/// reference by an older program gets its sample.
 pub(crate) fn renewed<F: Storage>(
     stored: &BackingIdentity,
     found: &Opened<F>,
@@ -50,7 +52,7 @@ pub(crate) fn renewed<F: Storage>(
     let actual = found.identity(header);
     let new = match (witness.sample, stored.verify(&actual)) {
         (Some(_), Ok(_)) => stored.renewed(&actual),
-        // Half a match is not made a whole one; that is for the user to say: `cow rebind`.
+        // A partial match is not upgraded to a full one; only the user can confirm it, by a rebind.
         (None, Ok(Verdict { doubt: Some(Doubt::WholeSeconds { .. }), .. })) | (_, Err(_)) => {
             return Ok(None);
         }

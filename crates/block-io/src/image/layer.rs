@@ -10,7 +10,8 @@ pub struct Layer<F> {
 }
 
 impl<F> Layer<F> {
-    /// The open file. A real one has a buffered and maybe a direct description, see [`crate::storage::file::File`].
+    /// The open file. A real one has a buffered and perhaps a direct description, see
+    /// [`crate::storage::file::File`].
     pub fn file(&self) -> &F {
         &self.file
     }

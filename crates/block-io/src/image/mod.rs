@@ -1,4 +1,4 @@
-//! Images: one file or a chain of them, opened, made and changed.
+//! Images: opening, creating and changing one file or a chain of them.
 
 pub(crate) mod bitmap;
 pub(crate) mod chain;
@@ -28,8 +28,8 @@ use std::time::Duration;
 
 use cow_format::{CHAIN_LAYERS_MAX, Header};
 
-/// The most files in a chain: so many COW files over a base. Each costs descriptors and memory; QEMU's users seldom
-/// pass a dozen.
+/// The maximum number of files in a chain: the COW files and a base. Each costs descriptors and
+/// memory; QEMU's users seldom exceed a dozen.
 pub const CHAIN_DEPTH_MAX: usize = CHAIN_LAYERS_MAX + 1;
 
 /// Whether data goes through the page cache.
@@ -38,14 +38,14 @@ pub enum CachePolicy {
     /// Through the page cache, which all guests of a host share.
     #[default]
     Buffered,
-    /// Past it (`O_DIRECT`), where the alignment allows; the rest is buffered.
+    /// Bypassing it (`O_DIRECT`) where the alignment allows; the rest is buffered.
     Direct,
 }
 
-/// The header of a new COW file.
+/// The format of a new COW file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CowFormat {
-    /// This project's.
+    /// This project's native format.
     #[default]
     Native,
     /// User Mode Linux's, version 3.
@@ -64,17 +64,18 @@ impl CowFormat {
 /// How a disk is opened.
 #[derive(Clone, Copy, Debug)]
 pub struct DiskOptions {
-    /// Never write: neither to the disk nor to a header.
+    /// Never write, neither to the disk nor to a header.
     pub read_only: bool,
     /// How files below the top are read.
     pub base_cache: CachePolicy,
     /// How the top is read and written.
     pub cow_cache: CachePolicy,
-    /// The header of a COW file that is made because it does not exist.
+    /// The format of a COW file that is created because it does not exist.
     pub format: CowFormat,
-    /// How long to wait for a lock: I/O that a dead process had in flight holds it until it has ended.
+    /// How long to wait for a lock: I/O that a dead process had in flight holds it until it has
+    /// ended.
     pub lock_wait: Duration,
-    /// Write to a file that cannot be locked. The caller answers for it that nobody else does.
+    /// Write to a file that cannot be locked. The caller guarantees that no other process does.
     pub unlocked: bool,
 }
 
@@ -91,6 +92,6 @@ impl Default for DiskOptions {
     }
 }
 
-/// Longer than a killed process needs to end its I/O (25 to 57 ms with 256 MiB in flight), short for a person who waits
-/// for the error.
+/// Longer than a killed process needs to end its I/O (25 to 57 ms with 256 MiB in flight), short
+/// for a person waiting for the error.
 const LOCK_WAIT: Duration = Duration::from_secs(1);

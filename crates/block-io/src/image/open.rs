@@ -1,4 +1,4 @@
-//! Opening a disk: every file of its chain, the map of them all, and the state that writing needs.
+//! Opening a disk: every file of its chain, the map of the chain, and the state needed for writing.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -29,7 +29,8 @@ pub(crate) struct Chain<F> {
     pub(crate) logical_block: u32,
     pub(crate) cow: Option<WritableCow<F>>,
     pub(crate) journal: Journal,
-    /// The file may have data that no bit speaks of: what was written and not flushed when the page cache went.
+    /// The file may contain data that is not marked present: it was written but not flushed when
+    /// the page cache was lost.
     pub(crate) leaky: bool,
 }
 
@@ -60,9 +61,9 @@ pub(crate) fn open_single<E: Env>(
     })
 }
 
-/// Opens the COW file at `path` and everything below it. Makes it first if it does not exist and `base` is given.
-/// Nothing is changed on disk before every file has been found to be right; and nothing at all if the top is `held`,
-/// by a predecessor that may still be at work.
+/// Opens the COW file at `path` and everything below it. Creates it first if it does not exist and
+/// `base` is given. Nothing on disk is changed before every file has been checked, and nothing at
+/// all if the top is `held` by a predecessor that may still be running.
 pub(crate) fn open_chain<E: Env>(
     env: &E,
     path: &Path,
@@ -71,7 +72,7 @@ pub(crate) fn open_chain<E: Env>(
     options: &DiskOptions,
 ) -> Result<Chain<E::File>, ImageError> {
     let inherited = held.is_some();
-    // The predecessor has adopted the base that was named.
+    // The predecessor has already adopted the base.
     let base = base.filter(|_| !inherited);
     if let Some(base) = base
         && !options.read_only
@@ -112,7 +113,7 @@ pub(crate) fn open_chain<E: Env>(
         if let (Some(base), Some(nearest)) = (base, below.first()) {
             adopt_base(env, &top, &mut header, base, &nearest.opened)?;
         }
-        // What bypasses the page cache is not there to be read again.
+        // A journal record is read back from the page cache, which direct I/O bypasses.
         journal = Journal::new(&header, options.cow_cache == CachePolicy::Buffered);
         cow = Some(make_writable(env, &top, header, bits.live_counts(), inherited)?);
     }
@@ -120,8 +121,8 @@ pub(crate) fn open_chain<E: Env>(
     Ok(Chain { leaky: trust == Trust::Nothing, ..chain })
 }
 
-/// The map of a chain, of which nothing is known yet. `complete`: the top holds its last sector whole, as one does that is
-/// open for writing.
+/// The map of a chain, with nothing loaded yet. `complete`: the top has its last sector in full, as
+/// a file that is open for writing does.
 pub(crate) fn new_map<F>(
     top: &Opened<F>,
     below: &[Lower<F>],
@@ -182,8 +183,8 @@ fn join<F>(
     })
 }
 
-/// Lets the header know its base as it is now, whose content was found to be right. It is written with the next change of
-/// the header: nothing depends on it.
+/// Updates the header's description of its base, whose content was found to match. It is written
+/// with the next change of the header, since nothing depends on it.
 fn renew_backing<F: Storage>(
     path: &Path,
     header: &mut Header,
@@ -199,7 +200,7 @@ fn renew_backing<F: Storage>(
     Ok(())
 }
 
-/// Where the header leads elsewhere than to the base that was named, it gets the new path, as with UML.
+/// If the path in the header does not lead to the given base, it is replaced, as UML does.
 fn adopt_base<E: Env>(
     env: &E,
     top: &Opened<E::File>,

@@ -64,7 +64,7 @@ impl<F: Storage> Opened<F> {
         }
     }
 
-    /// What the file is found to be.
+    /// The file's actual identity.
     pub(crate) fn identity(&self, header: Option<&Header>) -> ActualIdentity {
         let layer = match header {
             Some(Header::Native(native)) => Some((native.uuid(), native.content_generation())),
@@ -90,7 +90,7 @@ impl<F: Storage> Opened<F> {
 }
 
 impl<F> Opened<F> {
-    /// Bytes of disk that the file can hold by its length.
+    /// How many bytes of disk the file can hold, going by its length.
     pub(crate) fn disk_bytes(&self, geometry: &Geometry) -> u64 {
         self.stat.size.saturating_sub(geometry.data_offset().get())
     }

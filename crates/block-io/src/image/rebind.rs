@@ -1,4 +1,4 @@
-//! Telling a COW file that its backing file was copied, moved or touched.
+//! Updating a COW file's reference after its backing file was copied, moved or touched.
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -16,18 +16,20 @@ use super::write::header_io::{set_backing_path, write_native_synced};
 use super::{CowFormat, DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 
-/// What a rebind relies on when size or mtime differ.
+/// The evidence for a rebind when size or mtime differ.
 pub enum Proof<'a, F> {
-    /// The BLAKE3 digest of the new base's content, which this function takes, against the one in the header.
+    /// The BLAKE3 digest of the new base's content, which this function computes, must equal the
+    /// one in the header.
     Digest(&'a mut dyn FnMut(&F) -> io::Result<[u8; 32]>),
-    /// The user's word.
+    /// The caller's assurance.
     Trust,
 }
 
-/// Writes into the header of `cow` that its backing file is `base` (by default the one that it names), if the content
-/// is the same. The header keeps its digest. A layer is known by its UUID and needs no proof; another size is never
-/// accepted. `cow` may be frozen. An interruption leaves the old or the new reference (in a UML header with very long
-/// paths perhaps one that leads nowhere).
+/// Makes `base` (by default the file in the header) the backing file in the header of `cow`, if the
+/// content is the same. The header keeps its digest. A layer is identified by its UUID and needs no
+/// proof; a different size is never accepted. `cow` may be frozen. An interruption leaves the old
+/// or the new reference (in a UML header with very long paths perhaps one to a file that does not
+/// exist).
 pub fn rebind<E: Env>(
     env: &E,
     cow: &Path,
@@ -55,7 +57,7 @@ pub fn rebind<E: Env>(
     Ok(())
 }
 
-/// Refuses what no proof can help.
+/// Refuses a base that no proof can make acceptable.
 fn same_kind(
     stored: &BackingIdentity,
     found: &ActualIdentity,
@@ -91,7 +93,7 @@ fn prove<F: Storage>(
         return Err(ChangeError::NoDigest { cow, base });
     };
     let digest = take(&base.file).map_err(ImageError::io(&base.path, "read"))?;
-    // It is locked, but not everybody asks for locks.
+    // It is locked, but not every program respects locks.
     let now = base.file.stat().map_err(ImageError::io(&base.path, "stat"))?;
     if (now.size, now.mtime) != (base.stat.size, base.stat.mtime) {
         return Err(ChangeError::Moving { base: base.path.clone() });

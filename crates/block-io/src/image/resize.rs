@@ -1,7 +1,8 @@
-//! Changing the size of a disk while nobody uses it.
+//! Changing the size of a disk that is not in use.
 //!
-//! The header's write is the moment at which the size changes. What a smaller disk leaves behind its end is cleared
-//! after that, and once more before the disk grows: bits there would bring lost data back.
+//! The size changes at the moment of the header's write. What a smaller disk leaves behind its end
+//! is cleared after that, and again before the disk grows: bits there would bring deleted data
+//! back.
 
 use std::io;
 use std::path::Path;
@@ -19,8 +20,9 @@ use super::write::header_io::{check_writable, write_native_synced};
 use super::{DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 
-/// Gives the native COW file at `path` a size of `size` bytes, a multiple of 512. What is new reads as zeros. A
-/// smaller size loses what lies beyond it and has to be allowed. An interruption leaves the old or the new size.
+/// Resizes the native COW file at `path` to `size` bytes, a multiple of 512. New space reads as
+/// zeros. A smaller size loses the data beyond it and must be allowed. An interruption leaves the
+/// old or the new size.
 pub fn resize<E: Env>(
     env: &E,
     path: &Path,
@@ -38,7 +40,7 @@ pub fn resize<E: Env>(
     if size < virtual_size && !may_shrink {
         return Err(ChangeError::Shrink { path: path.to_owned(), size, virtual_size });
     }
-    // Refused before anything is changed, if it is refused.
+    // Any refusal must come before the first change.
     header.resize(size).map_err(ImageError::header(path))?;
     let below = if size > virtual_size { size_below(env, path, &edit)? } else { 0 };
     edit.settle()?;
@@ -63,14 +65,16 @@ pub fn resize<E: Env>(
     Ok(())
 }
 
-/// The size in bytes of the disk below the file: where its own end is further down, that would come to light.
+/// The size in bytes of the disk below the file: if it is larger than the old size, growing would
+/// expose it.
 fn size_below<E: Env>(env: &E, path: &Path, edit: &Edit<E::File>) -> Result<u64, ImageError> {
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
     let below = Opener::new(env, &options, path).below(path, &edit.header, None)?;
     Ok(below.first().map_or(0, |nearest| nearest.disk_size()))
 }
 
-/// Clears bits and data past the end of a disk of this geometry, in all the room that the file has for growth.
+/// Clears bits and data past the end of a disk of this geometry, in all the space that the file has
+/// for growth.
 fn clear_beyond(file: &impl Storage, header: &NativeHeader, geometry: &Geometry) -> io::Result<()> {
     let page_len = BITMAP_PAGE as u64;
     let bitmap = geometry.bitmap_offset().get();
@@ -86,7 +90,7 @@ fn clear_beyond(file: &impl Storage, header: &NativeHeader, geometry: &Geometry)
         let rest = (edge + 1) * page_len;
         file.punch(ByteOffset::new(bitmap + rest), room - rest)?;
     }
-    // The state is clean: nothing of the live bitmap counts.
+    // The state is clean: no bit of the live bitmap is needed.
     if let Some(live) = geometry.live_bitmap_offset() {
         file.punch(live, room)?;
     }
@@ -94,7 +98,8 @@ fn clear_beyond(file: &impl Storage, header: &NativeHeader, geometry: &Geometry)
     file.punch(end, file.len()?.saturating_sub(end.get()))
 }
 
-/// Makes the new sectors present, as holes, as far as there is something below: it must not shine through.
+/// Marks the new sectors present, as holes, as far as the file below has data: it must not become
+/// visible.
 fn hide_below(file: &impl Storage, old: &Geometry, new: &Geometry, below: u64) -> io::Result<()> {
     let start = old.sectors().get();
     let end = SectorCount::covering(below).get().min(new.sectors().get());
@@ -106,7 +111,7 @@ fn hide_below(file: &impl Storage, old: &Geometry, new: &Geometry, below: u64) -
     let bitmap = Bitmap::new(new.sectors());
     let first = start / PAGE_SECTORS;
     let mut page = [0; BITMAP_PAGE];
-    // The page at the border also has bits of the disk as it was.
+    // The first page also has bits of the disk before it grew.
     file.read_zero_filled(
         &mut page,
         ByteOffset::new(old.bitmap_offset().get() + first * BITMAP_PAGE as u64),

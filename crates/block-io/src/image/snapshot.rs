@@ -15,8 +15,9 @@ use super::write::header_io::write_native_synced;
 use super::{CowFormat, DiskOptions, ImageError};
 use crate::storage::{Env, Storage};
 
-/// Freezes the native COW file `cow` for ever and makes `new`, which must not exist, on top of it. An interruption
-/// leaves `cow` as it was, or frozen without `new`; then the same call makes `new`.
+/// Freezes the native COW file `cow` permanently and creates `new`, which must not exist, on top of
+/// it. An interruption leaves `cow` unchanged, or frozen without `new`; calling this again then
+/// creates `new`.
 pub fn snapshot<E: Env>(env: &E, cow: &Path, new: &Path) -> Result<(), ChangeError> {
     if env.exists(new).map_err(ImageError::io(new, "look for"))? {
         Err(ImageError::io(new, "create")(io::ErrorKind::AlreadyExists.into()))?;
@@ -32,10 +33,10 @@ pub fn snapshot<E: Env>(env: &E, cow: &Path, new: &Path) -> Result<(), ChangeErr
     let mut header = header_above(env, new, cow, native)?;
     create_file(env, new, false, |file| {
         write_new_native(file, new, &mut header)?;
-        // What can fail for the new file has not failed by the time the old one is frozen.
+        // Everything that can fail for the new file has succeeded before the old one is frozen.
         file.sync().map_err(ImageError::io(new, "sync"))?;
         if frozen {
-            // By a call that was interrupted, perhaps before its sync.
+            // Frozen by an interrupted call, perhaps before its sync.
             return edit.cow.file.sync().map_err(ImageError::io(cow, "sync"));
         }
         native.freeze();

@@ -1,8 +1,8 @@
-//! Whether what a predecessor left in the page cache can be believed, and what is done where it cannot.
+//! Whether what a predecessor left in the page cache can be trusted, and the recovery if it cannot.
 //!
-//! What was acknowledged and not flushed is in the page cache alone. It counts as long as that is certainly the page cache
-//! of then, and the kernel has been able to write all of it that it tried to. Else the file is what it is on the disk, as
-//! after a power cut: the live bitmap is void, and what was flushed into the journal is put in place
+//! What was acknowledged and not flushed is only in the page cache. It is valid as long as the page
+//! cache is certainly still the same, and the kernel has not failed to write any of it. Otherwise
+//! the file is treated as after a power cut: the live bitmap is void, and the journal is replayed
 //! (`docs/architecture.md`, "Durability").
 
 use std::io;
@@ -20,10 +20,10 @@ use super::write::header_io::UpdateError;
 use super::write::journal::{read_journal, replay};
 use crate::storage::{Access, Env, Storage};
 
-/// By what the live bitmap of a file in use is judged.
+/// How the live bitmap of a file in use is judged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Trust {
-    /// By the page cache that it names.
+    /// By the page cache recorded with it.
     Witness,
     /// The predecessor's description is still open, so the page cache is its own.
     Held,
@@ -31,14 +31,14 @@ pub(crate) enum Trust {
     Nothing,
 }
 
-/// The page cache that holds `file`; `None` if the system says no boot.
+/// The page cache that holds `file`; `None` if the system reports no boot id.
 pub(crate) fn page_cache<E: Env>(env: &E, file: &E::File) -> Result<Option<PageCache>, ImageError> {
     let boot = env.boot_id().map_err(ImageError::io("/proc/sys/kernel/random/boot_id", "read"))?;
     let boot = BootId::new(Uuid::from_bytes(boot.0));
     Ok(boot.map(|boot| PageCache { boot, witness: env.cache_witness(file) }))
 }
 
-/// Whether the live bitmap of a native file counts.
+/// Whether the live bitmap of a native file is valid.
 pub(crate) fn live_counts<E: Env>(
     env: &E,
     file: &E::File,
@@ -53,8 +53,8 @@ pub(crate) fn live_counts<E: Env>(
     })
 }
 
-/// Whether flushed sectors stand in the journal and maybe not in their place. Where the live bitmap counts they do: the page
-/// cache has everything.
+/// Whether the journal may have flushed sectors that are not in their final place. If the live
+/// bitmap is valid there are none: the page cache has everything.
 pub(crate) fn must_be_replayed<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
@@ -71,7 +71,7 @@ pub(crate) fn must_be_replayed<E: Env>(
     Ok(Records::new(&journal, epoch, native.geometry().sectors()).next().is_some())
 }
 
-/// The side file of the UML COW file `cow`, if its live bitmap counts.
+/// The side file of the UML COW file `cow`, if its live bitmap is valid.
 pub(crate) fn valid_side_file<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
@@ -90,7 +90,7 @@ pub(crate) fn valid_side_file<E: Env>(
     Ok(valid.then_some(file))
 }
 
-/// The side file, if there is one, and whether its live bitmap counts.
+/// The side file, if there is one, and whether its live bitmap is valid.
 fn find_side_file<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
@@ -116,8 +116,9 @@ fn find_side_file<E: Env>(
     Ok(Some((file, valid)))
 }
 
-/// For a file under its exclusive lock, before its bitmaps are read: decides whether what a predecessor left in the page cache
-/// counts. If it does not, the file is brought to what was flushed, durably. Can be interrupted, and then begins again.
+/// For a file under its exclusive lock, before its bitmaps are read: decides whether what a
+/// predecessor left in the page cache is valid. If not, the file is brought durably to its last
+/// flushed state. Can be interrupted, and then starts over.
 pub(crate) fn recover<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
@@ -130,8 +131,8 @@ pub(crate) fn recover<E: Env>(
     if believed {
         return Ok(Trust::Witness);
     }
-    // What is still to be written is newer than what was flushed, and as good. Then nothing that is not on the disk is
-    // taken for being there.
+    // Dirty pages are newer than what was flushed, and just as valid, so write them back. Then drop
+    // the cache, so that only what is on the disk is read.
     cow.file.sync().map_err(ImageError::io(&cow.path, "sync"))?;
     cow.file.drop_cache().map_err(ImageError::io(&cow.path, "drop the page cache of"))?;
     *header = cow.header()?;
@@ -139,7 +140,8 @@ pub(crate) fn recover<E: Env>(
     Ok(Trust::Nothing)
 }
 
-/// Whether a native file is closed, or its live bitmap counts. If neither is so, this stays so.
+/// Whether a native file is closed, or its live bitmap is valid. If neither, makes sure that later
+/// openers come to the same conclusion.
 fn believe_native<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
@@ -155,13 +157,14 @@ fn believe_native<E: Env>(
         (false, _) => {}
     }
     let write = match live {
-        // No later opening can believe it.
+        // No later opener can trust it.
         Some(live) if Some(live.boot) != here => return Ok(false),
         Some(_) => {
             native.make_live_void();
             native.next_write()
         }
-        // Maybe this stands in the page cache only, and the other copy says that it counts.
+        // The void state may be only in the page cache, while the other copy says that the live
+        // bitmap is valid.
         None => native.write_again(),
     };
     let write = write.map_err(|err| UpdateError::from(err).at(&cow.path))?;
@@ -170,7 +173,7 @@ fn believe_native<E: Env>(
     Ok(false)
 }
 
-/// The same for a UML file. One that was closed has no side file.
+/// The same for a UML file. A closed one has no side file.
 fn believe_uml<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
@@ -179,7 +182,7 @@ fn believe_uml<E: Env>(
     let io = |action| ImageError::io(&cow.path, action);
     let found = find_side_file(env, cow, header, Trust::Witness, Access::ReadWrite);
     let Some((file, valid)) = found.map_err(io("read the live bitmap"))? else { return Ok(true) };
-    // Both, also where it makes no difference any more: the next sync is to tell what is new.
+    // Check both, even if the result no longer matters: the next sync must report only new errors.
     let written = (cow.file.check_writeback(), file.check_writeback());
     if !valid {
         return Ok(false);

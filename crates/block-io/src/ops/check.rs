@@ -28,8 +28,8 @@ pub struct Checked {
     pub repaired: bool,
 }
 
-/// Checks the COW file at `path`; with `repair` what can be is put right. What keeps the header from being read is an
-/// error, [`crate::ImageError::Header`]. The files below are not looked at.
+/// Checks the COW file at `path`; with `repair` what can be is put right. What keeps the header
+/// from being read is an error, [`crate::ImageError::Header`]. The files below are not looked at.
 pub fn check<E: Env>(env: &E, path: &Path, repair: bool) -> Result<Vec<Checked>, OpError> {
     let mut checked = Vec::new();
     if repair && close_in_order(env, path)? {
@@ -63,7 +63,8 @@ pub fn check<E: Env>(env: &E, path: &Path, repair: bool) -> Result<Vec<Checked>,
     Ok(checked)
 }
 
-/// Opens the disk for writing and closes it, if it was not closed: what is live becomes durable. Says whether it did.
+/// Opens the disk for writing and closes it, if it was not closed: what is live becomes durable.
+/// Says whether it did.
 fn close_in_order<E: Env>(env: &E, path: &Path) -> Result<bool, OpError> {
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
     let cow = Opener::new(env, &options, path).top()?;
@@ -116,7 +117,8 @@ fn next_data<F: Storage>(
     cow.file.next_data(ByteOffset::new(at)).map_err(OpError::read(&cow.path, at))
 }
 
-/// Hands out the pages of the durable bitmap, those in the room for growth included, that may have a bit set.
+/// Hands out the pages of the durable bitmap, those in the room for growth included, that may have
+/// a bit set.
 fn for_each_page<F: Storage>(
     cow: &Opened<F>,
     header: &Header,

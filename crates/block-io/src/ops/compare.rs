@@ -13,8 +13,8 @@ use crate::storage::{PAGE, SECTOR};
 /// Bytes that are compared at once.
 const BUFFER: usize = 1 << 20;
 
-/// The offset of the first byte in which two disks differ, or `None`. The end of the shorter one is taken for zeros. What
-/// both read from the same place in the same file is not read at all.
+/// The offset of the first byte in which two disks differ, or `None`. The end of the shorter one is
+/// taken for zeros. What both read from the same place in the same file is not read at all.
 pub fn first_difference<A: Image, B: Image>(
     first: &A,
     second: &B,
@@ -97,7 +97,8 @@ impl<A: Reader, B: Reader> Pair<A, B> {
         }
     }
 
-    /// Hands out the bytes of the first disk that the second has otherwise, in whole sectors and as long as they can be.
+    /// Hands out the bytes of the first disk that the second has otherwise, in whole sectors and as
+    /// long as they can be.
     pub(crate) fn differences(
         &mut self,
         range: SectorRange,
@@ -136,7 +137,8 @@ struct Side<R> {
 }
 
 impl<R: Reader> Side<R> {
-    /// The first `len` bytes of a piece. Past the end of the disk there are zeros, in its last sector too.
+    /// The first `len` bytes of a piece. Past the end of the disk there are zeros, in its last
+    /// sector too.
     fn read(&mut self, piece: &Piece, len: u64) -> Result<&[u8], OpError> {
         let place = match piece.source {
             Source::Zero => 0,

@@ -16,11 +16,12 @@ const BUFFER: usize = 2 << 20;
 /// Where copied bytes go: told their place in the disk. Called from every thread.
 pub(super) type Write<'a> = &'a (dyn Fn(u64, &[u8]) -> Result<(), OpError> + Sync);
 
-/// Tries to have the bytes of a piece without a copy; says how many of them, from its beginning on, that did.
+/// Tries to have the bytes of a piece without a copy; says how many of them, from its beginning on,
+/// that did.
 pub(super) type Share<'a> = &'a (dyn Fn(&Piece) -> Result<u64, OpError> + Sync);
 
-/// Copies `image` by giving `write` all bytes that `share` leaves but holes, and zeros that look like data if `how` says
-/// so.
+/// Copies `image` by giving `write` all bytes that `share` leaves but holes, and zeros that look
+/// like data if `how` says so.
 pub fn copy<I: Image>(
     image: &I,
     write: Write<'_>,
@@ -68,9 +69,9 @@ fn copy_piece(
     Ok(())
 }
 
-/// Threads that fill one new file: past the page cache one reads while the other waits for the disk. Through it writes to
-/// a file take turns in the kernel, and who waits there burns CPU (with two threads the same merge took 1.3 to 6 times
-/// the CPU and no less time: 2 GiB, 2 cores, ext4).
+/// Threads that fill one new file: past the page cache one reads while the other waits for the
+/// disk. Through it writes to a file take turns in the kernel, and who waits there burns CPU (with
+/// two threads the same merge took 1.3 to 6 times the CPU and no less time: 2 GiB, 2 cores, ext4).
 pub(super) fn writers(output: &impl Storage) -> NonZeroUsize {
     NonZeroUsize::MIN.saturating_add(output.bypasses_cache().into())
 }
@@ -89,8 +90,8 @@ impl PageBuffer {
         PageBuffer(vec![Page([0; PAGE]); len.div_ceil(PAGE)])
     }
 
-    /// The buffer from where a byte belongs that is written to or read from `place` in a file, so that whole pages stay
-    /// whole pages.
+    /// The buffer from where a byte belongs that is written to or read from `place` in a file, so
+    /// that whole pages stay whole pages.
     pub(super) fn for_place(&mut self, place: u64) -> &mut [u8] {
         let into = usize::try_from(place % PAGE as u64).unwrap_or(0);
         &mut self.0.as_mut_bytes()[into..]

@@ -1,4 +1,5 @@
-//! Looking at a chain without opening it: works beside a running daemon, and on what cannot be opened.
+//! Looking at a chain without opening it: works beside a running daemon, and on what cannot be
+//! opened.
 
 use std::path::{Path, PathBuf};
 
@@ -20,7 +21,8 @@ use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKin
 pub struct Inspection {
     /// The files of the chain, the top first, as far as they could be followed.
     pub files: Vec<FileFacts>,
-    /// Why the chain cannot be opened, or why it ends where it does. It speaks of the last file, or of what that refers to.
+    /// Why the chain cannot be opened, or why it ends where it does. It speaks of the last file, or
+    /// of what that refers to.
     pub problem: Option<ImageError>,
 }
 
@@ -91,8 +93,9 @@ pub struct BackingFacts {
     pub doubt: Option<Doubt>,
 }
 
-/// Looks at the file at `path` and at everything below it. `base` stands in for the path in the first header. Fails only
-/// where the file itself cannot be opened. Takes no lock that outlasts the call, and changes nothing.
+/// Looks at the file at `path` and at everything below it. `base` stands in for the path in the
+/// first header. Fails only where the file itself cannot be opened. Takes no lock that outlasts the
+/// call, and changes nothing.
 pub fn inspect<E: Env>(
     env: &E,
     path: &Path,
@@ -105,7 +108,8 @@ pub fn inspect<E: Env>(
     Ok(found)
 }
 
-/// Whether the file at `path` is a COW file that refers to the file `backing`. Only its header is read.
+/// Whether the file at `path` is a COW file that refers to the file `backing`. Only its header is
+/// read.
 pub fn refers_to<E: Env>(env: &E, path: &Path, backing: FileId) -> bool {
     let referred = || -> Option<FileId> {
         let file = opened(env.open(path, Access::Read).ok()?, path.to_owned()).ok()?;
@@ -236,7 +240,8 @@ impl Inspection {
     }
 }
 
-/// Reads header and bitmap. A top without a known magic is a raw image; below, the reference says what a file is.
+/// Reads header and bitmap. A top without a known magic is a raw image; below, the reference says
+/// what a file is.
 fn look_inside<E: Env>(
     env: &E,
     opened: &Opened<E::File>,

@@ -17,9 +17,10 @@ use crate::image::layer::Layer;
 use crate::image::write::flush::flush;
 use crate::storage::{Env, FS_BLOCK, Storage};
 
-/// Writes the content of `disk`, its last partial sector included, to a raw image that gets the name `out` when it is
-/// complete and durable. A file that has the name is replaced only if `replace` says so, and never if it is a file of
-/// `disk`. What can share the space of the disk's files does.
+/// Writes the content of `disk`, its last partial sector included, to a raw image that gets the
+/// name `out` when it is complete and durable. A file that has the name is replaced only if
+/// `replace` says so, and never if it is a file of `disk`. What can share the space of the disk's
+/// files does.
 pub fn merge_to<E: Env>(
     env: &E,
     disk: &Disk<E>,
@@ -48,7 +49,8 @@ pub fn merge_to<E: Env>(
     output.place()
 }
 
-/// How many bytes of a piece are worth sharing: whole blocks, if it begins one in both files, and not few.
+/// How many bytes of a piece are worth sharing: whole blocks, if it begins one in both files, and
+/// not few.
 fn shareable(piece: &Piece, at: ByteOffset) -> u64 {
     let len = piece.len / FS_BLOCK * FS_BLOCK;
     let aligned = at.get().is_multiple_of(FS_BLOCK) && piece.at.get().is_multiple_of(FS_BLOCK);
@@ -94,8 +96,9 @@ pub fn create_raw<E: Env>(env: &E, path: &Path, size: u64, replace: bool) -> Res
     output.place()
 }
 
-/// Writes the content of `image` to a COW file that gets the name `out` when it is complete and durable. Over a base, given
-/// by `options` and open as `base`, it holds only what is different there.
+/// Writes the content of `image` to a COW file that gets the name `out` when it is complete and
+/// durable. Over a base, given by `options` and open as `base`, it holds only what is different
+/// there.
 pub fn convert_to_cow<E: Env>(
     env: &E,
     image: &impl Image,
@@ -133,8 +136,8 @@ pub fn convert_to_cow<E: Env>(
     new.finish()
 }
 
-/// A COW file that is being filled, from any number of threads, and appears under its name only when it is complete and
-/// durable. Dropping it leaves nothing.
+/// A COW file that is being filled, from any number of threads, and appears under its name only
+/// when it is complete and durable. Dropping it leaves nothing.
 pub struct CowWriter<E: Env> {
     output: Output<E>,
     path: PathBuf,
@@ -145,7 +148,8 @@ pub struct CowWriter<E: Env> {
 }
 
 impl<E: Env> CowWriter<E> {
-    /// Begins the file that will be `out`; see [`Output::create`] for `inputs`, which the base is one of anyway.
+    /// Begins the file that will be `out`; see [`Output::create`] for `inputs`, which the base is
+    /// one of anyway.
     pub fn create(
         env: &E,
         out: &Path,
@@ -167,7 +171,8 @@ impl<E: Env> CowWriter<E> {
         self.geometry.virtual_size()
     }
 
-    /// Writes whole sectors (the last one of the disk may be partial) at byte `at`, which begins one.
+    /// Writes whole sectors (the last one of the disk may be partial) at byte `at`, which begins
+    /// one.
     pub fn write(&self, at: u64, bytes: &[u8]) -> Result<(), OpError> {
         let place = self.geometry.data_offset().get() + at;
         let written = self.output.file().write_large_at(bytes, ByteOffset::new(place));

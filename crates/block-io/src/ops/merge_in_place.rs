@@ -1,8 +1,9 @@
 //! Merging a COW file into a file below it.
 //!
-//! Every step leaves a disk with the same content, whenever the power goes: until its last change the COW file holds all
-//! that it held, so that it does not matter how much of that the target has as well. What does matter is that the COW file
-//! matches its target again, or that a note says why it does not (see [`super::note`]); then the merge can be run again.
+//! Every step leaves a disk with the same content, whenever the power goes: until its last change
+//! the COW file holds all that it held, so that it does not matter how much of that the target has
+//! as well. What does matter is that the COW file matches its target again, or that a note says why
+//! it does not (see [`super::note`]); then the merge can be run again.
 //!
 //! 1. The COW file's bits are made durable; the note is written.
 //! 2. A layer gets its next content generation: other files over it become invalid. (A base becomes so by its mtime.)
@@ -46,13 +47,14 @@ const BUFFER: usize = 1 << 20;
 pub struct Merged {
     /// The file that has it all now.
     pub target: PathBuf,
-    /// The COW file is empty and stands over the target as it is now. If not (its header is of a version that is
-    /// never written) it is as it was and no longer matches.
+    /// The COW file is empty and stands over the target as it is now. If not (its header is of a
+    /// version that is never written) it is as it was and no longer matches.
     pub emptied: bool,
 }
 
-/// Merges the COW file at `cow`, and what stands between, into the file `depth` files below it (1 is the next one).
-/// `base` stands in for the path in its header. Can be run again after an interruption.
+/// Merges the COW file at `cow`, and what stands between, into the file `depth` files below it (1
+/// is the next one). `base` stands in for the path in its header. Can be run again after an
+/// interruption.
 pub fn merge_in_place<E: Env>(
     env: &E,
     cow: &Path,
@@ -62,7 +64,8 @@ pub fn merge_in_place<E: Env>(
 ) -> Result<Merged, OpError> {
     let mut merge = Merge::open(env, cow, base, depth)?;
     if merge.empty {
-        // The target does not change; a note, and data that no bit speaks of, are from a merge that was all but over.
+        // The target does not change; a note, and data that no bit speaks of, are from a merge that
+        // was all but over.
         merge.settle()?;
         if !merge.between.is_empty() {
             merge.refer()?;
@@ -304,7 +307,8 @@ impl<'a, E: Env> Merge<'a, E> {
         Ok(())
     }
 
-    /// Lets the COW file's header mean the target as it is now; false if such a header is never written.
+    /// Lets the COW file's header mean the target as it is now; false if such a header is never
+    /// written.
     fn refer(&mut self) -> Result<bool, OpError> {
         if is_read_only(&self.header) {
             return Ok(false);
@@ -402,7 +406,8 @@ fn make_durable<F: Storage>(
     Ok(flush(&file.file, bitmap, geometry).map_err(|failure| failure.at(&file.path))?)
 }
 
-/// `now`, or the second after it if a header that knows whole seconds could take it for the time that is stored.
+/// `now`, or the second after it if a header that knows whole seconds could take it for the time
+/// that is stored.
 fn other_second(now: Timestamp, stored: &BackingIdentity) -> Timestamp {
     let stored = match *stored {
         BackingIdentity::ImageSeconds { mtime_secs, .. } => i64::from(mtime_secs),

@@ -1,8 +1,9 @@
 //! The note beside a COW file that its merge into a file below has begun: `<COW>.merging`.
 //!
-//! A merge in place changes the file that it goes to, so that this no longer is what the header above it means: a base's
-//! mtime, a layer's generation. The note says that this is why, so that an interrupted merge can be run again. It stands
-//! from before the first change until nothing is left to do, and is void once the header means the file as it is by then.
+//! A merge in place changes the file that it goes to, so that this no longer is what the header
+//! above it means: a base's mtime, a layer's generation. The note says that this is why, so that an
+//! interrupted merge can be run again. It stands from before the first change until nothing is left
+//! to do, and is void once the header means the file as it is by then.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -29,11 +30,13 @@ struct RawNote {
     /// CRC32C of everything after it.
     crc: U32,
     cow_ino: U64,
-    /// The file that is merged to: its inode number, and when that was made. Device numbers change from boot to boot.
+    /// The file that is merged to: its inode number, and when that was made. Device numbers change
+    /// from boot to boot.
     target_ino: U64,
     target_born_secs: I64,
     target_born_nanos: U32,
-    /// How the header above knows it: 0 by size and whole seconds, 1 by size and exact mtime, 2 as a layer.
+    /// How the header above knows it: 0 by size and whole seconds, 1 by size and exact mtime, 2 as
+    /// a layer.
     identity: U32,
     /// Bytes, or the layer's content generation.
     size: U64,
@@ -48,15 +51,16 @@ const _: () = assert!(size_of::<RawNote>() == RAW_LEN);
 /// The checksum covers what follows it.
 const CRC_END: usize = 16;
 
-/// The note that a merge of one COW file leaves. There is exactly one for a target and what the header above it says, so
-/// that a note is valid when it is equal.
+/// The note that a merge of one COW file leaves. There is exactly one for a target and what the
+/// header above it says, so that a note is valid when it is equal.
 pub(crate) struct MergeMarker {
     path: PathBuf,
     bytes: [u8; RAW_LEN],
 }
 
 impl MergeMarker {
-    /// The note for the COW file at `cow` (without symbolic links) over a target that is known as `stored`.
+    /// The note for the COW file at `cow` (without symbolic links) over a target that is known as
+    /// `stored`.
     pub(crate) fn new(
         cow: &Path,
         cow_stat: &FileStat,
@@ -100,8 +104,8 @@ impl MergeMarker {
         Ok(n == RAW_LEN && found == self.bytes)
     }
 
-    /// Writes the note, durably, in place of any other: those are void. It gets its name in one step, so that nobody who is
-    /// killed leaves another.
+    /// Writes the note, durably, in place of any other: those are void. It gets its name in one
+    /// step, so that nobody who is killed leaves another.
     pub(crate) fn write<E: Env>(&self, env: &E) -> Result<(), OpError> {
         if self.stands(env).map_err(OpError::io(&self.path, "read"))? {
             return env

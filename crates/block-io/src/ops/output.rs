@@ -8,15 +8,17 @@ use crate::image::chain::wait_for_lock;
 use crate::image::{DiskOptions, Unpublished};
 use crate::storage::{Access, Env, FileKind, LockKind, Storage};
 
-/// A new file that appears under its name only when it is complete and durable. Dropping it leaves nothing.
+/// A new file that appears under its name only when it is complete and durable. Dropping it leaves
+/// nothing.
 pub struct Output<E: Env> {
     file: Unpublished<E>,
     replace: bool,
 }
 
 impl<E: Env> Output<E> {
-    /// Creates the file that will be `target`. If that exists it must be a file that nobody has open, is none of
-    /// `inputs`, and `replace` must say so; of a symbolic link the file that it leads to is replaced.
+    /// Creates the file that will be `target`. If that exists it must be a file that nobody has
+    /// open, is none of `inputs`, and `replace` must say so; of a symbolic link the file that it
+    /// leads to is replaced.
     pub fn create(
         env: &E,
         target: &Path,
@@ -38,7 +40,8 @@ impl<E: Env> Output<E> {
     }
 }
 
-/// Refuses a `target` that must not be written: see [`Output::create`]. Gives its path without symbolic links.
+/// Refuses a `target` that must not be written: see [`Output::create`]. Gives its path without
+/// symbolic links.
 pub fn check_target<E: Env>(
     env: &E,
     target: &Path,

@@ -9,8 +9,8 @@ use cow_format::{Sector, SectorCount, SectorRange};
 
 use crate::sync::lock;
 
-/// Sectors of a piece (8 MiB): a thread takes the next one when it is done, so pieces are small against a disk and
-/// large against a system call.
+/// Sectors of a piece (8 MiB): a thread takes the next one when it is done, so pieces are small
+/// against a disk and large against a system call.
 const PIECE: u64 = 16384;
 
 /// The number of threads for work that mostly moves bytes: one for each core.
@@ -18,8 +18,9 @@ pub fn threads() -> NonZeroUsize {
     std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }
 
-/// Calls `work` for pieces that together are the first `sectors` sectors, from `threads` threads, in rising order as
-/// far as each thread sees it. `state` makes what each thread keeps between its pieces. The first error ends all.
+/// Calls `work` for pieces that together are the first `sectors` sectors, from `threads` threads,
+/// in rising order as far as each thread sees it. `state` makes what each thread keeps between its
+/// pieces. The first error ends all.
 pub(super) fn for_each_piece<S, E: Send>(
     sectors: SectorCount,
     threads: NonZeroUsize,

@@ -18,8 +18,9 @@ use crate::image::write::header_io::{check_writable, set_backing_path, write_nat
 use crate::image::{BaseOptions, CowFormat, DiskOptions, ImageError, native_backing};
 use crate::storage::{Env, Storage};
 
-/// Puts the COW file at `cow` over `base`, or over nothing. The content of its disk stays the same: what is different there
-/// is first copied into it. An interruption leaves the disk as it was, over its old base or over the new one.
+/// Puts the COW file at `cow` over `base`, or over nothing. The content of its disk stays the same:
+/// what is different there is first copied into it. An interruption leaves the disk as it was, over
+/// its old base or over the new one.
 pub fn rebase<E: Env>(
     env: &E,
     cow: &Path,
@@ -50,7 +51,8 @@ pub fn rebase<E: Env>(
     }
 }
 
-/// Writes into the header of `cow` that it stands over `base`, whatever that does to the content of its disk.
+/// Writes into the header of `cow` that it stands over `base`, whatever that does to the content of
+/// its disk.
 pub fn rebase_unsafe<E: Env>(
     env: &E,
     cow: &Path,

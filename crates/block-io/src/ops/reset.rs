@@ -12,8 +12,8 @@ use crate::image::opened::Opened;
 use crate::image::write::header_io::{check_writable, mark_clean};
 use crate::storage::{Env, FS_BLOCK, Storage};
 
-/// Empties the COW file at `path`: the disk is again what it stands over. An interruption leaves some of the changes, so
-/// run it again then.
+/// Empties the COW file at `path`: the disk is again what it stands over. An interruption leaves
+/// some of the changes, so run it again then.
 pub fn reset<E: Env>(env: &E, path: &Path) -> Result<(), OpError> {
     let cow = Opener::new(env, &DiskOptions::default(), path).top()?;
     let mut header = cow.header()?;
@@ -23,8 +23,9 @@ pub fn reset<E: Env>(env: &E, path: &Path) -> Result<(), OpError> {
     empty(env, &cow, &header)
 }
 
-/// Clears every bit and punches out all data of a COW file that is exclusively locked. The bits are durably clear before
-/// the first data goes: no set bit ever shows a hole. An interruption leaves some of the bits.
+/// Clears every bit and punches out all data of a COW file that is exclusively locked. The bits are
+/// durably clear before the first data goes: no set bit ever shows a hole. An interruption leaves
+/// some of the bits.
 pub(super) fn empty<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
@@ -45,7 +46,8 @@ pub(super) fn empty<E: Env>(
         }
     }
     if let Some(live) = geometry.live_bitmap_offset() {
-        // Void as it is, it must never have a bit that the durable one lacks: see the format, section 6.
+        // Void as it is, it must never have a bit that the durable one lacks: see the format,
+        // section 6.
         punch(live, check::room(header))?;
         sync()?;
     }

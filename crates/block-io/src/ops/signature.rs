@@ -1,5 +1,6 @@
-//! What a file begins like: good for a hint, and no more. A guest can write anything to the start of its disk, so a
-//! format is never guessed; but where nobody has said it, a raw image that begins like something else is rather that.
+//! What a file begins like: good for a hint, and no more. A guest can write anything to the start
+//! of its disk, so a format is never guessed; but where nobody has said it, a raw image that begins
+//! like something else is rather that.
 
 use std::path::Path;
 

@@ -24,13 +24,15 @@ pub trait Image: Sync {
 
 /// Reads a disk, and keeps what it learned on the way: one for each thread.
 pub trait Reader {
-    /// The pieces that together are `range`, which may go past the end of the disk: there are zeros.
+    /// The pieces that together are `range`, which may go past the end of the disk: there are
+    /// zeros.
     fn pieces(&mut self, range: SectorRange) -> Result<Vec<Piece>, OpError>;
 
     /// Reads the bytes of a piece, or of a part of it, that is in a file.
     fn read(&self, layer: LayerIndex, at: ByteOffset, buf: &mut [u8]) -> Result<(), OpError>;
 
-    /// Which file `layer` is, if that says where its bytes stand: two readers then read the same at the same offset.
+    /// Which file `layer` is, if that says where its bytes stand: two readers then read the same at
+    /// the same offset.
     fn file(&self, layer: LayerIndex) -> Option<FileId>;
 }
 

@@ -14,8 +14,9 @@ pub(super) fn is_zero(bytes: &[u8]) -> bool {
     bytes.chunks(ZERO_BLOCK).all(|chunk| *chunk == ZEROS[..chunk.len()])
 }
 
-/// Calls `found` with each run of `bytes`, from the first to the last: its place in `bytes`, and whether it is all
-/// zeros. Runs are made of whole blocks of [`ZERO_BLOCK`], counted from `at` in the output.
+/// Calls `found` with each run of `bytes`, from the first to the last: its place in `bytes`, and
+/// whether it is all zeros. Runs are made of whole blocks of [`ZERO_BLOCK`], counted from `at` in
+/// the output.
 pub(super) fn for_each_run<E>(
     bytes: &[u8],
     at: u64,

@@ -1,8 +1,8 @@
-//! A kernel whose I/O goes wrong (see [`crate::fault_injection`]): parts are held back, begun in any order, come
-//! up short, fail at once or half-way, and complete in any order.
+//! A kernel whose I/O goes wrong (see [`crate::fault_injection`]): parts are held back, begun in
+//! any order, come up short, fail at once or half-way, and complete in any order.
 //!
-//! What is begun is waited for, and the completions are then shuffled, so that the order is the seed's
-//! and not the kernel's.
+//! What is begun is waited for, and the completions are then shuffled, so that the order is the
+//! seed's and not the kernel's.
 
 use std::collections::VecDeque;
 use std::io;

@@ -341,7 +341,8 @@ fn a_file_that_is_not_there_is_an_error(engine: IoEngine) {
     }
 }
 
-/// Linux before 5.13 says EINVAL to a multishot poll; every Linux says EBADF to one of what is not open.
+/// Linux before 5.13 says EINVAL to a multishot poll; every Linux says EBADF to one of what is not
+/// open.
 #[test]
 fn a_poll_that_fails_is_not_its_event() {
     needs_io_uring!();

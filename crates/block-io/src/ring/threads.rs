@@ -1,22 +1,22 @@
 //! The engine for hosts without io_uring: a few threads that make plain system calls.
 //!
 //! The ring's owner hands over what is to be done once in each [`Threads::enter`], as it does to
-//! io_uring, and sleeps in epoll_wait(2), which its watched descriptors and the threads end. They are
-//! watched edge-triggered, as multishot polls are: an eventfd that nobody reads is reported at each
-//! write to it.
+//! io_uring, and sleeps in epoll_wait(2), which its watched descriptors and the threads end. They
+//! are watched edge-triggered, as multishot polls are: an eventfd that nobody reads is reported at
+//! each write to it.
 //!
-//! What this costs compared to io_uring: two switches between threads for each operation, and no more
-//! than [`THREADS_MAX`] operations of a queue go on at the same time.
+//! What this costs compared to io_uring: two switches between threads for each operation, and no
+//! more than [`THREADS_MAX`] operations of a queue go on at the same time.
 //!
-//! **The fence** (docs/architecture.md) holds here as well, although no file is registered anywhere.
-//! What ends the lock is the last reference to its open file description, which is that in the
-//! process's table of descriptors. The table is shared by all threads, and each thread gives up its
-//! share of it in exit_files(), which it comes to only after it has left its system call: SIGKILL
-//! ends no thread in the middle of one. So the lock stays until the last thread has returned from what
-//! it was doing, whichever file that is on: a transfer that bypasses the page cache is waited for
-//! uninterruptibly, and one through the page cache copies from or to guest memory by itself, in the
-//! thread. (Not so with direct I/O over NFS, whose client lets a killed thread go while its requests
-//! are under way.)
+//! **The fence** (docs/architecture.md) holds here as well, although no file is registered
+//! anywhere. What ends the lock is the last reference to its open file description, which is that
+//! in the process's table of descriptors. The table is shared by all threads, and each thread gives
+//! up its share of it in exit_files(), which it comes to only after it has left its system call:
+//! SIGKILL ends no thread in the middle of one. So the lock stays until the last thread has
+//! returned from what it was doing, whichever file that is on: a transfer that bypasses the page
+//! cache is waited for uninterruptibly, and one through the page cache copies from or to guest
+//! memory by itself, in the thread. (Not so with direct I/O over NFS, whose client lets a killed
+//! thread go while its requests are under way.)
 
 use std::collections::VecDeque;
 use std::io;
@@ -33,8 +33,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::{Action, Completion, Part};
 use crate::sync::lock;
 
-/// Threads of one ring: enough for a few slow reads to go on beside each other, few enough that many
-/// queues do not make thousands.
+/// Threads of one ring: enough for a few slow reads to go on beside each other, few enough that
+/// many queues do not make thousands.
 const THREADS_MAX: usize = 4;
 
 /// The stack of a thread, in bytes: it makes one system call after the other.
@@ -176,8 +176,8 @@ impl Threads {
         Ok(())
     }
 
-    /// Hands over what is to be done, and fetches what was done; whether there is nothing to report.
-    /// With `wait` the bell rings when there is.
+    /// Hands over what is to be done, and fetches what was done; whether there is nothing to
+    /// report. With `wait` the bell rings when there is.
     fn exchange(&mut self, wait: bool) -> bool {
         let must_lock = wait || !self.begun.is_empty() || self.wants_enter();
         if !must_lock {
@@ -293,8 +293,8 @@ fn serve(common: &Common) {
 /// Makes the system call.
 pub(super) fn perform(operation: &Operation) -> i32 {
     let &Operation { action, fd, at, len, iovecs, count, .. } = operation;
-    // SAFETY: the list stands in a plan that the ring keeps, and its buffers are valid, as the caller
-    // of `Ring::submit` has promised, until the completion has been seen.
+    // SAFETY: the list stands in a plan that the ring keeps, and its buffers are valid, as the
+    // caller of `Ring::submit` has promised, until the completion has been seen.
     let result = unsafe {
         match action {
             Action::Read => libc::preadv64(fd, iovecs, count, at),

@@ -30,7 +30,8 @@ use crate::storage::{
     Access, BootId, Env, FILE_BLOCK, FileId, FileKind, FileStat, LockError, LockKind, PAGE, Storage,
 };
 
-/// What direct I/O must be aligned to where the kernel does not say (statx has said since Linux 6.1): no disk wants more.
+/// What direct I/O must be aligned to where the kernel does not say (statx has said since Linux
+/// 6.1): no disk wants more.
 const DIRECT_ALIGN_DEFAULT: u32 = 4096;
 
 /// Fewer bytes go through the page cache, where the kernel makes larger transfers of them.
@@ -38,9 +39,11 @@ const LARGE_MIN: usize = 128 << 10;
 /// The number of cachestat(2), Linux 6.5, on all architectures but Alpha.
 const SYS_CACHESTAT: libc::c_long = 451;
 
-/// A real file: a description that goes through the page cache, and maybe a second one that bypasses it.
+/// A real file: a description that goes through the page cache, and maybe a second one that
+/// bypasses it.
 ///
-/// Every method here uses the buffered one; the direct one is for the worker's data, see [`File::direct`].
+/// Every method here uses the buffered one; the direct one is for the worker's data, see
+/// [`File::direct`].
 #[derive(Debug)]
 pub struct File {
     buffered: fs::File,
@@ -50,8 +53,8 @@ pub struct File {
     logical_block: u32,
     /// Whether the file system is asked for holes; found out when that is wanted.
     knows_holes: OnceLock<bool>,
-    /// For large transfers past the page cache: opened when the first comes; `None` where the file system cannot. It has
-    /// no lock, since nothing outlasts the call that uses it.
+    /// For large transfers past the page cache: opened when the first comes; `None` where the file
+    /// system cannot. It has no lock, since nothing outlasts the call that uses it.
     large: OnceLock<Option<fs::File>>,
 }
 
@@ -97,7 +100,8 @@ impl File {
         self.large.get_or_init(open).as_ref()
     }
 
-    /// Whether most of `len` bytes from `at` are in the page cache; so it seems as well where the kernel does not say.
+    /// Whether most of `len` bytes from `at` are in the page cache; so it seems as well where the
+    /// kernel does not say.
     fn is_cached(&self, at: u64, len: u64) -> bool {
         #[repr(C)]
         struct Range {
@@ -107,8 +111,8 @@ impl File {
         /// Pages: cached, dirty, in writeback, evicted, recently evicted.
         type Counts = [u64; 5];
         let (range, mut counts) = (Range { at, len }, Counts::default());
-        // SAFETY: cachestat(2) reads one `cachestat_range` and writes one `cachestat`, which these are; the descriptor is
-        // open.
+        // SAFETY: cachestat(2) reads one `cachestat_range` and writes one `cachestat`, which these
+        // are; the descriptor is open.
         let result = unsafe {
             let fd = libc::c_long::from(self.buffered.as_raw_fd());
             libc::syscall(SYS_CACHESTAT, fd, &raw const range, &raw mut counts, 0)
@@ -116,7 +120,8 @@ impl File {
         result != 0 || counts[0] * PAGE as u64 >= len / 2
     }
 
-    /// A file of descriptions that another process has opened and locked; `direct` bypasses the page cache.
+    /// A file of descriptions that another process has opened and locked; `direct` bypasses the
+    /// page cache.
     ///
     /// # Errors
     /// What fstat(2) says.
@@ -128,21 +133,24 @@ impl File {
         Ok(file)
     }
 
-    /// The description that goes through the page cache. It carries the lock: register it in every ring.
+    /// The description that goes through the page cache. It carries the lock: register it in every
+    /// ring.
     pub fn buffered(&self) -> BorrowedFd<'_> {
         self.buffered.as_fd()
     }
 
-    /// The description that bypasses the page cache (`O_DIRECT`) and what it asks of each transfer. It carries a lock
-    /// of its own: register it in every ring that uses it. Pieces that do not fit its alignment go through
-    /// [`File::buffered`]. The kernel keeps the two coherent for reads, and for writes only if they are of different
-    /// pages: where some writes are buffered, those of a part of a page all have to be.
+    /// The description that bypasses the page cache (`O_DIRECT`) and what it asks of each transfer.
+    /// It carries a lock of its own: register it in every ring that uses it. Pieces that do not fit
+    /// its alignment go through [`File::buffered`]. The kernel keeps the two coherent for reads,
+    /// and for writes only if they are of different pages: where some writes are buffered, those of
+    /// a part of a page all have to be.
     pub fn direct(&self) -> Option<(BorrowedFd<'_>, DirectAlign)> {
         self.direct.as_ref().map(|direct| (direct.file.as_fd(), direct.align))
     }
 
-    /// Gives up the lock. Else it falls when the last reference to the descriptions goes, and the kernel takes its time
-    /// to take the rings apart in which they were registered. No I/O may be under way.
+    /// Gives up the lock. Else it falls when the last reference to the descriptions goes, and the
+    /// kernel takes its time to take the rings apart in which they were registered. No I/O may be
+    /// under way.
     pub fn unlock(&self) -> io::Result<()> {
         unlock(&self.buffered)?;
         self.direct.as_ref().map_or(Ok(()), |direct| unlock(&direct.file))
@@ -345,7 +353,8 @@ impl Storage for File {
             src_length: len,
             dest_offset: to.get(),
         };
-        // SAFETY: the request reads one `file_clone_range`, which `range` is, and both descriptors are open.
+        // SAFETY: the request reads one `file_clone_range`, which `range` is, and both descriptors
+        // are open.
         match unsafe {
             libc::ioctl(self.buffered.as_raw_fd(), libc::FICLONERANGE, &raw const range)
         } {
@@ -398,7 +407,8 @@ impl Env for Host {
         // O_NONBLOCK: opening a pipe by mistake must not wait for its other end.
         let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
         let file = open_options(access).custom_flags(flags).open(path)?;
-        // It means nothing to files and disks, but io_uring on some kernels would not wait for them.
+        // It means nothing to files and disks, but io_uring on some kernels would not wait for
+        // them.
         fcntl(&file, FcntlArg::F_SETFL(OFlag::empty()))?;
         File::new(file)
     }
@@ -450,7 +460,8 @@ impl Env for Host {
         };
         match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
             Ok(()) => Ok(()),
-            // A file system without RENAME_NOREPLACE (NFS): a hard link refuses an existing name as well.
+            // A file system without RENAME_NOREPLACE (NFS): a hard link refuses an existing name as
+            // well.
             Err(Errno::EINVAL | Errno::ENOSYS) => {
                 fs::hard_link(from, to)?;
                 fs::remove_file(from)
@@ -534,8 +545,9 @@ fn kind_of(meta: &fs::Metadata) -> FileKind {
     }
 }
 
-/// The part of `len` bytes at `at` that is whole blocks of `block` bytes, a power of two: what a block device can discard
-/// and zero by itself. Where there is none the range is empty and lies at the end.
+/// The part of `len` bytes at `at` that is whole blocks of `block` bytes, a power of two: what a
+/// block device can discard and zero by itself. Where there is none the range is empty and lies at
+/// the end.
 #[must_use]
 pub fn whole_blocks(at: ByteOffset, len: u64, block: u32) -> Range<u64> {
     let (block, end) = (u64::from(block), at.get() + len);
@@ -565,8 +577,8 @@ fn direct_align(file: &fs::File, logical_block: u32) -> DirectAlign {
     let default = DIRECT_ALIGN_DEFAULT.max(logical_block);
     let unknown = DirectAlign { memory: default, offset: default };
     let mut answer = std::mem::MaybeUninit::<libc::statx>::zeroed();
-    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor, which `file` keeps open; `answer` is a whole
-    // statx that the kernel writes to.
+    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor, which `file` keeps open;
+    // `answer` is a whole statx that the kernel writes to.
     let result = unsafe {
         libc::statx(
             file.as_raw_fd(),
@@ -587,8 +599,8 @@ fn direct_align(file: &fs::File, logical_block: u32) -> DirectAlign {
     }
 }
 
-/// The whole pages of `buf`, which are whole pages of the file as well if address and offset agree in their place in a
-/// page; `None` if they do not, or if that is little.
+/// The whole pages of `buf`, which are whole pages of the file as well if address and offset agree
+/// in their place in a page; `None` if they do not, or if that is little.
 fn direct_part(buf: &[u8], at: ByteOffset) -> Option<Range<usize>> {
     let into = usize::try_from(at.get() % PAGE as u64).ok()?;
     let start = into.next_multiple_of(PAGE) - into;

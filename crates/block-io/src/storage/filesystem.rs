@@ -4,10 +4,11 @@ use nix::sys::statfs::{
     BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, F2FS_SUPER_MAGIC, FsType, TMPFS_MAGIC,
 };
 
-/// Those whose answer takes in what is in the page cache and not written yet, and that can be asked from the first to the
-/// last byte: what they call a hole reads as zeros. The same answer is relied on for ever, for a base, and for bits of
-/// sectors that a dead daemon acknowledged, so whoever is not known is not asked, and everything counts as data. That
-/// is always right and costs time. In particular:
+/// Those whose answer takes in what is in the page cache and not written yet, and that can be asked
+/// from the first to the last byte: what they call a hole reads as zeros. The same answer is relied
+/// on for ever, for a base, and for bits of sectors that a dead daemon acknowledged, so whoever is
+/// not known is not asked, and everything counts as data. That is always right and costs time. In
+/// particular:
 ///
 /// - ZFS said of data that was just written that it is a hole (OpenZFS 15526, 6050, 11900). A sync of the file before the
 ///   question writes ZFS's intent log and leaves the block tree, which is what is asked, as it is.

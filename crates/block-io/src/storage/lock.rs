@@ -1,9 +1,10 @@
 //! Locks on open file descriptions (OFD locks).
 //!
-//! An OFD lock falls only when the last reference to its description goes, and a request in flight in an io_uring is
-//! such a reference. A successor that gets the lock therefore knows that its predecessor's I/O has ended. This holds
-//! for each description that does I/O: the buffered one locks `[0, 2^62)` and the direct one `[2^62, 2^63)`; where
-//! there is no direct one the buffered one locks both. They conflict with the POSIX whole-file lock of UML's ubd driver.
+//! An OFD lock falls only when the last reference to its description goes, and a request in flight
+//! in an io_uring is such a reference. A successor that gets the lock therefore knows that its
+//! predecessor's I/O has ended. This holds for each description that does I/O: the buffered one
+//! locks `[0, 2^62)` and the direct one `[2^62, 2^63)`; where there is no direct one the buffered
+//! one locks both. They conflict with the POSIX whole-file lock of UML's ubd driver.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -13,7 +14,8 @@ use nix::fcntl::{FcntlArg, fcntl};
 
 use crate::storage::{LockError, LockKind};
 
-/// Where the range of the direct description begins: far past any data, and half of what `off_t` can say.
+/// Where the range of the direct description begins: far past any data, and half of what `off_t`
+/// can say.
 const DIRECT_START: i64 = 1 << 62;
 
 /// The part of a file's lock space that one description locks.
@@ -68,7 +70,8 @@ pub(crate) fn unlock(file: impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
-/// The process that holds a conflicting POSIX lock, as UML's driver does. OFD locks belong to no process.
+/// The process that holds a conflicting POSIX lock, as UML's driver does. OFD locks belong to no
+/// process.
 fn holder(file: impl AsFd, kind: LockKind, range: LockRange) -> Option<i32> {
     let mut answer = flock(kind, range);
     fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut answer)).ok()?;
@@ -77,9 +80,10 @@ fn holder(file: impl AsFd, kind: LockKind, range: LockRange) -> Option<i32> {
 
 /// Whether QEMU has the file open for writing.
 ///
-/// Its locks are all shared ones: byte 100 + n is locked by who does the n-th of a list of things with the file, of which
-/// writing is number 1 (`block/file-posix.c`, `include/block/block-common.h`). Who holds our own shared lock keeps QEMU
-/// from it, and locks from byte 0 on.
+/// Its locks are all shared ones: byte 100 + n is locked by who does the n-th of a list of things
+/// with the file, of which writing is number 1 (`block/file-posix.c`,
+/// `include/block/block-common.h`). Who holds our own shared lock keeps QEMU from it, and locks
+/// from byte 0 on.
 fn qemu_writes(file: impl AsFd) -> bool {
     let mut answer = flock(LockKind::Exclusive, LockRange::Whole);
     (answer.l_start, answer.l_len) = (QEMU_WRITES, 1);

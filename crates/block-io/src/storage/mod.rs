@@ -1,7 +1,8 @@
 //! What a format needs of the place where it is stored, and of the names around it.
 //!
-//! [`Storage`] is one file, [`Env`] the directory tree, the clock of boots and the locks. Both exist for the real
-//! system ([`crate::storage::file`]) and for the simulated disk (`crate::testing::sim`), so that exactly the same code runs on both.
+//! [`Storage`] is one file, [`Env`] the directory tree, the clock of boots and the locks. Both
+//! exist for the real system ([`crate::storage::file`]) and for the simulated disk
+//! (`crate::testing::sim`), so that exactly the same code runs on both.
 
 pub mod file;
 pub(crate) mod filesystem;
@@ -55,17 +56,20 @@ pub struct FileStat {
     pub size: u64,
     /// When the content last changed.
     pub mtime: Timestamp,
-    /// When the inode was created, where the file system knows it: tells apart two files that had the same number.
+    /// When the inode was created, where the file system knows it: tells apart two files that had
+    /// the same number.
     pub born: Option<Timestamp>,
     /// Bytes that are really allocated (`st_blocks` · 512, as `ls -s` counts them).
     pub allocated: u64,
-    /// Of a block device, its logical block in bytes: what does not begin and end at a multiple of it is read, changed and
-    /// written by the page cache, and can be neither discarded nor zeroed. 512 for any other file.
+    /// Of a block device, its logical block in bytes: what does not begin and end at a multiple of
+    /// it is read, changed and written by the page cache, and can be neither discarded nor zeroed.
+    /// 512 for any other file.
     pub logical_block: u32,
 }
 
 impl FileStat {
-    /// How the file is known as a backing file; `layer` is what its native header says, if it has one.
+    /// How the file is known as a backing file; `layer` is what its native header says, if it has
+    /// one.
     pub fn identity(&self, layer: Option<(Uuid, u64)>) -> ActualIdentity {
         let device = self.kind == FileKind::BlockDevice;
         // The node's inode says nothing of the device, and is made anew with each boot.
@@ -131,8 +135,8 @@ pub(crate) static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// One open file.
 ///
-/// A write that returned is in the page cache (it outlives the process); only [`Storage::sync`] makes it outlive a
-/// power cut. No method moves a shared file position that another depends on.
+/// A write that returned is in the page cache (it outlives the process); only [`Storage::sync`]
+/// makes it outlive a power cut. No method moves a shared file position that another depends on.
 pub trait Storage: Send + Sync {
     /// Reads into `buf` from `at`; fewer bytes than asked for only at the end of the file.
     fn read_at(&self, buf: &mut [u8], at: ByteOffset) -> io::Result<usize>;
@@ -140,19 +144,20 @@ pub trait Storage: Send + Sync {
     /// Writes all of `buf` at `at`, lengthening the file if it must.
     fn write_all_at(&self, buf: &[u8], at: ByteOffset) -> io::Result<()>;
 
-    /// As [`Storage::read_exact_at`]; what is long enough and not in the page cache bypasses that, if the file system can
-    /// and address and offset have the same place in a page of 4 KiB.
+    /// As [`Storage::read_exact_at`]; what is long enough and not in the page cache bypasses that,
+    /// if the file system can and address and offset have the same place in a page of 4 KiB.
     fn read_large_at(&self, buf: &mut [u8], at: ByteOffset) -> io::Result<()> {
         self.read_exact_at(buf, at)
     }
 
-    /// As [`Storage::write_all_at`]; what is long enough bypasses the page cache, under the same conditions.
+    /// As [`Storage::write_all_at`]; what is long enough bypasses the page cache, under the same
+    /// conditions.
     fn write_large_at(&self, buf: &[u8], at: ByteOffset) -> io::Result<()> {
         self.write_all_at(buf, at)
     }
 
-    /// Whether large writes bypass the page cache. Then several threads can write at the same time; through the page
-    /// cache they take turns.
+    /// Whether large writes bypass the page cache. Then several threads can write at the same time;
+    /// through the page cache they take turns.
     fn bypasses_cache(&self) -> bool {
         false
     }
@@ -168,37 +173,40 @@ pub trait Storage: Send + Sync {
         Ok(())
     }
 
-    /// Makes `len` bytes at `at` read as zeros and frees their space where it can; the length stays.
+    /// Makes `len` bytes at `at` read as zeros and frees their space where it can; the length
+    /// stays.
     fn punch(&self, at: ByteOffset, len: u64) -> io::Result<()>;
 
     /// Makes `len` bytes at `at` read as zeros and keeps (or takes) their space; the length stays.
     fn zero_keep_allocated(&self, at: ByteOffset, len: u64) -> io::Result<()>;
 
-    /// Makes every completed write and the file's length outlive a power cut (fdatasync). After an error nothing is
-    /// known of the writes since the last success, and calling again does not repair that.
+    /// Makes every completed write and the file's length outlive a power cut (fdatasync). After an
+    /// error nothing is known of the writes since the last success, and calling again does not
+    /// repair that.
     fn sync(&self) -> io::Result<()>;
 
-    /// Writes all of `buf` at `at` and makes that outlive a power cut; it says nothing of other writes. After an error
-    /// nothing is known of this one, and repeating it does not repair that.
+    /// Writes all of `buf` at `at` and makes that outlive a power cut; it says nothing of other
+    /// writes. After an error nothing is known of this one, and repeating it does not repair that.
     fn write_durably(&self, buf: &[u8], at: ByteOffset) -> io::Result<()>;
 
-    /// An error if the kernel could not write something of this file to the disk, at any time since somebody last was told so:
-    /// then what the page cache shows may be nowhere else. Each opening is told once, so ask before the first sync.
-    /// Writes nothing.
+    /// An error if the kernel could not write something of this file to the disk, at any time since
+    /// somebody last was told so: then what the page cache shows may be nowhere else. Each opening
+    /// is told once, so ask before the first sync. Writes nothing.
     fn check_writeback(&self) -> io::Result<()>;
 
-    /// Forgets what the page cache has of this file and is not waiting to be written: from then on reads show what is on the
-    /// disk. After a failed write to the disk the two can differ.
+    /// Forgets what the page cache has of this file and is not waiting to be written: from then on
+    /// reads show what is on the disk. After a failed write to the disk the two can differ.
     fn drop_cache(&self) -> io::Result<()>;
 
-    /// Sets the time of the last change, and makes it outlive a power cut, with all that [`Storage::sync`] does.
+    /// Sets the time of the last change, and makes it outlive a power cut, with all that
+    /// [`Storage::sync`] does.
     fn stamp(&self, mtime: Timestamp) -> io::Result<()>;
 
     /// Sets the file's length in bytes.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
-    /// The next range of bytes at or after `from` that may be other than zeros; `None` when only a hole follows. Where
-    /// the holes are not known all is data up to the end.
+    /// The next range of bytes at or after `from` that may be other than zeros; `None` when only a
+    /// hole follows. Where the holes are not known all is data up to the end.
     fn next_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>> {
         if self.knows_holes() {
             return self.seek_data(from);
@@ -213,8 +221,9 @@ pub trait Storage: Send + Sync {
     /// What the file system says of [`Storage::next_data`]; only that asks it.
     fn seek_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>>;
 
-    /// Lets `len` bytes at `to` share the space of those at `at` in `from`, which costs no copy and no space; false if the
-    /// file system cannot do that for these two (another file system, another alignment).
+    /// Lets `len` bytes at `to` share the space of those at `at` in `from`, which costs no copy and
+    /// no space; false if the file system cannot do that for these two (another file system,
+    /// another alignment).
     fn share_from(&self, from: &Self, at: ByteOffset, len: u64, to: ByteOffset) -> io::Result<bool>
     where
         Self: Sized,
@@ -226,7 +235,8 @@ pub trait Storage: Send + Sync {
     /// Which file this is; asks the system anew each time.
     fn stat(&self) -> io::Result<FileStat>;
 
-    /// Takes a lock on the whole file that conflicts with every other opening of it, or fails at once.
+    /// Takes a lock on the whole file that conflicts with every other opening of it, or fails at
+    /// once.
     fn try_lock(&self, kind: LockKind) -> Result<(), LockError>;
 
     /// Length in bytes.
@@ -262,7 +272,8 @@ pub enum LockError {
     /// Another opening of the file holds a lock that conflicts.
     #[error("{}", held_by(.pid))]
     Held {
-        /// The process, where the system knows one (it does not for an OFD lock, which belongs to no process).
+        /// The process, where the system knows one (it does not for an OFD lock, which belongs to
+        /// no process).
         pid: Option<i32>,
     },
     /// The file system has no locks (NFS without a lock manager, Lustre without `flock`, some of
@@ -286,15 +297,17 @@ pub trait Env: Clone + Send + Sync + 'static {
     /// An open file.
     type File: Storage;
 
-    /// Opens an existing file. A directory or other odd thing may open too: the caller looks at [`Storage::stat`].
+    /// Opens an existing file. A directory or other odd thing may open too: the caller looks at
+    /// [`Storage::stat`].
     fn open(&self, path: &Path, access: Access) -> io::Result<Self::File>;
 
-    /// Adds a second description that bypasses the page cache for data, with the lock that belongs to it (a range of
-    /// its own: call it before [`Storage::try_lock`]).
+    /// Adds a second description that bypasses the page cache for data, with the lock that belongs
+    /// to it (a range of its own: call it before [`Storage::try_lock`]).
     fn with_direct(&self, file: Self::File, access: Access) -> io::Result<Self::File>;
 
-    /// Creates a file, open for reading and writing, in the directory of `near`, that nobody finds until it is
-    /// published: without a name where the file system can, else with the temporary name that is returned.
+    /// Creates a file, open for reading and writing, in the directory of `near`, that nobody finds
+    /// until it is published: without a name where the file system can, else with the temporary
+    /// name that is returned.
     fn create_unpublished(&self, near: &Path) -> io::Result<(Self::File, Option<PathBuf>)>;
 
     /// Gives an unpublished file the name `to`, which must not exist (`AlreadyExists` otherwise).

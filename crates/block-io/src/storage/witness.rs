@@ -1,11 +1,12 @@
-//! What is known of the page cache that holds a file: which boot of the host it is, and which life of the file system's
-//! page cache within that boot (`docs/spec/format-native.md` section 6).
+//! What is known of the page cache that holds a file: which boot of the host it is, and which life
+//! of the file system's page cache within that boot (`docs/spec/format-native.md` section 6).
 //!
-//! A page cache can go without a reboot: a file system shuts itself down, a thin device runs full, a device goes away;
-//! then it is unmounted and mounted again. What the kernel has of a file system while its superblock lives is its directory
-//! in sysfs. kernfs numbers inodes upwards for as long as the host runs, so that a directory which was made anew has
-//! another number, and the number is the same in all mount namespaces. A block device's diskseq would add nothing: a device
-//! that comes back needs a new superblock.
+//! A page cache can go without a reboot: a file system shuts itself down, a thin device runs full,
+//! a device goes away; then it is unmounted and mounted again. What the kernel has of a file system
+//! while its superblock lives is its directory in sysfs. kernfs numbers inodes upwards for as long
+//! as the host runs, so that a directory which was made anew has another number, and the number is
+//! the same in all mount namespaces. A block device's diskseq would add nothing: a device that
+//! comes back needs a new superblock.
 
 use std::ffi::{CStr, OsStr};
 use std::fs::{self, File};
@@ -89,8 +90,8 @@ fn ioctl<const LEN: usize>(
     answer: &mut [u8; LEN],
 ) -> Option<()> {
     debug_assert_eq!((request >> 16) as usize & 0x3fff, LEN);
-    // SAFETY: bits 16 to 29 of the number are the length of what the kernel writes, which is that of `answer`; the
-    // descriptor is open.
+    // SAFETY: bits 16 to 29 of the number are the length of what the kernel writes, which is that
+    // of `answer`; the descriptor is open.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), request, answer.as_mut_ptr()) };
     (result == 0).then_some(())
 }
@@ -103,7 +104,8 @@ fn device_name(file: &File) -> Option<std::ffi::OsString> {
     link.file_name().map(OsStr::to_owned)
 }
 
-/// The inode number of a directory that is really in sysfs, and not in something that is mounted there.
+/// The inode number of a directory that is really in sysfs, and not in something that is mounted
+/// there.
 fn sysfs_inode(dir: &Path) -> Option<u64> {
     let dir = File::open(dir).ok()?;
     let real = fstatfs(&dir).ok()?.filesystem_type() == SYSFS_MAGIC;
@@ -111,11 +113,12 @@ fn sysfs_inode(dir: &Path) -> Option<u64> {
     Some(dir.metadata().ok()?.ino())
 }
 
-/// The id of the mount by which `file` was opened that no other mount of this boot ever gets (Linux 6.8).
+/// The id of the mount by which `file` was opened that no other mount of this boot ever gets (Linux
+/// 6.8).
 fn unique_mount_id(file: &File) -> Option<u64> {
     let mut answer = std::mem::MaybeUninit::<libc::statx>::zeroed();
-    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor, which `file` keeps open; `answer` is a whole statx
-    // that the kernel writes to.
+    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor, which `file` keeps open;
+    // `answer` is a whole statx that the kernel writes to.
     let result = unsafe {
         libc::statx(
             file.as_raw_fd(),
@@ -141,8 +144,9 @@ pub(crate) fn boot_id() -> io::Result<BootId> {
     Ok(*READ.get_or_init(|| boot))
 }
 
-/// Containers (LXC, Incus, systemd-nspawn) are given a boot id of their own, by something that is mounted over the host's.
-/// Then the host's is looked for beneath that, so that daemons in and outside of containers agree.
+/// Containers (LXC, Incus, systemd-nspawn) are given a boot id of their own, by something that is
+/// mounted over the host's. Then the host's is looked for beneath that, so that daemons in and
+/// outside of containers agree.
 fn read_boot_id() -> io::Result<BootId> {
     let file = File::open(BOOT_ID).map_err(explain_boot_id)?;
     if is_in_proc(&file) {

@@ -1,14 +1,17 @@
 //! A simulated disk that loses power, and processes that die.
 //!
-//! Fault model. *Power cut*: of each 512-byte sector of each file any content since the last completed
-//! [`Storage::sync`] of that file may be there, or the synced one, independently of every other sector (so writes
-//! survive or not in any combination and order, torn at 512 bytes); the length is one that the file had since then,
-//! independently of the content; each change of names since the last [`Env::sync_parent`] happened or did not. The boot id
-//! changes. *Loss of the page cache* (the file system is shut down and mounted anew): the same, but the boot id stays and
-//! the witness changes. *Death of the process*: every completed operation survives; the one under way is done, not done, or, for a
-//! write, done up to a sector; locks fall. The boot id stays. *Failed write to the disk*, in a sync or before it: of each
-//! sector any content since the last sync is on the disk, the page cache shows the last and takes it for written, until it
-//! forgets it; each opening of the file is told once, at its next sync, and one that is made after somebody was told never.
+//! Fault model. *Power cut*: of each 512-byte sector of each file any content since the last
+//! completed [`Storage::sync`] of that file may be there, or the synced one, independently of every
+//! other sector (so writes survive or not in any combination and order, torn at 512 bytes); the
+//! length is one that the file had since then, independently of the content; each change of names
+//! since the last [`Env::sync_parent`] happened or did not. The boot id changes. *Loss of the page
+//! cache* (the file system is shut down and mounted anew): the same, but the boot id stays and the
+//! witness changes. *Death of the process*: every completed operation survives; the one under way
+//! is done, not done, or, for a write, done up to a sector; locks fall. The boot id stays. *Failed
+//! write to the disk*, in a sync or before it: of each sector any content since the last sync is on
+//! the disk, the page cache shows the last and takes it for written, until it forgets it; each
+//! opening of the file is told once, at its next sync, and one that is made after somebody was told
+//! never.
 //!
 //! Every operation that changes something counts as a step, and a crash can be set at any of them.
 //! Nothing here is random by itself: [`Choices`] decides, from a seed or by enumeration.
@@ -40,8 +43,8 @@ pub use file::SimFile;
 pub enum CrashKind {
     /// The host loses power.
     PowerCut,
-    /// The process dies. Of a write under way `part` modulo its possible lengths decides how many sectors are done; of
-    /// anything else, whether.
+    /// The process dies. Of a write under way `part` modulo its possible lengths decides how many
+    /// sectors are done; of anything else, whether.
     ProcessDeath {
         /// See above.
         part: usize,
@@ -101,7 +104,8 @@ pub enum Verdict {
     WriteAt(ByteOffset),
 }
 
-/// Sees every operation before it happens, with the inode number of its file (0 for names). It may block.
+/// Sees every operation before it happens, with the inode number of its file (0 for names). It may
+/// block.
 pub type Hook = Arc<dyn Fn(u64, Operation<'_>) -> Verdict + Send + Sync>;
 
 impl CrashKind {
@@ -209,7 +213,8 @@ impl Sim {
         self.world().steps
     }
 
-    /// Lets the system crash at its `step`-th step (counted from 1 since the beginning of the world).
+    /// Lets the system crash at its `step`-th step (counted from 1 since the beginning of the
+    /// world).
     pub fn crash_at(&self, step: u64, kind: CrashKind) {
         self.world().crash = Some((step, kind));
     }
@@ -224,13 +229,15 @@ impl Sim {
         self.world().hook = hook;
     }
 
-    /// The power goes, now or at the crash that has happened: `choices` decides what is left; a new boot begins.
+    /// The power goes, now or at the crash that has happened: `choices` decides what is left; a new
+    /// boot begins.
     pub fn power_cut(&self, choices: &mut Choices) {
         self.cache_loss(choices);
         self.world().boot += 1;
     }
 
-    /// The page cache goes, now or at the crash that has happened, and the process with it; the host lives on.
+    /// The page cache goes, now or at the crash that has happened, and the process with it; the
+    /// host lives on.
     pub fn cache_loss(&self, choices: &mut Choices) {
         let mut world = self.world();
         world.end_process();
@@ -252,13 +259,15 @@ impl Sim {
         self.world().end_process();
     }
 
-    /// For the mutation that believes the live bitmap of another boot: goes back to the boot before.
+    /// For the mutation that believes the live bitmap of another boot: goes back to the boot
+    /// before.
     pub fn forge_boot_id(&self) {
         self.world().boot -= 1;
         self.forge_witness();
     }
 
-    /// For the mutation that believes the boot id alone: the page cache seems to be that before the last crash.
+    /// For the mutation that believes the boot id alone: the page cache seems to be that before the
+    /// last crash.
     pub fn forge_witness(&self) {
         self.world().mounts -= 1;
     }
@@ -297,7 +306,8 @@ impl Sim {
         self.world().inodes.iter_mut().for_each(Inode::drop_cache);
     }
 
-    /// Moves a file to another name, durably and outside the fault model: as an administrator does on a calm day.
+    /// Moves a file to another name, durably and outside the fault model: as an administrator does
+    /// on a calm day.
     pub fn move_durably(&self, from: &Path, to: &Path) {
         let mut world = self.world();
         let World { names, durable_names, .. } = &mut *world;
@@ -318,7 +328,8 @@ impl Sim {
         }
     }
 
-    /// From now on it is a file system that says of every file that it is one hole, and is not to be believed.
+    /// From now on it is a file system that says of every file that it is one hole, and is not to
+    /// be believed.
     pub fn lie_about_holes(&self) {
         self.world().lies_about_holes = true;
     }

@@ -69,7 +69,8 @@ impl SparseBytes {
         self.len = self.len.max(at + buf.len() as u64);
     }
 
-    /// Zeros `len` bytes at `at` up to the length, which stays; tells `touched` each sector that changed.
+    /// Zeros `len` bytes at `at` up to the length, which stays; tells `touched` each sector that
+    /// changed.
     pub(crate) fn zero(&mut self, at: u64, len: u64, mut touched: impl FnMut(u64, SectorBytes)) {
         let end = at.saturating_add(len).min(self.len);
         let present =
@@ -111,7 +112,8 @@ impl SparseBytes {
     }
 }
 
-/// Cuts `len` bytes at `at` at sector borders: the sector, the bytes inside it, the bytes of the buffer.
+/// Cuts `len` bytes at `at` at sector borders: the sector, the bytes inside it, the bytes of the
+/// buffer.
 fn pieces(at: u64, len: usize) -> impl Iterator<Item = (u64, Range<usize>, Range<usize>)> {
     let mut done = 0;
     std::iter::from_fn(move || {

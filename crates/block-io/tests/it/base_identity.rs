@@ -1,4 +1,5 @@
-//! How a native file knows its base: size and time, then inode, then a sample of the content; and who writes that down.
+//! How a native file knows its base: size and time, then inode, then a sample of the content; and
+//! who writes that down.
 
 use std::fs::{self, File};
 use std::num::NonZeroUsize;

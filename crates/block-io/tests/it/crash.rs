@@ -1,5 +1,6 @@
-//! Power cuts, losses of the page cache under a host that lives on, and deaths of the process at every step of random
-//! programs, and again during recovery, on the simulated disk (docs/architecture.md, "Durability"). The rules:
+//! Power cuts, losses of the page cache under a host that lives on, and deaths of the process at
+//! every step of random programs, and again during recovery, on the simulated disk
+//! (docs/architecture.md, "Durability"). The rules:
 //!
 //! - after a power cut, a loss of the page cache, and a failed sync each sector has its last flushed content or that of
 //!   any later write;
@@ -11,7 +12,8 @@
 use crate::crashing::{Fault, Harness, Op, Program};
 use block_io::CowFormat;
 
-/// Programs of each kind; some 20 seconds of CPU. `CRASH_SEEDS=200 cargo test -p block-io --release --test crash` digs deeper.
+/// Programs of each kind; some 20 seconds of CPU. `CRASH_SEEDS=200 cargo test -p block-io --release
+/// --test crash` digs deeper.
 fn seeds() -> std::ops::Range<u64> {
     0..std::env::var("CRASH_SEEDS").map_or(6, |seeds| seeds.parse().expect("CRASH_SEEDS: a number"))
 }

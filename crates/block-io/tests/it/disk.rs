@@ -217,7 +217,8 @@ fn raw_images() {
     assert_eq!(fs::read(&place.base).unwrap(), [[5; 512], [6; 512]].concat());
 }
 
-/// As UML's driver leaves it when it discards the last sector of a disk of no whole number of sectors.
+/// As UML's driver leaves it when it discards the last sector of a disk of no whole number of
+/// sectors.
 #[test]
 fn a_partial_last_sector_can_be_present_in_a_file_that_ends_with_the_disk() {
     use std::os::unix::fs::FileExt;

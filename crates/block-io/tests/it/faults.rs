@@ -144,7 +144,8 @@ fn a_failed_sync_is_for_ever() {
     }
 }
 
-/// While the disk takes nothing at all a failed sync cannot be marked; when it is closed that is tried once more.
+/// While the disk takes nothing at all a failed sync cannot be marked; when it is closed that is
+/// tried once more.
 #[test]
 fn a_failed_sync_that_could_not_be_marked_is_marked_later() {
     for format in FORMATS {
@@ -223,7 +224,8 @@ fn a_disk_without_room_for_its_journal_does_without() {
     assert_eq!([0, 1, 2, 3].map(|n| sector(&disk, n)), [1, 1, 1, 2]);
 }
 
-/// A sector that is read while it is being written may be half of this and half of that: no record is made of it.
+/// A sector that is read while it is being written may be half of this and half of that: no record
+/// is made of it.
 #[test]
 fn what_is_being_written_does_not_go_into_the_journal() {
     let sim = sim(CowFormat::Native);

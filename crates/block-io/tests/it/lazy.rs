@@ -1,5 +1,5 @@
-//! Bitmaps are read where they are asked for: what cannot be read fails, nothing is taken for absent because nobody looked,
-//! and it does not matter who looks when.
+//! Bitmaps are read where they are asked for: what cannot be read fails, nothing is taken for
+//! absent because nobody looked, and it does not matter who looks when.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -25,7 +25,8 @@ const EIO: i32 = 5;
 const BASE: u8 = 0xbb;
 /// Two regions of the bitmap, of 1024 pages each.
 const SECTORS: u64 = 1100 * PAGE_SECTORS;
-/// One sector in the page that will fail, one in its neighbour, which is read with it, one further on, one in the very last page.
+/// One sector in the page that will fail, one in its neighbour, which is read with it, one further
+/// on, one in the very last page.
 const BROKEN: u64 = PAGE_SECTORS + 5;
 const WRITTEN: [u64; 4] = [5, BROKEN, 40 * PAGE_SECTORS + 5, 1099 * PAGE_SECTORS + 5];
 
@@ -75,7 +76,8 @@ fn geometry(sim: &Sim) -> (u64, Geometry) {
     (file.ino(), *header.geometry())
 }
 
-/// From now on whoever reads the page of [`BROKEN`] in the durable bitmap of `/cow` fails, as long as the switch is on.
+/// From now on whoever reads the page of [`BROKEN`] in the durable bitmap of `/cow` fails, as long
+/// as the switch is on.
 fn break_page(sim: &Sim) -> Arc<AtomicBool> {
     let on = Arc::new(AtomicBool::new(true));
     let switch = Arc::clone(&on);
@@ -155,7 +157,8 @@ fn a_flush_needs_what_a_dead_predecessor_left() {
         drop(disk);
         let on = break_page(&sim);
         let disk = open(&sim, "/cow");
-        // It cannot say what the dead one had acknowledged and not flushed; it has not failed for ever.
+        // It cannot say what the dead one had acknowledged and not flushed; it has not failed for
+        // ever.
         assert_unreadable(disk.flush());
         on.store(false, Ordering::Relaxed);
         disk.flush().unwrap();
@@ -234,7 +237,8 @@ fn own(owner: u64) -> impl Iterator<Item = u64> {
         .filter(move |sector| sector % THREADS == owner)
 }
 
-/// One thread asks for its sectors, writes some, flushes now and then; `has` is what they should be.
+/// One thread asks for its sectors, writes some, flushes now and then; `has` is what they should
+/// be.
 fn play(disk: &Disk, owner: u64, has: &mut [bool], mut random: Random) {
     for (has, sector) in has.iter_mut().zip(own(owner)) {
         if random.below(2) == 0 {

@@ -1,5 +1,5 @@
-//! A file system that calls data a hole (OpenZFS did, some FUSE programs do) and is not to be believed: nothing that was
-//! written may be taken for zeros or for absent because of it.
+//! A file system that calls data a hole (OpenZFS did, some FUSE programs do) and is not to be
+//! believed: nothing that was written may be taken for zeros or for absent because of it.
 
 use std::path::Path;
 

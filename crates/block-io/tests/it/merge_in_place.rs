@@ -1,5 +1,6 @@
-//! A merge in place on the simulated disk: the power goes, or the process dies, at every step; and once more while the
-//! merge is run again. The disk's content stays the same throughout, and in the end the target has it.
+//! A merge in place on the simulated disk: the power goes, or the process dies, at every step; and
+//! once more while the merge is run again. The disk's content stays the same throughout, and in the
+//! end the target has it.
 
 use std::num::NonZeroUsize;
 use std::path::Path;
@@ -26,7 +27,8 @@ const OTHER: &str = "/other";
 const LAYER: &str = "/layer";
 /// The last sector is partial.
 const SIZE: usize = 40 * 512 - 100;
-/// Random outcomes of a power cut that are tried at each step, besides everything lost and everything kept.
+/// Random outcomes of a power cut that are tried at each step, besides everything lost and
+/// everything kept.
 const OUTCOMES: u64 = 3;
 
 fn range(start: u64, count: u64) -> SectorRange {
@@ -57,7 +59,8 @@ struct World {
 }
 
 impl World {
-    /// `closed`: the COW file was closed in order; otherwise some of its bits are only live, which a power cut may take.
+    /// `closed`: the COW file was closed in order; otherwise some of its bits are only live, which
+    /// a power cut may take.
     fn new(format: CowFormat, closed: bool) -> Self {
         let sim = Sim::new();
         let base = sim.create_new(Path::new(BASE)).unwrap();
@@ -218,7 +221,8 @@ fn crash_at(world: &World, step: u64, crash: &Crash) -> bool {
     crashed
 }
 
-/// Crashes at every step; with `twice`, also at every third step of what follows. Gives the first failure.
+/// Crashes at every step; with `twice`, also at every third step of what follows. Gives the first
+/// failure.
 fn every_crash(world: &World, twice: bool, fault: Option<&Fault>) -> Result<(), String> {
     for step in 1.. {
         let mut crashed = false;

@@ -1,5 +1,6 @@
-//! A chain of disks against the plainest model of one: a `Vec<u8>` of its content for each layer. Random operations, and
-//! opened again at any point; every layer is compared with what it was when it was frozen.
+//! A chain of disks against the plainest model of one: a `Vec<u8>` of its content for each layer.
+//! Random operations, and opened again at any point; every layer is compared with what it was when
+//! it was frozen.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -19,7 +19,8 @@ const NEW: &str = "/new";
 const COW: &str = "/cow";
 const OUT: &str = "/out";
 const SIZE: usize = 40 * 512;
-/// Random outcomes of a power cut that are tried at each step, besides everything lost and everything kept.
+/// Random outcomes of a power cut that are tried at each step, besides everything lost and
+/// everything kept.
 const OUTCOMES: u64 = 3;
 
 fn range(start: u64, count: u64) -> SectorRange {

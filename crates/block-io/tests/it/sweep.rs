@@ -1,4 +1,5 @@
-//! Space of writes that a crash of the host has left without a bit comes back while the disk is in use.
+//! Space of writes that a crash of the host has left without a bit comes back while the disk is in
+//! use.
 
 use std::path::Path;
 use std::time::Duration;
@@ -30,7 +31,8 @@ fn open(sim: &Sim) -> Disk<Sim> {
     Disk::open_cow_in(sim.clone(), Path::new(COW), None, &options).unwrap()
 }
 
-/// Block 1 was flushed, half of block 3 as well; all others were written and not flushed before the power went.
+/// Block 1 was flushed, half of block 3 as well; all others were written and not flushed before the
+/// power went.
 fn after_power_cut(format: CowFormat) -> Sim {
     let sim = Sim::new();
     let base = sim.create_new(Path::new(BASE)).unwrap();
@@ -128,7 +130,8 @@ fn no_write_is_swept_away() {
     }
 }
 
-/// While a hole is being punched, and once it has been decided to, a write of the same blocks waits.
+/// While a hole is being punched, and once it has been decided to, a write of the same blocks
+/// waits.
 #[test]
 fn a_write_waits_for_the_hole_under_it() {
     let sim = after_power_cut(CowFormat::Native);

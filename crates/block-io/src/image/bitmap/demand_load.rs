@@ -1,4 +1,5 @@
-//! Reading the bitmaps of a chain into its map where they are asked for, so that opening a large disk reads none of them.
+//! Reads the bitmaps of a chain into its map on demand, so that opening a large disk reads none of
+//! them.
 
 use std::io;
 use std::ops::Range;
@@ -8,24 +9,24 @@ use cow_format::{LayerMap, SectorRange};
 use super::source::BitmapSource;
 use crate::storage::Storage;
 
-/// Bitmap pages that are read at once (64 KiB, 256 MiB of disk): what lies near is asked for soon, and a read of so much
-/// takes no longer than one of a page.
+/// Bitmap pages that are read at once (64 KiB, covering 256 MiB of disk): neighbouring pages are
+/// likely to be needed soon, and a read of this size takes no longer than one of a page.
 const GROUP: u64 = 16;
 
 /// A layer, counted from 0 for the top, whose bitmap could not be read.
 pub(crate) type Failed = (usize, io::Error);
 
-/// The COW files of a chain, the top first, and where each has its bits.
+/// The COW files of a chain, the top first, each with the source of its bits.
 pub(crate) type Sources<'a, F> = [(&'a F, &'a BitmapSource<F>)];
 
-/// Adds to `map` what is not known of `range`.
+/// Loads what is not yet known of `range` into `map`.
 pub(crate) fn demand_load<F: Storage>(
     map: &LayerMap,
     sources: &Sources<'_, F>,
     range: SectorRange,
 ) -> Result<(), Failed> {
     while let Some(page) = map.next_unknown(range) {
-        // What is known of the top stands in its bitmap.
+        // What is known of the top is in its bitmap.
         if map.top().is_some_and(|top| !top.is_known(page)) {
             learn_top_group(map, sources, page)?;
         }
@@ -36,7 +37,7 @@ pub(crate) fn demand_load<F: Storage>(
     Ok(())
 }
 
-/// Adds to the top's bitmap what is not known of `range`.
+/// Loads what is not yet known of `range` into the top's bitmap.
 pub(crate) fn demand_load_top<F: Storage>(
     map: &LayerMap,
     sources: &Sources<'_, F>,
@@ -81,7 +82,7 @@ fn learn_below_group<F: Storage>(
     in_group(&region, page, |pages| {
         let mut folds: Vec<_> = pages.clone().map(|page| map.fold(page)).collect();
         for (layer, (file, bits)) in below().rev() {
-            // The ends of a layer count even where it has no sector.
+            // The end of a layer matters even if the layer has no sector here.
             folds.iter_mut().for_each(|fold| fold.overlay(layer - 1, &[]));
             let lay = |page: u64, bytes: &[u8], _live| {
                 let fold =
@@ -97,7 +98,8 @@ fn learn_below_group<F: Storage>(
     })
 }
 
-/// Reads the group of `page`, or, if that fails, the page alone: what cannot be read need not be what is asked for.
+/// Reads the group of `page`, or, if that fails, the page alone: the unreadable page may be another
+/// one than the one requested.
 fn in_group(
     region: &Range<u64>,
     page: u64,

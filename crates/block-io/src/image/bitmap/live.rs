@@ -1,5 +1,5 @@
-//! The live bitmap: in the page cache before a write is acknowledged, so that the write outlives this process
-//! (docs/architecture.md, "Durability").
+//! The live bitmap. Its bits are in the page cache before a write is acknowledged, so that the
+//! write survives the death of this process (docs/architecture.md, "Durability").
 
 use std::io;
 use std::ops::Range;
@@ -15,19 +15,22 @@ use super::side_file::{self, RawSideHeader, make_void};
 use crate::storage::{Access, Env, Storage};
 use crate::sync::lock;
 
-/// Locks over the pages of the live bitmap. Few queues set new bits at once, so that a collision is rare.
+/// Locks for the pages of the live bitmap. Few queues set new bits at the same time, so collisions
+/// are rare.
 const STRIPES: usize = 64;
-/// Sectors that one word of the bitmap speaks of.
+/// Sectors that one word of the bitmap covers.
 const WORD_SECTORS: u64 = 64;
 
 /// The live bitmap of a COW file that is open for writing.
 pub(crate) struct LiveBitmap<F> {
     place: Place<F>,
-    /// One word of the file holds bits of many sectors, so that two writers of one page must not overtake each other:
-    /// the later write has to contain the bits of the earlier. Each holds its page's lock from rendering the words
-    /// until the new bits stand in memory. That spans a write of a few bytes into the page cache, never disk I/O, and
-    /// happens once in a sector's life. (An atomic OR in memory first and a write after it would need no lock, but
-    /// then another queue could acknowledge a rewrite of a sector whose live bit is not out of the process yet.)
+    /// One word of the file holds the bits of many sectors, so two writers of one page must not
+    /// overtake each other: the later write has to contain the bits of the earlier. Each holds its
+    /// page's lock from rendering the words until the new bits are in memory. That spans a write of
+    /// a few bytes into the page cache, never disk I/O, and happens once in a sector's life.
+    /// (Setting the bits in memory with an atomic OR and writing afterwards would need no lock, but
+    /// then another queue could acknowledge a rewrite of a sector whose live bit has not left the
+    /// process yet.)
     stripes: [Mutex<()>; STRIPES],
 }
 
@@ -43,9 +46,9 @@ impl<F: Storage> LiveBitmap<F> {
         LiveBitmap { place, stripes: [const { Mutex::new(()) }; STRIPES] }
     }
 
-    /// The live bitmap at `at` in the COW file `cow`. Unless it is `settled` (valid, or known to say nothing more than the
-    /// durable one), all is taken out of it that the durable one does not say as well; the caller then tags the header
-    /// with the page cache, not earlier.
+    /// The live bitmap at `at` in the COW file `cow`. Unless it is `settled` (valid, or known to be
+    /// a subset of the durable one), every bit that the durable one lacks is cleared first; only
+    /// then may the caller record the page cache in the header.
     pub(crate) fn native(
         cow: &F,
         at: ByteOffset,
@@ -58,7 +61,7 @@ impl<F: Storage> LiveBitmap<F> {
         Ok(Self::new(Place::Native(at)))
     }
 
-    /// The live bitmap in the side file of `cow`, which is made new unless it is `valid`.
+    /// The live bitmap in the side file of `cow`, which is created unless it is `valid`.
     pub(crate) fn side_file<E: Env<File = F>>(
         env: &E,
         cow: &F,
@@ -82,7 +85,7 @@ impl<F: Storage> LiveBitmap<F> {
         Ok(Self::new(Place::SideFile { file, path }))
     }
 
-    /// The file of the live bitmap and where it begins there.
+    /// The file of the live bitmap, and its offset there.
     fn place<'a>(&'a self, cow: &'a F) -> (&'a F, ByteOffset) {
         match &self.place {
             Place::Native(at) => (cow, *at),
@@ -90,9 +93,10 @@ impl<F: Storage> LiveBitmap<F> {
         }
     }
 
-    /// Sets the bits of `ranges`, first in the page cache, then in memory. Neighbouring ranges in one bitmap page share
-    /// a write, so sorted ranges cost the least; present ones cost nothing. After an error some may be set; a range
-    /// can then be tried again alone.
+    /// Sets the bits of `ranges`, first in the page cache, then in memory. Neighbouring ranges in
+    /// one bitmap page share a write, so sorted ranges are cheapest; ranges that are already
+    /// present cost nothing. After an error some bits may be set; a range can then be retried
+    /// alone.
     pub(crate) fn set(&self, cow: &F, bitmap: &Bitmap, ranges: &[SectorRange]) -> io::Result<()> {
         let mut rest = ranges;
         while let Some(&first) = rest.first() {
@@ -108,7 +112,7 @@ impl<F: Storage> LiveBitmap<F> {
         Ok(())
     }
 
-    /// Sets those bits of `ranges` that stand in `page`.
+    /// Sets the bits of `ranges` that are in `page`.
     fn set_in_page(
         &self,
         cow: &F,
@@ -130,7 +134,8 @@ impl<F: Storage> LiveBitmap<F> {
         Ok(())
     }
 
-    /// After a failed sync: makes a live bitmap void that stands in a file of its own. In the COW file its header does.
+    /// After a failed sync: makes a live bitmap void that is in a file of its own. One in the COW
+    /// file is made void by the header.
     pub(crate) fn make_void(&self) -> io::Result<()> {
         match &self.place {
             Place::Native(_) => Ok(()),
@@ -138,7 +143,8 @@ impl<F: Storage> LiveBitmap<F> {
         }
     }
 
-    /// Ends the live bitmap's use after a full flush and the clean state: nothing is left beside a UML file.
+    /// Ends the live bitmap's use after a full flush and the clean state: removes the side file of
+    /// a UML file.
     pub(crate) fn close<E: Env<File = F>>(&self, env: &E) -> Result<(), (PathBuf, io::Error)> {
         match &self.place {
             Place::Native(_) => Ok(()),
@@ -147,8 +153,9 @@ impl<F: Storage> LiveBitmap<F> {
     }
 }
 
-/// Punches out the pages of a void live bitmap that have bits which the durable one lacks. Mostly there are none: looking
-/// is much cheaper than punching out everything, which gives back blocks only to take them again.
+/// Punches out the pages of a void live bitmap that have bits which the durable one lacks. Usually
+/// there are none: looking for them is much cheaper than punching out everything, which frees
+/// blocks only to allocate them again.
 fn clear_stray_bits(cow: &impl Storage, at: ByteOffset, geometry: &Geometry) -> io::Result<()> {
     let mut stray: Vec<Range<u64>> = Vec::new();
     for_each_stray(cow, geometry, cow, at, |page| {
@@ -198,7 +205,8 @@ impl Words {
         };
     }
 
-    /// The words with the bits that `bitmap` has by now, and their offset in the live bitmap, in bytes.
+    /// The words combined with the bits that `bitmap` already has, and their offset in the live
+    /// bitmap, in bytes.
     fn render(&mut self, bitmap: &Bitmap) -> (u64, &[u8]) {
         let first_word = self.page * (PAGE_SECTORS / WORD_SECTORS) + self.used.start as u64;
         let bytes = &mut self.bytes[self.used.start * 8..self.used.end * 8];
@@ -220,7 +228,7 @@ fn pages_of(range: SectorRange) -> Range<u64> {
     page_of(range.start())..range.end().get().div_ceil(PAGE_SECTORS).max(page_of(range.start()))
 }
 
-/// The part of `range` of which `page` speaks; maybe empty.
+/// The part of `range` that `page` covers; may be empty.
 fn in_page(range: SectorRange, page: u64) -> SectorRange {
     let clip = |sector: Sector| sector.get().clamp(page * PAGE_SECTORS, (page + 1) * PAGE_SECTORS);
     let (start, end) = (clip(range.start()), clip(range.end()));

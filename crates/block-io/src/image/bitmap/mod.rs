@@ -1,4 +1,5 @@
-//! The bitmaps of a COW file, durable and live: finding and reading them, and setting bits in the live one.
+//! The bitmaps of a COW file, durable and live: finding and reading them, and setting bits in the
+//! live one.
 
 pub(crate) mod demand_load;
 pub(crate) mod live;

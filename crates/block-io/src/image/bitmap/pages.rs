@@ -10,8 +10,8 @@ use crate::storage::Storage;
 /// Bitmap pages read at once (256 KiB): few system calls for a dense bitmap, little memory.
 const READ_PAGES: u64 = 64;
 
-/// Hands out those of `pages` of the bitmap at `bitmap` in `file` that may have a bit set. A page on the border of the
-/// bitmap or of the file is shorter than 4096 bytes.
+/// Passes to `found` those of `pages` of the bitmap at `bitmap` in `file` that may have a bit set.
+/// A page at the end of the bitmap or of the file is shorter than 4096 bytes.
 pub(crate) fn read_pages(
     file: &impl Storage,
     bitmap: ByteOffset,
@@ -26,7 +26,7 @@ pub(crate) fn read_pages(
     let mut at = start + pages.start * page_len;
     while at < end {
         let Some(data) = file.next_data(ByteOffset::new(at))? else { break };
-        // Down to the page that holds the first byte, which is never before `at`.
+        // Round down to the page that holds the first byte, which is never before `at`.
         let from = start + (data.start.max(at) - start) / page_len * page_len;
         let to = data.end.min(end).min(from + READ_PAGES * page_len);
         if from >= to {
@@ -36,7 +36,7 @@ pub(crate) fn read_pages(
         buf.resize(usize::try_from(to - from).map_err(io::Error::other)?, 0);
         let n = file.read_at(&mut buf, ByteOffset::new(from))?;
         for (page, bytes) in ((from - start) / page_len..).zip(buf[..n].chunks(BITMAP_PAGE)) {
-            // Where the holes are not known most of it is zeros.
+            // Where holes are unknown, most of it is zeros.
             if bytes.iter().any(|&byte| byte != 0) {
                 found(page, bytes)?;
             }
@@ -46,7 +46,8 @@ pub(crate) fn read_pages(
     Ok(())
 }
 
-/// Hands out the pages in which the live bitmap at `at` in `live` has bits that the durable one of `cow` lacks.
+/// Passes to `found` the pages in which the live bitmap at `at` in `live` has bits that the durable
+/// one of `cow` lacks.
 pub(crate) fn for_each_stray<F: Storage>(
     cow: &F,
     geometry: &Geometry,

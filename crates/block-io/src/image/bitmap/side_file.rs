@@ -1,8 +1,10 @@
-//! The side file of a UML COW file: `<COW>.live`, a header and the live bitmap that UML's layout has no room for.
+//! The side file of a UML COW file, `<COW>.live`: a header and the live bitmap, for which UML's
+//! layout has no room.
 //!
-//! It exists while the COW file is open for writing, and after the death of the process that had it open; a clean
-//! close removes it. It is used only under the COW file's exclusive lock, or read under its shared lock. Nothing in it is ever
-//! synced on purpose: it speaks of one page cache, and lives in it. Specified in `docs/spec/format-side-file.md`.
+//! It exists while the COW file is open for writing, and after the death of the process that had it
+//! open; a clean close removes it. It is used only under the COW file's exclusive lock, or read
+//! under its shared lock. It is never synced on purpose: it is valid only for one page cache, and
+//! lives in it. Specified in `docs/spec/format-side-file.md`.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -31,16 +33,16 @@ pub(crate) struct RawSideHeader {
     boot_id: [u8; 16],
     cow_dev: U64,
     cow_ino: U64,
-    /// When the COW file's inode was created, so that a new file with an old one's number is not taken for it;
-    /// nanoseconds 2^32-1 where the file system does not know.
+    /// When the COW file's inode was created, so that a new file with a reused inode number is not
+    /// mistaken for it; nanoseconds 2^32-1 if the file system does not record it.
     cow_born_secs: I64,
-    /// Where the live bitmap begins in the side file; the other places are the COW file's.
+    /// Offset of the live bitmap in the side file; the other offsets are in the COW file.
     live_offset: U64,
     virtual_size: U64,
     data_offset: U64,
     durable_offset: U64,
     bitmap_len: U64,
-    /// Which life of the page cache within the boot, as in a native header.
+    /// Identifies the instance of the page cache within the boot, as in a native header.
     witness: [u8; WITNESS_LEN],
     reserved: U32,
     /// CRC32C of everything before.
@@ -56,8 +58,8 @@ const CRC_AT: usize = RAW_LEN - size_of::<U32>();
 const BORN_UNKNOWN: u32 = u32::MAX;
 
 impl RawSideHeader {
-    /// The header that the side file of this COW file has in this page cache. There is exactly one, so that a side file
-    /// is valid when its header is equal.
+    /// The header that the side file of this COW file has in this page cache. It is unique, so a
+    /// side file is valid if its header is equal.
     pub(crate) fn new(
         boot: BootId,
         witness: Option<CacheWitness>,
@@ -87,18 +89,18 @@ impl RawSideHeader {
         raw
     }
 
-    /// As it is written.
+    /// The encoded bytes.
     pub(crate) fn bytes(&self) -> &[u8; RAW_LEN] {
         zerocopy::transmute_ref!(self)
     }
 
-    /// The witness in a header as it was read.
+    /// The witness in an encoded header.
     pub(crate) fn witness_in(read: &[u8; RAW_LEN]) -> Option<CacheWitness> {
         let bytes = read[WITNESS_AT..].first_chunk()?;
         CacheWitness::from_bytes(*bytes)
     }
 
-    /// Room for a header as it is read; written, it is that of no file.
+    /// A buffer for reading a header; if written, it is a header that matches no file.
     pub(crate) fn buffer() -> [u8; RAW_LEN] {
         [0; RAW_LEN]
     }
@@ -111,7 +113,7 @@ pub(crate) fn path_for(cow: &Path) -> PathBuf {
     PathBuf::from(path)
 }
 
-/// Makes a side file one that is never valid.
+/// Makes a side file permanently invalid.
 pub(crate) fn make_void(side_file: &impl Storage) -> io::Result<()> {
     side_file.write_all_at(&RawSideHeader::buffer(), ByteOffset::new(0))?;
     side_file.write_durably(&RawSideHeader::buffer(), ByteOffset::new(0))

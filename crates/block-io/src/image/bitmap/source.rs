@@ -1,4 +1,5 @@
-//! Where the bits of a COW file stand, and reading them: as a whole, or page by page when they are asked for.
+//! Where the bits of a COW file are stored, and how they are read: all at once, or page by page on
+//! demand.
 
 use std::io;
 use std::ops::Range;
@@ -14,13 +15,13 @@ use crate::storage::{Env, Storage};
 
 const PAGE_LEN: u64 = BITMAP_PAGE as u64;
 
-/// The bitmaps of one COW file that count.
+/// The valid bitmaps of one COW file.
 pub(crate) struct BitmapSource<F> {
     geometry: Geometry,
     live: Option<Live<F>>,
 }
 
-/// The live bitmap, of this page cache.
+/// A live bitmap that is valid in this page cache.
 enum Live<F> {
     /// In the COW file itself.
     Native(ByteOffset),
@@ -28,7 +29,8 @@ enum Live<F> {
 }
 
 impl<F: Storage> BitmapSource<F> {
-    /// Finds out whether the live bitmap counts. Changes nothing. Refuses a file whose journal has to be put in place first.
+    /// Determines whether the live bitmap is valid. Changes nothing. Refuses a file whose journal
+    /// must be replayed first.
     pub(crate) fn find<E: Env<File = F>>(
         env: &E,
         cow: &Opened<F>,
@@ -43,7 +45,7 @@ impl<F: Storage> BitmapSource<F> {
         Self::find_as_it_is(env, cow, header, trust)
     }
 
-    /// The same of a file that only is to be told about: it may lack what stands in the journal.
+    /// The same for a file that is only inspected: its bitmap may lack what is in the journal.
     pub(crate) fn find_as_it_is<E: Env<File = F>>(
         env: &E,
         cow: &Opened<F>,
@@ -61,12 +63,12 @@ impl<F: Storage> BitmapSource<F> {
         Ok(BitmapSource { geometry, live })
     }
 
-    /// Whether the live bitmap counts beside the durable one.
+    /// Whether the live bitmap is valid and supplements the durable one.
     pub(crate) fn live_counts(&self) -> bool {
         self.live.is_some()
     }
 
-    /// The file of the live bitmap, if it counts, and where it begins there.
+    /// The file of the live bitmap, if it is valid, and its offset there.
     fn live<'a>(&'a self, cow: &'a F) -> Option<(&'a F, ByteOffset)> {
         Some(match self.live.as_ref()? {
             Live::Native(at) => (cow, *at),
@@ -74,7 +76,7 @@ impl<F: Storage> BitmapSource<F> {
         })
     }
 
-    /// All of them. What only the live bitmap says is dirty.
+    /// Loads the whole bitmap. Bits that only the live bitmap has are dirty.
     pub(crate) fn load_all(&self, cow: &Opened<F>) -> Result<Bitmap, ImageError> {
         let bitmap = Bitmap::unknown(self.geometry.sectors());
         let loaded = self.load(&cow.file, &bitmap, 0..bitmap.pages());
@@ -82,7 +84,8 @@ impl<F: Storage> BitmapSource<F> {
         Ok(bitmap)
     }
 
-    /// Adds `pages` to `bitmap`, which knows them then. Of several threads that do so at once each adds what there is.
+    /// Loads `pages` into `bitmap`, which are then known. Several threads may do so at once; each
+    /// adds the bits that it finds.
     pub(crate) fn load(&self, cow: &F, bitmap: &Bitmap, pages: Range<u64>) -> io::Result<()> {
         // The durable bits first: what the live bitmap adds to them has to be flushed.
         self.for_each(cow, &pages, |page, bytes, live| match live {
@@ -93,8 +96,9 @@ impl<F: Storage> BitmapSource<F> {
         Ok(())
     }
 
-    /// Hands out those of `pages` that may have a bit set: first the durable ones, then, if it counts, those of the live
-    /// bitmap, which is what the flag says. A page on the border may be shorter than 4096 bytes.
+    /// Passes to `found` those of `pages` that may have a bit set: first the durable ones, then
+    /// those of the live bitmap if it is valid, for which the flag is true. The last page may be
+    /// shorter than 4096 bytes.
     pub(crate) fn for_each(
         &self,
         cow: &F,
@@ -122,12 +126,13 @@ impl<F: Storage> BitmapSource<F> {
         Ok(false)
     }
 
-    /// The bitmaps that count, the durable one first: file and beginning.
+    /// The valid bitmaps, the durable one first: file and offset.
     fn places<'a>(&'a self, cow: &'a F) -> impl Iterator<Item = (&'a F, ByteOffset)> {
         std::iter::once((cow, self.geometry.bitmap_offset())).chain(self.live(cow))
     }
 
-    /// Hands out the pages in which the live bitmap has bits that the durable one lacks, if it counts.
+    /// Passes to `found` the pages in which the live bitmap, if it is valid, has bits that the
+    /// durable one lacks.
     pub(crate) fn for_each_stray(
         &self,
         cow: &F,
@@ -139,8 +144,8 @@ impl<F: Storage> BitmapSource<F> {
         }
     }
 
-    /// Refuses a file that lacks the data of a present sector. Only pages that speak of what lies past the end of the file
-    /// are read.
+    /// Refuses a file that lacks the data of a present sector. Only pages that cover sectors past
+    /// the end of the file are read.
     pub(crate) fn check_data(&self, cow: &Opened<F>) -> Result<(), ImageError> {
         let held = cow.disk_bytes(&self.geometry);
         let bitmap = Bitmap::new(self.geometry.sectors());

@@ -1,4 +1,4 @@
-//! One flush of a COW file: the ordering machine of cow-format, driven over a file.
+//! One flush of a COW file: drives cow-format's `FlushPass` over a file.
 
 use std::io;
 use std::path::Path;
@@ -11,9 +11,10 @@ use crate::storage::Storage;
 /// What stopped a flush.
 #[derive(Debug)]
 pub(crate) enum FlushFailure {
-    /// A sync: what is on the disk is unknown from now on, and no later sync proves anything.
+    /// A sync failed: the state on the disk is unknown from now on, and no later sync proves
+    /// anything.
     Sync(io::Error),
-    /// A write of the bitmap: its pages are dirty again and may be written later.
+    /// A write of the bitmap failed: its pages are dirty again and can be written later.
     Write(io::Error),
 }
 

@@ -1,5 +1,5 @@
-//! The header of an open COW file, and its changes on disk. Each can be interrupted at any write and leaves a header
-//! that can be used.
+//! The header of an open COW file, and its changes on disk. Each can be interrupted at any write
+//! and leaves a usable header.
 
 use std::io;
 use std::path::Path;
@@ -16,7 +16,7 @@ use crate::storage::{SECTOR, Storage};
 /// A header that could not be changed.
 #[derive(Debug)]
 pub(crate) enum UpdateError {
-    /// The header cannot say it.
+    /// The format cannot express the change.
     Header(HeaderError),
     /// It could not be written.
     Io(io::Error),
@@ -53,15 +53,16 @@ impl From<HeaderError> for UpdateError {
     }
 }
 
-/// Where the path begins in a version 3 header, padded or not, at the latest.
+/// The largest offset of the path in a version 3 header, padded or not.
 const UML_PATH_AT: usize = 36;
 
 /// Replaces the backing path and mtime in a UML header.
 ///
-/// There is one copy of it, and a disk writes 512 bytes as a whole: so sector 0, which holds every other field and the
-/// beginning of the path, is written last and alone. What stands in the sectors after it is ignored as long as the
-/// path in sector 0 ends there. Where neither the old nor the new path does, the header passes through a state with a short
-/// path that names no file; an interruption there leaves a COW file that wants its base named once more.
+/// There is only one copy of it, and a disk writes 512 bytes atomically: so sector 0, which holds
+/// every other field and the beginning of the path, is written last and alone. The sectors after it
+/// are ignored as long as the path in sector 0 ends there. If neither the old nor the new path
+/// does, the header passes through a state with a short path to a nonexistent file; after an
+/// interruption there, the base has to be given again.
 pub(crate) fn write_uml_backing(
     file: &impl Storage,
     old: &UmlHeader,
@@ -87,8 +88,8 @@ fn write_synced(file: &impl Storage, bytes: &[u8], at: u64) -> io::Result<()> {
     file.sync()
 }
 
-/// Writes a native header over the older of its two copies. The newer one is made durable first, so that one of them
-/// is whole whatever happens. The caller syncs if something depends on it.
+/// Writes a native header over the older of its two copies. The newer one is made durable first, so
+/// that one of them is always intact. The caller syncs if something depends on it.
 fn write_native(file: &impl Storage, header: &mut NativeHeader) -> Result<(), UpdateError> {
     file.sync()?;
     let write = header.next_write()?;
@@ -96,7 +97,7 @@ fn write_native(file: &impl Storage, header: &mut NativeHeader) -> Result<(), Up
     Ok(())
 }
 
-/// The same, durable on return.
+/// The same, but durable on return.
 pub(crate) fn write_native_synced(
     file: &impl Storage,
     header: &mut NativeHeader,
@@ -120,7 +121,7 @@ pub(crate) fn check_writable(path: &Path, header: &Header) -> Result<(), ImageEr
     }
 }
 
-/// What is known of the copy of a native header that was written last.
+/// What is known about the copy of a native header that was written last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Newest {
     /// It is durable.
@@ -129,17 +130,18 @@ pub(crate) enum Newest {
     InDoubt,
 }
 
-/// How far the mark of a failed sync got.
+/// How far recording a failed sync got.
 #[derive(Debug)]
 pub(crate) enum NotMarked {
     /// Not even into the page cache.
     AtAll(io::Error),
-    /// It is not durable: it is lost if the page cache forgets it.
+    /// It is not durable, and is lost if the page is evicted.
     Durably(io::Error),
 }
 
-/// After a failed sync: from now on the file is as after a power cut, whoever opens it next. First in the page cache, at
-/// once, so that a death of this process finds it there; then durably, since the page cache may forget it.
+/// After a failed sync: from now on every opener treats the file as after a power cut. This is
+/// recorded first in the page cache, at once, so that it survives the death of this process; then
+/// durably, since the page may be evicted.
 pub(crate) fn void_live(
     file: &impl Storage,
     native: &mut NativeHeader,
@@ -164,7 +166,7 @@ pub(crate) fn mark_failed<F: Storage>(cow: &Opened<F>, header: &mut Header, newe
     }
 }
 
-/// Makes everything durable that `bitmap` says, and then the state clean.
+/// Makes everything in `bitmap` durable, then the clean state.
 pub(crate) fn settle<F: Storage>(
     cow: &Opened<F>,
     header: &mut Header,
@@ -177,13 +179,13 @@ pub(crate) fn settle<F: Storage>(
         return Err(failure.at(&cow.path));
     }
     mark_clean(&cow.file, header).map_err(|err| {
-        // Everything is durable, but nobody knows which header is.
+        // Everything is durable, but it is unknown which header is.
         mark_failed(cow, header, Newest::InDoubt);
         err.at(&cow.path)
     })
 }
 
-/// Says what has to be done where a failed sync could not be marked.
+/// Logs what the user has to do if a failed sync could not be recorded.
 pub(crate) fn say_not_marked(path: &Path, err: &NotMarked) {
     let path = path.display();
     match err {
@@ -198,7 +200,7 @@ pub(crate) fn say_not_marked(path: &Path, err: &NotMarked) {
     }
 }
 
-/// Writes, durably, that nothing but the durable state counts. To be called after a full flush.
+/// Records durably that only the durable state is valid. Must be called after a full flush.
 pub(crate) fn mark_clean(file: &impl Storage, header: &mut Header) -> Result<(), UpdateError> {
     match header {
         Header::Uml(_) => Ok(()),
@@ -209,7 +211,8 @@ pub(crate) fn mark_clean(file: &impl Storage, header: &mut Header) -> Result<(),
     }
 }
 
-/// The same, of a file that [`super::writable::make_writable`] made ready: its live bitmap has nothing that is not durable.
+/// The same for a file prepared by [`super::writable::make_writable`]: its live bitmap has no bit
+/// that is not durable.
 pub(crate) fn mark_settled(file: &impl Storage, header: &mut Header) -> Result<(), UpdateError> {
     match header {
         Header::Uml(_) => Ok(()),
@@ -220,7 +223,7 @@ pub(crate) fn mark_settled(file: &impl Storage, header: &mut Header) -> Result<(
     }
 }
 
-/// Gives the backing file another path, durably.
+/// Changes the path of the backing file, durably.
 pub(crate) fn set_backing_path(
     file: &impl Storage,
     header: &mut Header,

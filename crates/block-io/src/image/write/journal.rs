@@ -1,8 +1,9 @@
-//! The journal of a COW file that is open for writing, and what is done with one after a power cut
+//! The journal of a COW file that is open for writing, and its replay after a power cut
 //! (`docs/spec/format-native.md` section 7).
 //!
-//! A flush of little is one durable write of what was written. A flush of much, and one for which the journal has no room left,
-//! is done in place, after which the journal is begun anew.
+//! A small flush is one durable write of the data itself. A large flush, or one for which the
+//! journal has no room left, is a checkpoint: everything is made durable in its final place, and
+//! then the journal is reset.
 
 use std::io;
 
@@ -17,8 +18,8 @@ use crate::image::ImageError;
 use crate::image::opened::Opened;
 use crate::storage::Storage;
 
-/// How often a flush waits for writes of the same sectors to end before it is done in place: they take microseconds, or it
-/// is not worth waiting.
+/// How often a flush waits for overlapping writes to end before it falls back to a checkpoint: they
+/// take microseconds, or waiting is not worthwhile.
 const ATTEMPTS: usize = 8;
 
 /// Used by one flush pass at a time.
@@ -26,19 +27,19 @@ const ATTEMPTS: usize = 8;
 pub(crate) struct Journal {
     area: Option<JournalArea>,
     state: State,
-    /// The record that is being made, used again.
+    /// The buffer for records, reused.
     record: Vec<u8>,
 }
 
 #[derive(Debug)]
 enum State {
-    /// Not in use: nothing small has been flushed yet, or nothing is to be.
+    /// Not in use: no small flush has happened yet, or the journal is disabled.
     Unused,
-    /// It could not be filled: no flush goes there.
+    /// It could not be preallocated: it is not used.
     Unable,
-    /// Its blocks have just been written; the flush under way makes them durable.
+    /// Its blocks have just been written; the flush in progress makes them durable.
     Filled,
-    /// A predecessor's: it stays as it is until everything is durable in its place.
+    /// A predecessor's: unchanged until everything is durable in its final place.
     Inherited,
     /// Records are being written.
     Begun { epoch: Epoch, tail: u64, sequence: u64 },
@@ -50,7 +51,7 @@ impl Journal {
         Journal { area: None, state: State::Unused, record: Vec::new() }
     }
 
-    /// The journal of a file that has just been opened for writing; `wanted`: flushes are to go there.
+    /// The journal of a file that has just been opened for writing; `wanted`: flushes may use it.
     pub(crate) fn new(header: &Header, wanted: bool) -> Self {
         let (area, epoch) = match header {
             Header::Uml(_) => (None, None),
@@ -64,18 +65,18 @@ impl Journal {
         Journal { area, state, ..Self::none() }
     }
 
-    /// Whether a flush may go there.
+    /// Whether flushes may use it.
     pub(crate) fn is_wanted(&self) -> bool {
         self.area.is_some()
     }
 
-    /// Whether records count, so that a flush in place has to be followed by a new beginning.
+    /// Whether it has valid records, so that a checkpoint must be followed by a reset.
     pub(crate) fn has_records(&self) -> bool {
         matches!(self.state, State::Inherited | State::Begun { tail: 1.., .. })
     }
 
-    /// Makes `few`, which is all that was written since the last flush, durable. False: it is to be flushed in place. An
-    /// error is that of a sync.
+    /// Makes `few`, everything written since the last flush, durable. Returns false if a checkpoint
+    /// is needed instead. An error is that of a sync.
     pub(crate) fn commit(
         &mut self,
         file: &impl Storage,
@@ -104,22 +105,25 @@ impl Journal {
         Ok(true)
     }
 
-    /// Fills an unused journal, so that it has its blocks: the flush in place that follows makes them durable.
+    /// Writes to all of an unused journal, to allocate its blocks: the checkpoint that follows
+    /// makes them durable.
     pub(crate) fn preallocate(&mut self, file: &impl Storage) {
         let (Some(area), State::Unused) = (self.area, &self.state) else { return };
         self.state = match file.write_zeros(area.at(), area.len()) {
             Ok(()) => State::Filled,
             Err(err) => {
                 log::debug!("no journal: {err}");
-                // Without it flushes are slower, no less durable. The space may do better elsewhere.
+                // Without it flushes are slower, but no less durable. The space may be more useful
+                // elsewhere.
                 release_space(file, area);
                 State::Unable
             }
         };
     }
 
-    /// After a flush in place: no record counts any more, and new ones may come. An error leaves nobody sure which count,
-    /// and the copy of the header that was written in doubt.
+    /// After a checkpoint: invalidates all records, so that new ones can be written. After an error
+    /// it is unknown which records are valid, and whether the copy of the header that was written
+    /// is durable.
     pub(crate) fn reset(
         &mut self,
         file: &impl Storage,
@@ -141,7 +145,7 @@ impl Journal {
                 State::Unused
             }
         };
-        // The copy before this one is durable: a flush in place has just synced the file.
+        // The copy before this one is durable: the checkpoint has just synced the file.
         let write = native.next_write()?;
         file.write_durably(&write.bytes[..], write.at)?;
         if epoch.is_none()
@@ -152,7 +156,8 @@ impl Journal {
         Ok(())
     }
 
-    /// After the header of the closed file is durable: the space is given back. Should that fail it is only space.
+    /// Frees the journal's space once the header of the closed file is durable. A failure only
+    /// costs space.
     pub(crate) fn close(&mut self, file: &impl Storage, header: &Header) {
         let Header::Native(native) = header else { return };
         if let Some(area) = native.journal()
@@ -170,7 +175,8 @@ fn release_space(file: &impl Storage, area: JournalArea) {
     }
 }
 
-/// Reads `ranges` into `data`, which they may not fill; false if that fails, or if they are being written all the time.
+/// Reads `ranges` into `data`, which may be longer; false if that fails, or if they are being
+/// written all the time.
 fn read_if_quiet(
     file: &impl Storage,
     geometry: &Geometry,
@@ -203,8 +209,9 @@ fn read(
     true
 }
 
-/// Puts in place, durably, what stands in the journal of a file whose live bitmap does not count. For a file under its
-/// exclusive lock, before its bitmaps are read. Can be interrupted, and then begins again.
+/// Replays the journal of a file whose live bitmap is not valid: makes its records durable in their
+/// final place. For a file under its exclusive lock, before its bitmaps are read. Can be
+/// interrupted, and then starts over.
 pub(crate) fn replay<F: Storage>(cow: &Opened<F>, header: &mut Header) -> Result<(), ImageError> {
     let Header::Native(native) = header else { return Ok(()) };
     let Some((area, epoch)) = native.journal().zip(native.journal_epoch()) else { return Ok(()) };
@@ -251,7 +258,7 @@ fn apply<F: Storage>(
     Ok(records.len())
 }
 
-/// Reads the durable bits of the pages that speak of `range`, those that are not known yet.
+/// Loads the durable bits of the pages that cover `range`, unless they are already known.
 fn load_known(
     file: &impl Storage,
     geometry: &Geometry,

@@ -1,4 +1,4 @@
-//! What is written to a COW file beside data: its header, its journal, and the bitmap in a flush.
+//! What is written to a COW file besides data: its header, its journal, and the bitmap in a flush.
 
 pub(crate) mod flush;
 pub(crate) mod header_io;

@@ -1,4 +1,5 @@
-//! Making a COW file ready for writes: its length, its live bitmap, its name, and the state of its header.
+//! Preparing a COW file for writes: its length, its live bitmap, the durability of its name, and
+//! the state of its header.
 
 use std::io;
 use std::path::Path;
@@ -15,17 +16,18 @@ use crate::image::opened::Opened;
 use crate::image::trust::page_cache;
 use crate::storage::{Env, Storage};
 
-/// What a COW file needs while it is open for writing.
+/// State of a COW file that is open for writing.
 pub(crate) struct WritableCow<F> {
     pub(crate) header: Mutex<Header>,
     pub(crate) geometry: Geometry,
     pub(crate) live: LiveBitmap<F>,
-    /// The live bitmap that a predecessor left may say what is not durable and not known yet.
+    /// The live bitmap left by a predecessor may have bits that are not durable and not loaded yet.
     pub(crate) unread: AtomicBool,
 }
 
-/// Makes a COW file ready for writes: the live bitmap stands, and a successor will know whether it counts. Where it
-/// counts already, the header says so and is left alone. One that is `inherited` is not written to at all.
+/// Prepares a COW file for writes: the live bitmap exists, and a successor will be able to tell
+/// whether it is valid. If it already is, the header says so and is left alone. A file that is
+/// `inherited` is not written to at all.
 pub(crate) fn make_writable<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
@@ -49,10 +51,11 @@ pub(crate) fn make_writable<E: Env>(
             let settled = native.live_is_settled();
             let live = LiveBitmap::native(&cow.file, at, &geometry, live_is_valid || settled);
             let live = live.map_err(make)?;
-            // Only now: under this page cache's name it must say nothing that does not hold.
+            // Not earlier: once the header names this page cache, every bit of the live bitmap must
+            // be correct.
             let here = page_cache(env, &cow.file)?;
             match (live_is_valid, here) {
-                // A predecessor may have known less of it.
+                // The predecessor may not have known the witness.
                 (true, Some(here)) => native.set_live(here),
                 (true, None) => {}
                 (false, here) => begin_use(&cow.file, native, here).map_err(|e| e.at(&cow.path))?,
@@ -68,8 +71,8 @@ pub(crate) fn make_writable<E: Env>(
     Ok(WritableCow { header: Mutex::new(header), geometry, live, unread })
 }
 
-/// Writes that the file is in use, durably: then one of its header's copies is known to be whole whatever a later sync says,
-/// and nobody looks at the live bitmap under the header before.
+/// Marks the file as in use, durably: then one of the header's copies is known to be intact
+/// whatever a later sync reports, and the live bitmap is not used under this header before.
 fn begin_use(
     file: &impl Storage,
     native: &mut NativeHeader,
@@ -83,9 +86,10 @@ fn begin_use(
     Ok(())
 }
 
-/// Lengthens a file that ends before the disk's last sector does, as one does over a base of no whole number of sectors.
-/// Durably and before any write: the length that a write brings can be lost in a power cut that keeps its data, and
-/// then the sector would be neither what it was nor what was written.
+/// Extends a file that ends before the disk's last sector does, as one does over a base with a
+/// partial last sector. This is durable and happens before any write: a power cut can lose the
+/// extension caused by a write but keep its data, and then the sector would hold neither the old
+/// nor the new content.
 fn hold_last_sector(file: &impl Storage, geometry: &Geometry) -> io::Result<()> {
     let end = geometry.sector_at(geometry.all().end()).get();
     if file.len()? < end {
@@ -95,7 +99,7 @@ fn hold_last_sector(file: &impl Storage, geometry: &Geometry) -> io::Result<()> 
     Ok(())
 }
 
-/// What does not hold where nothing tells one page cache from another.
+/// Warns about the limits if one page cache cannot be told from another.
 fn warn_without_witness<E: Env>(env: &E, cow: &Opened<E::File>) {
     if env.cache_witness(&cow.file).is_none() {
         log::warn!(
@@ -107,11 +111,11 @@ fn warn_without_witness<E: Env>(env: &E, cow: &Opened<E::File>) {
     }
 }
 
-/// Makes the file's name durable: whoever made it may have died before doing so, and a flush is worth nothing if the
-/// file it went to is gone.
+/// Makes the file's name durable: its creator may have died before doing so, and a flush is
+/// worthless if the file is gone.
 fn hold_name<E: Env>(env: &E, path: &Path) -> io::Result<()> {
     match env.canonical(path).and_then(|path| env.sync_parent(&path)) {
-        // Who may write the file, but not read its directory, did not make it.
+        // A process that may write the file but not read its directory did not create it.
         Err(err) if err.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         result => result,
     }

@@ -1,5 +1,5 @@
-//! What has been written since the last flush, as long as it is little, and what is being written: the journal has to know
-//! both.
+//! Tracks what has been written since the last flush, as long as it is little, and what is being
+//! written: the journal needs both.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -8,21 +8,22 @@ use cow_format::{SectorRange, journal};
 
 use crate::sync::lock;
 
-/// Sectors (128 KiB) up to which a flush goes into the journal: writing so much twice costs less than a second sync and a
-/// commit of the file system's own journal.
+/// Sectors (128 KiB) up to which a flush goes into the journal: writing this much twice costs less
+/// than a second sync and a commit of the file system's own journal.
 const SECTORS_MAX: u64 = 256;
-/// Ranges up to which it does: a list to be looked through at each write.
+/// The same limit in ranges: each write searches this list.
 const RANGES_MAX: usize = 64;
 const _: () = assert!(RANGES_MAX <= journal::RANGES_MAX);
 
-/// See above. A write that does not tell of itself is one that a flush may miss.
+/// See the module's text. A write that is not reported here may be missed by a flush.
 #[derive(Debug)]
 pub(crate) struct WriteTracker {
-    /// More than a few, or nobody knows: then nobody need be told more. Writers share a flag that seldom changes.
+    /// Set when the tracked set overflowed or is unknown; tracking stops until the next flush.
+    /// Writers share a flag that seldom changes.
     much: AtomicBool,
-    /// There is a journal that copies of what is written are made for.
+    /// There is a journal, whose records are copies of what was written.
     has_journal: bool,
-    /// Somebody has to know what is being written: that journal, or who gives back leaked space.
+    /// Writes in progress must be tracked, for the journal or for the sweep of leaked space.
     tracked: bool,
     state: Mutex<State>,
     released: Condvar,
@@ -35,16 +36,16 @@ struct State {
     sectors: u64,
     /// Being written.
     under_way: Vec<SectorRange>,
-    /// Being copied into a record, and whether a write has overlapped that.
+    /// Being copied into a record, and whether a write has overlapped the copy.
     copied: Vec<SectorRange>,
     overlapped: bool,
-    /// Nobody may write here for the moment.
+    /// No write may begin here for the moment.
     reserved: Option<SectorRange>,
 }
 
 impl WriteTracker {
-    /// Of a disk that has just been opened: what its predecessor did is not known. `leaky`: it may have left data that no
-    /// bit speaks of.
+    /// For a disk that has just been opened: what its predecessor flushed is unknown. `leaky`: the
+    /// file may contain data that is not marked present.
     pub(crate) fn new(has_journal: bool, leaky: bool) -> Self {
         WriteTracker {
             much: AtomicBool::new(true),
@@ -67,7 +68,7 @@ impl WriteTracker {
         state.under_way.push(range);
     }
 
-    /// It has ended, and [`Self::add`] has been told of it if it succeeded.
+    /// It has ended; if it succeeded, [`Self::add`] was called before.
     pub(crate) fn end(&self, range: SectorRange) {
         if !self.tracked {
             return;
@@ -80,7 +81,7 @@ impl WriteTracker {
 
     /// `ranges` have been written, and are about to be acknowledged.
     pub(crate) fn add(&self, ranges: &[SectorRange]) {
-        // A flush that takes note of `much` after this looked at it covers this write: its data was there before.
+        // A flush that clears `much` after this load covers this write: its data was there before.
         if self.much.load(Ordering::SeqCst) {
             return;
         }
@@ -91,12 +92,13 @@ impl WriteTracker {
         }
     }
 
-    /// Nobody knows what has been flushed.
+    /// It is unknown what has been flushed.
     pub(crate) fn add_everything(&self) {
         self.much.store(true, Ordering::SeqCst);
     }
 
-    /// What has been written since the last call, for a flush that begins now; `None` for much.
+    /// What has been written since the last call, for a flush that begins now; `None` if it is not
+    /// tracked.
     pub(crate) fn take(&self) -> Option<Vec<SectorRange>> {
         let mut state = self.state();
         state.sectors = 0;
@@ -104,8 +106,8 @@ impl WriteTracker {
         (!self.much.swap(false, Ordering::SeqCst)).then_some(few)
     }
 
-    /// Lets `copy` read what is in `ranges`; false if it says so, or if a sector may have been half of what it was and half of
-    /// what it was going to be, which no disk ever shows. One copy at a time.
+    /// Lets `copy` read the content of `ranges`. Returns false if `copy` does, or if a sector may
+    /// have been read half old and half new, which no disk ever shows. One copy at a time.
     pub(crate) fn copy_if_quiet(
         &self,
         ranges: &[SectorRange],
@@ -125,8 +127,8 @@ impl WriteTracker {
         copied && !state.overlapped
     }
 
-    /// Does something to `range` while nobody writes there; writes of it wait, so let it be short. False, and nothing is done,
-    /// if one is under way. One at a time.
+    /// Runs `change` on `range` while no write there is in progress; new writes of it wait, so it
+    /// must be short. Returns false without calling it if a write is in progress. One at a time.
     pub(crate) fn exclusively(&self, range: SectorRange, change: impl FnOnce()) -> bool {
         debug_assert!(self.tracked);
         let mut state = self.state();
@@ -216,7 +218,7 @@ mod tests {
             });
             assert!(tracker.exclusively(range(15, 4), || {
                 held.send(()).unwrap();
-                // Elsewhere nobody waits.
+                // Writes elsewhere do not wait.
                 tracker.begin(range(19, 4));
                 tracker.end(range(19, 4));
                 changed.store(true, Ordering::SeqCst);

@@ -154,7 +154,8 @@ impl Storage for SimFile {
 
     fn sync(&self) -> io::Result<()> {
         self.step(Operation::Sync, |inode, _, _, crash| {
-            // A sync that the power cut interrupts may have done any part: that is what pending writes may do anyway.
+            // A sync that the power cut interrupts may have done any part: that is what pending
+            // writes may do anyway.
             if crash.is_none() && !inode.fail_if_told_to() {
                 inode.sync();
             }

@@ -64,8 +64,8 @@ impl Inode {
         self.pending_lens.clear();
     }
 
-    /// Writing it to the disk fails: of each sector any content has got there, and the page cache goes on showing the last,
-    /// which it takes for written.
+    /// Writing it to the disk fails: of each sector any content has got there, and the page cache
+    /// goes on showing the last, which it takes for written.
     pub(super) fn fail_writeback(&mut self, choices: &mut Choices) {
         if !self.pending.is_empty() {
             self.failures += 1;
@@ -120,7 +120,8 @@ impl Inode {
         lens.append(&mut self.pending_lens);
         lens.dedup();
         let len = lens[choices.choose(lens.len())];
-        // Content past a length that did not survive is gone; it must not come back when the length grows again.
+        // Content past a length that did not survive is gone; it must not come back when the length
+        // grows again.
         self.durable.set_len(len, |_, _| ());
         self.current = self.durable.clone();
         (self.failures, self.told, self.failing) = (0, 0, None);

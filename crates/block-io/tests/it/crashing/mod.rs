@@ -20,13 +20,16 @@ const DIGEST: [u8; 32] = [7; 32];
 /// Two bitmap pages and a bit, the last sector partial.
 const SECTORS: u64 = 70_000;
 const SIZE: u64 = SECTORS * 512 - 100;
-/// Where programs write: the beginning, the border of two bitmap pages, the end of the base and what may grow behind it.
+/// Where programs write: the beginning, the border of two bitmap pages, the end of the base and
+/// what may grow behind it.
 const AREAS: [std::ops::Range<u64>; 3] = [0..16, 32_764..32_772, SECTORS - 4..SECTORS + 4];
 /// Sizes in sectors that a disk is given: less than the base has, more, and as many.
 const SIZES: [u64; 4] = [SECTORS - 2, SECTORS, SECTORS + 4, 32_768];
-/// Outcomes of a power cut that are tried at each step, besides everything lost and everything kept.
+/// Outcomes of a power cut that are tried at each step, besides everything lost and everything
+/// kept.
 const OUTCOMES: u64 = 2;
-/// An enumeration of more outcomes than this is too long for a test; the programs are chosen to stay below.
+/// An enumeration of more outcomes than this is too long for a test; the programs are chosen to
+/// stay below.
 const OUTCOMES_MAX: usize = 20_000;
 /// Room for two records of a few sectors: it is full, and begun anew, all the time.
 const JOURNAL_LEN: u64 = 5 * 4096;
@@ -52,7 +55,8 @@ pub enum Op {
     Reopen,
     /// Opens again without having closed: the process died between two steps.
     Die,
-    /// A flush whose sync fails; then the process dies, and another opens the file in the same page cache.
+    /// A flush whose sync fails; then the process dies, and another opens the file in the same page
+    /// cache.
     FailSync,
     /// The kernel fails to write to the disk, and the process dies before it hears of that.
     FailWriteback,
@@ -226,7 +230,8 @@ impl Model {
                 return Err(format!("sector {sector} has {}, {rule}: {allowed:?}", show(&found)));
             }
             model.since_ack = vec![found];
-            // A power cut leaves nothing that is not durable; after a death all of it is still under way.
+            // A power cut leaves nothing that is not durable; after a death all of it is still
+            // under way.
             match power_cut {
                 true => model.since_flush = vec![found],
                 false => model.since_flush.push(found),
@@ -279,7 +284,8 @@ struct Run<'a> {
     leave_out: Arc<AtomicBool>,
     /// For [`Fault::FailedSyncForgotten`]: so are writes of the header.
     forget: Arc<AtomicBool>,
-    /// Writing to the disk has failed: until the disk has been opened again only what was flushed is sure to be there.
+    /// Writing to the disk has failed: until the disk has been opened again only what was flushed
+    /// is sure to be there.
     doubtful: bool,
     next_tag: u32,
     /// Where the base is.
@@ -300,8 +306,8 @@ impl Harness {
         Harness { witness: false, ..Harness::new(format, None) }
     }
 
-    /// Crashes `program` at each of its steps in each way, tries some outcomes, and crashes the recovery from each at
-    /// each of its steps as well.
+    /// Crashes `program` at each of its steps in each way, tries some outcomes, and crashes the
+    /// recovery from each at each of its steps as well.
     pub fn crash_everywhere(&self, program: &Program, seed: u64) -> Result<(), String> {
         let (first, last) = self.steps(program)?;
         for step in first..=last {
@@ -317,7 +323,8 @@ impl Harness {
             for part in [0, 1, usize::MAX / 2] {
                 let name = format!("death at step {step}, part {part}");
                 let crashed = self.crashed(program, step, CrashKind::ProcessDeath { part });
-                // It was told that writing has failed, nobody will be told again, and it has not passed that on yet.
+                // It was told that writing has failed, nobody will be told again, and it has not
+                // passed that on yet.
                 if crashed.sim.told_at() == Some(step - 1) {
                     continue;
                 }
@@ -452,8 +459,8 @@ impl Run<'_> {
         self.new_bits = true;
     }
 
-    /// Compares a disk that has just been opened. Where only what was flushed is sure to be there, the page cache then
-    /// forgets what it may, which nobody must see.
+    /// Compares a disk that has just been opened. Where only what was flushed is sure to be there,
+    /// the page cache then forgets what it may, which nobody must see.
     fn compare(&mut self, disk: &Disk<Sim>, flushed_only: bool) -> Result<(), String> {
         let flushed_only = flushed_only || self.doubtful || !self.harness.witness;
         self.model.recover(disk, flushed_only)?;
@@ -485,7 +492,8 @@ impl Run<'_> {
         disk.close().map_err(|err| err.to_string())?;
         drop(disk);
         for step in first..=whole.sim.steps() {
-            // Each crash at every other step: together with the steps of the program all pairs come about.
+            // Each crash at every other step: together with the steps of the program all pairs come
+            // about.
             let again = match step % 2 {
                 0 => End::losing(step / 2, Choices::seeded(seed ^ step << 16)),
                 _ => End::Death,
@@ -538,8 +546,8 @@ impl Run<'_> {
         })));
     }
 
-    /// Opens the disk as a user would who knows what was being done when the system crashed: names the base where it is,
-    /// does a rebind or a snapshot again that was not complete.
+    /// Opens the disk as a user would who knows what was being done when the system crashed: names
+    /// the base where it is, does a rebind or a snapshot again that was not complete.
     fn open(&mut self) -> Result<Disk<Sim>, String> {
         let exists = |number| self.sim.exists(&cow_name(number)).map_err(|err| err.to_string());
         if exists(self.snapshots + 1)? {
@@ -678,7 +686,8 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Changes sectors as the daemon does: the data, then [`Writing::written`], then the acknowledgement.
+    /// Changes sectors as the daemon does: the data, then [`Writing::written`], then the
+    /// acknowledgement.
     fn write(
         &mut self,
         disk: &Disk<Sim>,

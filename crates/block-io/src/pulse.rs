@@ -1,11 +1,11 @@
-//! Whether a thread gets on: what it says of itself, and what another can see of that.
+//! Whether a thread makes progress, as another thread can observe it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The pulse of one thread: a count of the steps that it has begun, odd while it waits for
 /// something to do.
 ///
-/// Nothing is ordered by it. It has a cache line of its own, for it is stored to at every step.
+/// It orders nothing. It has a cache line of its own, since it is stored to at every step.
 #[derive(Debug)]
 #[repr(align(64))]
 pub struct Pulse(AtomicU64);
@@ -16,21 +16,21 @@ impl Pulse {
         Pulse(AtomicU64::new(1))
     }
 
-    /// A step begins. Only the thread itself may say so.
+    /// A step begins. Only the thread itself may call this.
     #[inline]
     pub fn beat(&self) {
         // No read-modify-write: there is one writer.
         self.0.store((self.0.load(Ordering::Relaxed) | 1).wrapping_add(1), Ordering::Relaxed);
     }
 
-    /// It waits for something to do, from here to the next [`Pulse::beat`].
+    /// The thread waits for work, from here to the next [`Pulse::beat`].
     #[inline]
     pub fn rest(&self) {
         self.0.store(self.0.load(Ordering::Relaxed) | 1, Ordering::Relaxed);
     }
 
-    /// The step that it is in; `None` if it waits. Two looks that find the same step mean that it
-    /// has not got on between them.
+    /// The current step; `None` if the thread waits. If two calls return the same step, the thread
+    /// has made no progress in between.
     pub fn step(&self) -> Option<u64> {
         let count = self.0.load(Ordering::Relaxed);
         (count & 1 == 0).then_some(count)

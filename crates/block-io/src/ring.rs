@@ -1,19 +1,18 @@
 //! A typed ring: it owns each request from its submission to the last
 //! completion of its parts.
 //!
-//! A request is planned as a list of parts ([`Plan`]): one part for each
-//! extent of a file. The ring submits them, repeats what came up short, waits
-//! for all of them and only then gives the request back, with the first error
-//! or with success ([`Event::Done`]). So a request can be answered once, and
-//! only after the kernel has let go of its buffers.
+//! A request is planned as a list of parts ([`Plan`]): one part for each extent of a file. The ring
+//! submits them, continues short transfers, waits for all parts and only then gives the request
+//! back, with the first error or with success ([`Event::Done`]). So a request can be answered only
+//! once, and only after the kernel no longer uses its buffers.
 //!
-//! Below it is one of two engines ([`IoEngine`]), which do the operations and
-//! know no requests: io_uring, or threads for hosts where that is refused.
+//! Below it is one of two engines ([`IoEngine`]), which perform the operations and know nothing of
+//! requests: io_uring, or threads for hosts where io_uring is not permitted.
 //!
-//! The files are registered in the io_uring when it is made. This is part of the
-//! fence of `docs/architecture.md`: as long as the ring lives the kernel
-//! keeps their open file descriptions, and with them the locks. Why they are
-//! kept by the other engine as well stands in `ring/threads.rs`.
+//! The files are registered in the io_uring when it is created. This is part of the fence of
+//! `docs/architecture.md`: as long as the ring lives, the kernel keeps their open file
+//! descriptions, and with them the locks. `ring/threads.rs` explains why this holds for the other
+//! engine as well.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -35,26 +34,26 @@ pub use probe::NoUring;
 /// Iovecs in one operation: the kernel's UIO_MAXIOV.
 const IOVECS_PER_OP_MAX: usize = 1024;
 
-/// The top bit of what an operation is known by ([`Completion::data`]) tells the
-/// completions of watched file descriptors and of alarms from those of requests.
+/// The top bit of an operation's identifier ([`Completion::data`]) distinguishes completions of
+/// watched file descriptors and alarms from those of requests.
 const WATCH: u64 = 1 << 63;
 
-/// What every touch is known by.
+/// The identifier of every touch.
 const TOUCH: u64 = 1 << 62;
 
 /// Besides [`WATCH`]: it is an alarm.
 const ALARM: u64 = 1 << 61;
 
-/// Touches under way at a time, so that a stream of one reader does not fill the
-/// queues, or the kernel's worker threads where the file system needs them to wait in.
+/// Limit of touches in flight, so that a stream of one reader does not fill the queues, or the
+/// kernel's worker threads on file systems where touches need them.
 const TOUCHES_MAX: usize = 32;
 
-/// Who does the I/O.
+/// The engine that does the I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IoEngine {
     /// io_uring.
     IoUring,
-    /// Threads that make plain system calls: slower, and there on every Linux.
+    /// Threads that make plain system calls: slower, but available on every Linux.
     Sync,
 }
 
@@ -67,11 +66,11 @@ impl std::fmt::Display for IoEngine {
     }
 }
 
-/// A file of the ring: the place in the list given to [`Ring::new`].
+/// A file of the ring: its index in the list given to [`Ring::new`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileSlot(pub u32);
 
-/// What a part does.
+/// The operation of a part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Action {
     Read,
@@ -87,12 +86,12 @@ struct Part {
     file: FileSlot,
     /// Bytes from the start of the file.
     at: u64,
-    /// Bytes still to do.
+    /// Bytes that remain.
     len: u64,
     /// The part's iovecs: indices into those of its plan.
     first: usize,
     last: usize,
-    /// A thread of the kernel does it from the beginning.
+    /// Done by a kernel thread from the beginning (IOSQE_ASYNC).
     force_async: bool,
 }
 
@@ -104,8 +103,8 @@ pub struct Plan {
     iovecs: Vec<libc::iovec>,
 }
 
-// SAFETY: the iovecs are plain addresses; whoever submits the plan promises
-// (`Ring::submit`) that they are valid, from whichever thread.
+// SAFETY: the iovecs are plain addresses; the caller of `Ring::submit` promises that they are
+// valid, from any thread.
 unsafe impl Send for Plan {}
 
 impl Plan {
@@ -130,7 +129,7 @@ impl Plan {
         self.parts.iter().map(|part| part.len).sum()
     }
 
-    /// The parts so far are done by threads of the kernel from the beginning, while the ring's
+    /// The parts planned so far are done by kernel threads from the beginning, while the ring's
     /// owner does something else.
     pub fn set_aside(&mut self) {
         self.parts.iter_mut().for_each(|part| part.force_async = true);
@@ -188,11 +187,11 @@ impl Plan {
     }
 }
 
-/// A file descriptor that wakes the ring's owner: an index of its choice.
+/// A file descriptor that wakes the ring's owner: an index chosen by the owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Watch(pub u32);
 
-/// What the ring has to say.
+/// An event reported by the ring.
 #[derive(Debug)]
 pub enum Event<R> {
     /// All parts of the request are done; the first error, if there was one.
@@ -200,8 +199,8 @@ pub enum Event<R> {
     /// A watched file descriptor became readable, or an alarm's time has passed. The
     /// former is level-triggered for what was there before, edge-triggered after that.
     Ready(Watch),
-    /// A file descriptor is watched no longer, or there is no alarm: the kernel has
-    /// refused it.
+    /// A file descriptor is no longer watched, or an alarm does not exist: the kernel has refused
+    /// it.
     Lost(Watch, io::Error),
 }
 
@@ -212,20 +211,20 @@ struct Slot<R> {
     error: Option<i32>,
 }
 
-/// An engine, by its own type: the compiler puts the few branches between them in line.
+/// An engine, by its concrete type, so that the compiler can inline the branches.
 enum Engine {
     Uring(Uring),
     Threads(Threads),
 }
 
-/// A ring with requests of type `R` in flight. See the module's text.
+/// A ring with requests of type `R` in flight. See the module documentation.
 pub struct Ring<R> {
     engine: Engine,
     slots: Vec<Slot<R>>,
     free: Vec<usize>,
     watched: Vec<(RawFd, Watch)>,
     touches_in_flight: usize,
-    /// Parts that the engine has.
+    /// Parts that are with the engine.
     parts_in_flight: usize,
     #[cfg(feature = "fault-points")]
     injected: fault_injection::Injected,
@@ -236,11 +235,11 @@ pub struct Ring<R> {
 unsafe impl<R: Send> Send for Ring<R> {}
 
 impl<R> Ring<R> {
-    /// A ring for at most `depth` requests at a time over `files`; a `None`
-    /// keeps its number free. To be called on the thread that will use it.
+    /// A ring for at most `depth` requests at a time over `files`; a `None` keeps its index free.
+    /// Must be called on the thread that will use the ring.
     ///
     /// # Errors
-    /// What io_uring_setup(2) and io_uring_register(2) say, or clone(2), eventfd(2) and
+    /// Errors of io_uring_setup(2) and io_uring_register(2), or clone(2), eventfd(2) and
     /// epoll_create(2).
     pub fn new(
         engine: IoEngine,
@@ -270,7 +269,7 @@ impl<R> Ring<R> {
         }
     }
 
-    /// Requests that can be submitted before one must be given back.
+    /// The number of requests that can be submitted before one is given back.
     pub fn room(&self) -> usize {
         self.free.len()
     }
@@ -284,7 +283,7 @@ impl<R> Ring<R> {
     /// keeps `fd` open for the life of the ring.
     ///
     /// # Errors
-    /// `fd` is of a kind that cannot be waited for. (Of io_uring this is learned from an
+    /// `fd` is of a kind that cannot be polled. (io_uring reports that later, as an
     /// [`Event::Lost`].)
     pub fn watch(&mut self, fd: BorrowedFd<'_>, watch: Watch) -> io::Result<()> {
         self.watched.push((fd.as_raw_fd(), watch));
@@ -304,13 +303,13 @@ impl<R> Ring<R> {
         }
     }
 
-    /// Whether [`Self::touch`] may be called. Threads have better to do than to touch.
+    /// Whether [`Self::touch`] may be called. It is not worth the time of the thread engine.
     pub fn can_touch(&self) -> bool {
         matches!(self.engine, Engine::Uring(_)) && self.touches_in_flight < TOUCHES_MAX
     }
 
-    /// Reads the byte at `at` of `file` for no other reason than to let the kernel see
-    /// a reader there. It is no request: no event comes of it, whatever becomes of it.
+    /// Reads the byte at `at` of `file` only to show the kernel a reader there. It is not a
+    /// request: no event results from it, whether it succeeds or not.
     pub fn touch(&mut self, file: FileSlot, at: ByteOffset) {
         if let Engine::Uring(uring) = &mut self.engine {
             self.touches_in_flight += 1;
@@ -318,17 +317,15 @@ impl<R> Ring<R> {
         }
     }
 
-    /// Takes `request` and starts the parts of `plan`; they reach the kernel
-    /// with the next [`Self::enter`]. `plan` comes back empty, with the
-    /// capacity of an earlier one.
+    /// Takes `request` and queues the parts of `plan`; they reach the kernel with the next
+    /// [`Self::enter`]. `plan` comes back empty, with the capacity of an earlier one.
     ///
     /// # Errors
     /// Gives `request` back if [`Self::room`] is 0 or the plan is empty.
     ///
     /// # Safety
-    /// The buffers of `plan` stay valid, and nobody else takes a Rust
-    /// reference to them, until the request comes back in [`Event::Done`] or
-    /// the ring has been dropped; and so long the files of the ring stay open.
+    /// Until the request comes back in [`Event::Done`] or the ring has been dropped, the buffers of
+    /// `plan` stay valid, no Rust reference to them exists, and the files of the ring stay open.
     pub unsafe fn submit(&mut self, request: R, plan: &mut Plan) -> Result<(), R> {
         if plan.is_empty() {
             return Err(request);
@@ -364,12 +361,12 @@ impl<R> Ring<R> {
         self.engine.begin(part, &plan.iovecs[part.first..part.last], data);
     }
 
-    /// Hands what is queued to the kernel, lets completions come in, and
-    /// waits for at least one event if `wait` is set. Without anything to
-    /// hand over or to fetch it is no system call to io_uring.
+    /// Hands queued operations to the kernel, fetches completions, and waits for at least one event
+    /// if `wait` is set. For io_uring it makes no system call if there is nothing to hand over or
+    /// to fetch.
     ///
     /// # Errors
-    /// What io_uring_enter(2) or epoll_wait(2) says; EINTR counts as success.
+    /// Errors of io_uring_enter(2) or epoll_wait(2); EINTR counts as success.
     pub fn enter(&mut self, wait: bool) -> io::Result<()> {
         #[cfg(feature = "fault-points")]
         if self.injected.is_busy() {
@@ -378,7 +375,7 @@ impl<R> Ring<R> {
         self.engine.enter(wait)
     }
 
-    /// There are completions that one [`Self::enter`] would fetch.
+    /// There are completions that [`Self::enter`] would fetch.
     #[inline]
     pub fn wants_enter(&mut self) -> bool {
         #[cfg(feature = "fault-points")]
@@ -391,7 +388,7 @@ impl<R> Ring<R> {
         }
     }
 
-    /// The next event that has come in, without a system call.
+    /// The next event that has arrived, without a system call.
     pub fn next_event(&mut self) -> Option<Event<R>> {
         loop {
             let completion = self.next_completion()?;
@@ -417,7 +414,7 @@ impl<R> Ring<R> {
         self.engine.next()
     }
 
-    /// What has become of a watched descriptor or an alarm.
+    /// The event of a watched descriptor or an alarm.
     fn woken(&mut self, completion: &Completion) -> Event<R> {
         // The lower 32 bits were a u32.
         #[expect(clippy::cast_possible_truncation)]
@@ -426,8 +423,7 @@ impl<R> Ring<R> {
         if completion.result < 0 && !(is_alarm && completion.result == -libc::ETIME) {
             return Event::Lost(watch, io::Error::from_raw_os_error(-completion.result));
         }
-        // A descriptor that is broken or whose other side is gone would be
-        // ready again at once, for ever.
+        // A broken or hung-up descriptor would be ready again at once, forever.
         let gone = libc::POLLERR | libc::POLLHUP | libc::POLLNVAL;
         let over = is_alarm || completion.more || completion.result & i32::from(gone) != 0;
         let fd = self.watched.iter().find(|(_, w)| *w == watch).map(|(fd, _)| *fd);
@@ -437,7 +433,7 @@ impl<R> Ring<R> {
         Event::Ready(watch)
     }
 
-    /// Counts one part's completion; the request, if it was the last one.
+    /// Counts the completion of a part; returns the request after the last one.
     fn finish_part(&mut self, completion: &Completion) -> Option<Event<R>> {
         let data = completion.data;
         // Two u32 that `queue_part` put together.
@@ -467,12 +463,12 @@ impl<R> Ring<R> {
 }
 
 impl<R> Drop for Ring<R> {
-    /// Waits for the kernel to let go of every buffer.
+    /// Waits until the kernel no longer uses any buffer.
     fn drop(&mut self) {
         while self.parts_in_flight + self.touches_in_flight > 0 {
             if let Err(e) = self.enter(true) {
-                // The kernel still may write to the buffers; to end here is
-                // the only thing that keeps others' memory whole.
+                // The kernel may still write to the buffers; only aborting keeps other memory
+                // intact.
                 log::error!("the I/O in flight cannot be waited for: {e}");
                 std::process::abort();
             }
@@ -507,19 +503,19 @@ impl Engine {
     }
 }
 
-/// What an engine says of an operation.
+/// An engine's report about an operation.
 struct Completion {
     /// What the operation is known by.
     data: u64,
     /// Bytes, events of poll(2), or a negative errno.
     result: i32,
-    /// There will be another one.
+    /// There will be another completion.
     more: bool,
 }
 
 enum Outcome {
     Done,
-    /// So many bytes are done, the rest is to be submitted again.
+    /// This many bytes are done; the rest is to be submitted again.
     Again(u64),
     Failed(i32),
 }
@@ -535,7 +531,7 @@ impl Part {
         match self.action {
             Action::Allocate(_) => Outcome::Done,
             _ if done >= self.len => Outcome::Done,
-            // The file ends before the range does: it was cut short under us.
+            // The file ends before the range: it was truncated during the I/O.
             Action::Read if done == 0 => Outcome::Failed(libc::EIO),
             Action::Write if done == 0 => Outcome::Failed(libc::ENOSPC),
             _ => Outcome::Again(done),

@@ -1,10 +1,9 @@
-//! Giving back the space of data that no bit speaks of: what was written and not flushed when the
-//! host went down, or the page cache. It is done behind the opening, while the disk is in use.
+//! Frees the space of data that is not marked present: it was written but not flushed when the host
+//! went down or the page cache was lost. This happens after opening, while the disk is in use.
 //!
-//! A block is punched out only while nobody writes to it (`WriteTracker::exclusively`): all that
-//! write announce themselves before their first byte and have set their bits before they say that
-//! they have ended. So a block of which no bit is set then holds nothing that anybody was told is
-//! there.
+//! A block is punched out only while no write to it is in progress (`WriteTracker::exclusively`):
+//! every write registers before its first byte, and has set its bits before it deregisters. So a
+//! block without a set bit holds nothing that was ever acknowledged.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -17,13 +16,13 @@ use crate::image::write::writable::WritableCow;
 use crate::storage::{Env, FS_BLOCK, Storage};
 use crate::sync::lock;
 
-/// Bytes that are looked at, and punched out at most, at a time: so long may a write have to wait,
+/// Bytes that are examined, and punched out at most, at a time: a write may have to wait that long,
 /// some milliseconds.
 const PIECE_BYTES: u64 = 4 << 20;
 
 impl<E: Env> Disk<E> {
-    /// Gives back what leaked, for as long as `go_on` says so and the disk is not closed. To be
-    /// called once, by a thread of its own. What it leaves is only space.
+    /// Frees leaked space until `go_on` returns false or the disk is closed. Call it once, on a
+    /// thread of its own. Whatever it does not free is only lost space.
     pub fn sweep(&self, go_on: impl Fn() -> bool) {
         let Some(cow) = self.leaky() else { return };
         let mut at = cow.geometry.data_offset().get();
@@ -42,12 +41,12 @@ impl<E: Env> Disk<E> {
         }
     }
 
-    /// The next data at or after `at`, a piece of it.
+    /// The next piece of data at or after `at`.
     fn next_piece(&self, cow: &WritableCow<E::File>, at: u64) -> Option<Range<u64>> {
         let file = self.layers()[0].file();
         let end = match &*lock(&cow.header) {
             Header::Native(_) => cow.geometry.sector_at(cow.geometry.all().end()).get(),
-            // A new UML file is made by writing its last byte: that block is no leak.
+            // A new UML file is created by writing its last byte: that block is not leaked.
             Header::Uml(_) => file.len().ok()?.saturating_sub(1) / FS_BLOCK * FS_BLOCK,
         };
         let data = file.next_data(ByteOffset::new(at)).ok()??;
@@ -56,7 +55,7 @@ impl<E: Env> Disk<E> {
         (start < end).then_some(start..end)
     }
 
-    /// How many bytes were given back; `None` if it is time to stop.
+    /// The number of bytes freed; `None` if it is time to stop.
     fn sweep_piece(&self, cow: &WritableCow<E::File>, piece: &Range<u64>) -> Option<u64> {
         let geometry = &cow.geometry;
         let bitmap = self.known_top(sectors(geometry, piece)?)?;
@@ -66,7 +65,7 @@ impl<E: Env> Disk<E> {
         for (at, len) in found {
             let blocks = at.get()..at.get() + len;
             let range = sectors(geometry, &blocks)?;
-            // Whoever closes the disk waits for this, and then nothing more is done: others may
+            // `close` waits for this lock, and nothing is punched after it: other processes may
             // have the file by then.
             let _open = lock(&self.sweeping);
             if self.is_closed() || self.is_failed() {

@@ -46,7 +46,7 @@ impl Leases {
             libc::signalfd(-1, &raw const signals, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
         };
         let fd = Errno::result(fd)?;
-        // SAFETY: the descriptor is new, and nobody else has it.
+        // SAFETY: the descriptor is new and has no other owner.
         Ok(Self { signals: unsafe { OwnedFd::from_raw_fd(fd) } })
     }
 

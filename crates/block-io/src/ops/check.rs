@@ -16,20 +16,20 @@ use crate::image::trust::{Trust, must_be_replayed, recover};
 use crate::image::write::header_io::write_native_synced;
 use crate::storage::{Env, FS_BLOCK, Storage};
 
-/// Bytes of disk that one page of the bitmap speaks of.
+/// Bytes of disk that one page of the bitmap covers.
 const PAGE_SPAN: u64 = BITMAP_PAGE as u64 * 8 * 512;
 
-/// Something that was found, and what was done about it.
+/// A finding, and whether it was repaired.
 #[derive(Debug)]
 pub struct Checked {
     /// What was found.
     pub finding: Finding,
-    /// It is put right.
+    /// It has been repaired.
     pub repaired: bool,
 }
 
-/// Checks the COW file at `path`; with `repair` what can be is put right. What keeps the header
-/// from being read is an error, [`crate::ImageError::Header`]. The files below are not looked at.
+/// Checks the COW file at `path`; with `repair`, repairs what can be. A header that cannot be read
+/// is an error, [`crate::ImageError::Header`]. The files below are not checked.
 pub fn check<E: Env>(env: &E, path: &Path, repair: bool) -> Result<Vec<Checked>, OpError> {
     let mut checked = Vec::new();
     if repair && close_in_order(env, path)? {
@@ -39,14 +39,14 @@ pub fn check<E: Env>(env: &E, path: &Path, repair: bool) -> Result<Vec<Checked>,
     let cow = Opener::new(env, &options, path).top()?;
     let mut header = cow.header()?;
     let trust = match repair {
-        // A clean file is not looked at any closer.
+        // A clean file is not examined further.
         true => recover(env, &cow, &mut header)?,
         false => Trust::Witness,
     };
     if let Header::Native(native) = &header
         && must_be_replayed(env, &cow, native, trust)?
     {
-        // Until then nobody knows which sectors are present.
+        // Until the journal is replayed it is unknown which sectors are present.
         checked.push(Checked { finding: Finding::Journal, repaired: false });
         return Ok(checked);
     }
@@ -63,8 +63,8 @@ pub fn check<E: Env>(env: &E, path: &Path, repair: bool) -> Result<Vec<Checked>,
     Ok(checked)
 }
 
-/// Opens the disk for writing and closes it, if it was not closed: what is live becomes durable.
-/// Says whether it did.
+/// If the disk was not closed, opens it for writing and closes it: its live state becomes durable.
+/// Returns whether it did.
 fn close_in_order<E: Env>(env: &E, path: &Path) -> Result<bool, OpError> {
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
     let cow = Opener::new(env, &options, path).top()?;
@@ -80,7 +80,7 @@ fn close_in_order<E: Env>(env: &E, path: &Path) -> Result<bool, OpError> {
     Ok(not_closed)
 }
 
-/// What was found, and where.
+/// The findings, and the leaked blocks.
 struct Found {
     findings: Vec<Finding>,
     /// Blocks to punch out.
@@ -97,10 +97,10 @@ fn find<F: Storage>(cow: &Opened<F>, header: &Header, bitmap: &Bitmap) -> Result
     let mut at = header.geometry().data_offset().get();
     let end = match header {
         Header::Native(_) => u64::MAX,
-        // A new UML file is made by writing its last byte: that block is no leak.
+        // A new UML file is created by writing its last byte: that block is not leaked.
         Header::Uml(_) => cow.stat.size.saturating_sub(1) / FS_BLOCK * FS_BLOCK,
     };
-    // Where all counts as data nobody knows what is allocated.
+    // If all counts as data it is unknown what is allocated.
     let knows = cow.file.knows_holes();
     while let Some(data) = next_data(cow, at)?.filter(|data| knows && data.start < end) {
         let len = data.end.min(end) - data.start;
@@ -117,7 +117,7 @@ fn next_data<F: Storage>(
     cow.file.next_data(ByteOffset::new(at)).map_err(OpError::read(&cow.path, at))
 }
 
-/// Hands out the pages of the durable bitmap, those in the room for growth included, that may have
+/// Passes to `found` the pages of the durable bitmap, including the room for growth, that may have
 /// a bit set.
 fn for_each_page<F: Storage>(
     cow: &Opened<F>,
@@ -142,7 +142,7 @@ fn for_each_page<F: Storage>(
     Ok(())
 }
 
-/// Bytes of the durable bitmap with its room for growth.
+/// Bytes of the durable bitmap including its room for growth.
 pub(super) fn room(header: &Header) -> u64 {
     match header {
         Header::Uml(uml) => uml.geometry().bitmap_len(),
@@ -152,7 +152,7 @@ pub(super) fn room(header: &Header) -> u64 {
     }
 }
 
-/// Says whether the finding is put right now.
+/// Repairs the finding if possible; returns whether it is repaired.
 fn put_right<F: Storage>(
     cow: &Opened<F>,
     header: &mut Header,
@@ -165,7 +165,7 @@ fn put_right<F: Storage>(
         }
         (Finding::BitsBeyondEnd { .. }, header) => clear_bits(cow, header)?,
         (Finding::Leaked { .. }, _) => punch(cow, leaks)?,
-        // What is lost stays lost; a file that is still open elsewhere was refused.
+        // Lost data stays lost; a file that is still open elsewhere was refused earlier.
         _ => return Ok(false),
     }
     Ok(true)

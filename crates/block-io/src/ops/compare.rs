@@ -13,8 +13,8 @@ use crate::storage::{PAGE, SECTOR};
 /// Bytes that are compared at once.
 const BUFFER: usize = 1 << 20;
 
-/// The offset of the first byte in which two disks differ, or `None`. The end of the shorter one is
-/// taken for zeros. What both read from the same place in the same file is not read at all.
+/// The offset of the first byte in which two disks differ, or `None`. Beyond its end, the shorter
+/// one counts as zeros. What both read from the same offset of the same file is not read at all.
 pub fn first_difference<A: Image, B: Image>(
     first: &A,
     second: &B,
@@ -23,7 +23,7 @@ pub fn first_difference<A: Image, B: Image>(
     let size = first.size().max(second.size());
     let found = AtomicU64::new(u64::MAX);
     let work = |pair: &mut Pair<A::Reader<'_>, B::Reader<'_>>, range: SectorRange| {
-        // What comes after a difference does not matter any more.
+        // A later difference no longer matters.
         if range.start_bytes().get() < found.load(Relaxed) {
             pair.compare(range, |at, one, two| {
                 if one != two {
@@ -65,7 +65,7 @@ impl<A: Reader, B: Reader> Pair<A, B> {
         }
     }
 
-    /// Hands out the bytes of both, place by place, wherever they may differ.
+    /// Passes to `found` the bytes of both, in order, wherever they may differ.
     pub fn compare(
         &mut self,
         range: SectorRange,
@@ -85,7 +85,8 @@ impl<A: Reader, B: Reader> Pair<A, B> {
         Ok(())
     }
 
-    /// Whether two pieces that begin at the same place are read from the same place.
+    /// Whether two pieces that begin at the same offset of the disks are the same bytes of the same
+    /// file.
     fn are_same(&self, one: &Piece, two: &Piece) -> bool {
         match (one.source, two.source) {
             (Source::Zero, Source::Zero) => true,
@@ -97,8 +98,8 @@ impl<A: Reader, B: Reader> Pair<A, B> {
         }
     }
 
-    /// Hands out the bytes of the first disk that the second has otherwise, in whole sectors and as
-    /// long as they can be.
+    /// Passes to `found` the bytes of the first disk that differ in the second, in whole sectors
+    /// and runs as long as possible.
     pub(crate) fn differences(
         &mut self,
         range: SectorRange,

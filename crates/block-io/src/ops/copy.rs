@@ -1,4 +1,4 @@
-//! Copying a whole disk to where it reads as zeros.
+//! Copying a whole disk to an output that reads as zeros.
 
 use std::num::NonZeroUsize;
 
@@ -13,15 +13,15 @@ use crate::storage::{PAGE, Storage};
 /// Bytes that a thread reads at once.
 const BUFFER: usize = 2 << 20;
 
-/// Where copied bytes go: told their place in the disk. Called from every thread.
+/// Receives copied bytes, with their offset in the disk. Called from every thread.
 pub(super) type Write<'a> = &'a (dyn Fn(u64, &[u8]) -> Result<(), OpError> + Sync);
 
-/// Tries to have the bytes of a piece without a copy; says how many of them, from its beginning on,
-/// that did.
+/// Tries to share the bytes of a piece instead of copying them; returns how many, from its
+/// beginning on.
 pub(super) type Share<'a> = &'a (dyn Fn(&Piece) -> Result<u64, OpError> + Sync);
 
-/// Copies `image` by giving `write` all bytes that `share` leaves but holes, and zeros that look
-/// like data if `how` says so.
+/// Copies `image` by passing to `write` all bytes that `share` leaves, except holes, and except
+/// zeros in data if `copying` says so.
 pub fn copy<I: Image>(
     image: &I,
     write: Write<'_>,
@@ -69,14 +69,15 @@ fn copy_piece(
     Ok(())
 }
 
-/// Threads that fill one new file: past the page cache one reads while the other waits for the
-/// disk. Through it writes to a file take turns in the kernel, and who waits there burns CPU (with
-/// two threads the same merge took 1.3 to 6 times the CPU and no less time: 2 GiB, 2 cores, ext4).
+/// Threads that fill one new file. With direct I/O one reads while the other waits for the disk.
+/// Writes to a file through the page cache are serialised in the kernel, and a waiting thread burns
+/// CPU (with two threads the same merge took 1.3 to 6 times the CPU and no less time: 2 GiB, 2
+/// cores, ext4).
 pub(super) fn writers(output: &impl Storage) -> NonZeroUsize {
     NonZeroUsize::MIN.saturating_add(output.bypasses_cache().into())
 }
 
-/// Memory that begins with a page, for transfers past the page cache.
+/// Page-aligned memory, for direct transfers.
 pub(super) struct PageBuffer(Vec<Page>);
 
 /// A page of memory.
@@ -90,8 +91,8 @@ impl PageBuffer {
         PageBuffer(vec![Page([0; PAGE]); len.div_ceil(PAGE)])
     }
 
-    /// The buffer from where a byte belongs that is written to or read from `place` in a file, so
-    /// that whole pages stay whole pages.
+    /// The buffer from the position at which a byte belongs that is written to or read from `place`
+    /// in a file, so that memory and file have the same alignment within a page.
     pub(super) fn for_place(&mut self, place: u64) -> &mut [u8] {
         let into = usize::try_from(place % PAGE as u64).unwrap_or(0);
         &mut self.0.as_mut_bytes()[into..]

@@ -1,4 +1,4 @@
-//! Why an operation on whole images failed.
+//! Errors of operations on whole images.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use crate::image::{DiskError, ImageError};
 use crate::storage::{FileKind, LockError};
 
-/// An operation that failed. Each names its file first; an output that was not complete is gone.
+/// An operation failed. Each message begins with the file; an incomplete output has been removed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpError {
-    /// An input was not opened.
+    /// An input could not be opened.
     #[error(transparent)]
     Open(#[from] ImageError),
     /// An open disk failed.
@@ -23,23 +23,23 @@ pub enum OpError {
         path: PathBuf,
         /// What was tried.
         action: &'static str,
-        /// Where in the file, in bytes, if it was at a place.
+        /// The offset in the file, in bytes, if there was one.
         at: Option<u64>,
         /// Why it failed.
         source: io::Error,
     },
-    /// The output's name is taken.
+    /// The output already exists.
     #[error("{}: it exists; give another name, or --force to replace it", path.display())]
     Exists {
         /// The output.
         path: PathBuf,
     },
-    /// The output's name is that of something that is no file.
+    /// The output's name belongs to something that is not a file.
     #[error("{}: it is a {found}; give the name of a file", path.display())]
     NotAFile {
         /// The output.
         path: PathBuf,
-        /// What has the name.
+        /// Its type.
         found: FileKind,
     },
     /// The output would replace one of the inputs.
@@ -50,7 +50,7 @@ pub enum OpError {
         /// The name of the input.
         input: PathBuf,
     },
-    /// There is no such file below.
+    /// The chain has no such file below.
     #[error(
         "{}: nothing to merge into: {}", path.display(), match depth {
             1 => "it stands over no file".to_owned(),
@@ -60,15 +60,15 @@ pub enum OpError {
     NothingBelow {
         /// The COW file.
         path: PathBuf,
-        /// Which file below was asked for; 1 is the next one.
+        /// Which file below was requested; 1 is the nearest.
         depth: usize,
     },
-    /// A file below cannot take what is merged.
+    /// The file below cannot be merged into.
     #[error("{}: cannot be merged into: it {why}; merge to a new image instead", path.display())]
     CannotTake {
         /// The file below.
         path: PathBuf,
-        /// What keeps it from being written.
+        /// The reason why it cannot be written.
         why: &'static str,
     },
     /// The file that would be replaced is open elsewhere.

@@ -1,4 +1,4 @@
-//! Holes in a file, asked for once each.
+//! Holes in a file, each looked up once.
 
 use std::io;
 use std::ops::Range;
@@ -15,8 +15,8 @@ pub struct Holes {
 }
 
 impl Holes {
-    /// How many of the `len` bytes from `at` in `file` are alike (at least one, if `len` is not 0),
-    /// and whether they are a hole. What lies past the end of the file counts as a hole.
+    /// How many of the `len` bytes from `at` in `file` are of one kind (at least one, if `len` is
+    /// not 0), and whether they are a hole. Everything past the end of the file counts as a hole.
     pub fn stretch(&mut self, file: &impl Storage, at: u64, len: u64) -> io::Result<(u64, bool)> {
         if !self.known.contains(&at) {
             (self.known, self.hole) = match file.next_data(ByteOffset::new(at))? {

@@ -1,5 +1,5 @@
-//! Looking at a chain without opening it: works beside a running daemon, and on what cannot be
-//! opened.
+//! Inspecting a chain without opening it: this works beside a running daemon, and on chains that
+//! cannot be opened.
 
 use std::path::{Path, PathBuf};
 
@@ -16,52 +16,53 @@ use crate::image::trust::Trust;
 use crate::image::{CHAIN_DEPTH_MAX, ImageError};
 use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};
 
-/// What was found.
+/// The result of an inspection.
 #[derive(Debug)]
 pub struct Inspection {
     /// The files of the chain, the top first, as far as they could be followed.
     pub files: Vec<FileFacts>,
-    /// Why the chain cannot be opened, or why it ends where it does. It speaks of the last file, or
-    /// of what that refers to.
+    /// Why the chain cannot be opened, or why it ends here. It concerns the last file, or the file
+    /// that this refers to.
     pub problem: Option<ImageError>,
 }
 
-/// What is known of one file.
+/// What is known about one file.
 #[derive(Debug)]
 pub struct FileFacts {
     /// Its path.
     pub path: PathBuf,
     /// Its length, allocation and times.
     pub stat: FileStat,
-    /// Somebody has it open for writing.
+    /// A process has it open for writing.
     pub in_use: bool,
     /// A merge of it into a file below was interrupted and can be run again.
     pub merging: bool,
-    /// What it holds.
+    /// Its content.
     pub content: Content,
-    /// What it refers to.
+    /// Its reference to a file below.
     pub backing: Option<BackingFacts>,
 }
 
-/// What a file holds.
+/// The content of a file.
 #[derive(Debug)]
 pub enum Content {
     /// A raw image: by its reference, or, at the top, because it has no known magic.
     Raw,
-    /// Nothing that could be read: see [`Inspection::problem`].
+    /// Unreadable: see [`Inspection::problem`].
     Unknown,
     /// A COW file.
     Cow(Box<CowFacts>),
 }
 
-/// What is known of a COW file.
+/// What is known about a COW file.
 #[derive(Debug)]
 pub struct CowFacts {
     /// Its header.
     pub header: Header,
-    /// Which sectors are present: what is durable, and what is live if that counts.
+    /// The sectors that are present: the durable ones, and the live ones if the live bitmap is
+    /// valid.
     pub bitmap: Bitmap,
-    /// It has a live bitmap that counts: it is in use, or was not closed.
+    /// It has a valid live bitmap: it is in use, or was not closed.
     pub live: bool,
 }
 
@@ -72,30 +73,30 @@ impl CowFacts {
     }
 }
 
-/// What a COW file refers to, and what was found there.
+/// The reference of a COW file, and the file that was found there.
 #[derive(Debug)]
 pub struct BackingFacts {
     /// The path in the header.
     pub stored: PathBuf,
-    /// Where that leads, or the path that was named instead.
+    /// The resolved path, or the path that was given instead.
     pub path: PathBuf,
-    /// What the file is said to be.
+    /// The format in the header.
     pub format: BackingFormat,
-    /// How the header knows it.
+    /// The identity in the header.
     pub identity: BackingIdentity,
     /// BLAKE3 of its content, if the header has it.
     pub digest: Option<[u8; 32]>,
-    /// What was found, if it could be opened.
+    /// The file that was found, if it could be opened.
     pub found: Option<ActualIdentity>,
-    /// Whether that is what the header means.
+    /// Whether it matches the header.
     pub verdict: Option<Result<(), IdentityError>>,
-    /// Why a match may be worth less than it should be.
+    /// Why a match may be weaker than it should be.
     pub doubt: Option<Doubt>,
 }
 
-/// Looks at the file at `path` and at everything below it. `base` stands in for the path in the
-/// first header. Fails only where the file itself cannot be opened. Takes no lock that outlasts the
-/// call, and changes nothing.
+/// Inspects the file at `path` and everything below it. `base` replaces the path in the first
+/// header. Fails only if the file itself cannot be opened. Takes no lock that outlasts the call,
+/// and changes nothing.
 pub fn inspect<E: Env>(
     env: &E,
     path: &Path,
@@ -163,7 +164,7 @@ impl Inspection {
         }
     }
 
-    /// Adds what is known of one file.
+    /// Adds the facts about one file.
     fn look<E: Env>(
         &mut self,
         env: &E,
@@ -184,7 +185,7 @@ impl Inspection {
         Ok(())
     }
 
-    /// What keeps the last file, which could be read, from being opened as a part of the chain.
+    /// The reason why the last file, which is readable, cannot be opened as part of the chain.
     fn refuse<F: Storage>(&self, opened: &Opened<F>) -> Result<(), ImageError> {
         let Some((last, above)) = self.files.split_last() else { return Ok(()) };
         let Content::Cow(cow) = &last.content else { return Ok(()) };
@@ -196,7 +197,7 @@ impl Inspection {
         opened.check_data(cow.header.geometry(), &cow.bitmap)
     }
 
-    /// Opens what the last file refers to.
+    /// Opens the file that the last one refers to.
     fn open_backing<E: Env>(&self, env: &E, path: PathBuf) -> Result<Opened<E::File>, ImageError> {
         let cow = || self.files.last().map(|facts| facts.path.clone()).unwrap_or_default();
         let top = || self.files.first().map(|facts| facts.path.clone()).unwrap_or_default();
@@ -219,7 +220,7 @@ impl Inspection {
         }
     }
 
-    /// Compares what was found with what the last file says of it.
+    /// Compares a file with the last file's reference to it.
     fn verify<F: Storage>(
         &mut self,
         found: &Opened<F>,
@@ -240,8 +241,8 @@ impl Inspection {
     }
 }
 
-/// Reads header and bitmap. A top without a known magic is a raw image; below, the reference says
-/// what a file is.
+/// Reads header and bitmap. A top without a known magic is a raw image; below the top, the
+/// reference determines the format.
 fn look_inside<E: Env>(
     env: &E,
     opened: &Opened<E::File>,

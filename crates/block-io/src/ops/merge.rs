@@ -1,4 +1,4 @@
-//! A whole disk into one new file: a raw image, or a COW file of its own.
+//! Copying a whole disk into one new file: a raw image, or an independent COW file.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -17,10 +17,9 @@ use crate::image::layer::Layer;
 use crate::image::write::flush::flush;
 use crate::storage::{Env, FS_BLOCK, Storage};
 
-/// Writes the content of `disk`, its last partial sector included, to a raw image that gets the
-/// name `out` when it is complete and durable. A file that has the name is replaced only if
-/// `replace` says so, and never if it is a file of `disk`. What can share the space of the disk's
-/// files does.
+/// Writes the content of `disk`, including a partial last sector, to a raw image that gets the name
+/// `out` when it is complete and durable. An existing file is replaced only if `replace` is set,
+/// and never if it belongs to `disk`. Space is shared with the disk's files where possible.
 pub fn merge_to<E: Env>(
     env: &E,
     disk: &Disk<E>,
@@ -49,15 +48,15 @@ pub fn merge_to<E: Env>(
     output.place()
 }
 
-/// How many bytes of a piece are worth sharing: whole blocks, if it begins one in both files, and
-/// not few.
+/// How many bytes of a piece are worth sharing: whole blocks, if it is block-aligned in both files,
+/// and long enough.
 fn shareable(piece: &Piece, at: ByteOffset) -> u64 {
     let len = piece.len / FS_BLOCK * FS_BLOCK;
     let aligned = at.get().is_multiple_of(FS_BLOCK) && piece.at.get().is_multiple_of(FS_BLOCK);
     if aligned && len >= SHARE_MIN { len } else { 0 }
 }
 
-/// Fewer bytes are copied: each shared piece is an extent that the file system keeps books of.
+/// Fewer bytes are copied: each shared piece is an extent that the file system has to track.
 const SHARE_MIN: u64 = 64 << 10;
 
 /// [`merge_to`] for any image; `inputs` are its files.
@@ -89,7 +88,7 @@ fn fill_raw<E: Env>(
     copy(image, &write, share, writers(output.file()), copying)
 }
 
-/// Makes a raw image of `size` zeros, which take no space.
+/// Creates a raw image of `size` zeros, which take no space.
 pub fn create_raw<E: Env>(env: &E, path: &Path, size: u64, replace: bool) -> Result<(), OpError> {
     let output = Output::create(env, path, replace, &[])?;
     output.file().set_len(size).map_err(OpError::io(path, "set the length"))?;
@@ -97,8 +96,7 @@ pub fn create_raw<E: Env>(env: &E, path: &Path, size: u64, replace: bool) -> Res
 }
 
 /// Writes the content of `image` to a COW file that gets the name `out` when it is complete and
-/// durable. Over a base, given by `options` and open as `base`, it holds only what is different
-/// there.
+/// durable. Over a base, given by `options` and open as `base`, it holds only what differs from it.
 pub fn convert_to_cow<E: Env>(
     env: &E,
     image: &impl Image,
@@ -121,7 +119,7 @@ pub fn convert_to_cow<E: Env>(
     };
     let work = |pair: &mut Pair<_, _>, range: SectorRange| {
         pair.differences(range, |at, bytes| match copying.detect_zeroes && is_zero(bytes) {
-            // Where the base has something.
+            // Only needed where the base has data.
             true => {
                 new.zero(at, bytes.len() as u64);
                 Ok(())
@@ -136,20 +134,20 @@ pub fn convert_to_cow<E: Env>(
     new.finish()
 }
 
-/// A COW file that is being filled, from any number of threads, and appears under its name only
-/// when it is complete and durable. Dropping it leaves nothing.
+/// A COW file that is being filled, from any number of threads, and that appears under its name
+/// only when it is complete and durable. Dropping it leaves nothing.
 pub struct CowWriter<E: Env> {
     output: Output<E>,
     path: PathBuf,
     geometry: Geometry,
     bitmap: Bitmap,
-    /// The base stays locked.
+    /// Keeps the base locked.
     _new: NewCow<E::File>,
 }
 
 impl<E: Env> CowWriter<E> {
-    /// Begins the file that will be `out`; see [`Output::create`] for `inputs`, which the base is
-    /// one of anyway.
+    /// Begins the file that will be `out`; see [`Output::create`] for `inputs`. The base need not
+    /// be among them.
     pub fn create(
         env: &E,
         out: &Path,
@@ -171,8 +169,8 @@ impl<E: Env> CowWriter<E> {
         self.geometry.virtual_size()
     }
 
-    /// Writes whole sectors (the last one of the disk may be partial) at byte `at`, which begins
-    /// one.
+    /// Writes whole sectors (the last one of the disk may be partial) at byte `at`, which is
+    /// sector-aligned.
     pub fn write(&self, at: u64, bytes: &[u8]) -> Result<(), OpError> {
         let place = self.geometry.data_offset().get() + at;
         let written = self.output.file().write_large_at(bytes, ByteOffset::new(place));
@@ -181,7 +179,7 @@ impl<E: Env> CowWriter<E> {
         Ok(())
     }
 
-    /// Lets sectors that are not written read as zeros, whatever the base has there.
+    /// Makes sectors that are not written read as zeros, whatever the base has there.
     pub fn zero(&self, at: u64, len: u64) {
         let (start, count) = (Sector::new(at / SECTOR_SIZE), SectorCount::covering(len));
         if let Some(range) = SectorRange::new(start, count) {

@@ -1,9 +1,9 @@
 //! Merging a COW file into a file below it.
 //!
-//! Every step leaves a disk with the same content, whenever the power goes: until its last change
-//! the COW file holds all that it held, so that it does not matter how much of that the target has
-//! as well. What does matter is that the COW file matches its target again, or that a note says why
-//! it does not (see [`super::note`]); then the merge can be run again.
+//! After every step the disk has the same content, whenever the power fails: until the last change
+//! the COW file keeps everything, so it does not matter how much of that the target has as well.
+//! The COW file must match its target again, however, or a marker must explain why it does not (see
+//! [`super::merge_marker`]); then the merge can be run again.
 //!
 //! 1. The COW file's bits are made durable; the note is written.
 //! 2. A layer gets its next content generation: other files over it become invalid. (A base becomes so by its mtime.)
@@ -42,19 +42,18 @@ use crate::storage::{Env, FileKind, Storage};
 /// Bytes that are copied at once.
 const BUFFER: usize = 1 << 20;
 
-/// What a merge in place did.
+/// The result of a merge in place.
 #[derive(Debug)]
 pub struct Merged {
-    /// The file that has it all now.
+    /// The file that now has everything.
     pub target: PathBuf,
-    /// The COW file is empty and stands over the target as it is now. If not (its header is of a
-    /// version that is never written) it is as it was and no longer matches.
+    /// The COW file is empty and refers to the target as it is now. If false (its header is of a
+    /// version that is never written), it is unchanged and no longer matches.
     pub emptied: bool,
 }
 
-/// Merges the COW file at `cow`, and what stands between, into the file `depth` files below it (1
-/// is the next one). `base` stands in for the path in its header. Can be run again after an
-/// interruption.
+/// Merges the COW file at `cow`, and the files in between, into the file `depth` files below it (1
+/// is the nearest). `base` replaces the path in its header. Can be run again after an interruption.
 pub fn merge_in_place<E: Env>(
     env: &E,
     cow: &Path,
@@ -64,8 +63,8 @@ pub fn merge_in_place<E: Env>(
 ) -> Result<Merged, OpError> {
     let mut merge = Merge::open(env, cow, base, depth)?;
     if merge.empty {
-        // The target does not change; a note, and data that no bit speaks of, are from a merge that
-        // was all but over.
+        // The target does not change; a marker, or data that is not marked present, is left from a
+        // merge that was almost complete.
         merge.settle()?;
         if !merge.between.is_empty() {
             merge.refer()?;
@@ -90,19 +89,19 @@ pub fn merge_in_place<E: Env>(
     Ok(Merged { target: merge.target.opened.path.clone(), emptied })
 }
 
-/// A merge under way: all files open and locked, the COW file and the target exclusively.
+/// A merge in progress: all files open and locked, the COW file and the target exclusively.
 struct Merge<'a, E: Env> {
     env: &'a E,
     top: Opened<E::File>,
     header: Header,
-    /// What stands between.
+    /// The files in between.
     between: Vec<Lower<E::File>>,
-    /// There is nothing to merge: the top and what stands between have no sector.
+    /// There is nothing to merge: neither the top nor the files in between have a sector.
     empty: bool,
-    /// Of a target that is a layer.
+    /// If the target is a layer.
     bitmap: Option<Bitmap>,
     target: Lower<E::File>,
-    /// How the header above the target knows it.
+    /// The identity of the target in the header above it.
     stored: BackingIdentity,
     map: LayerMap,
     note: MergeMarker,
@@ -155,7 +154,7 @@ impl<'a, E: Env> Merge<'a, E> {
         Ok(Merge { env, top, header, between, empty, bitmap, target, stored, map, note })
     }
 
-    /// Makes everything that the COW file holds durable, and its state clean.
+    /// Makes everything in the COW file durable, and its state clean.
     fn settle(&mut self) -> Result<(), OpError> {
         if let Some(bitmap) = self.map.top()
             && !is_read_only(&self.header)
@@ -165,7 +164,7 @@ impl<'a, E: Env> Merge<'a, E> {
         Ok(())
     }
 
-    /// Tells the files over a layer that its content is about to change.
+    /// Shows the files over a layer that its content is about to change.
     fn renew_layer(&mut self) -> Result<(), OpError> {
         if let Some(Header::Native(native)) = &mut self.target.header {
             let path = &self.target.opened.path;
@@ -176,7 +175,7 @@ impl<'a, E: Env> Merge<'a, E> {
         Ok(())
     }
 
-    /// Lengthens a base that is shorter than the disk.
+    /// Extends a base that is shorter than the disk.
     fn make_room(&self) -> Result<(), OpError> {
         let size = self.header.geometry().virtual_size();
         let target = &self.target.opened;
@@ -208,7 +207,7 @@ impl<'a, E: Env> Merge<'a, E> {
             (copying.progress)(range.len_bytes());
             Ok(())
         };
-        // One thread: writes through the page cache take turns.
+        // One thread, since writes through the page cache are serialised.
         parallel::for_each_piece(self.map.sectors(), NonZeroUsize::MIN, state, work)
     }
 
@@ -254,7 +253,7 @@ impl<'a, E: Env> Merge<'a, E> {
         Ok(())
     }
 
-    /// Where byte `at` of the disk stands in the target.
+    /// The offset in the target of byte `at` of the disk.
     fn place(&self, at: u64) -> u64 {
         match &self.target.content {
             Content::Raw => at,
@@ -273,7 +272,7 @@ impl<'a, E: Env> Merge<'a, E> {
 
     fn zero(&self, at: u64, len: u64) -> Result<(), OpError> {
         let (target, place) = (&self.target.opened, self.place(at));
-        // What a base did not have before is zeros already.
+        // What lies beyond the old end of a base is zeros already.
         let end = target.stat.size.saturating_sub(place).min(len);
         let zeroed = target.file.punch(ByteOffset::new(place), end);
         zeroed.map_err(OpError::write(&target.path, place))?;
@@ -291,7 +290,7 @@ impl<'a, E: Env> Merge<'a, E> {
         }
     }
 
-    /// Makes the target durable, with what tells it from what it was.
+    /// Makes the target durable, and distinguishable from its former state.
     fn publish(&mut self) -> Result<(), OpError> {
         let target = &mut self.target.opened;
         match (&self.target.content, &self.bitmap) {
@@ -307,8 +306,8 @@ impl<'a, E: Env> Merge<'a, E> {
         Ok(())
     }
 
-    /// Lets the COW file's header mean the target as it is now; false if such a header is never
-    /// written.
+    /// Makes the COW file's header refer to the target as it is now; returns false if such a header
+    /// is never written.
     fn refer(&mut self) -> Result<bool, OpError> {
         if is_read_only(&self.header) {
             return Ok(false);
@@ -327,7 +326,7 @@ impl<'a, E: Env> Merge<'a, E> {
                     None => BackingFormat::Raw,
                 };
                 let identity = identity_of(target, self.target.header.as_ref())?;
-                // A digest would be that of the content before.
+                // A digest would be that of the former content.
                 let backing = Backing::new(path, format, identity, None);
                 native.set_backing(Some(backing.map_err(ImageError::header(&top.path))?));
                 write_native_synced(&top.file, native)
@@ -338,7 +337,7 @@ impl<'a, E: Env> Merge<'a, E> {
     }
 }
 
-/// The map of the whole chain, of which all is known.
+/// The map of the whole chain, fully loaded.
 fn whole_map<E: Env>(
     env: &E,
     top: &Opened<E::File>,
@@ -374,7 +373,7 @@ fn is_empty(bitmap: &Bitmap) -> bool {
     bitmap.present().get() == 0
 }
 
-/// Refuses a target that cannot be written so that it stays what it is.
+/// Refuses a target that cannot be written without changing what it is.
 fn check_target<F: Storage>(header: &Header, target: &Lower<F>) -> Result<(), OpError> {
     let refuse = |why| OpError::CannotTake { path: target.opened.path.clone(), why };
     let size = header.geometry().virtual_size();
@@ -406,8 +405,7 @@ fn make_durable<F: Storage>(
     Ok(flush(&file.file, bitmap, geometry).map_err(|failure| failure.at(&file.path))?)
 }
 
-/// `now`, or the second after it if a header that knows whole seconds could take it for the time
-/// that is stored.
+/// `now`, or the second after it if a header with whole seconds could take it for the stored time.
 fn other_second(now: Timestamp, stored: &BackingIdentity) -> Timestamp {
     let stored = match *stored {
         BackingIdentity::ImageSeconds { mtime_secs, .. } => i64::from(mtime_secs),

@@ -1,9 +1,9 @@
-//! The note beside a COW file that its merge into a file below has begun: `<COW>.merging`.
+//! The marker beside a COW file that its merge into a file below has begun: `<COW>.merging`.
 //!
-//! A merge in place changes the file that it goes to, so that this no longer is what the header
-//! above it means: a base's mtime, a layer's generation. The note says that this is why, so that an
-//! interrupted merge can be run again. It stands from before the first change until nothing is left
-//! to do, and is void once the header means the file as it is by then.
+//! A merge in place changes its target, so that this no longer matches the header above it: a
+//! base's mtime, a layer's generation. The marker records that this is the reason, so that an
+//! interrupted merge can be run again. It exists from before the first change until nothing is left
+//! to do, and is void once the header matches the changed file.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -18,10 +18,10 @@ use crate::storage::{Access, Env, FileStat, Storage};
 
 const MAGIC: [u8; 8] = *b"COWMERGE";
 const VERSION: u32 = 1;
-/// Nanoseconds of a time that is not known.
+/// Nanoseconds of an unknown time.
 const UNKNOWN: u32 = u32::MAX;
 
-/// The note, little-endian.
+/// The marker, little-endian.
 #[derive(Clone, Copy, FromZeros, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawNote {
@@ -30,15 +30,15 @@ struct RawNote {
     /// CRC32C of everything after it.
     crc: U32,
     cow_ino: U64,
-    /// The file that is merged to: its inode number, and when that was made. Device numbers change
-    /// from boot to boot.
+    /// The merge target: its inode number and creation time. Device numbers change from boot to
+    /// boot.
     target_ino: U64,
     target_born_secs: I64,
     target_born_nanos: U32,
-    /// How the header above knows it: 0 by size and whole seconds, 1 by size and exact mtime, 2 as
-    /// a layer.
+    /// The kind of identity in the header above: 0 size and whole seconds, 1 size and exact mtime,
+    /// 2 a layer.
     identity: U32,
-    /// Bytes, or the layer's content generation.
+    /// Size in bytes, or the layer's content generation.
     size: U64,
     mtime_secs: I64,
     mtime_nanos: U32,
@@ -51,16 +51,16 @@ const _: () = assert!(size_of::<RawNote>() == RAW_LEN);
 /// The checksum covers what follows it.
 const CRC_END: usize = 16;
 
-/// The note that a merge of one COW file leaves. There is exactly one for a target and what the
-/// header above it says, so that a note is valid when it is equal.
+/// The marker of a merge of one COW file. It is uniquely determined by the target and its identity
+/// in the header above, so a marker is valid if it is equal.
 pub(crate) struct MergeMarker {
     path: PathBuf,
     bytes: [u8; RAW_LEN],
 }
 
 impl MergeMarker {
-    /// The note for the COW file at `cow` (without symbolic links) over a target that is known as
-    /// `stored`.
+    /// The marker for the COW file at `cow` (without symbolic links) over a target with the
+    /// identity `stored`.
     pub(crate) fn new(
         cow: &Path,
         cow_stat: &FileStat,
@@ -92,7 +92,7 @@ impl MergeMarker {
         MergeMarker { path: note_path(cow), bytes }
     }
 
-    /// Whether exactly this note stands beside the COW file.
+    /// Whether exactly this marker exists beside the COW file.
     pub(crate) fn stands<E: Env>(&self, env: &E) -> io::Result<bool> {
         let file = match env.open(&self.path, Access::Read) {
             Ok(file) => file,
@@ -104,8 +104,8 @@ impl MergeMarker {
         Ok(n == RAW_LEN && found == self.bytes)
     }
 
-    /// Writes the note, durably, in place of any other: those are void. It gets its name in one
-    /// step, so that nobody who is killed leaves another.
+    /// Writes the marker, durably, replacing any other: those are void. It gets its name in one
+    /// step, so that a killed process never leaves a partial one.
     pub(crate) fn write<E: Env>(&self, env: &E) -> Result<(), OpError> {
         if self.stands(env).map_err(OpError::io(&self.path, "read"))? {
             return env
@@ -119,7 +119,7 @@ impl MergeMarker {
         Ok(new.publish(false)?)
     }
 
-    /// Removes whatever note there is, durably.
+    /// Removes any marker, durably.
     pub(crate) fn remove<E: Env>(&self, env: &E) -> Result<(), OpError> {
         match env.remove(&self.path) {
             Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -129,7 +129,7 @@ impl MergeMarker {
     }
 }
 
-/// Where the note of the COW file at `cow` (without symbolic links) stands.
+/// The path of the marker of the COW file at `cow` (without symbolic links).
 pub(crate) fn note_path(cow: &Path) -> PathBuf {
     let mut path = cow.as_os_str().to_owned();
     path.push(".merging");

@@ -1,4 +1,4 @@
-//! Operations on whole images, for the tool: crash-safe, and on any [`crate::storage::Env`].
+//! Operations on whole images, for the tool: crash-safe, and generic over [`crate::storage::Env`].
 
 pub mod check;
 mod compare;
@@ -28,14 +28,14 @@ pub use parallel::threads;
 pub use rebase::{rebase, rebase_unsafe};
 pub use reset::reset;
 
-/// How bytes are copied.
+/// Options for copying.
 #[derive(Clone, Copy)]
 pub struct Copying<'a> {
-    /// Zeros that stand in a file become holes; what is a hole stays one anyway.
+    /// Turn zeros in data into holes; holes stay holes in any case.
     pub detect_zeroes: bool,
-    /// Hears of what is done.
+    /// Called with the progress.
     pub progress: Progress<'a>,
 }
 
-/// Told the number of bytes that are done since its last call; from any thread.
+/// Called with the number of bytes done since the last call, from any thread.
 pub type Progress<'a> = &'a (dyn Fn(u64) + Sync);

@@ -16,9 +16,9 @@ pub struct Output<E: Env> {
 }
 
 impl<E: Env> Output<E> {
-    /// Creates the file that will be `target`. If that exists it must be a file that nobody has
-    /// open, is none of `inputs`, and `replace` must say so; of a symbolic link the file that it
-    /// leads to is replaced.
+    /// Creates the file that will be `target`. If that exists it must be a file that no process has
+    /// open and that is none of `inputs`, and `replace` must be set; of a symbolic link, the file
+    /// that it leads to is replaced.
     pub fn create(
         env: &E,
         target: &Path,
@@ -40,7 +40,7 @@ impl<E: Env> Output<E> {
     }
 }
 
-/// Refuses a `target` that must not be written: see [`Output::create`]. Gives its path without
+/// Refuses a `target` that must not be written: see [`Output::create`]. Returns its path without
 /// symbolic links.
 pub fn check_target<E: Env>(
     env: &E,
@@ -54,7 +54,7 @@ pub fn check_target<E: Env>(
     let old = match env.open(target, Access::Read) {
         Ok(old) => old,
         Err(err) if err.kind() == io::ErrorKind::NotFound => {
-            // A symbolic link that leads nowhere is a name that is taken.
+            // A dangling symbolic link is an existing name.
             let dangling = env.exists(target).map_err(OpError::io(target, "look for"))?;
             return if dangling {
                 Err(OpError::Exists { path: target.to_owned() })
@@ -66,7 +66,7 @@ pub fn check_target<E: Env>(
     };
     let stat = old.stat().map_err(OpError::io(target, "stat"))?;
     for input in inputs {
-        // An input that is not there is no reason to say so here.
+        // A missing input is reported elsewhere.
         let other = env.open(input, Access::Read).and_then(|input| input.stat());
         if other.is_ok_and(|other| other.id == stat.id) {
             return Err(OpError::SameFile { path: target.to_owned(), input: (*input).to_owned() });
@@ -79,7 +79,8 @@ pub fn check_target<E: Env>(
         return Err(OpError::Exists { path: target.to_owned() });
     }
     drop(old);
-    // Whoever may replace it may open it for writing, which the lock that finds readers asks for.
+    // A process that may replace it may open it for writing, which the lock that detects readers
+    // requires.
     let old =
         env.open(target, Access::ReadWrite).map_err(OpError::io(target, "open for writing"))?;
     wait_for_lock(&old, target, LockKind::Exclusive, DiskOptions::default().lock_wait)

@@ -1,4 +1,4 @@
-//! One long job on a disk, cut into pieces for all cores.
+//! A long job on a disk, divided into pieces for all cores.
 
 use std::num::NonZeroUsize;
 use std::sync::Mutex;
@@ -10,7 +10,7 @@ use cow_format::{Sector, SectorCount, SectorRange};
 use crate::sync::lock;
 
 /// Sectors of a piece (8 MiB): a thread takes the next one when it is done, so pieces are small
-/// against a disk and large against a system call.
+/// compared with a disk and large compared with a system call.
 const PIECE: u64 = 16384;
 
 /// The number of threads for work that mostly moves bytes: one for each core.
@@ -19,8 +19,8 @@ pub fn threads() -> NonZeroUsize {
 }
 
 /// Calls `work` for pieces that together are the first `sectors` sectors, from `threads` threads,
-/// in rising order as far as each thread sees it. `state` makes what each thread keeps between its
-/// pieces. The first error ends all.
+/// in ascending order in each thread. `state` creates what each thread keeps between its pieces.
+/// The first error ends everything.
 pub(super) fn for_each_piece<S, E: Send>(
     sectors: SectorCount,
     threads: NonZeroUsize,

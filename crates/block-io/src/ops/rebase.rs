@@ -1,4 +1,4 @@
-//! Putting a COW file over another base.
+//! Moving a COW file to another base.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -18,8 +18,8 @@ use crate::image::write::header_io::{check_writable, set_backing_path, write_nat
 use crate::image::{BaseOptions, CowFormat, DiskOptions, ImageError, native_backing};
 use crate::storage::{Env, Storage};
 
-/// Puts the COW file at `cow` over `base`, or over nothing. The content of its disk stays the same:
-/// what is different there is first copied into it. An interruption leaves the disk as it was, over
+/// Moves the COW file at `cow` to `base`, or to no base. The content of its disk stays the same:
+/// sectors that differ are first copied into it. An interruption leaves the disk unchanged, over
 /// its old base or over the new one.
 pub fn rebase<E: Env>(
     env: &E,
@@ -51,8 +51,8 @@ pub fn rebase<E: Env>(
     }
 }
 
-/// Writes into the header of `cow` that it stands over `base`, whatever that does to the content of
-/// its disk.
+/// Makes `base` the backing file in the header of `cow`, whatever that does to the content of its
+/// disk.
 pub fn rebase_unsafe<E: Env>(
     env: &E,
     cow: &Path,
@@ -67,12 +67,12 @@ pub fn rebase_unsafe<E: Env>(
     new.write(env, cow, &top.file, &mut header)
 }
 
-/// Copies into `disk` what is present below its top and not the same in `new`.
+/// Copies into `disk` what is present below its top and differs in `new`.
 fn keep<E: Env, I: Image>(disk: &Disk<E>, new: &I, progress: Progress<'_>) -> Result<(), OpError> {
     let Some(present) = disk.top_bitmap()? else { return Ok(()) };
     type Both<'a, E, I> = Pair<<Disk<E> as Image>::Reader<'a>, <I as Image>::Reader<'a>>;
     let work = |pair: &mut Both<'_, E, I>, range: SectorRange| {
-        // All of them first: bits are set while this goes on.
+        // Collect all of them first: bits are set during the copy.
         let absent: Vec<_> = present.runs(range).filter(|run| !run.present).collect();
         for run in absent.iter().map(|run| run.range) {
             pair.differences(run, |at, bytes| {
@@ -121,7 +121,7 @@ impl<'a, F: Storage> NewBase<'a, F> {
         Ok(NewBase { base: Some((base, opened, header)) })
     }
 
-    /// Refuses what the header of `cow` cannot say.
+    /// Refuses a base that the header of `cow` cannot refer to.
     fn check(&self, cow: &Path, header: &Header, size: u64) -> Result<(), OpError> {
         let Header::Uml(_) = header else { return Ok(()) };
         let unable = |what| Err(ImageError::UmlCannot { path: cow.to_owned(), what }.into());

@@ -1,4 +1,4 @@
-//! Emptying a COW file: all that it holds is dropped, and its space given back.
+//! Emptying a COW file: discards its content and frees its space.
 
 use std::path::Path;
 
@@ -12,20 +12,20 @@ use crate::image::opened::Opened;
 use crate::image::write::header_io::{check_writable, mark_clean};
 use crate::storage::{Env, FS_BLOCK, Storage};
 
-/// Empties the COW file at `path`: the disk is again what it stands over. An interruption leaves
-/// some of the changes, so run it again then.
+/// Empties the COW file at `path`: the disk has the content of its base again. An interruption
+/// leaves some of the content; run it again.
 pub fn reset<E: Env>(env: &E, path: &Path) -> Result<(), OpError> {
     let cow = Opener::new(env, &DiskOptions::default(), path).top()?;
     let mut header = cow.header()?;
     check_writable(path, &header)?;
-    // Closed in order: then the live bitmap is void, and nobody brings its bits back.
+    // Marked clean first: then the live bitmap is void, and its bits are never used again.
     mark_clean(&cow.file, &mut header).map_err(|err| err.at(path))?;
     empty(env, &cow, &header)
 }
 
 /// Clears every bit and punches out all data of a COW file that is exclusively locked. The bits are
-/// durably clear before the first data goes: no set bit ever shows a hole. An interruption leaves
-/// some of the bits.
+/// durably clear before the first data goes: no set bit ever refers to a hole. An interruption
+/// leaves some of the bits.
 pub(super) fn empty<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
@@ -46,15 +46,15 @@ pub(super) fn empty<E: Env>(
         }
     }
     if let Some(live) = geometry.live_bitmap_offset() {
-        // Void as it is, it must never have a bit that the durable one lacks: see the format,
+        // Although void, it must never have a bit that the durable one lacks: see the format,
         // section 6.
         punch(live, check::room(header))?;
         sync()?;
     }
-    // All of the room: what lies past the end must not come to life by growth.
+    // Including the room for growth: bits past the end must not reappear when the disk grows.
     punch(geometry.bitmap_offset(), check::room(header))?;
     sync()?;
-    // The last block as a whole, though the file may end within it.
+    // The last block in full, although the file may end within it.
     let end = cow.file.len().map_err(OpError::io(path, "stat"))?.next_multiple_of(FS_BLOCK);
     punch(geometry.data_offset(), end.saturating_sub(geometry.data_offset().get()))?;
     sync()

@@ -1,6 +1,6 @@
-//! What a file begins like: good for a hint, and no more. A guest can write anything to the start
-//! of its disk, so a format is never guessed; but where nobody has said it, a raw image that begins
-//! like something else is rather that.
+//! Recognising a file by its first bytes. This is only good for a hint: a guest can write anything
+//! to the start of its disk, so a format is never guessed. But if the user has not given a format,
+//! a raw image that begins like another format is probably that.
 
 use std::path::Path;
 
@@ -11,10 +11,10 @@ use crate::storage::{Access, Env, Storage};
 /// The first bytes of a qcow2 image (docs/interop/qcow2.txt of QEMU).
 const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
 
-/// Bytes by which a COW file is known.
+/// Length of a COW file's magic in bytes.
 const MAGIC_LEN: usize = 8;
 
-/// What a file begins like, if not like the bytes of a disk.
+/// What a file begins like, unless it looks like raw data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signature {
     /// A qcow2 image.
@@ -23,17 +23,18 @@ pub enum Signature {
     Uml,
     /// A COW file of this project.
     Native,
-    /// A COW file with a header that is no good.
+    /// A COW file with an invalid header.
     BrokenCow,
 }
 
-/// What the file at `path` begins like. `None` also where it cannot be read: who opens it says why.
+/// What the file at `path` begins like. Also `None` if it cannot be read: opening it reports the
+/// error.
 pub fn signature_of<E: Env>(env: &E, path: &Path) -> Option<Signature> {
     let file = env.open(path, Access::Read).ok()?;
     let len = file.len().ok()?;
     let mut prefix = vec![0; HEADER_PREFIX_LEN];
     let read = file.read_at(&mut prefix, ByteOffset::new(0)).ok()?;
-    // What is too short for a magic is none.
+    // A file too short for a magic has none.
     match Header::check(&prefix[..read.max(MAGIC_LEN)], len) {
         Ok(Header::Uml(_)) => Some(Signature::Uml),
         Ok(Header::Native(_)) => Some(Signature::Native),

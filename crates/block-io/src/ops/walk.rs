@@ -1,4 +1,4 @@
-//! Reading a whole disk: where its bytes stand, with the holes of its files seen as zeros.
+//! Reading a whole disk: where its bytes are, with the holes of its files treated as zeros.
 
 use cow_format::{ByteOffset, Extent, LayerIndex, Sector, SectorRange};
 
@@ -10,7 +10,7 @@ use crate::storage::{Env, FileId, Storage};
 
 /// A disk that is read as a whole.
 pub trait Image: Sync {
-    /// What reads it.
+    /// Its reader.
     type Reader<'a>: Reader
     where
         Self: 'a;
@@ -22,24 +22,24 @@ pub trait Image: Sync {
     fn reader(&self) -> Self::Reader<'_>;
 }
 
-/// Reads a disk, and keeps what it learned on the way: one for each thread.
+/// Reads a disk and caches what it looks up: one for each thread.
 pub trait Reader {
-    /// The pieces that together are `range`, which may go past the end of the disk: there are
+    /// The pieces that together are `range`, which may extend past the end of the disk: there are
     /// zeros.
     fn pieces(&mut self, range: SectorRange) -> Result<Vec<Piece>, OpError>;
 
-    /// Reads the bytes of a piece, or of a part of it, that is in a file.
+    /// Reads the bytes of a piece, or part of it, that is in a file.
     fn read(&self, layer: LayerIndex, at: ByteOffset, buf: &mut [u8]) -> Result<(), OpError>;
 
-    /// Which file `layer` is, if that says where its bytes stand: two readers then read the same at
-    /// the same offset.
+    /// The file of `layer`, if that determines the bytes: two readers then read the same at the
+    /// same offset.
     fn file(&self, layer: LayerIndex) -> Option<FileId>;
 }
 
 /// A piece of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
-    /// Where it begins in the disk.
+    /// Its offset in the disk.
     pub at: ByteOffset,
     /// Its length in bytes.
     pub len: u64,
@@ -56,7 +56,7 @@ pub enum Source {
     Data {
         /// The file.
         layer: LayerIndex,
-        /// Where they begin in the file.
+        /// Their offset in the file.
         at: ByteOffset,
     },
 }
@@ -107,7 +107,8 @@ impl<'a, E: Env> Walker<'a, E> {
         &self.disk.layers()[index.get()]
     }
 
-    /// How many of `len` bytes from `at` in a layer's file are alike, and whether they are a hole.
+    /// How many of `len` bytes from `at` in a layer's file are of one kind, and whether they are a
+    /// hole.
     fn stretch(&mut self, index: LayerIndex, at: u64, len: u64) -> Result<(u64, bool), OpError> {
         let layer = self.layer(index);
         let stretch = self.holes[index.get()].stretch(layer.file(), at, len);

@@ -1,4 +1,4 @@
-//! Finding zeros, so that they need no space.
+//! Finding zeros, so that they take no space.
 
 use std::ops::Range;
 
@@ -14,9 +14,8 @@ pub(super) fn is_zero(bytes: &[u8]) -> bool {
     bytes.chunks(ZERO_BLOCK).all(|chunk| *chunk == ZEROS[..chunk.len()])
 }
 
-/// Calls `found` with each run of `bytes`, from the first to the last: its place in `bytes`, and
-/// whether it is all zeros. Runs are made of whole blocks of [`ZERO_BLOCK`], counted from `at` in
-/// the output.
+/// Calls `found` with each run of `bytes`, in order: its range in `bytes`, and whether it is all
+/// zeros. Runs consist of whole blocks of [`ZERO_BLOCK`], counted from `at` in the output.
 pub(super) fn for_each_run<E>(
     bytes: &[u8],
     at: u64,
@@ -42,7 +41,7 @@ pub(super) fn for_each_run<E>(
     }
 }
 
-/// Bytes from `at` to the next border of a block.
+/// Bytes from `at` to the next block boundary.
 fn first_block_len(at: u64) -> usize {
     let into = usize::try_from(at % ZERO_BLOCK as u64).unwrap_or(0);
     ZERO_BLOCK - into
@@ -87,7 +86,7 @@ mod tests {
         assert_eq!(nonzero(&bytes, 0), []);
         bytes[ZERO_BLOCK] = 1;
         assert_eq!(nonzero(&bytes, 0), [(ZERO_BLOCK, 2 * ZERO_BLOCK)]);
-        // 512 bytes into a block of the output: the first border is 3584 bytes on.
+        // 512 bytes into a block of the output: the first boundary is 3584 bytes on.
         assert_eq!(nonzero(&bytes, 512), [(ZERO_BLOCK - 512, 2 * ZERO_BLOCK - 512)]);
         bytes[2 * ZERO_BLOCK] = 1;
         bytes[5 * ZERO_BLOCK - 1] = 1;

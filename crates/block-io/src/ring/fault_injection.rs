@@ -1,8 +1,8 @@
-//! A kernel whose I/O goes wrong (see [`crate::fault_injection`]): parts are held back, begun in
-//! any order, come up short, fail at once or half-way, and complete in any order.
+//! A simulated faulty kernel (see [`crate::fault_injection`]): parts are held back, begun in any
+//! order, come up short, fail at once or half-way, and complete in any order.
 //!
-//! What is begun is waited for, and the completions are then shuffled, so that the order is the
-//! seed's and not the kernel's.
+//! Parts that were begun are waited for, and the completions are then shuffled, so that the order
+//! depends on the seed and not on the kernel.
 
 use std::collections::VecDeque;
 use std::io;
@@ -10,29 +10,29 @@ use std::io;
 use super::{Action, Completion, Part, Ring, WATCH};
 use crate::fault_injection::{below, one_in, prefix};
 
-/// What a ring keeps on such a day.
+/// State of a ring with fault injection.
 #[derive(Default)]
 pub(super) struct Injected {
-    /// Parts that the kernel does not know of yet: the place of the request, and of the part in it.
+    /// Parts that have not reached the kernel yet: the index of the request, and of the part in it.
     held: Vec<(usize, usize)>,
-    /// Completions of parts to be reported.
+    /// Completions of parts that have not been reported yet.
     done: VecDeque<Completion>,
-    /// Those of watched descriptors.
+    /// Completions of watched descriptors.
     watched: VecDeque<Completion>,
 }
 
 impl Injected {
-    /// Keeps a part back.
+    /// Holds a part back.
     pub(super) fn hold(&mut self, slot: usize, part: usize) {
         self.held.push((slot, part));
     }
 
-    /// There is something that the kernel does not know of.
+    /// Some parts have not reached the kernel yet.
     pub(super) fn is_busy(&self) -> bool {
         !(self.held.is_empty() && self.done.is_empty() && self.watched.is_empty())
     }
 
-    /// A completion; not all of them at one time.
+    /// One of the completions, if any; they are not all reported at the same time.
     pub(super) fn next(&mut self) -> Option<Completion> {
         let part = if one_in(4) { None } else { self.done.pop_front() };
         part.or_else(|| self.watched.pop_front())
@@ -47,11 +47,11 @@ impl Injected {
     }
 }
 
-/// What becomes of a part.
+/// The fate of a part.
 struct Fate {
-    /// So much of it is done, in bytes.
+    /// This much of it is done, in bytes.
     len: u64,
-    /// And then this happens.
+    /// Then this happens.
     errno: Option<i32>,
 }
 
@@ -73,7 +73,7 @@ impl Fate {
     }
 }
 
-/// Less than all of a part; what remains is aligned as the whole was, since it may be direct I/O.
+/// Less than all of a part; what remains has the same alignment, since it may be direct I/O.
 fn some_of(part: &Part) -> u64 {
     let is_aligned = (part.at | part.len).is_multiple_of(4096);
     let unit = if is_aligned { 4096 } else { 512 };
@@ -82,11 +82,11 @@ fn some_of(part: &Part) -> u64 {
 }
 
 impl<R> Ring<R> {
-    /// In place of [`Ring::enter`].
+    /// Replaces [`Ring::enter`].
     pub(super) fn enter_injected(&mut self, wait: bool) -> io::Result<()> {
         let chosen = self.injected.choose(wait);
         let (mut ended, mut begun) = (Vec::new(), Vec::new());
-        // The kernel may look at them until the parts are complete.
+        // The kernel may use them until the parts are complete.
         let mut shortened = Vec::new();
         for (slot, index) in chosen {
             let data = (slot as u64) << 32 | index as u64;
@@ -125,7 +125,7 @@ impl<R> Ring<R> {
                     self.injected.watched.push_back(completion);
                     continue;
                 }
-                // One that was not begun here comes from better days.
+                // A part that was not begun here was submitted before fault injection was enabled.
                 let at = begun.iter().position(|(data, _)| *data == completion.data);
                 let errno = at.and_then(|at| begun.swap_remove(at).1);
                 if let Some(errno) = errno.filter(|_| completion.result >= 0) {

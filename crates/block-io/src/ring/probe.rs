@@ -1,4 +1,4 @@
-//! Whether this host has an io_uring that does all that a ring needs.
+//! Checks whether this host has an io_uring that supports everything a ring needs.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -9,23 +9,23 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::{Engine, Event, FileSlot, IoEngine, Plan, Ring, Uring, Watch};
 
-/// The watched descriptor, which is ready from the beginning.
+/// A watched descriptor that is ready from the beginning.
 const READY: Watch = Watch(0);
-/// The end of patience.
+/// The alarm that ends the wait.
 const LATE: Watch = Watch(1);
-/// Only a kernel that never answers takes so long.
+/// Only a kernel that never answers takes this long.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Requests at a time. What a ring can do does not depend on it.
+/// Requests at a time. The result does not depend on it.
 const DEPTH: usize = 1;
 
-/// Why there is no io_uring that can be used.
+/// Why io_uring cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NoUring {
-    /// It cannot be made, or entered.
+    /// It cannot be created or entered.
     #[error("cannot {what}: {source}")]
     Refused {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
         /// The system's reason.
         source: io::Error,
@@ -33,7 +33,7 @@ pub enum NoUring {
     /// The kernel is too old.
     #[error("the kernel does not know {0}")]
     Operation(&'static str),
-    /// It was asked and said nothing.
+    /// It accepted the operations but completed none.
     #[error("it gives no answer")]
     Silent,
 }
@@ -54,10 +54,10 @@ impl NoUring {
 }
 
 impl IoEngine {
-    /// Has the engine do once what a ring will have it do.
+    /// Makes the engine do once everything that a ring will need.
     ///
     /// # Errors
-    /// Why it cannot be used.
+    /// Why io_uring cannot be used.
     pub fn probe(self) -> Result<(), NoUring> {
         match self {
             IoEngine::IoUring => probe_uring(),
@@ -67,7 +67,7 @@ impl IoEngine {
 }
 
 fn probe_uring() -> Result<(), NoUring> {
-    // Older than the ring, and so there until that has been dropped, which waits for the read.
+    // It must outlive the ring, whose drop waits for the read.
     let mut count = 0u64;
     let buffer = libc::iovec { iov_base: (&raw mut count).cast(), iov_len: size_of::<u64>() };
     let event = EventFd::from_value_and_flags(1, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
@@ -84,7 +84,7 @@ fn probe_uring() -> Result<(), NoUring> {
     wait_for_ready(&mut ring)?;
     let mut plan = Plan::default();
     plan.read(FileSlot(0), ByteOffset::new(0), &[buffer]);
-    // SAFETY: `count`, which nobody looks at, and `event` outlive the ring.
+    // SAFETY: `count`, which is not read, and `event` outlive the ring.
     unsafe { ring.submit((), &mut plan) }.map_err(|()| NoUring::Silent)?;
     wait_for_read(&mut ring)
 }

@@ -22,7 +22,7 @@ fn ring_over<R>(engine: IoEngine, depth: usize, file: &File) -> Ring<R> {
     Ring::new(engine, depth, &[None, Some(file.as_fd())]).unwrap()
 }
 
-/// Ends the calling test where there is no io_uring, as in many containers.
+/// Ends the calling test if there is no io_uring, as in many containers.
 macro_rules! needs_io_uring {
     () => {
         if let Err(why) = crate::ring::IoEngine::IoUring.probe() {
@@ -33,7 +33,7 @@ macro_rules! needs_io_uring {
 }
 use needs_io_uring;
 
-/// A test that both engines pass.
+/// A test that both engines must pass.
 macro_rules! with_both_engines {
     ($($test:ident),+ $(,)?) => {
         mod io_uring {
@@ -269,7 +269,7 @@ fn dropping_a_ring_waits_for_touches() {
 fn a_watched_eventfd_need_not_be_read(engine: IoEngine) {
     let file = file_of(b"");
     let mut ring: Ring<()> = ring_over(engine, 1, &file);
-    // It rang before anybody looked.
+    // It was signalled before it was watched.
     let bell = EventFd::from_value(1).unwrap();
     ring.watch(bell.as_fd(), Watch(3)).unwrap();
     for _ in 0..3 {
@@ -360,7 +360,7 @@ fn a_poll_that_fails_is_not_its_event() {
     assert_eq!(ring.watch(not_open, Watch(1)).unwrap_err().raw_os_error(), Some(libc::EBADF));
 }
 
-/// What a thread does is held up until the test lets it go.
+/// A thread's operation is held up until the test releases it.
 mod held_up {
     use std::sync::{Condvar, Mutex};
 
@@ -391,7 +391,7 @@ mod held_up {
         drop(MOVED.wait_while(gate, |gate| gate.0 < operations).unwrap());
     }
 
-    /// One test, for there is one gate.
+    /// A single test, since there is one gate.
     #[test]
     fn slow_operations_overlap_up_to_a_limit_and_a_drop_waits_for_them() {
         const REQUESTS: usize = 7;
@@ -411,7 +411,7 @@ mod held_up {
         wait_until_under_way(AT_A_TIME);
         ring.enter(false).unwrap();
         assert!(ring.next_event().is_none() && !ring.wants_enter());
-        // Whoever is let go takes the next; no more threads come.
+        // A released thread takes the next operation; no more threads are started.
         let_go(1);
         wait(&mut ring).1.unwrap();
         wait_until_under_way(AT_A_TIME);

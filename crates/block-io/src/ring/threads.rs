@@ -1,22 +1,22 @@
 //! The engine for hosts without io_uring: a few threads that make plain system calls.
 //!
-//! The ring's owner hands over what is to be done once in each [`Threads::enter`], as it does to
-//! io_uring, and sleeps in epoll_wait(2), which its watched descriptors and the threads end. They
-//! are watched edge-triggered, as multishot polls are: an eventfd that nobody reads is reported at
-//! each write to it.
+//! The ring's owner hands over all queued operations once in each [`Threads::enter`], as with
+//! io_uring, and sleeps in epoll_wait(2), which its watched descriptors and the threads wake. They
+//! are watched edge-triggered, like multishot polls: an unread eventfd is reported at each write to
+//! it.
 //!
-//! What this costs compared to io_uring: two switches between threads for each operation, and no
-//! more than [`THREADS_MAX`] operations of a queue go on at the same time.
+//! The cost compared with io_uring: two context switches for each operation, and no more than
+//! [`THREADS_MAX`] operations of a queue in progress at the same time.
 //!
 //! **The fence** (docs/architecture.md) holds here as well, although no file is registered
-//! anywhere. What ends the lock is the last reference to its open file description, which is that
-//! in the process's table of descriptors. The table is shared by all threads, and each thread gives
-//! up its share of it in exit_files(), which it comes to only after it has left its system call:
-//! SIGKILL ends no thread in the middle of one. So the lock stays until the last thread has
-//! returned from what it was doing, whichever file that is on: a transfer that bypasses the page
-//! cache is waited for uninterruptibly, and one through the page cache copies from or to guest
-//! memory by itself, in the thread. (Not so with direct I/O over NFS, whose client lets a killed
-//! thread go while its requests are under way.)
+//! anywhere. The lock is released with the last reference to its open file description, which is
+//! the one in the process's descriptor table. The table is shared by all threads, and each thread
+//! drops its reference to it in exit_files(), which it reaches only after it has left its system
+//! call: SIGKILL does not end a thread in the middle of one. So the lock is held until the last
+//! thread has returned from its operation, on whichever file: a direct transfer is waited for
+//! uninterruptibly, and a transfer through the page cache is a copy from or to guest memory by the
+//! thread itself. (This does not hold for direct I/O over NFS, whose client lets a killed thread
+//! exit while its requests are in flight.)
 
 use std::collections::VecDeque;
 use std::io;
@@ -33,20 +33,20 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::{Action, Completion, Part};
 use crate::sync::lock;
 
-/// Threads of one ring: enough for a few slow reads to go on beside each other, few enough that
-/// many queues do not make thousands.
+/// Threads of one ring: enough for a few slow reads in parallel, few enough that many queues do not
+/// need thousands.
 const THREADS_MAX: usize = 4;
 
-/// The stack of a thread, in bytes: it makes one system call after the other.
+/// The stack of a thread, in bytes: it only makes system calls.
 const STACK_BYTES: usize = 64 << 10;
 
-/// The bell's place among the watched descriptors, whose data have fewer bits.
+/// The identifier of the bell among the watched descriptors, whose identifiers have fewer bits.
 const BELL: u64 = u64::MAX;
 
-/// Descriptors that one look can find ready; what is more is found by the next.
+/// The number of ready descriptors that one call can return; the next call returns the rest.
 const EVENTS_MAX: usize = 8;
 
-/// What a thread does with an operation: as io_uring, the bytes transferred or a negative errno.
+/// Performs an operation and returns, like io_uring, the bytes transferred or a negative errno.
 pub(super) type Perform = fn(&Operation) -> i32;
 
 /// One system call to be made.
@@ -61,11 +61,11 @@ pub(super) struct Operation {
     count: libc::c_int,
 }
 
-// SAFETY: the pointer is an address that the kernel reads; whoever submits a plan promises
-// (`Ring::submit`) that the buffers are valid, from whichever thread, and the ring keeps the list.
+// SAFETY: the pointer is an address that the kernel reads; the caller of `Ring::submit` promises
+// that the buffers are valid, from any thread, and the ring keeps the list.
 unsafe impl Send for Operation {}
 
-/// The threads of a ring, and what waits for them.
+/// The threads of a ring, and their queues.
 pub(super) struct Threads {
     common: Arc<Common>,
     threads: Vec<JoinHandle<()>>,
@@ -73,16 +73,16 @@ pub(super) struct Threads {
     files: Vec<RawFd>,
     epoll: Epoll,
     alarms: Vec<(Instant, u64)>,
-    /// To be handed over.
+    /// Operations to be handed over.
     begun: Vec<Operation>,
-    /// Fetched and not asked for yet.
+    /// Completions that were fetched and not reported yet.
     done: VecDeque<Completion>,
 }
 
-/// What a ring's owner and its threads share.
+/// State shared by a ring's owner and its threads.
 struct Common {
     work: Mutex<Work>,
-    /// There is an operation for a thread, or none will come.
+    /// There is an operation for a thread, or there will be no more.
     more: Condvar,
     /// `Work::done` is not empty.
     any_done: AtomicBool,
@@ -95,11 +95,11 @@ struct Common {
 struct Work {
     waiting: VecDeque<Operation>,
     done: Vec<Completion>,
-    /// Threads that wait for an operation, those included that have been woken and do not run yet.
+    /// Threads that wait for an operation, including those that were woken but do not run yet.
     idle: usize,
-    /// The owner wants to hear the bell.
+    /// The owner wants to be woken by the bell.
     owner_sleeps: bool,
-    /// There will be no more.
+    /// There will be no more operations.
     over: bool,
 }
 
@@ -131,7 +131,7 @@ impl Threads {
             begun: Vec::new(),
             done: VecDeque::new(),
         };
-        // One there must be. If later ones cannot be had it does the work alone.
+        // The first thread is required. If later ones cannot be started, it does all the work.
         threads.start_one()?;
         Ok(threads)
     }
@@ -159,7 +159,8 @@ impl Threads {
         // At most IOVECS_PER_OP_MAX.
         #[expect(clippy::cast_possible_truncation)]
         let count = iovecs.len() as libc::c_int;
-        // What is too far for the kernel becomes negative, which it refuses with EINVAL.
+        // An offset that is too large for the kernel becomes negative, which it refuses with
+        // EINVAL.
         let (at, len) = (at.cast_signed(), len.cast_signed());
         let iovecs = iovecs.as_ptr();
         self.begun.push(Operation { data, action, fd, at, len, iovecs, count });
@@ -176,8 +177,8 @@ impl Threads {
         Ok(())
     }
 
-    /// Hands over what is to be done, and fetches what was done; whether there is nothing to
-    /// report. With `wait` the bell rings when there is.
+    /// Hands over queued operations and fetches completions; returns whether there is nothing to
+    /// report. With `wait`, the bell then rings for the next completion.
     fn exchange(&mut self, wait: bool) -> bool {
         let must_lock = wait || !self.begun.is_empty() || self.wants_enter();
         if !must_lock {
@@ -199,7 +200,7 @@ impl Threads {
         nothing
     }
 
-    /// Fetches which descriptors have become ready.
+    /// Fetches the descriptors that have become ready.
     fn look(&mut self, timeout: EpollTimeout) -> io::Result<()> {
         let mut events = [EpollEvent::empty(); EVENTS_MAX];
         let ready = match self.epoll.wait(&mut events, timeout) {
@@ -208,7 +209,7 @@ impl Threads {
         };
         for event in &events[..ready] {
             if event.data() == BELL {
-                // Only so that it does not fill up.
+                // Only to keep it from overflowing.
                 _ = self.common.bell.read();
             } else {
                 self.report(event.data(), libc::POLLIN.into());
@@ -232,7 +233,7 @@ impl Threads {
         }
     }
 
-    /// Until the next alarm, rounded up to what epoll_wait(2) can tell apart.
+    /// The time to the next alarm, rounded up to the resolution of epoll_wait(2).
     fn until_alarm(&self) -> EpollTimeout {
         let Some(next) = self.alarms.iter().map(|(when, _)| *when).min() else {
             return EpollTimeout::NONE;
@@ -253,18 +254,18 @@ impl Threads {
 }
 
 impl Drop for Threads {
-    /// The ring has waited for all operations, so that no thread is in one.
+    /// The ring has waited for all operations, so no thread is executing one.
     fn drop(&mut self) {
         self.common.lock().over = true;
         self.common.more.notify_all();
         for thread in self.threads.drain(..) {
-            // A panic aborts the process in the profile that is shipped; here it has been printed.
+            // A panic aborts the process in the release profile; here it has already been printed.
             _ = thread.join();
         }
     }
 }
 
-/// What a thread does all its life.
+/// The body of a thread.
 fn serve(common: &Common) {
     let mut work = common.lock();
     loop {
@@ -276,7 +277,7 @@ fn serve(common: &Common) {
             common.any_done.store(true, Ordering::Release);
             if std::mem::take(&mut work.owner_sleeps) {
                 drop(work);
-                // It cannot fail: the owner reads it whenever it was written.
+                // This cannot fail: the owner reads it after every write.
                 _ = common.bell.write(1);
                 work = common.lock();
             }
@@ -293,7 +294,7 @@ fn serve(common: &Common) {
 /// Makes the system call.
 pub(super) fn perform(operation: &Operation) -> i32 {
     let &Operation { action, fd, at, len, iovecs, count, .. } = operation;
-    // SAFETY: the list stands in a plan that the ring keeps, and its buffers are valid, as the
+    // SAFETY: the list belongs to a plan that the ring keeps, and its buffers are valid, as the
     // caller of `Ring::submit` has promised, until the completion has been seen.
     let result = unsafe {
         match action {

@@ -1,4 +1,4 @@
-//! The engine that is io_uring.
+//! The io_uring engine.
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,7 +13,7 @@ use super::{Action, Completion, FileSlot, IOVECS_PER_OP_MAX, Part};
 /// only bounds how many go to the kernel with one system call.
 const ENTRIES_MAX: u32 = 256;
 
-/// What a ring asks the kernel to do, by number and by name.
+/// The operations that a ring needs, by number and by name.
 const OPERATIONS: [(u8, &str); 7] = [
     (opcode::Read::CODE, "IORING_OP_READ"),
     (opcode::Write::CODE, "IORING_OP_WRITE"),
@@ -24,20 +24,20 @@ const OPERATIONS: [(u8, &str); 7] = [
     (opcode::Timeout::CODE, "IORING_OP_TIMEOUT"),
 ];
 
-/// An io_uring, and what waits to be handed to it.
+/// An io_uring, and the entries to be handed to it.
 pub(super) struct Uring {
     uring: IoUring,
     /// Entries that did not fit into the submission queue.
     backlog: VecDeque<squeue::Entry>,
-    /// For the kernel to read when it takes the entry. All alarms of a ring share
-    /// it: the last one's time holds for any that have not been handed over yet.
+    /// The kernel reads it when it takes the entry. All alarms of a ring share it: the last one's
+    /// time applies to any that have not been handed over yet.
     alarm: Box<types::Timespec>,
-    /// Where touches read to. Nobody looks at it.
+    /// The target of touches. Its content is never used.
     touched: Box<[u8; 1]>,
 }
 
-// SAFETY: everything in it is owned by it; the raw pointers in the backlog are
-// addresses that the caller of `Ring::submit` vouches for.
+// SAFETY: a Uring owns everything in it; the raw pointers in the backlog are addresses that the
+// caller of `Ring::submit` vouches for.
 unsafe impl Send for Uring {}
 
 impl Uring {
@@ -51,7 +51,7 @@ impl Uring {
             .setup_taskrun_flag()
             .setup_submit_all()
             .build(entries)
-            // Kernels before 6.1 know less; the ring works without.
+            // Kernels before 6.1 support fewer flags; the ring works without.
             .or_else(|e| match e.raw_os_error() {
                 Some(libc::EINVAL) => IoUring::new(entries),
                 _ => Err(e),
@@ -63,7 +63,7 @@ impl Uring {
         Ok(Self { uring, backlog: VecDeque::new(), alarm, touched })
     }
 
-    /// An operation of [`OPERATIONS`] that the kernel does not know.
+    /// An operation of [`OPERATIONS`] that the kernel does not support.
     pub(super) fn missing_operation(&self) -> io::Result<Option<&'static str>> {
         let mut probe = Probe::new();
         self.uring.submitter().register_probe(&mut probe)?;
@@ -115,9 +115,8 @@ impl Uring {
             match self.uring.submitter().submit_and_wait(usize::from(wait_now)) {
                 Ok(_) => {}
                 Err(e) if e.raw_os_error() == Some(libc::EINTR) => return Ok(()),
-                // The kernel is out of memory for now, or wants its
-                // completions fetched first: the caller does that and comes
-                // back.
+                // The kernel is out of memory for now, or wants its completions fetched first: the
+                // caller does that and tries again.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
                     return Ok(());
                 }

@@ -30,16 +30,16 @@ use crate::storage::{
     Access, BootId, Env, FILE_BLOCK, FileId, FileKind, FileStat, LockError, LockKind, PAGE, Storage,
 };
 
-/// What direct I/O must be aligned to where the kernel does not say (statx has said since Linux
-/// 6.1): no disk wants more.
+/// The alignment for direct I/O if the kernel does not report it (statx has since Linux 6.1): no
+/// disk needs more.
 const DIRECT_ALIGN_DEFAULT: u32 = 4096;
 
-/// Fewer bytes go through the page cache, where the kernel makes larger transfers of them.
+/// Fewer bytes go through the page cache, where the kernel combines them into larger transfers.
 const LARGE_MIN: usize = 128 << 10;
-/// The number of cachestat(2), Linux 6.5, on all architectures but Alpha.
+/// The number of cachestat(2), Linux 6.5, on all architectures except Alpha.
 const SYS_CACHESTAT: libc::c_long = 451;
 
-/// A real file: a description that goes through the page cache, and maybe a second one that
+/// A real file: a description that goes through the page cache, and perhaps a second one that
 /// bypasses it.
 ///
 /// Every method here uses the buffered one; the direct one is for the worker's data, see
@@ -51,10 +51,10 @@ pub struct File {
     kind: FileKind,
     /// See [`FileStat::logical_block`].
     logical_block: u32,
-    /// Whether the file system is asked for holes; found out when that is wanted.
+    /// Whether the file system can be asked for holes; determined on first use.
     knows_holes: OnceLock<bool>,
-    /// For large transfers past the page cache: opened when the first comes; `None` where the file
-    /// system cannot. It has no lock, since nothing outlasts the call that uses it.
+    /// For large transfers that bypass the page cache: opened on first use; `None` if the file
+    /// system does not support it. It has no lock, since no I/O on it outlasts the call.
     large: OnceLock<Option<fs::File>>,
 }
 
@@ -93,15 +93,15 @@ impl File {
                 libc::O_RDONLY => Access::Read,
                 _ => Access::ReadWrite,
             };
-            // By descriptor: it may have no name.
+            // By descriptor, since it may have no name.
             let path = descriptor_path(&self.buffered);
             open_options(access).custom_flags(libc::O_DIRECT).open(path).ok()
         };
         self.large.get_or_init(open).as_ref()
     }
 
-    /// Whether most of `len` bytes from `at` are in the page cache; so it seems as well where the
-    /// kernel does not say.
+    /// Whether most of `len` bytes from `at` are in the page cache; also true if the kernel cannot
+    /// tell.
     fn is_cached(&self, at: u64, len: u64) -> bool {
         #[repr(C)]
         struct Range {
@@ -120,11 +120,11 @@ impl File {
         result != 0 || counts[0] * PAGE as u64 >= len / 2
     }
 
-    /// A file of descriptions that another process has opened and locked; `direct` bypasses the
+    /// A file from descriptions that another process has opened and locked; `direct` bypasses the
     /// page cache.
     ///
     /// # Errors
-    /// What fstat(2) says.
+    /// Errors of fstat(2).
     pub fn inherit(buffered: OwnedFd, direct: Option<OwnedFd>) -> io::Result<Self> {
         let mut file = Self::new(buffered.into())?;
         let direct = direct.map(fs::File::from);
@@ -139,24 +139,25 @@ impl File {
         self.buffered.as_fd()
     }
 
-    /// The description that bypasses the page cache (`O_DIRECT`) and what it asks of each transfer.
+    /// The description that bypasses the page cache (`O_DIRECT`), and its alignment requirements.
     /// It carries a lock of its own: register it in every ring that uses it. Pieces that do not fit
     /// its alignment go through [`File::buffered`]. The kernel keeps the two coherent for reads,
-    /// and for writes only if they are of different pages: where some writes are buffered, those of
-    /// a part of a page all have to be.
+    /// but for writes only if they are to different pages: if some writes to parts of a page are
+    /// buffered, all of them must be.
     pub fn direct(&self) -> Option<(BorrowedFd<'_>, DirectAlign)> {
         self.direct.as_ref().map(|direct| (direct.file.as_fd(), direct.align))
     }
 
-    /// Gives up the lock. Else it falls when the last reference to the descriptions goes, and the
-    /// kernel takes its time to take the rings apart in which they were registered. No I/O may be
-    /// under way.
+    /// Releases the lock. Otherwise it is released with the last reference to the descriptions, and
+    /// the kernel takes its time to tear down the rings in which they were registered. No I/O may
+    /// be in progress.
     pub fn unlock(&self) -> io::Result<()> {
         unlock(&self.buffered)?;
         self.direct.as_ref().map_or(Ok(()), |direct| unlock(&direct.file))
     }
 
-    /// Zeros are written on a file system without holes, and where a device has not a whole block.
+    /// Zeros are written on a file system without holes, and for parts of a device that are not
+    /// whole blocks.
     fn fallocate_or_zeros(&self, mode: FallocateFlags, at: ByteOffset, len: u64) -> io::Result<()> {
         let blocks = whole_blocks(at, len, self.logical_block);
         let (end, blocks_end) = (at.get() + len, blocks.end);
@@ -214,7 +215,7 @@ impl Storage for File {
             return self.read_exact_at(buf, at);
         };
         match large.read_exact_at(&mut buf[middle.clone()], place(middle.start)) {
-            // It wants another alignment, or the file ends before a whole page.
+            // Another alignment is required, or the file ends before a whole page.
             Err(err)
                 if err.raw_os_error() == Some(libc::EINVAL)
                     || err.kind() == io::ErrorKind::UnexpectedEof =>
@@ -233,7 +234,7 @@ impl Storage for File {
         };
         let place = |index: usize| at.get() + index as u64;
         match large.write_all_at(&buf[middle.clone()], place(middle.start)) {
-            // It wants another alignment, or a short write has left less than that.
+            // Another alignment is required, or a short write has left a partial page.
             Err(err) if err.raw_os_error() == Some(libc::EINVAL) => {
                 return self.write_all_at(buf, at);
             }
@@ -286,12 +287,13 @@ impl Storage for File {
 
     fn check_writeback(&self) -> io::Result<()> {
         let fd = self.buffered.as_raw_fd();
-        // It waits for the first page only; what it then looks at is of the whole file.
+        // It waits for the first page only; the error state that it then checks is that of the
+        // whole file.
         // SAFETY: no memory is involved, and the descriptor is open.
         let result = unsafe { libc::sync_file_range(fd, 0, 1, libc::SYNC_FILE_RANGE_WAIT_BEFORE) };
         match (result, Errno::last()) {
             (0, _) => Ok(()),
-            // A file system or a sandbox that does not know it does not say.
+            // A file system or a sandbox without support reports nothing.
             (_, Errno::EINVAL | Errno::ESPIPE | Errno::ENOSYS | Errno::EPERM) => Ok(()),
             (_, errno) => Err(errno.into()),
         }
@@ -305,7 +307,7 @@ impl Storage for File {
     fn stamp(&self, mtime: Timestamp) -> io::Result<()> {
         let leave = TimeSpec::new(0, libc::UTIME_OMIT);
         futimens(&self.buffered, &leave, &TimeSpec::new(mtime.secs(), mtime.nanos().into()))?;
-        // fdatasync leaves times out.
+        // fdatasync does not sync timestamps.
         self.buffered.sync_all()
     }
 
@@ -318,7 +320,7 @@ impl Storage for File {
             FileKind::Regular => {
                 fstatfs(&self.buffered).is_ok_and(|fs| is_believed(fs.filesystem_type()))
             }
-            // Its node may be on a file system that is.
+            // The node's file system says nothing about the device.
             _ => false,
         })
     }
@@ -407,7 +409,7 @@ impl Env for Host {
         // O_NONBLOCK: opening a pipe by mistake must not wait for its other end.
         let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
         let file = open_options(access).custom_flags(flags).open(path)?;
-        // It means nothing to files and disks, but io_uring on some kernels would not wait for
+        // It has no effect on files and disks, but io_uring on some kernels would not wait for
         // them.
         fcntl(&file, FcntlArg::F_SETFL(OFlag::empty()))?;
         File::new(file)
@@ -434,7 +436,7 @@ impl Env for Host {
             Ok((self.create_new(&name)?, Some(name)))
         };
         if !shows_descriptors() {
-            // What has no name could not be given one.
+            // Without /proc a nameless file could not be linked to a name later.
             return named();
         }
         let mut options = open_options(Access::ReadWrite);
@@ -545,9 +547,9 @@ fn kind_of(meta: &fs::Metadata) -> FileKind {
     }
 }
 
-/// The part of `len` bytes at `at` that is whole blocks of `block` bytes, a power of two: what a
-/// block device can discard and zero by itself. Where there is none the range is empty and lies at
-/// the end.
+/// The part of `len` bytes at `at` that consists of whole blocks of `block` bytes, a power of two:
+/// a block device can discard and zero only those. If there is none, the range is empty and at the
+/// end.
 #[must_use]
 pub fn whole_blocks(at: ByteOffset, len: u64, block: u32) -> Range<u64> {
     let (block, end) = (u64::from(block), at.get() + len);
@@ -572,7 +574,8 @@ fn off_t(value: u64) -> io::Result<i64> {
     i64::try_from(value).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
-/// What the kernel asks of direct I/O on this file, or the safe default where it does not say.
+/// The kernel's alignment requirements for direct I/O on this file, or the safe default if it does
+/// not report them.
 fn direct_align(file: &fs::File, logical_block: u32) -> DirectAlign {
     let default = DIRECT_ALIGN_DEFAULT.max(logical_block);
     let unknown = DirectAlign { memory: default, offset: default };
@@ -599,8 +602,8 @@ fn direct_align(file: &fs::File, logical_block: u32) -> DirectAlign {
     }
 }
 
-/// The whole pages of `buf`, which are whole pages of the file as well if address and offset agree
-/// in their place in a page; `None` if they do not, or if that is little.
+/// The whole pages of `buf` that are whole pages of the file as well; `None` if address and offset
+/// differ in their position within a page, or if there is too little.
 fn direct_part(buf: &[u8], at: ByteOffset) -> Option<Range<usize>> {
     let into = usize::try_from(at.get() % PAGE as u64).ok()?;
     let start = into.next_multiple_of(PAGE) - into;
@@ -687,7 +690,7 @@ mod tests {
             (0, 0, len),
             (0, 8192, LARGE_MIN),
             (0, 8192, LARGE_MIN - 1),
-            // As far into a page in memory as in the file, and not.
+            // At the same position within a page in memory and in the file, and not.
             (512, 4096 + 512, len),
             (4095, 4095, len),
             (512, 0, len),

@@ -1,14 +1,14 @@
-//! Which file systems are believed when they say where a file has holes.
+//! Which file systems are trusted when they report where a file has holes.
 
 use nix::sys::statfs::{
     BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, F2FS_SUPER_MAGIC, FsType, TMPFS_MAGIC,
 };
 
-/// Those whose answer takes in what is in the page cache and not written yet, and that can be asked
-/// from the first to the last byte: what they call a hole reads as zeros. The same answer is relied
-/// on for ever, for a base, and for bits of sectors that a dead daemon acknowledged, so whoever is
-/// not known is not asked, and everything counts as data. That is always right and costs time. In
-/// particular:
+/// Trusted are those whose answer includes dirty data in the page cache, and that can be asked at
+/// every offset: what they report as a hole reads as zeros. The same answer is relied on
+/// permanently, for a base, and for the bits of sectors that a dead daemon acknowledged. So an
+/// unknown file system is not asked, and everything counts as data. That is always correct and
+/// costs time. In particular:
 ///
 /// - ZFS said of data that was just written that it is a hole (OpenZFS 15526, 6050, 11900). A sync of the file before the
 ///   question writes ZFS's intent log and leaves the block tree, which is what is asked, as it is.
@@ -16,7 +16,7 @@ use nix::sys::statfs::{
 ///   page cache, or answer from a file system that is on none of the lists.
 /// - overlayfs hands it to a file system that it does not name.
 const BELIEVED: [FsType; 5] = [
-    // ext2, ext3 and ext4. (ext2 says that all is data.)
+    // ext2, ext3 and ext4. (ext2 reports everything as data.)
     EXT4_SUPER_MAGIC,
     XFS_MAGIC,
     BTRFS_SUPER_MAGIC,
@@ -28,7 +28,7 @@ const BELIEVED: [FsType; 5] = [
 /// "XFSB". (In `nix` not for musl.)
 const XFS_MAGIC: FsType = FsType(0x5846_5342);
 
-/// Whether a file system of this kind is asked for the holes of its files.
+/// Whether a file system of this kind can be asked for the holes of its files.
 pub(crate) fn is_believed(kind: FsType) -> bool {
     BELIEVED.contains(&kind)
 }

@@ -1,10 +1,10 @@
 //! Locks on open file descriptions (OFD locks).
 //!
-//! An OFD lock falls only when the last reference to its description goes, and a request in flight
+//! An OFD lock is released only with the last reference to its description, and a request in flight
 //! in an io_uring is such a reference. A successor that gets the lock therefore knows that its
 //! predecessor's I/O has ended. This holds for each description that does I/O: the buffered one
-//! locks `[0, 2^62)` and the direct one `[2^62, 2^63)`; where there is no direct one the buffered
-//! one locks both. They conflict with the POSIX whole-file lock of UML's ubd driver.
+//! locks `[0, 2^62)` and the direct one `[2^62, 2^63)`; without a direct one the buffered one locks
+//! both. They conflict with the POSIX whole-file lock of UML's ubd driver.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -15,7 +15,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use crate::storage::{LockError, LockKind};
 
 /// Where the range of the direct description begins: far past any data, and half of what `off_t`
-/// can say.
+/// can express.
 const DIRECT_START: i64 = 1 << 62;
 
 /// The part of a file's lock space that one description locks.
@@ -58,7 +58,7 @@ pub(crate) fn try_lock(file: impl AsFd, kind: LockKind, range: LockRange) -> Res
     }
 }
 
-/// Gives up whatever the description has locked.
+/// Releases everything that the description has locked.
 pub(crate) fn unlock(file: impl AsFd) -> io::Result<()> {
     let mut request = flock(LockKind::Shared, LockRange::Whole);
     // 2: no truncation.
@@ -80,10 +80,10 @@ fn holder(file: impl AsFd, kind: LockKind, range: LockRange) -> Option<i32> {
 
 /// Whether QEMU has the file open for writing.
 ///
-/// Its locks are all shared ones: byte 100 + n is locked by who does the n-th of a list of things
-/// with the file, of which writing is number 1 (`block/file-posix.c`,
-/// `include/block/block-common.h`). Who holds our own shared lock keeps QEMU from it, and locks
-/// from byte 0 on.
+/// All its locks are shared: byte 100 + n is locked by a process that does the n-th of a list of
+/// things with the file, of which writing is number 1 (`block/file-posix.c`,
+/// `include/block/block-common.h`). Our own shared lock keeps QEMU from writing, and locks from
+/// byte 0 on.
 fn qemu_writes(file: impl AsFd) -> bool {
     let mut answer = flock(LockKind::Exclusive, LockRange::Whole);
     (answer.l_start, answer.l_len) = (QEMU_WRITES, 1);
@@ -149,7 +149,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
         std::fs::write(&path, [0; 4096]).unwrap();
-        // The second: as the kernel tells of neighbouring bytes.
+        // The second: the kernel merges neighbouring bytes in its answer.
         for (start, len, writes) in
             [(101, 1, true), (100, 4, true), (100, 1, false), (201, 1, false)]
         {
@@ -160,7 +160,7 @@ mod tests {
             let ours = open(&path, false);
             assert_eq!(held(ours.try_lock(LockKind::Shared)), writes, "{start} {len}");
             assert!(held(ours.try_lock(LockKind::Exclusive)));
-            // A second reader of ours is no writer.
+            // A second reader of ours is not a writer.
             if !writes {
                 ours.try_lock(LockKind::Shared).unwrap();
                 open(&path, false).try_lock(LockKind::Shared).unwrap();
@@ -175,7 +175,7 @@ mod tests {
         std::fs::write(&path, [0; 4096]).unwrap();
         let file = open(&path, true);
         file.try_lock(LockKind::Exclusive).unwrap();
-        // What a ring keeps alive when the process is gone.
+        // The reference that a ring keeps alive after the process has died.
         let in_flight = file.direct().unwrap().0.try_clone_to_owned().unwrap();
         drop(file);
         assert!(held(open(&path, false).try_lock(LockKind::Exclusive)));

@@ -1,8 +1,8 @@
-//! What a format needs of the place where it is stored, and of the names around it.
+//! What the formats need from the underlying storage, and from the file names around it.
 //!
-//! [`Storage`] is one file, [`Env`] the directory tree, the clock of boots and the locks. Both
-//! exist for the real system ([`crate::storage::file`]) and for the simulated disk
-//! (`crate::testing::sim`), so that exactly the same code runs on both.
+//! [`Storage`] is one file; [`Env`] is the directory tree, the boot id and the page cache's
+//! witness. Both are implemented for the real system ([`crate::storage::file`]) and for the
+//! simulated disk (`crate::testing::sim`), so that exactly the same code runs on both.
 
 pub mod file;
 pub(crate) mod filesystem;
@@ -21,7 +21,7 @@ use cow_format::header::CacheWitness;
 use cow_format::identity::{ActualIdentity, Inode, Timestamp};
 use uuid::Uuid;
 
-/// What a file is.
+/// The type of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileKind {
     /// A regular file.
@@ -45,10 +45,10 @@ impl fmt::Display for FileKind {
     }
 }
 
-/// Which file it is and what can be known of it without reading it.
+/// A file's identity and everything known about it without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileStat {
-    /// Device and inode number: two descriptions of one file agree in both.
+    /// Device and inode number: equal for two descriptions of one file.
     pub id: FileId,
     /// What the file is.
     pub kind: FileKind,
@@ -56,30 +56,29 @@ pub struct FileStat {
     pub size: u64,
     /// When the content last changed.
     pub mtime: Timestamp,
-    /// When the inode was created, where the file system knows it: tells apart two files that had
+    /// When the inode was created, if the file system records it: distinguishes two files that had
     /// the same number.
     pub born: Option<Timestamp>,
-    /// Bytes that are really allocated (`st_blocks` · 512, as `ls -s` counts them).
+    /// Bytes that are actually allocated (`st_blocks` · 512, as `ls -s` counts them).
     pub allocated: u64,
-    /// Of a block device, its logical block in bytes: what does not begin and end at a multiple of
-    /// it is read, changed and written by the page cache, and can be neither discarded nor zeroed.
-    /// 512 for any other file.
+    /// The logical block size of a block device in bytes: transfers that do not begin and end at a
+    /// multiple of it are read, modified and written by the page cache, and such ranges can be
+    /// neither discarded nor zeroed. 512 for any other file.
     pub logical_block: u32,
 }
 
 impl FileStat {
-    /// How the file is known as a backing file; `layer` is what its native header says, if it has
-    /// one.
+    /// The file's identity as a backing file; `layer` is from its native header, if it has one.
     pub fn identity(&self, layer: Option<(Uuid, u64)>) -> ActualIdentity {
         let device = self.kind == FileKind::BlockDevice;
-        // The node's inode says nothing of the device, and is made anew with each boot.
+        // The node's inode says nothing about the device, and is created again at each boot.
         let born = self.born.filter(|_| !device);
         let inode = born.map(|born| Inode { number: self.id.ino, born });
         ActualIdentity { size: self.size, mtime: self.mtime, device, inode, layer }
     }
 }
 
-/// The logical block of a file that is no block device, in bytes.
+/// The logical block size of a file that is not a block device, in bytes.
 pub const FILE_BLOCK: u32 = 512;
 const _: () = assert!(FILE_BLOCK as u64 == SECTOR_SIZE);
 
@@ -111,16 +110,17 @@ pub enum Access {
     ReadWrite,
 }
 
-/// What a lock allows others.
+/// What a lock allows other openings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockKind {
     /// Others may hold shared locks.
     Shared,
-    /// Nobody else may hold any lock.
+    /// No other lock may be held.
     Exclusive,
 }
 
-/// The boot id of the host, the 16 bytes of its UUID: what is in the page cache lives no longer.
+/// The boot id of the host, the 16 bytes of its UUID: the content of the page cache does not
+/// outlive it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct BootId(pub [u8; 16]);
 
@@ -136,33 +136,34 @@ pub(crate) static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 /// One open file.
 ///
 /// A write that returned is in the page cache (it outlives the process); only [`Storage::sync`]
-/// makes it outlive a power cut. No method moves a shared file position that another depends on.
+/// makes it outlive a power cut. No method moves a shared file position.
 pub trait Storage: Send + Sync {
-    /// Reads into `buf` from `at`; fewer bytes than asked for only at the end of the file.
+    /// Reads into `buf` from `at`; returns fewer bytes than requested only at the end of the file.
     fn read_at(&self, buf: &mut [u8], at: ByteOffset) -> io::Result<usize>;
 
-    /// Writes all of `buf` at `at`, lengthening the file if it must.
+    /// Writes all of `buf` at `at`, extending the file if necessary.
     fn write_all_at(&self, buf: &[u8], at: ByteOffset) -> io::Result<()>;
 
-    /// As [`Storage::read_exact_at`]; what is long enough and not in the page cache bypasses that,
-    /// if the file system can and address and offset have the same place in a page of 4 KiB.
+    /// As [`Storage::read_exact_at`]; a transfer that is long enough and not in the page cache
+    /// bypasses it, if the file system supports that, and address and offset have the same position
+    /// within a page of 4 KiB.
     fn read_large_at(&self, buf: &mut [u8], at: ByteOffset) -> io::Result<()> {
         self.read_exact_at(buf, at)
     }
 
-    /// As [`Storage::write_all_at`]; what is long enough bypasses the page cache, under the same
-    /// conditions.
+    /// As [`Storage::write_all_at`]; a transfer that is long enough bypasses the page cache, under
+    /// the same conditions.
     fn write_large_at(&self, buf: &[u8], at: ByteOffset) -> io::Result<()> {
         self.write_all_at(buf, at)
     }
 
     /// Whether large writes bypass the page cache. Then several threads can write at the same time;
-    /// through the page cache they take turns.
+    /// through the page cache they are serialised.
     fn bypasses_cache(&self) -> bool {
         false
     }
 
-    /// Writes `len` bytes of zeros at `at`, which then have their blocks as any other data has.
+    /// Writes `len` bytes of zeros at `at`, which allocates blocks like any other data.
     fn write_zeros(&self, at: ByteOffset, len: u64) -> io::Result<()> {
         let mut done = 0;
         while done < len {
@@ -173,40 +174,42 @@ pub trait Storage: Send + Sync {
         Ok(())
     }
 
-    /// Makes `len` bytes at `at` read as zeros and frees their space where it can; the length
+    /// Makes `len` bytes at `at` read as zeros and frees their space where possible; the length
     /// stays.
     fn punch(&self, at: ByteOffset, len: u64) -> io::Result<()>;
 
-    /// Makes `len` bytes at `at` read as zeros and keeps (or takes) their space; the length stays.
+    /// Makes `len` bytes at `at` read as zeros and keeps (or allocates) their space; the length
+    /// stays.
     fn zero_keep_allocated(&self, at: ByteOffset, len: u64) -> io::Result<()>;
 
     /// Makes every completed write and the file's length outlive a power cut (fdatasync). After an
-    /// error nothing is known of the writes since the last success, and calling again does not
-    /// repair that.
+    /// error the state of all writes since the last success is unknown, and calling it again does
+    /// not repair that.
     fn sync(&self) -> io::Result<()>;
 
-    /// Writes all of `buf` at `at` and makes that outlive a power cut; it says nothing of other
-    /// writes. After an error nothing is known of this one, and repeating it does not repair that.
+    /// Writes all of `buf` at `at` and makes that outlive a power cut; this says nothing about
+    /// other writes. After an error the state of this one is unknown, and repeating it does not
+    /// repair that.
     fn write_durably(&self, buf: &[u8], at: ByteOffset) -> io::Result<()>;
 
-    /// An error if the kernel could not write something of this file to the disk, at any time since
-    /// somebody last was told so: then what the page cache shows may be nowhere else. Each opening
-    /// is told once, so ask before the first sync. Writes nothing.
+    /// Returns an error if the kernel failed to write some of this file to the disk at any time
+    /// since the last report: then the page cache may be the only copy. Each opening gets the
+    /// report once, so call this before the first sync. Writes nothing.
     fn check_writeback(&self) -> io::Result<()>;
 
-    /// Forgets what the page cache has of this file and is not waiting to be written: from then on
-    /// reads show what is on the disk. After a failed write to the disk the two can differ.
+    /// Drops the clean pages of this file from the page cache: from then on reads return what is on
+    /// the disk. After a failed write to the disk the two can differ.
     fn drop_cache(&self) -> io::Result<()>;
 
-    /// Sets the time of the last change, and makes it outlive a power cut, with all that
-    /// [`Storage::sync`] does.
+    /// Sets the modification time, and makes it outlive a power cut, with everything that
+    /// [`Storage::sync`] covers.
     fn stamp(&self, mtime: Timestamp) -> io::Result<()>;
 
     /// Sets the file's length in bytes.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
-    /// The next range of bytes at or after `from` that may be other than zeros; `None` when only a
-    /// hole follows. Where the holes are not known all is data up to the end.
+    /// The next range of bytes at or after `from` that may not be zeros; `None` if only a hole
+    /// follows. If holes are unknown, everything up to the end is data.
     fn next_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>> {
         if self.knows_holes() {
             return self.seek_data(from);
@@ -215,14 +218,14 @@ pub trait Storage: Send + Sync {
         Ok((from < end).then_some(from..end))
     }
 
-    /// Whether the file system can be believed when it says where the holes are.
+    /// Whether the file system is trusted when it reports holes.
     fn knows_holes(&self) -> bool;
 
-    /// What the file system says of [`Storage::next_data`]; only that asks it.
+    /// The file system's answer for [`Storage::next_data`]; only that calls it.
     fn seek_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>>;
 
-    /// Lets `len` bytes at `to` share the space of those at `at` in `from`, which costs no copy and
-    /// no space; false if the file system cannot do that for these two (another file system,
+    /// Makes `len` bytes at `to` share the space of those at `at` in `from`, without a copy;
+    /// returns false if the file system does not support that for these two (another file system,
     /// another alignment).
     fn share_from(&self, from: &Self, at: ByteOffset, len: u64, to: ByteOffset) -> io::Result<bool>
     where
@@ -232,7 +235,7 @@ pub trait Storage: Send + Sync {
         Ok(false)
     }
 
-    /// Which file this is; asks the system anew each time.
+    /// The file's metadata, queried at each call.
     fn stat(&self) -> io::Result<FileStat>;
 
     /// Takes a lock on the whole file that conflicts with every other opening of it, or fails at
@@ -249,7 +252,7 @@ pub trait Storage: Send + Sync {
         Ok(self.len()? == 0)
     }
 
-    /// Fills `buf` from `at`; the end of the file before that is `UnexpectedEof`.
+    /// Fills `buf` from `at`; if the file ends before that, the error is `UnexpectedEof`.
     fn read_exact_at(&self, buf: &mut [u8], at: ByteOffset) -> io::Result<()> {
         match self.read_at(buf, at)? {
             n if n == buf.len() => Ok(()),
@@ -265,15 +268,15 @@ pub trait Storage: Send + Sync {
     }
 }
 
-/// Why a lock was not taken.
+/// Why a lock could not be taken.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LockError {
     /// Another opening of the file holds a lock that conflicts.
     #[error("{}", held_by(.pid))]
     Held {
-        /// The process, where the system knows one (it does not for an OFD lock, which belongs to
-        /// no process).
+        /// The process, if the system knows one (it does not for an OFD lock, which belongs to no
+        /// process).
         pid: Option<i32>,
     },
     /// The file system has no locks (NFS without a lock manager, Lustre without `flock`, some of
@@ -292,28 +295,28 @@ fn held_by(pid: &Option<i32>) -> String {
     }
 }
 
-/// Names, boots and the opening of files: everything outside the files themselves.
+/// Names, boots and opening files: everything outside the files themselves.
 pub trait Env: Clone + Send + Sync + 'static {
     /// An open file.
     type File: Storage;
 
-    /// Opens an existing file. A directory or other odd thing may open too: the caller looks at
+    /// Opens an existing file. Directories and special files may open too: the caller checks
     /// [`Storage::stat`].
     fn open(&self, path: &Path, access: Access) -> io::Result<Self::File>;
 
-    /// Adds a second description that bypasses the page cache for data, with the lock that belongs
-    /// to it (a range of its own: call it before [`Storage::try_lock`]).
+    /// Adds a second description that bypasses the page cache for data, with a lock range of its
+    /// own: call it before [`Storage::try_lock`].
     fn with_direct(&self, file: Self::File, access: Access) -> io::Result<Self::File>;
 
-    /// Creates a file, open for reading and writing, in the directory of `near`, that nobody finds
-    /// until it is published: without a name where the file system can, else with the temporary
-    /// name that is returned.
+    /// Creates a file in the directory of `near`, open for reading and writing, that is invisible
+    /// until it is published: without a name if the file system supports that, otherwise with the
+    /// temporary name that is returned.
     fn create_unpublished(&self, near: &Path) -> io::Result<(Self::File, Option<PathBuf>)>;
 
     /// Gives an unpublished file the name `to`, which must not exist (`AlreadyExists` otherwise).
     fn publish(&self, file: &Self::File, temporary: Option<&Path>, to: &Path) -> io::Result<()>;
 
-    /// Gives an unpublished file the name `to`, in one step in place of a file that has it.
+    /// Gives an unpublished file the name `to`, replacing an existing file in one step.
     fn publish_over(
         &self,
         file: &Self::File,
@@ -321,19 +324,19 @@ pub trait Env: Clone + Send + Sync + 'static {
         to: &Path,
     ) -> io::Result<()>;
 
-    /// Creates a file at once under its name, which must not exist.
+    /// Creates a file directly under its name, which must not exist.
     fn create_new(&self, path: &Path) -> io::Result<Self::File>;
 
     /// Removes a name.
     fn remove(&self, path: &Path) -> io::Result<()>;
 
-    /// Makes changes of names in the directory that holds `path` outlive a power cut.
+    /// Makes changes of names in the directory of `path` outlive a power cut.
     fn sync_parent(&self, path: &Path) -> io::Result<()>;
 
     /// The absolute path of an existing file, with every symbolic link resolved.
     fn canonical(&self, path: &Path) -> io::Result<PathBuf>;
 
-    /// `path` from the root on, symbolic links as they are.
+    /// `path` made absolute, with symbolic links left as they are.
     fn absolute(&self, path: &Path) -> io::Result<PathBuf>;
 
     /// Whether something has this name (a dangling symbolic link has).
@@ -342,6 +345,7 @@ pub trait Env: Clone + Send + Sync + 'static {
     /// The boot id of the running system.
     fn boot_id(&self) -> io::Result<BootId>;
 
-    /// Which life of the page cache holds `file`, within the boot; `None` where nobody can tell.
+    /// The witness of the page cache instance that holds `file`, within the boot; `None` if it
+    /// cannot be determined.
     fn cache_witness(&self, file: &Self::File) -> Option<CacheWitness>;
 }

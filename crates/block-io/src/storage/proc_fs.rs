@@ -1,5 +1,5 @@
-//! What is needed of /proc, of which a process may see little or nothing: systemd's
-//! `ProcSubset=pid` hides /proc/sys, and in a chroot there may be no /proc at all.
+//! Access to /proc, of which a process may see little or nothing: systemd's `ProcSubset=pid` hides
+//! /proc/sys, and in a chroot there may be no /proc at all.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -7,19 +7,19 @@ use std::path::{Path, PathBuf};
 
 const DESCRIPTORS: &str = "/proc/self/fd";
 
-/// Opening this opens the same inode once more, whatever its name is by now.
+/// Opening this path opens the same inode again, whatever its name is by now.
 #[must_use]
 pub fn descriptor_path(file: impl AsFd) -> PathBuf {
     Path::new(DESCRIPTORS).join(file.as_fd().as_raw_fd().to_string())
 }
 
-/// Whether the paths of [`descriptor_path`] lead anywhere.
+/// Whether the paths of [`descriptor_path`] work.
 #[must_use]
 pub fn shows_descriptors() -> bool {
     Path::new(DESCRIPTORS).exists()
 }
 
-/// What to say of an error that came of using a [`descriptor_path`].
+/// Explains an error that came from using a [`descriptor_path`].
 pub(crate) fn explain(err: io::Error) -> io::Error {
     if err.kind() != io::ErrorKind::NotFound || shows_descriptors() {
         return err;
@@ -29,7 +29,7 @@ pub(crate) fn explain(err: io::Error) -> io::Error {
     io::Error::new(io::ErrorKind::NotFound, said)
 }
 
-/// What to say if the boot id cannot be read.
+/// Explains why the boot id cannot be read.
 pub(crate) fn explain_boot_id(err: io::Error) -> io::Error {
     if err.kind() != io::ErrorKind::NotFound {
         return err;

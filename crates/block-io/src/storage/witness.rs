@@ -1,10 +1,10 @@
-//! What is known of the page cache that holds a file: which boot of the host it is, and which life
-//! of the file system's page cache within that boot (`docs/spec/format-native.md` section 6).
+//! Identifies the page cache that holds a file: the boot of the host, and the instance of the file
+//! system's page cache within that boot (`docs/spec/format-native.md` section 6).
 //!
-//! A page cache can go without a reboot: a file system shuts itself down, a thin device runs full,
-//! a device goes away; then it is unmounted and mounted again. What the kernel has of a file system
-//! while its superblock lives is its directory in sysfs. kernfs numbers inodes upwards for as long
-//! as the host runs, so that a directory which was made anew has another number, and the number is
+//! A page cache can be lost without a reboot: a file system shuts itself down, a thin device runs
+//! full, a device disappears; then it is unmounted and mounted again. The visible trace of a
+//! superblock is its directory in sysfs. kernfs numbers inodes upwards for as long as the host
+//! runs, so a directory that was removed and created again has another number, and the number is
 //! the same in all mount namespaces. A block device's diskseq would add nothing: a device that
 //! comes back needs a new superblock.
 
@@ -36,12 +36,12 @@ const SYSFS_NAME_MAX: usize = 128;
 /// `_IOR(0x94, 31, struct btrfs_ioctl_fs_info_args)`.
 const BTRFS_IOC_FS_INFO: libc::c_ulong = 0x8400_941f;
 const BTRFS_FS_INFO_LEN: usize = 1024;
-/// Where that structure has the file system's UUID.
+/// The offset of the file system's UUID in that structure.
 const BTRFS_FS_INFO_FSID: std::ops::Range<usize> = 16..32;
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// The witness of the page cache that holds `file`; `None` where nothing can be known.
+/// The witness of the page cache that holds `file`; `None` if it cannot be determined.
 pub(crate) fn of(file: &File) -> Option<CacheWitness> {
     let kind = fstatfs(file).ok()?.filesystem_type();
     if [TMPFS_MAGIC, FsType(RAMFS_MAGIC as _)].contains(&kind) {
@@ -67,7 +67,7 @@ fn superblock_dir(file: &File, kind: FsType) -> Option<PathBuf> {
     Some(root.join(name).join(device_name(file)?))
 }
 
-/// The name below /sys/fs that the kernel says, from Linux 6.9 on: `ext4/sda1`.
+/// The name below /sys/fs that the kernel reports, from Linux 6.9 on: `ext4/sda1`.
 fn sysfs_name(file: &File) -> Option<PathBuf> {
     let mut answer = [0u8; 1 + SYSFS_NAME_MAX];
     ioctl(file, FS_IOC_GETFSSYSFSPATH, &mut answer)?;
@@ -83,7 +83,7 @@ fn btrfs_uuid(file: &File) -> Option<Uuid> {
     Uuid::from_slice(&answer[BTRFS_FS_INFO_FSID]).ok()
 }
 
-/// An ioctl that writes `answer`, which is as long as its number says.
+/// An ioctl that writes `answer`, whose length must be the one encoded in its number.
 fn ioctl<const LEN: usize>(
     file: &File,
     request: libc::c_ulong,
@@ -104,8 +104,7 @@ fn device_name(file: &File) -> Option<std::ffi::OsString> {
     link.file_name().map(OsStr::to_owned)
 }
 
-/// The inode number of a directory that is really in sysfs, and not in something that is mounted
-/// there.
+/// The inode number of a directory that is really in sysfs, and not in something mounted there.
 fn sysfs_inode(dir: &Path) -> Option<u64> {
     let dir = File::open(dir).ok()?;
     let real = fstatfs(&dir).ok()?.filesystem_type() == SYSFS_MAGIC;
@@ -113,8 +112,7 @@ fn sysfs_inode(dir: &Path) -> Option<u64> {
     Some(dir.metadata().ok()?.ino())
 }
 
-/// The id of the mount by which `file` was opened that no other mount of this boot ever gets (Linux
-/// 6.8).
+/// The id of the mount by which `file` was opened; it is never reused within this boot (Linux 6.8).
 fn unique_mount_id(file: &File) -> Option<u64> {
     let mut answer = std::mem::MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor, which `file` keeps open;
@@ -134,7 +132,7 @@ fn unique_mount_id(file: &File) -> Option<u64> {
     said.then_some(answer.stx_mnt_id)
 }
 
-/// The boot id of the host, read once: it lives as long as the kernel does.
+/// The boot id of the host, read once: it does not change while the kernel runs.
 pub(crate) fn boot_id() -> io::Result<BootId> {
     static READ: OnceLock<BootId> = OnceLock::new();
     if let Some(boot) = READ.get() {
@@ -144,9 +142,9 @@ pub(crate) fn boot_id() -> io::Result<BootId> {
     Ok(*READ.get_or_init(|| boot))
 }
 
-/// Containers (LXC, Incus, systemd-nspawn) are given a boot id of their own, by something that is
-/// mounted over the host's. Then the host's is looked for beneath that, so that daemons in and
-/// outside of containers agree.
+/// Containers (LXC, Incus, systemd-nspawn) get a boot id of their own, mounted over the host's. In
+/// that case the host's is looked for beneath the mount, so that daemons inside and outside of
+/// containers agree.
 fn read_boot_id() -> io::Result<BootId> {
     let file = File::open(BOOT_ID).map_err(explain_boot_id)?;
     if is_in_proc(&file) {
@@ -169,7 +167,7 @@ fn is_in_proc(file: &File) -> bool {
     fstatfs(file).is_ok_and(|stat| stat.filesystem_type() == PROC_SUPER_MAGIC)
 }
 
-/// From a copy of the mount of /proc that has nothing mounted on it: a privilege.
+/// From a copy of the mount of /proc without the mounts on top of it, which requires privilege.
 fn host_boot_id() -> io::Result<BootId> {
     let proc = open_tree(c"/proc")?;
     let path = c"sys/kernel/random/boot_id";
@@ -193,7 +191,7 @@ fn open_tree(path: &CStr) -> io::Result<File> {
 /// A descriptor that a system call has just returned.
 fn owned(fd: libc::c_long) -> io::Result<File> {
     match i32::try_from(fd) {
-        // SAFETY: it is new, so nobody else has it.
+        // SAFETY: it is new and has no other owner.
         Ok(fd) if fd >= 0 => Ok(unsafe { File::from_raw_fd(fd) }),
         _ => Err(Errno::last().into()),
     }
@@ -224,7 +222,7 @@ mod tests {
         assert_eq!(boot_id().unwrap(), boot_id().unwrap());
     }
 
-    /// The witness of two openings is the same, and that of another file system is another.
+    /// Two openings have the same witness, another file system has a different one.
     #[test]
     fn a_page_cache_has_one_witness() {
         let dir = tempfile::tempdir().unwrap();
@@ -237,7 +235,7 @@ mod tests {
         }
     }
 
-    /// Both ways to the directory in sysfs lead to the same place, where there are both.
+    /// Both ways to the directory in sysfs lead to the same place, if both exist.
     #[test]
     fn the_kernel_names_the_directory_that_the_device_names() {
         let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();

@@ -1,20 +1,20 @@
 //! A simulated disk that loses power, and processes that die.
 //!
-//! Fault model. *Power cut*: of each 512-byte sector of each file any content since the last
-//! completed [`Storage::sync`] of that file may be there, or the synced one, independently of every
+//! Fault model. *Power cut*: each 512-byte sector of each file has any content that it had since
+//! the last completed [`Storage::sync`] of that file, or the synced one, independently of every
 //! other sector (so writes survive or not in any combination and order, torn at 512 bytes); the
 //! length is one that the file had since then, independently of the content; each change of names
 //! since the last [`Env::sync_parent`] happened or did not. The boot id changes. *Loss of the page
-//! cache* (the file system is shut down and mounted anew): the same, but the boot id stays and the
-//! witness changes. *Death of the process*: every completed operation survives; the one under way
-//! is done, not done, or, for a write, done up to a sector; locks fall. The boot id stays. *Failed
-//! write to the disk*, in a sync or before it: of each sector any content since the last sync is on
-//! the disk, the page cache shows the last and takes it for written, until it forgets it; each
-//! opening of the file is told once, at its next sync, and one that is made after somebody was told
-//! never.
+//! cache* (the file system is shut down and mounted again): the same, but the boot id stays and the
+//! witness changes. *Death of the process*: every completed operation survives; the one in progress
+//! is done, not done, or, for a write, done up to a sector; locks are released. The boot id stays.
+//! *Failed write to the disk*, in a sync or before it: each sector on the disk has any content
+//! since the last sync; the page cache shows the last one and considers it written, until it is
+//! evicted; each opening of the file gets the error once, at its next sync, and an opening made
+//! after the error was reported never does.
 //!
 //! Every operation that changes something counts as a step, and a crash can be set at any of them.
-//! Nothing here is random by itself: [`Choices`] decides, from a seed or by enumeration.
+//! Nothing is random by itself: [`Choices`] decides, from a seed or by enumeration.
 //!
 //! [`Storage::sync`]: crate::storage::Storage::sync
 //! [`Env::sync_parent`]: crate::storage::Env::sync_parent
@@ -38,13 +38,13 @@ use inode::{Inode, NameChange};
 pub use choices::Choices;
 pub use file::SimFile;
 
-/// How it ends.
+/// The kind of crash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CrashKind {
     /// The host loses power.
     PowerCut,
-    /// The process dies. Of a write under way `part` modulo its possible lengths decides how many
-    /// sectors are done; of anything else, whether.
+    /// The process dies. For a write in progress, `part` modulo the number of possible lengths
+    /// determines how many sectors are done; for any other operation, whether it is done.
     ProcessDeath {
         /// See above.
         part: usize,
@@ -54,25 +54,25 @@ pub enum CrashKind {
 /// An operation that is about to happen, as a hook sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation<'a> {
-    /// A read of so many bytes; no step, since it changes nothing.
+    /// A read of this many bytes; not a step, since it changes nothing.
     Read {
-        /// Where.
+        /// Its offset.
         at: ByteOffset,
-        /// How many bytes.
+        /// Its length in bytes.
         len: usize,
     },
-    /// A write of so many bytes.
+    /// A write of this many bytes.
     Write {
-        /// Where.
+        /// Its offset.
         at: ByteOffset,
-        /// How many bytes.
+        /// Its length in bytes.
         len: usize,
     },
-    /// A write of so many bytes that is durable on its return.
+    /// A write of this many bytes that is durable when it returns.
     WriteDurably {
-        /// Where.
+        /// Its offset.
         at: ByteOffset,
-        /// How many bytes.
+        /// Its length in bytes.
         len: usize,
     },
     /// Punching a hole or zeroing.
@@ -85,31 +85,30 @@ pub enum Operation<'a> {
     Name(&'a Path),
     /// A sync of a directory.
     SyncNames,
-    /// A look at whether writing to the disk has failed; no step.
+    /// A check for failed writes to the disk; not a step.
     CheckWriteback,
-    /// Forgetting what is in the page cache; no step.
+    /// Dropping the page cache; not a step.
     DropCache,
 }
 
-/// What a hook makes of an operation.
+/// A hook's decision about an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// It happens.
     Proceed,
-    /// It reports success and does nothing.
+    /// It reports success but does nothing.
     Skip,
     /// It fails with this error number.
     Fail(i32),
-    /// A write that goes to another place.
+    /// A write goes to another offset.
     WriteAt(ByteOffset),
 }
 
-/// Sees every operation before it happens, with the inode number of its file (0 for names). It may
-/// block.
+/// Called before every operation, with the inode number of its file (0 for names). It may block.
 pub type Hook = Arc<dyn Fn(u64, Operation<'_>) -> Verdict + Send + Sync>;
 
 impl CrashKind {
-    /// Whether the operation under way (not a write) happens as far as a running system could see.
+    /// Whether the operation in progress (not a write) happens, as far as a running system can see.
     fn does_it(self) -> bool {
         match self {
             CrashKind::PowerCut => true,
@@ -124,30 +123,30 @@ struct World {
     names: BTreeMap<PathBuf, u64>,
     durable_names: BTreeMap<PathBuf, u64>,
     pending_names: Vec<NameChange>,
-    /// Who holds which lock: inode, handle, kind.
+    /// All locks: inode, handle, kind.
     locks: Vec<(u64, u64, LockKind)>,
     next_handle: u64,
     boot: u64,
-    /// Counts mounts of the file system: each has a page cache of its own.
+    /// Counts mounts of the file system: each has its own page cache.
     mounts: u64,
-    /// Nobody can tell one mount from another.
+    /// Mounts cannot be told apart.
     no_witness: bool,
-    /// Counts processes: handles of an earlier one are dead.
+    /// Counts processes: handles of earlier ones are dead.
     life: u64,
     clock: i64,
     steps: u64,
     crash: Option<(u64, CrashKind)>,
     crashed: bool,
-    /// The last step after which a process was told that writing to the disk has failed.
+    /// The last step after which a process got the report of a failed write to the disk.
     told_at: Option<u64>,
     hook: Option<Hook>,
     lies_about_holes: bool,
 }
 
-/// What the operation under way may still do.
+/// What the operation in progress may still do.
 enum Go {
     Fully,
-    /// It is the last thing that happens, and maybe not all of it.
+    /// It is the last thing that happens, perhaps partially.
     ThenCrash(CrashKind),
 }
 
@@ -203,7 +202,7 @@ impl Sim {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An independent copy of the whole system as it is now, handles excepted.
+    /// An independent copy of the whole current system, except handles.
     pub fn fork(&self) -> Sim {
         Sim(Arc::new(Mutex::new(self.world().clone())))
     }
@@ -213,8 +212,7 @@ impl Sim {
         self.world().steps
     }
 
-    /// Lets the system crash at its `step`-th step (counted from 1 since the beginning of the
-    /// world).
+    /// Makes the system crash at its `step`-th step (counted from 1 since creation).
     pub fn crash_at(&self, step: u64, kind: CrashKind) {
         self.world().crash = Some((step, kind));
     }
@@ -224,20 +222,20 @@ impl Sim {
         self.world().crashed
     }
 
-    /// Shows `hook` every operation from now on.
+    /// Calls `hook` for every operation from now on.
     pub fn set_hook(&self, hook: Option<Hook>) {
         self.world().hook = hook;
     }
 
-    /// The power goes, now or at the crash that has happened: `choices` decides what is left; a new
-    /// boot begins.
+    /// The power fails, now or at the crash that has happened: `choices` decides what is left; a
+    /// new boot begins.
     pub fn power_cut(&self, choices: &mut Choices) {
         self.cache_loss(choices);
         self.world().boot += 1;
     }
 
-    /// The page cache goes, now or at the crash that has happened, and the process with it; the
-    /// host lives on.
+    /// The page cache is lost, now or at the crash that has happened, and the process dies; the
+    /// host stays up.
     pub fn cache_loss(&self, choices: &mut Choices) {
         let mut world = self.world();
         world.end_process();
@@ -259,25 +257,24 @@ impl Sim {
         self.world().end_process();
     }
 
-    /// For the mutation that believes the live bitmap of another boot: goes back to the boot
-    /// before.
+    /// For the mutation that trusts the live bitmap of another boot: restores the previous boot id.
     pub fn forge_boot_id(&self) {
         self.world().boot -= 1;
         self.forge_witness();
     }
 
-    /// For the mutation that believes the boot id alone: the page cache seems to be that before the
-    /// last crash.
+    /// For the mutation that trusts the boot id alone: restores the witness from before the last
+    /// crash.
     pub fn forge_witness(&self) {
         self.world().mounts -= 1;
     }
 
-    /// For the mutation that believes no page cache: this one seems to be another.
+    /// For the mutation that trusts no page cache: changes the witness.
     pub fn spoil_witness(&self) {
         self.world().mounts += 1;
     }
 
-    /// From now on nobody can tell one page cache from another.
+    /// From now on page caches cannot be told apart.
     pub fn hide_witness(&self) {
         self.world().no_witness = true;
     }
@@ -289,25 +286,24 @@ impl Sim {
         }
     }
 
-    /// The last step after which a process was told that writing to the disk has failed.
+    /// The last step after which a process got the report of a failed write to the disk.
     pub fn told_at(&self) -> Option<u64> {
         self.world().told_at
     }
 
-    /// What waits to be written to the disk fails to get there, unseen by anybody so far.
+    /// Dirty data fails to get to the disk, unnoticed by any process so far.
     pub fn fail_writeback(&self, choices: &mut Choices) {
         for inode in &mut self.world().inodes {
             inode.fail_writeback(choices);
         }
     }
 
-    /// The page cache forgets whatever it may.
+    /// The page cache evicts everything that it may.
     pub fn evict(&self) {
         self.world().inodes.iter_mut().for_each(Inode::drop_cache);
     }
 
-    /// Moves a file to another name, durably and outside the fault model: as an administrator does
-    /// on a calm day.
+    /// Moves a file to another name, durably and outside the fault model, as an administrator does.
     pub fn move_durably(&self, from: &Path, to: &Path) {
         let mut world = self.world();
         let World { names, durable_names, .. } = &mut *world;
@@ -328,13 +324,12 @@ impl Sim {
         }
     }
 
-    /// From now on it is a file system that says of every file that it is one hole, and is not to
-    /// be believed.
+    /// From now on the file system reports every file as one hole, and must not be trusted.
     pub fn lie_about_holes(&self) {
         self.world().lies_about_holes = true;
     }
 
-    /// Every name there is.
+    /// All names.
     pub fn names(&self) -> Vec<PathBuf> {
         self.world().names.keys().cloned().collect()
     }
@@ -360,7 +355,7 @@ impl Sim {
         })
     }
 
-    /// Does one change of names, or crashes round it.
+    /// Performs one change of names, or crashes around it.
     fn name_step(
         &self,
         path: &Path,

@@ -1,4 +1,4 @@
-//! Bytes in memory, sparse by sector: what the simulated disk is made of.
+//! Sparse bytes in memory, by sector: the storage of the simulated disk.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -7,11 +7,11 @@ use cow_format::SECTOR_SIZE;
 
 use crate::storage::SECTOR;
 
-/// The unit that a disk writes as a whole.
+/// The unit that a disk writes atomically.
 pub(crate) type SectorBytes = [u8; SECTOR];
 pub(crate) const ZERO_SECTOR: SectorBytes = [0; SECTOR];
 
-/// A byte array with holes. Sectors of zeros take no room.
+/// A byte array with holes. Sectors of zeros take no space.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct SparseBytes {
     sectors: BTreeMap<u64, SectorBytes>,
@@ -58,7 +58,7 @@ impl SparseBytes {
         n
     }
 
-    /// Writes `buf` at `at`, lengthening; tells `touched` each sector's new content.
+    /// Writes `buf` at `at`, extending the length; calls `touched` with each sector's new content.
     pub(crate) fn write(&mut self, buf: &[u8], at: u64, mut touched: impl FnMut(u64, SectorBytes)) {
         for (sector, inside, piece) in pieces(at, buf.len()) {
             let mut bytes = self.sector(sector);
@@ -69,8 +69,8 @@ impl SparseBytes {
         self.len = self.len.max(at + buf.len() as u64);
     }
 
-    /// Zeros `len` bytes at `at` up to the length, which stays; tells `touched` each sector that
-    /// changed.
+    /// Zeros `len` bytes at `at` up to the length, which stays; calls `touched` with each sector
+    /// that changed.
     pub(crate) fn zero(&mut self, at: u64, len: u64, mut touched: impl FnMut(u64, SectorBytes)) {
         let end = at.saturating_add(len).min(self.len);
         let present =
@@ -112,7 +112,7 @@ impl SparseBytes {
     }
 }
 
-/// Cuts `len` bytes at `at` at sector borders: the sector, the bytes inside it, the bytes of the
+/// Cuts `len` bytes at `at` at sector boundaries: the sector, the bytes inside it, the bytes of the
 /// buffer.
 fn pieces(at: u64, len: usize) -> impl Iterator<Item = (u64, Range<usize>, Range<usize>)> {
     let mut done = 0;

@@ -1,4 +1,4 @@
-//! What survives a crash is decided here.
+//! Decides what survives a crash.
 
 /// Decides what survives.
 #[derive(Clone, Debug)]
@@ -9,7 +9,7 @@ enum Source {
     Seeded(u64),
     Oldest,
     Newest,
-    /// What was chosen so far, each with the number of options, and the place in it.
+    /// The choices so far, each with its number of options, and the position in them.
     Enumerated {
         path: Vec<(usize, usize)>,
         at: usize,
@@ -22,7 +22,7 @@ impl Choices {
         Choices(Source::Seeded(seed))
     }
 
-    /// Nothing survives that need not.
+    /// Only what must survive survives.
     pub fn oldest() -> Self {
         Choices(Source::Oldest)
     }
@@ -70,7 +70,7 @@ impl Choices {
     }
 }
 
-/// SplitMix64: a small generator whose sequence is the same for ever.
+/// SplitMix64: a small generator whose sequence never changes.
 fn split_mix(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;

@@ -21,7 +21,7 @@ pub struct SimFile {
     handle: u64,
     life: u64,
     access: Access,
-    /// The failed writes to the disk that it has been told of.
+    /// The number of failed writes to the disk that it has reported.
     told: AtomicU64,
 }
 
@@ -33,12 +33,12 @@ impl SimFile {
         SimFile { sim: sim.clone(), ino, handle, life, access, told }
     }
 
-    /// The inode number, as hooks see it.
+    /// The inode number, as passed to hooks.
     pub fn ino(&self) -> u64 {
         self.ino
     }
 
-    /// Fails once after each time that writing to the disk has failed.
+    /// Fails once after each failed write to the disk.
     fn tell(&self) -> io::Result<()> {
         let mut world = self.sim.world();
         let inode = world.inode(self.ino);
@@ -50,7 +50,7 @@ impl SimFile {
         Err(io::Error::from_raw_os_error(libc::EIO))
     }
 
-    /// Does one change of the file, or crashes round it. `change` gets what may be done of it.
+    /// Performs one change of the file, or crashes around it. `change` gets what may be done of it.
     fn step(
         &self,
         operation: Operation<'_>,
@@ -154,8 +154,8 @@ impl Storage for SimFile {
 
     fn sync(&self) -> io::Result<()> {
         self.step(Operation::Sync, |inode, _, _, crash| {
-            // A sync that the power cut interrupts may have done any part: that is what pending
-            // writes may do anyway.
+            // A sync interrupted by a power cut may have done any part: pending writes may do that
+            // anyway.
             if crash.is_none() && !inode.fail_if_told_to() {
                 inode.sync();
             }
@@ -203,7 +203,7 @@ impl Storage for SimFile {
             kind: FileKind::Regular,
             size: inode.current.len(),
             mtime: Timestamp::new(inode.mtime, 0).ok_or(io::ErrorKind::InvalidData)?,
-            // No number is given twice, so one time does for all.
+            // No inode number is reused, so one time is enough for all.
             born: Timestamp::new(0, 0),
             allocated: (inode.current.sectors_present() * SECTOR) as u64,
             logical_block: FILE_BLOCK,

@@ -11,14 +11,14 @@ use crate::testing::sparse_bytes::{SectorBytes, SparseBytes, ZERO_SECTOR};
 pub(super) struct Inode {
     /// What a running process sees.
     pub(super) current: SparseBytes,
-    /// What is on the disk whatever happens.
+    /// What is certainly on the disk.
     pub(super) durable: SparseBytes,
     /// Contents that sectors had since the last sync, oldest first.
     pub(super) pending: BTreeMap<u64, Vec<SectorBytes>>,
     /// Lengths since the last sync.
     pub(super) pending_lens: Vec<u64>,
     pub(super) mtime: i64,
-    /// Writes to the disk that have failed, and of how many of them somebody has been told.
+    /// The number of failed writes to the disk, and how many of them were reported.
     pub(super) failures: u64,
     pub(super) told: u64,
     /// The next sync fails, and this decides what it leaves.
@@ -39,7 +39,8 @@ impl Inode {
     pub(super) fn zero(&mut self, at: u64, len: u64, clock: i64) {
         let pending = &mut self.pending;
         self.current.zero(at, len, |sector, bytes| pending.entry(sector).or_default().push(bytes));
-        // What could not be written was there before; from now on it is zeros on the disk as well.
+        // Data that could not be written was there before; from now on it is zeros on the disk as
+        // well.
         let sector = SECTOR as u64;
         let end = at.saturating_add(len).min(self.current.len()) / sector;
         let inside = at.div_ceil(sector)..end.max(at.div_ceil(sector));
@@ -64,8 +65,8 @@ impl Inode {
         self.pending_lens.clear();
     }
 
-    /// Writing it to the disk fails: of each sector any content has got there, and the page cache
-    /// goes on showing the last, which it takes for written.
+    /// Writing it to the disk fails: each sector has any of its contents on the disk, and the page
+    /// cache still shows the last, which it considers written.
     pub(super) fn fail_writeback(&mut self, choices: &mut Choices) {
         if !self.pending.is_empty() {
             self.failures += 1;
@@ -73,7 +74,7 @@ impl Inode {
         self.choose_pending(choices);
     }
 
-    /// As [`Self::fail_writeback`], once, if the next sync of this file is to fail.
+    /// Calls [`Self::fail_writeback`], once, if the next sync of this file is set to fail.
     pub(super) fn fail_if_told_to(&mut self) -> bool {
         let Some(mut choices) = self.failing.take() else { return false };
         self.choose_pending(&mut choices);
@@ -81,7 +82,7 @@ impl Inode {
         true
     }
 
-    /// Forgets what is not waiting to be written.
+    /// Evicts what is not dirty.
     pub(super) fn drop_cache(&mut self) {
         let all = 0..u64::MAX;
         let sectors: Vec<_> =
@@ -120,7 +121,7 @@ impl Inode {
         lens.append(&mut self.pending_lens);
         lens.dedup();
         let len = lens[choices.choose(lens.len())];
-        // Content past a length that did not survive is gone; it must not come back when the length
+        // Content past a length that did not survive is gone; it must not reappear when the length
         // grows again.
         self.durable.set_len(len, |_, _| ());
         self.current = self.durable.clone();

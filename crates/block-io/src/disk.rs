@@ -415,8 +415,8 @@ impl<E: Env> Disk<E> {
         let path = self.top().path.clone();
         if !self.failed.swap(true, Ordering::AcqRel) {
             log::error!(
-                "{}: sync failed: {err}; what was written since the last flush may be lost, and the disk takes no \
-                 writes until it is opened again",
+                "{}: sync failed: {err}; writes since the last flush may be lost, and the disk takes \
+                 no writes until it is opened again",
                 path.display()
             );
             self.mark_failed(newest);
@@ -435,7 +435,7 @@ impl<E: Env> Disk<E> {
             None => {
                 // From now on, reads return what is on the disk.
                 if let Err(err) = top.file.drop_cache() {
-                    log::debug!("{}: the page cache stays: {err}", top.path.display());
+                    log::debug!("{}: page cache not dropped: {err}", top.path.display());
                 }
                 Ok(())
             }

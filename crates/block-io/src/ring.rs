@@ -469,7 +469,7 @@ impl<R> Drop for Ring<R> {
             if let Err(e) = self.enter(true) {
                 // The kernel may still write to the buffers; only aborting keeps other memory
                 // intact.
-                log::error!("the I/O in flight cannot be waited for: {e}");
+                log::error!("cannot wait for the I/O in flight: {e}");
                 std::process::abort();
             }
             while self.next_event().is_some() {}

@@ -35,7 +35,7 @@ impl<E: Env> Disk<E> {
         }
         if bytes > 0 {
             log::info!(
-                "{}: {bytes} bytes given back of writes that were not flushed when the page cache went",
+                "{}: freed {bytes} bytes of writes that were not flushed before the page cache was lost",
                 self.layers()[0].path().display()
             );
         }
@@ -80,7 +80,7 @@ impl<E: Env> Disk<E> {
                 }
             });
             if let Err(err) = punched {
-                log::debug!("leaked space stays: {err}");
+                log::debug!("leaked space not freed: {err}");
                 return None;
             }
         }

@@ -16,10 +16,10 @@ use crate::source::FileFormat;
 #[derive(Debug, thiserror::Error)]
 pub enum CowError {
     /// An operation on images failed.
-    #[error(transparent)]
+    #[error("{0}{hint}", hint = operation_hint(.0))]
     Op(#[from] OpError),
     /// An image was not changed.
-    #[error(transparent)]
+    #[error("{0}{hint}", hint = change_hint(.0))]
     Change(#[from] ChangeError),
     /// A file without a COW header, where a COW file is needed or a raw image has to be said to be one.
     #[error("{}: not a COW file; if it is a raw image, say so: --format raw", .0.display())]
@@ -92,6 +92,34 @@ pub enum CowError {
     /// Standard output was not taken.
     #[error("cannot write to standard output: {0}")]
     Output(io::Error),
+}
+
+/// What the tool's user can do about an error of block-io, which knows no commands and options.
+fn image_hint(error: &ImageError) -> &'static str {
+    match error {
+        ImageError::Backing { .. } => " (-b BASE)",
+        ImageError::SideFile { .. } => " (cow convert -O native)",
+        ImageError::Journal { .. } => ": run cow check --repair, or start its daemon",
+        ImageError::NotFrozen { .. } => " (cow snapshot)",
+        _ => "",
+    }
+}
+
+fn operation_hint(error: &OpError) -> &'static str {
+    match error {
+        OpError::Open(error) => image_hint(error),
+        OpError::Exists { .. } => "; give another name, or --force to replace it",
+        _ => "",
+    }
+}
+
+fn change_hint(error: &ChangeError) -> &'static str {
+    match error {
+        ChangeError::Open(error) => image_hint(error),
+        ChangeError::Shrink { .. } => "; pass --shrink if that is intended",
+        ChangeError::NoDigest { .. } => "; if you know that it is, pass --trust",
+        _ => "",
+    }
 }
 
 impl From<ImageError> for CowError {

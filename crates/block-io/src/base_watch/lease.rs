@@ -118,7 +118,7 @@ impl Lease {
         }
         self.held = false;
         if let Err(err) = fcntl(&self.file, libc::F_SETLEASE, libc::F_UNLCK) {
-            log::debug!("giving back a lease: {err}");
+            log::debug!("releasing a lease: {err}");
         }
         true
     }

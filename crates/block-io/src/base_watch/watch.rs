@@ -68,21 +68,24 @@ impl BaseEvent {
         let path = path.display();
         match self {
             BaseEvent::Opened => log::error!(
-                "{path}: is being OPENED FOR WRITING by another program while a disk stands on it; it must never be \
-                 written"
+                "{path}: is being OPENED FOR WRITING by another program while a disk uses it; it must \
+                 never be written"
             ),
             BaseEvent::Written => log::error!(
-                "{path}: was WRITTEN by another program while a disk stands on it: the disk's content is damaged"
+                "{path}: was WRITTEN by another program while a disk uses it: the disk's content is damaged"
             ),
             BaseEvent::OpenForWriting => log::error!(
-                "{path}: was open for writing in another program while a disk stands on it; it must never be written"
+                "{path}: was open for writing in another program while a disk uses it; it must never be \
+                 written"
             ),
             BaseEvent::Attributes => log::warn!(
-                "{path}: its times, links or owner changed while a disk stands on it; the disk may not open again \
-                 (cow info says; cow rebind helps)"
+                "{path}: its times, links or owner changed while a disk uses it; the disk may not open \
+                 again until its reference is updated (rebind)"
             ),
             BaseEvent::Moved => {
-                log::warn!("{path}: was moved while a disk stands on it; cow rebind tells the disk")
+                log::warn!(
+                    "{path}: was moved while a disk uses it; update the disk's reference (rebind)"
+                )
             }
         }
     }
@@ -131,7 +134,7 @@ impl BaseWatch {
         let builder = Builder::new().name("base-watch".to_owned()).stack_size(STACK_BYTES);
         let thread = builder.spawn(move || {
             if let Err(err) = watch(inotify.as_ref(), &leases, &mut watched, &theirs, &report) {
-                log::warn!("the files below the disk are not watched any more: {err}");
+                log::warn!("the files below the disk are no longer watched: {err}");
             }
         })?;
         Ok(BaseWatch { stop, thread: Some(thread) })
@@ -157,7 +160,7 @@ fn way_to(layer: &Layer<File>) -> io::Result<PathBuf> {
     let named = Host.open(layer.path(), Access::Read)?.stat()?;
     if named.id != layer.file().stat()?.id {
         return Err(io::Error::other(format!(
-            "{}: is another file by now",
+            "{}: is a different file now",
             layer.path().display()
         )));
     }
@@ -176,17 +179,18 @@ fn notify(paths: &[PathBuf], flags: AddWatchFlags) -> nix::Result<(Inotify, Vec<
 fn without_inotify(errno: Errno) -> String {
     let remedy = match errno {
         Errno::EMFILE => {
-            ": this user has as many inotify instances as allowed, and each daemon needs one; raise \
+            ": this user has reached the limit of inotify instances, and each daemon needs one; raise \
              fs.inotify.max_user_instances (sysctl -w fs.inotify.max_user_instances=8192)"
         }
         Errno::ENOSPC => {
-            ": this user has as many inotify watches as allowed; raise fs.inotify.max_user_watches"
+            ": this user has reached the limit of inotify watches; raise \
+             fs.inotify.max_user_watches"
         }
         _ => "",
     };
     format!(
-        "no inotify ({errno}){remedy}. The disk works; a program that writes to the files below it is seen only where \
-         the daemon gets a lease on them"
+        "no inotify ({errno}){remedy}. The disk works, but writes by other programs to the files below \
+         it are only noticed where the daemon gets a lease"
     )
 }
 
@@ -263,12 +267,12 @@ impl Watched {
     fn begin_lease(&mut self, leases: &Leases) {
         let path = self.path.display();
         match self.lease.as_mut().map(|lease| lease.begin(leases)) {
-            Some(Ok(())) => log::debug!("{path}: leased: who opens it for writing is seen"),
+            Some(Ok(())) => log::debug!("{path}: leased: an open for writing is noticed"),
             Some(Err(err)) => {
-                log::debug!("{path}: no lease ({err}): its opening is not seen");
+                log::debug!("{path}: no lease ({err}): an open is not noticed");
                 self.forget_unless_busy(&err);
             }
-            None => log::debug!("{path}: no lease: its opening is not seen"),
+            None => log::debug!("{path}: no lease: an open is not noticed"),
         }
     }
 

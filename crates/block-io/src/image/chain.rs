@@ -176,12 +176,13 @@ impl<E: Env> Opener<'_, E> {
     ) -> Result<(), ImageError> {
         match lock {
             LockKind::Shared => log::warn!(
-                "{}: its file system has no locks ({err}): a program that writes to it is not kept from that",
+                "{}: its file system has no locks ({err}): nothing prevents another program from \
+                 writing to it",
                 path.display()
             ),
             LockKind::Exclusive if self.options.unlocked => log::warn!(
-                "{}: its file system has no locks ({err}): a second program that writes to it is not kept from that, \
-                 and destroys it",
+                "{}: its file system has no locks ({err}): nothing prevents a second program from \
+                 writing to it, which would destroy it",
                 path.display()
             ),
             LockKind::Exclusive => {
@@ -206,7 +207,7 @@ pub(crate) fn wait_for_lock(
             Err(LockError::Held { .. }) if Instant::now() < deadline => {
                 if !std::mem::replace(&mut said, true) {
                     log::info!(
-                        "{}: in use; waiting up to {patience:?} for its end",
+                        "{}: in use; waiting up to {patience:?} for its lock",
                         path.display()
                     );
                 }

@@ -22,7 +22,7 @@ pub enum ChangeError {
     #[error(transparent)]
     Open(#[from] ImageError),
     /// Not a valid disk size.
-    #[error("{}: size {size} is no multiple of 512 above 0", path.display())]
+    #[error("{}: size {size} is not a positive multiple of 512", path.display())]
     Size {
         /// The file.
         path: PathBuf,
@@ -30,7 +30,10 @@ pub enum ChangeError {
         size: u64,
     },
     /// The disk would become smaller, which the caller has not allowed.
-    #[error("{}: {size} bytes is less than the disk's {virtual_size}; what lies beyond would be lost: --shrink", path.display())]
+    #[error(
+        "{}: {size} bytes is less than the disk's {virtual_size}; the data beyond would be lost",
+        path.display()
+    )]
     Shrink {
         /// The file.
         path: PathBuf,
@@ -40,10 +43,13 @@ pub enum ChangeError {
         virtual_size: u64,
     },
     /// There is no base.
-    #[error("{}: has no backing file, so there is none to be taken for the same", .0.display())]
+    #[error("{}: has no backing file, so there is no reference to update", .0.display())]
     NoBase(PathBuf),
     /// The new base cannot have the same content.
-    #[error("{}: has {found} bytes, but {} stands over {expected}; it cannot be the same image", base.display(), cow.display())]
+    #[error(
+        "{}: has {found} bytes, but the base of {} has {expected}; it cannot be the same image",
+        base.display(), cow.display()
+    )]
     OtherSize {
         /// The COW file.
         cow: PathBuf,
@@ -55,7 +61,7 @@ pub enum ChangeError {
         expected: u64,
     },
     /// The new base is another layer.
-    #[error("{}: is not the layer that {} stands over", base.display(), cow.display())]
+    #[error("{}: is not the layer below {}", base.display(), cow.display())]
     OtherLayer {
         /// The COW file.
         cow: PathBuf,
@@ -64,8 +70,8 @@ pub enum ChangeError {
     },
     /// There is no proof that the base is unchanged.
     #[error(
-        "{}: size, mtime or sample of {} differ from the header's, and there is no digest to prove that the content is \
-         the same; if you know that it is: --trust",
+        "{}: size, mtime or sample of {} differ from the header's, and there is no digest to \
+         prove that the content is the same",
         cow.display(), base.display()
     )]
     NoDigest {
@@ -75,7 +81,10 @@ pub enum ChangeError {
         base: PathBuf,
     },
     /// The base has other content.
-    #[error("{}: its content is not that over which {} was made: the BLAKE3 digests differ", base.display(), cow.display())]
+    #[error(
+        "{}: has other content than the base of {}: the BLAKE3 digests differ",
+        base.display(), cow.display()
+    )]
     OtherContent {
         /// The COW file.
         cow: PathBuf,
@@ -83,7 +92,7 @@ pub enum ChangeError {
         base: PathBuf,
     },
     /// The base was written while it was being read.
-    #[error("{}: was written while its digest was taken", base.display())]
+    #[error("{}: was written while its digest was being computed", base.display())]
     Moving {
         /// The new base.
         base: PathBuf,

@@ -26,7 +26,10 @@ pub enum ImageError {
         source: io::Error,
     },
     /// The file is open elsewhere.
-    #[error("{}: {source}; a COW file has one user at a time, and the files below it are only read", path.display())]
+    #[error(
+        "{}: {source}; a COW file has one user at a time, and the files below it are only read",
+        path.display()
+    )]
     Locked {
         /// The file.
         path: PathBuf,
@@ -35,8 +38,8 @@ pub enum ImageError {
     },
     /// The file cannot be locked, but would be written.
     #[error(
-        "{}: its file system has no locks ({source}), so that nothing keeps a second program from writing to it, which \
-         would destroy it",
+        "{}: its file system has no locks ({source}), so nothing prevents a second program from \
+         writing to it, which would destroy it",
         path.display()
     )]
     NoLocks {
@@ -47,9 +50,10 @@ pub enum ImageError {
     },
     /// The side file of a UML COW file cannot be created.
     #[error(
-        "{}: cannot be made: {source}; a UML COW file has this file beside it while it is written, without which writes that \
-         were acknowledged and not flushed would be lost with the program that serves them. Let its user write to \
-         the directory, make a native COW file of it (cow convert -O native), or open it read-only",
+        "{}: cannot be created: {source}; a UML COW file needs this file beside it while it is open for \
+         writing, otherwise acknowledged writes that are not flushed would be lost if the program \
+         dies. Make the directory writable for it, convert the disk to a native COW file, or open it \
+         read-only",
         path.display()
     )]
     SideFile {
@@ -92,7 +96,7 @@ pub enum ImageError {
     },
     /// The backing file that a header names cannot be opened.
     #[error(
-        "{}: cannot open the backing file of {}: {source}; if it is elsewhere, name it (daemon: COW,BASE; cow: -b BASE)",
+        "{}: cannot open the backing file of {}: {source}; if it is elsewhere, give its path",
         path.display(), cow.display()
     )]
     Backing {
@@ -114,7 +118,10 @@ pub enum ImageError {
         source: IdentityError,
     },
     /// A file is its own backing file, or occurs twice in a chain.
-    #[error("{}: comes twice in the chain of {} (also as {}); a file cannot back itself", path.display(), top.display(), again.display())]
+    #[error(
+        "{}: occurs twice in the chain of {} (also as {}); a file cannot back itself",
+        path.display(), top.display(), again.display()
+    )]
     Repeated {
         /// The top of the chain.
         top: PathBuf,
@@ -124,21 +131,27 @@ pub enum ImageError {
         again: PathBuf,
     },
     /// Too many layers.
-    #[error("{}: the chain has more than {CHAIN_DEPTH_MAX} files; merge some of them", top.display())]
+    #[error(
+        "{}: the chain has more than {CHAIN_DEPTH_MAX} files; merge some of them",
+        top.display()
+    )]
     TooDeep {
         /// The top of the chain.
         top: PathBuf,
     },
     /// A frozen layer is never written again.
-    #[error("{}: is frozen, since other files build on it; open it read-only, or put a COW file over it", path.display())]
+    #[error(
+        "{}: is frozen, since other files build on it; open it read-only, or put a COW file over it",
+        path.display()
+    )]
     Frozen {
         /// The file.
         path: PathBuf,
     },
     /// After a power cut, the journal must be replayed by the next opener that may write.
     #[error(
-        "{}: was not closed before the host went down, and flushed sectors stand in its journal only; open it for \
-         writing once: cow check --repair, or start its daemon",
+        "{}: was not closed before the host went down, and flushed sectors are only in its journal; \
+         open it for writing once",
         path.display()
     )]
     Journal {
@@ -147,8 +160,8 @@ pub enum ImageError {
     },
     /// A file below the top is still being written, or could be.
     #[error(
-        "{}: backs {} but is not frozen; if it has been opened for writing since, that disk's content is gone; else \
-         freeze it: cow snapshot",
+        "{}: backs {} but is not frozen; if it has been opened for writing since, that disk's content \
+         is lost; otherwise freeze it with a snapshot",
         path.display(), cow.display()
     )]
     NotFrozen {
@@ -170,7 +183,7 @@ pub enum ImageError {
         expected: BackingFormat,
     },
     /// A backing file was given for a COW file that has none.
-    #[error("{}: has no backing file, so {} cannot be it", path.display(), base.display())]
+    #[error("{}: has no backing file, but {} was given as one", path.display(), base.display())]
     NoBacking {
         /// The COW file.
         path: PathBuf,
@@ -186,7 +199,7 @@ pub enum ImageError {
         what: &'static str,
     },
     /// A new file without a backing file needs a size.
-    #[error("{}: without a backing file the disk needs a size", path.display())]
+    #[error("{}: a disk without a backing file needs a size", path.display())]
     NoSize {
         /// The file.
         path: PathBuf,
@@ -196,7 +209,8 @@ pub enum ImageError {
         "{}: {}", path.display(), match len {
             0 => "is empty, expected an image of at least one byte".to_owned(),
             len => format!(
-                "length {len} is no multiple of 512; open it read-only, or lengthen it: truncate -s %512 FILE"
+                "length {len} is not a multiple of 512; open it read-only, or extend it: \
+                 truncate -s %512 FILE"
             ),
         }
     )]
@@ -251,7 +265,10 @@ pub enum DiskError {
     },
     /// A sync failed, now or earlier: the state on the disk is unknown, and a later success would
     /// prove nothing.
-    #[error("{}: a sync has failed; the disk takes no writes until it is opened again", path.display())]
+    #[error(
+        "{}: a sync has failed; the disk takes no writes until it is opened again",
+        path.display()
+    )]
     Failed {
         /// The file.
         path: PathBuf,

@@ -199,16 +199,17 @@ fn believe_uml<E: Env>(
 
 fn say_not_written(path: &Path, err: &io::Error) {
     log::error!(
-        "{}: the system could not write all of it to the disk ({err}); what was flushed is there, of what was written \
-         since some may be lost",
+        "{}: the system could not write all of it to the disk ({err}); flushed data is intact, but \
+         some later writes may be lost",
         path.display()
     );
 }
 
 fn say_doubtful(path: &Path) {
     log::warn!(
-        "{}: was not closed, and its page cache may be another since (the file system was mounted anew, or it cannot be \
-         known); what was flushed is there, of what was written since some may be lost",
+        "{}: was not closed, and its page cache may have been lost since (the file system was mounted \
+         again, or this cannot be determined); flushed data is intact, but some later writes may be \
+         lost",
         path.display()
     );
 }

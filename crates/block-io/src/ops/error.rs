@@ -29,13 +29,13 @@ pub enum OpError {
         source: io::Error,
     },
     /// The output already exists.
-    #[error("{}: it exists; give another name, or --force to replace it", path.display())]
+    #[error("{}: already exists", path.display())]
     Exists {
         /// The output.
         path: PathBuf,
     },
     /// The output's name belongs to something that is not a file.
-    #[error("{}: it is a {found}; give the name of a file", path.display())]
+    #[error("{}: is a {found}; give the name of a file", path.display())]
     NotAFile {
         /// The output.
         path: PathBuf,
@@ -43,7 +43,10 @@ pub enum OpError {
         found: FileKind,
     },
     /// The output would replace one of the inputs.
-    #[error("{}: it is the same file as {}, which is read for it; give another name", path.display(), input.display())]
+    #[error(
+        "{}: is the same file as the input {}; give another name",
+        path.display(), input.display()
+    )]
     SameFile {
         /// The output.
         path: PathBuf,
@@ -53,7 +56,7 @@ pub enum OpError {
     /// The chain has no such file below.
     #[error(
         "{}: nothing to merge into: {}", path.display(), match depth {
-            1 => "it stands over no file".to_owned(),
+            1 => "it has no file below it".to_owned(),
             depth => format!("it has fewer than {depth} files below it"),
         }
     )]

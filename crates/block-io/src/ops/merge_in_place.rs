@@ -379,7 +379,7 @@ fn check_target<F: Storage>(header: &Header, target: &Lower<F>) -> Result<(), Op
     let size = header.geometry().virtual_size();
     match &target.header {
         Some(Header::Uml(_)) => {
-            Err(refuse("is a UML COW file, which others may know by its mtime"))
+            Err(refuse("is a UML COW file, and other files may identify it by its mtime"))
         }
         Some(Header::Native(native)) if native.geometry().virtual_size() < size => {
             Err(refuse("is smaller than the disk"))

@@ -31,10 +31,10 @@ pub enum NoUring {
         source: io::Error,
     },
     /// The kernel is too old.
-    #[error("the kernel does not know {0}")]
+    #[error("the kernel does not support {0}")]
     Operation(&'static str),
     /// It accepted the operations but completed none.
-    #[error("it gives no answer")]
+    #[error("it completes no operation")]
     Silent,
 }
 

@@ -195,7 +195,9 @@ impl Threads {
         drop(work);
         (0..wake).for_each(|_| self.common.more.notify_one());
         if more && self.threads.len() < THREADS_MAX {
-            _ = self.start_one().inspect_err(|e| log::debug!("a thread for I/O: {e}"));
+            _ = self
+                .start_one()
+                .inspect_err(|e| log::debug!("cannot start another I/O thread: {e}"));
         }
         nothing
     }

@@ -24,7 +24,7 @@ pub(crate) fn explain(err: io::Error) -> io::Error {
     if err.kind() != io::ErrorKind::NotFound || shows_descriptors() {
         return err;
     }
-    let said = "there is no /proc here, by which an open file is opened once more; mount one (a chroot: \
+    let said = "no /proc here, through which an open file is opened again; mount one (in a chroot: \
                 mount -t proc proc ROOT/proc)";
     io::Error::new(io::ErrorKind::NotFound, said)
 }
@@ -34,8 +34,8 @@ pub(crate) fn explain_boot_id(err: io::Error) -> io::Error {
     if err.kind() != io::ErrorKind::NotFound {
         return err;
     }
-    let said = "this process does not see /proc/sys, which has the id of the host's boot; without it nobody can \
-                tell whether what the last daemon wrote is still in the page cache. Let it be seen (a systemd unit: \
-                ProcSubset=all, the default; a chroot: mount -t proc proc ROOT/proc)";
+    let said = "this process does not see /proc/sys, which has the host's boot id; without it there is no \
+                telling whether the last daemon's writes are still in the page cache. Make it visible (in \
+                a systemd unit: ProcSubset=all, the default; in a chroot: mount -t proc proc ROOT/proc)";
     io::Error::new(io::ErrorKind::NotFound, said)
 }

@@ -154,9 +154,9 @@ fn read_boot_id() -> io::Result<BootId> {
         Ok(boot) => Ok(boot),
         Err(err) => {
             log::warn!(
-                "{BOOT_ID}: is not the host's own (the container gives it), and that cannot be read ({err}): after a \
-                 restart of the container a disk that was not closed has what was flushed, but may lack what was written \
-                 since; stop the daemon before the container, or give it CAP_SYS_ADMIN"
+                "{BOOT_ID}: is the container's and not the host's, which cannot be read ({err}): after a \
+                 restart of the container a disk that was not closed has all flushed data, but may \
+                 lack later writes; stop the daemon before the container, or give it CAP_SYS_ADMIN"
             );
             parse(file)
         }

@@ -145,7 +145,7 @@ fn messages_say_what_was_found_and_what_to_do() {
     for (args, status, words) in [
         ("merge a.cow", 2, &["OUT", "--in-place"][..]),
         ("rebind alone.cow", 1, &["alone.cow", "has no backing file"]),
-        ("merge --in-place --yes alone.cow", 1, &["alone.cow", "stands over no file"]),
+        ("merge --in-place --yes alone.cow", 1, &["alone.cow", "has no file below it"]),
         ("convert -f uml a.cow out", 1, &["a.cow", "native"]),
         ("compare -f native u.cow a.cow", 2, &["u.cow", "uml"]),
         ("convert -O uml a.cow out", 2, &["--base", "UML"]),

@@ -160,6 +160,12 @@ fn hint(error: &ImageError) -> &'static str {
         ImageError::NoLocks { .. } => {
             "; if you are certain that no second daemon or tool will, start it with --allow-unlocked"
         }
+        ImageError::Backing { .. } => " (COW,BASE)",
+        ImageError::SideFile { .. } => " (cow convert -O native)",
+        ImageError::Journal { .. } => {
+            ": start the daemon without --read-only, or run cow check --repair"
+        }
+        ImageError::NotFrozen { .. } => " (cow snapshot)",
         _ => "",
     }
 }

@@ -12,7 +12,7 @@ fn start(directory: &std::path::Path, base: &std::path::Path) -> (Daemon, bool) 
     let cow = directory.join("disk.cow");
     let image = format!("{},{}", cow.display(), base.display());
     let mut daemon = Daemon::start(directory, [image]);
-    let leased = daemon.has_line("leased: who opens it", "no lease");
+    let leased = daemon.has_line("leased: an open", "no lease");
     (daemon, leased)
 }
 

@@ -62,7 +62,7 @@ fn without_proc_direct_io_is_refused_and_all_else_works() {
     let raw = ["--blk-file=disk.img", "--format=raw"];
     let direct = [&raw[..], &["--cow-cache=direct"]].concat();
     let Some(command) = program(directory.path(), NO_PROC, &direct) else { return };
-    refused(command, &["disk.img", "direct I/O", "there is no /proc here"]);
+    refused(command, &["disk.img", "direct I/O", "no /proc here"]);
     let Some(command) = program(directory.path(), NO_PROC, &raw) else { return };
     let mut daemon = Daemon::spawn(command, directory.path().join("socket"));
     daemon.wait_line("listening");
@@ -171,7 +171,7 @@ fn a_disk_that_cannot_be_locked_is_refused_unless_that_is_allowed() {
         let allowed = [args, &["--allow-unlocked"]].concat();
         let Some(command) = without_locks(directory.path(), true, &allowed) else { return };
         let mut daemon = Daemon::spawn(command, directory.path().join("socket"));
-        daemon.wait_line("destroys it");
+        daemon.wait_line("would destroy it");
         daemon.wait_line("listening");
         upgrade_ok(directory.path());
         let mut frontend = RawFrontend::new(daemon.connect());

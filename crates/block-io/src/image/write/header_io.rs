@@ -190,12 +190,14 @@ pub(crate) fn say_not_marked(path: &Path, err: &NotMarked) {
     let path = path.display();
     match err {
         NotMarked::Durably(err) => log::error!(
-            "{path}: that a sync has failed stands in the page cache only ({err}); if memory becomes scarce before it is \
-             opened again, what was flushed can be lost: unmount its file system and mount it again first, or reboot"
+            "{path}: a sync has failed, and that is recorded in the page cache only ({err}); flushed data \
+             can be lost if memory runs short before the disk is opened again: first unmount its file \
+             system and mount it again, or reboot"
         ),
         NotMarked::AtAll(err) => log::error!(
-            "{path}: that a sync has failed could not be written into it ({err}): before it is opened again, unmount its \
-             file system and mount it again, or reboot; else what was flushed can be lost"
+            "{path}: a sync has failed, and that could not be recorded ({err}): before opening the disk \
+             again, unmount its file system and mount it again, or reboot; otherwise flushed data can \
+             be lost"
         ),
     }
 }

@@ -112,7 +112,7 @@ impl Journal {
         self.state = match file.write_zeros(area.at(), area.len()) {
             Ok(()) => State::Filled,
             Err(err) => {
-                log::debug!("no journal: {err}");
+                log::debug!("journal not preallocated: {err}");
                 // Without it flushes are slower, but no less durable. The space may be more useful
                 // elsewhere.
                 release_space(file, area);
@@ -171,7 +171,7 @@ impl Journal {
 
 fn release_space(file: &impl Storage, area: JournalArea) {
     if let Err(err) = file.punch(area.at(), area.len()) {
-        log::debug!("the journal keeps its space: {err}");
+        log::debug!("journal space not freed: {err}");
     }
 }
 
@@ -217,7 +217,7 @@ pub(crate) fn replay<F: Storage>(cow: &Opened<F>, header: &mut Header) -> Result
     let Some((area, epoch)) = native.journal().zip(native.journal_epoch()) else { return Ok(()) };
     let count = apply(cow, native.geometry(), area, epoch)?;
     if count > 0 {
-        log::info!("{}: {count} flushes put in place from the journal", cow.path.display());
+        log::info!("{}: {count} flushes replayed from the journal", cow.path.display());
     }
     native.end_journal();
     write_native_synced(&cow.file, native).map_err(|err| err.at(&cow.path))?;

@@ -103,9 +103,10 @@ fn hold_last_sector(file: &impl Storage, geometry: &Geometry) -> io::Result<()> 
 fn warn_without_witness<E: Env>(env: &E, cow: &Opened<E::File>) {
     if env.cache_witness(&cow.file).is_none() {
         log::warn!(
-            "{}: this file system (or a sandbox without /sys) does not show whether it was mounted anew: should the daemon \
-             die, what was flushed is kept, but what was written since may be lost; with ext4, XFS, Btrfs, F2FS and tmpfs, \
-             and from Linux 6.8 on with all, it is kept as well",
+            "{}: this file system (or a sandbox without /sys) does not show whether it was mounted \
+             again: if the daemon dies, flushed data is kept, but writes since then may be lost; \
+             they are kept with ext4, XFS, Btrfs, F2FS and tmpfs, and with every file system from \
+             Linux 6.8 on",
             cow.path.display()
         );
     }

@@ -16,7 +16,7 @@ use crate::image::bitmap::demand_load::{Failed, demand_load, demand_load_top};
 use crate::image::bitmap::source::BitmapSource;
 use crate::image::layer::Layer;
 use crate::image::write::flush::{FlushFailure, flush};
-use crate::image::write::header_io::{Newest, NotMarked, mark_settled, say_not_marked, void_live};
+use crate::image::write::header_io::{Newest, NotMarked, log_not_marked, mark_settled, void_live};
 use crate::image::write::journal::Journal;
 use crate::image::write::writable::WritableCow;
 use crate::image::write::write_tracker::WriteTracker;
@@ -446,7 +446,7 @@ impl<E: Env> Disk<E> {
         };
         match marked {
             Ok(()) => self.marked.store(true, Ordering::Release),
-            Err(err) => say_not_marked(&top.path, &err),
+            Err(err) => log_not_marked(&top.path, &err),
         }
     }
 

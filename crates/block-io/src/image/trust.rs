@@ -55,7 +55,7 @@ pub(crate) fn live_counts<E: Env>(
 
 /// Whether the journal may have flushed sectors that are not in their final place. If the live
 /// bitmap is valid there are none: the page cache has everything.
-pub(crate) fn must_be_replayed<E: Env>(
+pub(crate) fn needs_replay<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
     native: &NativeHeader,
@@ -152,8 +152,8 @@ fn believe_native<E: Env>(
     let here = page_cache(env, &cow.file)?.map(|here| here.boot);
     match (live_counts(env, &cow.file, native, Trust::Witness)?, written) {
         (true, Ok(())) => return Ok(true),
-        (true, Err(err)) => say_not_written(&cow.path, &err),
-        (false, _) if live.is_some_and(|live| Some(live.boot) == here) => say_doubtful(&cow.path),
+        (true, Err(err)) => log_not_written(&cow.path, &err),
+        (false, _) if live.is_some_and(|live| Some(live.boot) == here) => log_doubtful(&cow.path),
         (false, _) => {}
     }
     let write = match live {
@@ -190,14 +190,14 @@ fn believe_uml<E: Env>(
     match written.0.and(written.1) {
         Ok(()) => Ok(true),
         Err(err) => {
-            say_not_written(&cow.path, &err);
+            log_not_written(&cow.path, &err);
             make_void(&file).map_err(io("make the live bitmap void"))?;
             Ok(false)
         }
     }
 }
 
-fn say_not_written(path: &Path, err: &io::Error) {
+fn log_not_written(path: &Path, err: &io::Error) {
     log::error!(
         "{}: the system could not write all of it to the disk ({err}); flushed data is intact, but \
          some later writes may be lost",
@@ -205,7 +205,7 @@ fn say_not_written(path: &Path, err: &io::Error) {
     );
 }
 
-fn say_doubtful(path: &Path) {
+fn log_doubtful(path: &Path) {
     log::warn!(
         "{}: was not closed, and its page cache may have been lost since (the file system was mounted \
          again, or this cannot be determined); flushed data is intact, but some later writes may be \

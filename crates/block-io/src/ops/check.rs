@@ -12,7 +12,7 @@ use crate::image::DiskOptions;
 use crate::image::bitmap::source::BitmapSource;
 use crate::image::chain::Opener;
 use crate::image::opened::Opened;
-use crate::image::trust::{Trust, must_be_replayed, recover};
+use crate::image::trust::{Trust, needs_replay, recover};
 use crate::image::write::header_io::write_native_synced;
 use crate::storage::{Env, FS_BLOCK, Storage};
 
@@ -44,7 +44,7 @@ pub fn check<E: Env>(env: &E, path: &Path, repair: bool) -> Result<Vec<Checked>,
         false => Trust::Witness,
     };
     if let Header::Native(native) = &header
-        && must_be_replayed(env, &cow, native, trust)?
+        && needs_replay(env, &cow, native, trust)?
     {
         // Until the journal is replayed it is unknown which sectors are present.
         checked.push(Checked { finding: Finding::Journal, repaired: false });

@@ -7,7 +7,7 @@ use cow_format::header::{BackingFormat, NativeState};
 use cow_format::identity::{ActualIdentity, BackingIdentity, Doubt, IdentityError};
 use cow_format::{Bitmap, Header, HeaderError, SectorCount};
 
-use super::merge_marker::note_path;
+use super::merge_marker::marker_path;
 use crate::image::bitmap::source::BitmapSource;
 use crate::image::chain::{Reference, reference, resolve};
 use crate::image::identity::verify;
@@ -175,7 +175,7 @@ impl Inspection {
         let in_use = matches!(opened.file.try_lock(LockKind::Shared), Err(LockError::Held { .. }));
         let real = env.canonical(&path).map_err(ImageError::io(&path, "resolve"))?;
         let merging =
-            env.exists(&note_path(&real)).map_err(ImageError::io(&path, "look beside"))?;
+            env.exists(&marker_path(&real)).map_err(ImageError::io(&path, "look beside"))?;
         let (stat, content) = (opened.stat, Content::Unknown);
         self.files.push(FileFacts { path, stat, in_use, merging, content, backing: None });
         let content = look_inside(env, opened, format, self.files.len() == 1)?;

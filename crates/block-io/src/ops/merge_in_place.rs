@@ -72,11 +72,11 @@ pub fn merge_in_place<E: Env>(
         if !is_read_only(&merge.header) {
             empty(env, &merge.top, &merge.header)?;
         }
-        merge.note.remove(env)?;
+        merge.marker.remove(env)?;
         return Ok(Merged { target: merge.target.opened.path.clone(), emptied: true });
     }
     merge.settle()?;
-    merge.note.write(env)?;
+    merge.marker.write(env)?;
     merge.renew_layer()?;
     merge.make_room()?;
     merge.copy(copying)?;
@@ -85,7 +85,7 @@ pub fn merge_in_place<E: Env>(
     if emptied {
         empty(env, &merge.top, &merge.header)?;
     }
-    merge.note.remove(env)?;
+    merge.marker.remove(env)?;
     Ok(Merged { target: merge.target.opened.path.clone(), emptied })
 }
 
@@ -104,7 +104,7 @@ struct Merge<'a, E: Env> {
     /// The identity of the target in the header above it.
     stored: BackingIdentity,
     map: LayerMap,
-    note: MergeMarker,
+    marker: MergeMarker,
 }
 
 impl<'a, E: Env> Merge<'a, E> {
@@ -123,11 +123,11 @@ impl<'a, E: Env> Merge<'a, E> {
         }
         let trust = recover(env, &top, &mut header)?;
         let real = env.canonical(cow).map_err(OpError::io(cow, "resolve"))?;
-        let note = |reference: &Reference, target: &Opened<E::File>| {
+        let marker = |reference: &Reference, target: &Opened<E::File>| {
             MergeMarker::new(&real, &top.stat, &target.stat, &reference.identity)
         };
         let interrupted = |reference: &Reference, target: &Opened<E::File>| {
-            note(reference, target).stands(env).unwrap_or(false)
+            marker(reference, target).exists(env).unwrap_or(false)
         };
         let mut opener = opener.writing(depth.get() - 1, &interrupted);
         let mut below = opener.below(cow, &header, base)?;
@@ -143,7 +143,7 @@ impl<'a, E: Env> Merge<'a, E> {
             return Err(OpError::NothingBelow { path: cow.to_owned(), depth: depth.get() });
         };
         check_target(&header, &target)?;
-        let note = note(&stored, &target.opened);
+        let marker = marker(&stored, &target.opened);
         let stored = stored.identity;
         let bitmap = bitmap_of(&target)?;
         let mut empty = map.top().is_none_or(is_empty);
@@ -151,7 +151,7 @@ impl<'a, E: Env> Merge<'a, E> {
             empty &= bitmap_of(lower)?.as_ref().is_none_or(is_empty);
         }
         let between = below;
-        Ok(Merge { env, top, header, between, empty, bitmap, target, stored, map, note })
+        Ok(Merge { env, top, header, between, empty, bitmap, target, stored, map, marker })
     }
 
     /// Makes everything in the COW file durable, and its state clean.

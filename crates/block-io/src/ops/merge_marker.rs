@@ -89,11 +89,11 @@ impl MergeMarker {
         raw.crc = crc32c::crc32c(&raw.as_bytes()[CRC_END..]).into();
         let mut bytes = [0; RAW_LEN];
         bytes.copy_from_slice(raw.as_bytes());
-        MergeMarker { path: note_path(cow), bytes }
+        MergeMarker { path: marker_path(cow), bytes }
     }
 
     /// Whether exactly this marker exists beside the COW file.
-    pub(crate) fn stands<E: Env>(&self, env: &E) -> io::Result<bool> {
+    pub(crate) fn exists<E: Env>(&self, env: &E) -> io::Result<bool> {
         let file = match env.open(&self.path, Access::Read) {
             Ok(file) => file,
             Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -107,7 +107,7 @@ impl MergeMarker {
     /// Writes the marker, durably, replacing any other: those are void. It gets its name in one
     /// step, so that a killed process never leaves a partial one.
     pub(crate) fn write<E: Env>(&self, env: &E) -> Result<(), OpError> {
-        if self.stands(env).map_err(OpError::io(&self.path, "read"))? {
+        if self.exists(env).map_err(OpError::io(&self.path, "read"))? {
             return env
                 .sync_parent(&self.path)
                 .map_err(OpError::io(&self.path, "sync the directory of"));
@@ -130,7 +130,7 @@ impl MergeMarker {
 }
 
 /// The path of the marker of the COW file at `cow` (without symbolic links).
-pub(crate) fn note_path(cow: &Path) -> PathBuf {
+pub(crate) fn marker_path(cow: &Path) -> PathBuf {
     let mut path = cow.as_os_str().to_owned();
     path.push(".merging");
     PathBuf::from(path)

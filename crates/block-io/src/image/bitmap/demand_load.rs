@@ -28,10 +28,10 @@ pub(crate) fn demand_load<F: Storage>(
     while let Some(page) = map.next_unknown(range) {
         // What is known of the top is in its bitmap.
         if map.top().is_some_and(|top| !top.is_known(page)) {
-            learn_top_group(map, sources, page)?;
+            load_top_group(map, sources, page)?;
         }
         if !map.is_folded(page) {
-            learn_below_group(map, sources, page)?;
+            load_below_group(map, sources, page)?;
         }
     }
     Ok(())
@@ -44,12 +44,12 @@ pub(crate) fn demand_load_top<F: Storage>(
     range: SectorRange,
 ) -> Result<(), Failed> {
     while let Some(page) = map.top().and_then(|top| top.next_unknown(range)) {
-        learn_top_group(map, sources, page)?;
+        load_top_group(map, sources, page)?;
     }
     Ok(())
 }
 
-fn learn_top_group<F: Storage>(
+fn load_top_group<F: Storage>(
     map: &LayerMap,
     sources: &Sources<'_, F>,
     page: u64,
@@ -63,7 +63,7 @@ fn learn_top_group<F: Storage>(
     in_group(&region, page, |pages| bits.load(file, top, pages).map_err(|err| (0, err)))
 }
 
-fn learn_below_group<F: Storage>(
+fn load_below_group<F: Storage>(
     map: &LayerMap,
     sources: &Sources<'_, F>,
     page: u64,
@@ -84,14 +84,14 @@ fn learn_below_group<F: Storage>(
         for (layer, (file, bits)) in below().rev() {
             // The end of a layer matters even if the layer has no sector here.
             folds.iter_mut().for_each(|fold| fold.overlay(layer - 1, &[]));
-            let lay = |page: u64, bytes: &[u8], _live| {
+            let overlay = |page: u64, bytes: &[u8], _live| {
                 let fold =
                     usize::try_from(page - pages.start).ok().and_then(|at| folds.get_mut(at));
                 if let Some(fold) = fold {
                     fold.overlay(layer - 1, bytes);
                 }
             };
-            bits.for_each(file, &pages, lay).map_err(|err| (layer, err))?;
+            bits.for_each(file, &pages, overlay).map_err(|err| (layer, err))?;
         }
         folds.into_iter().for_each(|fold| fold.publish());
         Ok(())

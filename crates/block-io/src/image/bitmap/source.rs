@@ -10,7 +10,7 @@ use super::pages::{for_each_stray, read_pages};
 use super::side_file;
 use crate::image::ImageError;
 use crate::image::opened::Opened;
-use crate::image::trust::{Trust, live_counts, must_be_replayed, valid_side_file};
+use crate::image::trust::{Trust, live_counts, needs_replay, valid_side_file};
 use crate::storage::{Env, Storage};
 
 const PAGE_LEN: u64 = BITMAP_PAGE as u64;
@@ -38,7 +38,7 @@ impl<F: Storage> BitmapSource<F> {
         trust: Trust,
     ) -> Result<Self, ImageError> {
         if let Header::Native(native) = header
-            && must_be_replayed(env, cow, native, trust)?
+            && needs_replay(env, cow, native, trust)?
         {
             return Err(ImageError::Journal { path: cow.path.clone() });
         }

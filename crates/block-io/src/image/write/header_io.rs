@@ -162,7 +162,7 @@ pub(crate) fn mark_failed<F: Storage>(cow: &Opened<F>, header: &mut Header, newe
     if let Header::Native(native) = header
         && let Err(err) = void_live(&cow.file, native, newest)
     {
-        say_not_marked(&cow.path, &err);
+        log_not_marked(&cow.path, &err);
     }
 }
 
@@ -186,7 +186,7 @@ pub(crate) fn settle<F: Storage>(
 }
 
 /// Logs what the user has to do if a failed sync could not be recorded.
-pub(crate) fn say_not_marked(path: &Path, err: &NotMarked) {
+pub(crate) fn log_not_marked(path: &Path, err: &NotMarked) {
     let path = path.display();
     match err {
         NotMarked::Durably(err) => log::error!(

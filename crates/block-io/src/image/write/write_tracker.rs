@@ -20,7 +20,7 @@ const _: () = assert!(RANGES_MAX <= journal::RANGES_MAX);
 pub(crate) struct WriteTracker {
     /// Set when the tracked set overflowed or is unknown; tracking stops until the next flush.
     /// Writers share a flag that seldom changes.
-    much: AtomicBool,
+    overflowed: AtomicBool,
     /// There is a journal, whose records are copies of what was written.
     has_journal: bool,
     /// Writes in progress must be tracked, for the journal or for the sweep of leaked space.
@@ -32,7 +32,7 @@ pub(crate) struct WriteTracker {
 #[derive(Debug, Default)]
 struct State {
     /// Written since the last flush, and how many sectors these are.
-    few: Vec<SectorRange>,
+    ranges: Vec<SectorRange>,
     sectors: u64,
     /// Being written.
     under_way: Vec<SectorRange>,
@@ -48,7 +48,7 @@ impl WriteTracker {
     /// file may contain data that is not marked present.
     pub(crate) fn new(has_journal: bool, leaky: bool) -> Self {
         WriteTracker {
-            much: AtomicBool::new(true),
+            overflowed: AtomicBool::new(true),
             has_journal,
             tracked: has_journal || leaky,
             state: Mutex::default(),
@@ -81,20 +81,20 @@ impl WriteTracker {
 
     /// `ranges` have been written, and are about to be acknowledged.
     pub(crate) fn add(&self, ranges: &[SectorRange]) {
-        // A flush that clears `much` after this load covers this write: its data was there before.
-        if self.much.load(Ordering::SeqCst) {
+        // A flush that clears `overflowed` after this load covers this write: its data was there before.
+        if self.overflowed.load(Ordering::SeqCst) {
             return;
         }
         let mut state = self.state();
         ranges.iter().for_each(|range| state.add(*range));
-        if state.few.len() > RANGES_MAX || state.sectors > SECTORS_MAX {
-            self.much.store(true, Ordering::SeqCst);
+        if state.ranges.len() > RANGES_MAX || state.sectors > SECTORS_MAX {
+            self.overflowed.store(true, Ordering::SeqCst);
         }
     }
 
     /// It is unknown what has been flushed.
     pub(crate) fn add_everything(&self) {
-        self.much.store(true, Ordering::SeqCst);
+        self.overflowed.store(true, Ordering::SeqCst);
     }
 
     /// What has been written since the last call, for a flush that begins now; `None` if it is not
@@ -102,8 +102,8 @@ impl WriteTracker {
     pub(crate) fn take(&self) -> Option<Vec<SectorRange>> {
         let mut state = self.state();
         state.sectors = 0;
-        let few = std::mem::take(&mut state.few);
-        (!self.much.swap(false, Ordering::SeqCst)).then_some(few)
+        let ranges = std::mem::take(&mut state.ranges);
+        (!self.overflowed.swap(false, Ordering::SeqCst)).then_some(ranges)
     }
 
     /// Lets `copy` read the content of `ranges`. Returns false if `copy` does, or if a sector may
@@ -152,11 +152,11 @@ impl State {
     fn add(&mut self, range: SectorRange) {
         let inside =
             |known: &SectorRange| known.start() <= range.start() && range.end() <= known.end();
-        if range.is_empty() || self.few.iter().any(inside) {
+        if range.is_empty() || self.ranges.iter().any(inside) {
             return;
         }
         self.sectors += range.count().get();
-        self.few.push(range);
+        self.ranges.push(range);
     }
 }
 
@@ -179,9 +179,9 @@ mod tests {
     }
 
     #[test]
-    fn little_is_remembered_and_much_is_not() {
+    fn a_small_set_is_tracked_and_a_large_one_is_not() {
         let tracker = WriteTracker::new(true, false);
-        assert_eq!(tracker.take(), None, "nobody knows what came before");
+        assert_eq!(tracker.take(), None, "what came before is unknown");
         assert_eq!(tracker.take(), Some(vec![]));
         tracker.add(&[range(8, 8), range(3, 0), range(9, 2), range(20, 1)]);
         tracker.add(&[range(8, 8)]);
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_writes_what_is_changed_exclusively() {
+    fn no_write_overlaps_an_exclusive_change() {
         let tracker = WriteTracker::new(false, true);
         tracker.begin(range(8, 8));
         assert!(!tracker.exclusively(range(15, 4), || panic!("it is being written")));

@@ -163,7 +163,7 @@ fn every_writer_of_a_reference_writes_the_witness() {
     for cow in ["created", "resized"] {
         place.is_noticed_when_replaced(cow, "base");
     }
-    // A layer is known by its UUID; what it stands over, by the witness that it had.
+    // A layer is identified by its UUID; the file below it, by its witness.
     snapshot(&Host, &place.path("resized"), &place.path("above")).unwrap();
     place.is_noticed_when_replaced("above", "base");
     let disk = place.open("merged", false).unwrap();

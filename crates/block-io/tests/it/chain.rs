@@ -115,7 +115,7 @@ fn each_layer_keeps_its_own() {
         assert_eq!((content(&top), content(&below)), (expected.clone(), expected.clone()));
         assert_eq!(top.layers().len(), layer + 3);
     }
-    // Everything stands in one directory, so everything can move.
+    // All files are in one directory, so it can be moved as a whole.
     let moved = place.0.path().with_extension("moved");
     fs::rename(place.0.path(), &moved).unwrap();
     let link = moved.with_extension("link");

@@ -335,7 +335,7 @@ fn queues_that_share_bytes_of_the_bitmap_lose_no_bit() {
                 });
             }
         });
-        // The process dies: what it knew is in the live bitmap.
+        // The process dies: its bits are in the live bitmap.
         drop(disk);
         let disk = Disk::open_cow(&dir.path().join("cow"), None, &options()).unwrap();
         assert!(disk.is_present(range(30_000, 4000)).unwrap());
@@ -391,7 +391,7 @@ fn direct_descriptions_of_all_layers() {
             let disk = Disk::open_cow(&dir.path().join("cow"), None, &options).unwrap();
             let has_direct = |layer: usize| disk.layers()[layer].file().direct().is_some();
             assert_eq!((has_direct(0), has_direct(1)), (cow_cache == direct, true));
-            // Either way nobody else gets in.
+            // Either way no other opener gets the lock.
             for cow_cache in [direct, CachePolicy::Buffered] {
                 let other = DiskOptions { cow_cache, ..options };
                 Disk::open_cow(&dir.path().join("cow"), None, &other).err().unwrap();

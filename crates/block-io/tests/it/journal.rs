@@ -76,7 +76,7 @@ fn a_journal_is_put_in_place_before_the_file_is_changed_as_a_whole() {
     assert!(!disk.is_present(range(5, 2)).unwrap());
 }
 
-/// Whoever may only read need not refuse a journal in which nothing stands.
+/// A read-only opener need not refuse an empty journal.
 #[test]
 fn an_empty_journal_hinders_nobody() {
     let (_dir, path) = journalled();

@@ -1,5 +1,5 @@
 //! Bitmaps are read where they are asked for: what cannot be read fails, nothing is taken for
-//! absent because nobody looked, and it does not matter who looks when.
+//! absent because it was not loaded, and the order of loading does not matter.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -76,7 +76,7 @@ fn geometry(sim: &Sim) -> (u64, Geometry) {
     (file.ino(), *header.geometry())
 }
 
-/// From now on whoever reads the page of [`BROKEN`] in the durable bitmap of `/cow` fails, as long
+/// From now on every read of the page of [`BROKEN`] in the durable bitmap of `/cow` fails, as long
 /// as the switch is on.
 fn break_page(sim: &Sim) -> Arc<AtomicBool> {
     let on = Arc::new(AtomicBool::new(true));
@@ -108,7 +108,7 @@ fn a_page_that_cannot_be_read_fails_what_it_speaks_of_and_nothing_else() {
         let sim = sim(format);
         let on = break_page(&sim);
         let disk = open(&sim, "/cow");
-        // Neither what it has nor what the base has: nobody knows which it is.
+        // Neither its own content nor the base's: it is unknown which is right.
         assert_unreadable(sector(&disk, BROKEN));
         assert_unreadable(sector(&disk, BROKEN + 1));
         assert_unreadable(disk.write(range(BROKEN + 1, 1), &[9; 512]));

@@ -76,7 +76,7 @@ impl World {
         Self::filled(sim, closed, false)
     }
 
-    /// The COW file and the other one stand over a frozen layer that has some of the same sectors.
+    /// The COW file and the other one are over a frozen layer that has some of the same sectors.
     fn layered() -> Self {
         let world = World::new(CowFormat::Native, true);
         let sim = world.sim;
@@ -209,7 +209,7 @@ fn crash_at(world: &World, step: u64, crash: &Crash) -> bool {
     };
     world.sim.crash_at(world.sim.steps() + step, kind);
     let ended = world.merge().is_ok();
-    // The last steps may be removals whose errors nobody needs; what counts is whether it crashed.
+    // The last steps may be removals whose errors do not matter; only a crash does.
     let crashed = world.sim.crashed();
     world.sim.crash_at(u64::MAX, kind);
     world.sim.set_hook(None);

@@ -31,7 +31,7 @@ const OUTCOMES: u64 = 2;
 /// An enumeration of more outcomes than this is too long for a test; the programs are chosen to
 /// stay below.
 const OUTCOMES_MAX: usize = 20_000;
-/// Room for two records of a few sectors: it is full, and begun anew, all the time.
+/// Room for two records of a few sectors: it fills up and is reset all the time.
 const JOURNAL_LEN: u64 = 5 * 4096;
 
 /// One step of a program.
@@ -62,9 +62,9 @@ pub enum Op {
     FailWriteback,
     /// Closes, moves the base, and opens with the base's new name.
     Move,
-    /// Closes, moves and touches the base, and rebinds the file that stands over it.
+    /// Closes, moves and touches the base, and rebinds the file over it.
     Rebind,
-    /// Closes, freezes, and goes on with a new file on top.
+    /// Closes, freezes, and continues with a new file on top.
     Snapshot,
     /// Closes, and changes the size of the disk.
     Resize {
@@ -94,7 +94,7 @@ pub enum Fault {
     FailedSyncForgotten,
     /// The successor does not ask whether writing to the disk has failed.
     FailedWritebackUnseen,
-    /// The successor goes on with what the page cache shows, though it is void.
+    /// The successor continues with what the page cache shows, though it is void.
     CacheKept,
 }
 
@@ -208,7 +208,7 @@ impl Model {
         }
     }
 
-    /// Compares a disk that was opened after a crash, and goes on from what it holds.
+    /// Compares a disk that was opened after a crash, and continues with its content.
     fn recover(&mut self, disk: &Disk<Sim>, power_cut: bool) -> Result<(), String> {
         let capacity = disk.capacity().get();
         if Some(capacity) == self.resizing {
@@ -323,8 +323,8 @@ impl Harness {
             for part in [0, 1, usize::MAX / 2] {
                 let name = format!("death at step {step}, part {part}");
                 let crashed = self.crashed(program, step, CrashKind::ProcessDeath { part });
-                // It was told that writing has failed, nobody will be told again, and it has not
-                // passed that on yet.
+                // It got the error of a failed write, no process will get the error again, and it
+                // has not passed that on yet.
                 if crashed.sim.told_at() == Some(step - 1) {
                     continue;
                 }
@@ -460,7 +460,7 @@ impl Run<'_> {
     }
 
     /// Compares a disk that has just been opened. Where only what was flushed is sure to be there,
-    /// the page cache then forgets what it may, which nobody must see.
+    /// the page cache then evicts what it may, which must not be visible.
     fn compare(&mut self, disk: &Disk<Sim>, flushed_only: bool) -> Result<(), String> {
         let flushed_only = flushed_only || self.doubtful || !self.harness.witness;
         self.model.recover(disk, flushed_only)?;

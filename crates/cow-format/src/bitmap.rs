@@ -19,10 +19,10 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use crate::units::{Sector, SectorCount, SectorRange};
 
 /// Bytes in a bitmap page: the unit in which a bitmap is read, snapshot and written.
-pub const BITMAP_PAGE: usize = 4096;
+pub const BITMAP_PAGE_LEN: usize = 4096;
 
 /// Sectors that one bitmap page speaks of (16 MiB of disk).
-pub const PAGE_SECTORS: u64 = BITMAP_PAGE as u64 * 8;
+pub const PAGE_SECTORS: u64 = BITMAP_PAGE_LEN as u64 * 8;
 
 /// Chunks in a region. 40 KiB of chunk heads are allocated when the first sector of 16 GiB is written.
 pub(crate) const REGION_CHUNKS: usize = 1024;
@@ -31,7 +31,7 @@ pub(crate) const REGION_SECTORS: u64 = PAGE_SECTORS * REGION_CHUNKS as u64;
 /// Sectors in a word of the bitmap.
 const WORD_SECTORS: u64 = 64;
 /// Words in a bitmap page.
-const PAGE_WORDS: usize = BITMAP_PAGE / 8;
+const PAGE_WORDS: usize = BITMAP_PAGE_LEN / 8;
 /// Words of a chunk's coarse map: one bit for each 8 sectors.
 const COARSE_WORDS: usize = PAGE_WORDS / 8;
 
@@ -184,7 +184,7 @@ impl Bitmap {
     }
 
     /// Writes page `page` into `bytes` as it stands on disk: sector n is bit n % 8 of byte n / 8.
-    pub fn render_page(&self, page: u64, bytes: &mut [u8; BITMAP_PAGE]) {
+    pub fn render_page(&self, page: u64, bytes: &mut [u8; BITMAP_PAGE_LEN]) {
         bytes.fill(0);
         let Some(chunk) = page.checked_mul(PAGE_SECTORS).and_then(|sector| self.chunk(sector))
         else {
@@ -215,10 +215,10 @@ impl Bitmap {
     }
 
     fn load(&self, page: u64, bytes: &[u8], mark_dirty: bool) {
-        let mut whole = [0; BITMAP_PAGE];
-        let len = bytes.len().min(BITMAP_PAGE);
+        let mut whole = [0; BITMAP_PAGE_LEN];
+        let len = bytes.len().min(BITMAP_PAGE_LEN);
         whole[..len].copy_from_slice(&bytes[..len]);
-        if page >= self.pages() || whole == [0; BITMAP_PAGE] {
+        if page >= self.pages() || whole == [0; BITMAP_PAGE_LEN] {
             return;
         }
         let index = offset_in(page, REGION_CHUNKS as u64);
@@ -483,8 +483,8 @@ impl Chunk {
     }
 
     /// Adds the first `sectors` bits of `page`; true if one is new.
-    fn load(&self, page: &[u8; BITMAP_PAGE], sectors: u64) -> bool {
-        if sectors == PAGE_SECTORS && *page == [0xff; BITMAP_PAGE] {
+    fn load(&self, page: &[u8; BITMAP_PAGE_LEN], sectors: u64) -> bool {
+        if sectors == PAGE_SECTORS && *page == [0xff; BITMAP_PAGE_LEN] {
             return !self.full.swap(true, Ordering::AcqRel);
         }
         let mut changed = false;

@@ -11,7 +11,7 @@
 //! The machine does no I/O. The caller syncs and writes, and says so; it never runs two passes at once. Writers
 //! go on meanwhile: what they set after the snapshot stays dirty and belongs to the next pass.
 
-use crate::bitmap::{BITMAP_PAGE, Bitmap};
+use crate::bitmap::{BITMAP_PAGE_LEN, Bitmap};
 use crate::geometry::Geometry;
 use crate::units::ByteOffset;
 
@@ -91,9 +91,9 @@ impl<'a> WritePages<'a> {
         let mut from = 0;
         pass.pages.chunk_by(|a, b| a + 1 == *b).map(move |run| {
             let (first, last) = (run[0], run[run.len() - 1]);
-            let len = (run.len() - 1) * BITMAP_PAGE + pass.geometry.bitmap_page_len(last);
+            let len = (run.len() - 1) * BITMAP_PAGE_LEN + pass.geometry.bitmap_page_len(last);
             let bytes = &pass.bytes[from..from + len];
-            from += run.len() * BITMAP_PAGE;
+            from += run.len() * BITMAP_PAGE_LEN;
             BitmapWrite { at: pass.geometry.page_at(first), bytes }
         })
     }
@@ -111,7 +111,7 @@ impl Pass<'_> {
     fn snapshot(&mut self) {
         self.pages.clear();
         self.next_page = self.bitmap.take_dirty(self.next_page, FLUSH_BATCH_PAGES, &mut self.pages);
-        self.bytes.resize(self.pages.len() * BITMAP_PAGE, 0);
+        self.bytes.resize(self.pages.len() * BITMAP_PAGE_LEN, 0);
         for (&page, bytes) in self.pages.iter().zip(self.bytes.as_chunks_mut().0) {
             self.bitmap.render_page(page, bytes);
         }

@@ -7,7 +7,7 @@
 use std::sync::OnceLock;
 
 use crate::bitmap::{
-    BITMAP_PAGE, PAGE_SECTORS, REGION_CHUNKS, REGION_SECTORS, offset_in, usize_of,
+    BITMAP_PAGE_LEN, PAGE_SECTORS, REGION_CHUNKS, REGION_SECTORS, offset_in, usize_of,
 };
 
 /// In place of a layer's index: no layer has this sector, it reads as zeros.
@@ -18,7 +18,7 @@ const MIXED: u8 = NOWHERE - 1;
 
 /// Sectors in a block, the piece that guests write.
 const BLOCK: usize = 8;
-const CHUNK_SECTORS: usize = BITMAP_PAGE * 8;
+const CHUNK_SECTORS: usize = BITMAP_PAGE_LEN * 8;
 const CHUNK_BLOCKS: usize = CHUNK_SECTORS / BLOCK;
 
 /// Runs of a chunk that are searched; they fit a cache line.

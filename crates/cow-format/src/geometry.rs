@@ -1,6 +1,6 @@
 //! Where a COW file's bitmap and data stand. One geometry for the UML headers and the native one.
 
-use crate::bitmap::{BITMAP_PAGE, Bitmap};
+use crate::bitmap::{BITMAP_PAGE_LEN, Bitmap};
 use crate::units::{ByteOffset, SECTOR_SIZE, Sector, SectorCount, SectorRange};
 
 /// The places in a COW file. Built only by a checked header: every sum of these is below 2^63, the parts do not
@@ -62,21 +62,21 @@ impl Geometry {
 
     /// The number of bitmap pages, the last perhaps partial.
     pub const fn bitmap_pages(&self) -> u64 {
-        self.bitmap_len.div_ceil(BITMAP_PAGE as u64)
+        self.bitmap_len.div_ceil(BITMAP_PAGE_LEN as u64)
     }
 
     /// The bytes of page `page` that exist in a bitmap of this file: 4096, fewer on the last page of a UML file,
     /// none past the end.
     pub fn bitmap_page_len(&self, page: u64) -> usize {
-        let start = page.saturating_mul(BITMAP_PAGE as u64);
-        let len = self.bitmap_len.saturating_sub(start).min(BITMAP_PAGE as u64);
-        usize::try_from(len).unwrap_or(BITMAP_PAGE)
+        let start = page.saturating_mul(BITMAP_PAGE_LEN as u64);
+        let len = self.bitmap_len.saturating_sub(start).min(BITMAP_PAGE_LEN as u64);
+        usize::try_from(len).unwrap_or(BITMAP_PAGE_LEN)
     }
 
     /// Where page `page` of the durable bitmap stands. For pages of the disk.
     pub fn page_at(&self, page: u64) -> ByteOffset {
         debug_assert!(page < self.bitmap_pages());
-        ByteOffset::new(self.bitmap_offset + page * BITMAP_PAGE as u64)
+        ByteOffset::new(self.bitmap_offset + page * BITMAP_PAGE_LEN as u64)
     }
 
     /// Refuses a file of `file_len` bytes that ends before the data of a sector that `bitmap` says is present.

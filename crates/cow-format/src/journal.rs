@@ -15,11 +15,11 @@ use crate::units::{ByteOffset, Sector, SectorCount, SectorRange};
 const MAGIC: [u8; 8] = *b"COWJRNL\n";
 
 /// What a record begins with and its length is a multiple of, in bytes: a block of every file system in use.
-pub const BLOCK: usize = 4096;
-const BLOCK_LEN: u64 = BLOCK as u64;
+pub const RECORD_BLOCK_LEN: usize = 4096;
+const BLOCK_LEN: u64 = RECORD_BLOCK_LEN as u64;
 
 /// Ranges that a record has room for: what its first block holds.
-pub const RANGES_MAX: usize = (BLOCK - HEAD_LEN) / size_of::<RawRange>();
+pub const RANGES_MAX: usize = (RECORD_BLOCK_LEN - HEAD_LEN) / size_of::<RawRange>();
 const HEAD_LEN: usize = 48;
 /// The checksum's field.
 const CRC: std::ops::Range<usize> = 8..12;
@@ -49,7 +49,7 @@ struct RawRange {
     reserved: [u8; 4],
 }
 
-const _: () = assert!(size_of::<RawRecord>() == BLOCK);
+const _: () = assert!(size_of::<RawRecord>() == RECORD_BLOCK_LEN);
 const _: () = assert!(std::mem::offset_of!(RawRecord, ranges) == HEAD_LEN);
 const _: () = assert!(std::mem::offset_of!(RawRecord, crc32c) == CRC.start);
 
@@ -118,8 +118,8 @@ pub fn record_len(ranges: &[SectorRange]) -> Option<usize> {
     usize::try_from(len).ok().filter(|_| (1..=RANGES_MAX).contains(&ranges.len()))
 }
 
-/// Completes a record of [`record_len`] bytes: the data of `ranges`, one after the other, is there from [`BLOCK`] on and
-/// followed by zeros.
+/// Completes a record of [`record_len`] bytes: the data of `ranges`, one after the other, is there from
+/// [`RECORD_BLOCK_LEN`] on and followed by zeros.
 pub fn seal(record: &mut [u8], epoch: Epoch, sequence: u64, ranges: &[SectorRange]) {
     assert_eq!(Some(record.len()), record_len(ranges));
     let mut raw = RawRecord::new_zeroed();
@@ -133,7 +133,7 @@ pub fn seal(record: &mut [u8], epoch: Epoch, sequence: u64, ranges: &[SectorRang
         raw.sector = range.start().get().into();
         raw.count = u32::try_from(range.count().get()).unwrap_or(u32::MAX).into();
     }
-    record[..BLOCK].copy_from_slice(raw.as_bytes());
+    record[..RECORD_BLOCK_LEN].copy_from_slice(raw.as_bytes());
     let crc = checksum(record);
     record[CRC].copy_from_slice(&crc.to_le_bytes());
 }
@@ -169,13 +169,13 @@ impl<'a> Records<'a> {
     /// The record at the beginning of what is left. The first that is not whole, or of another epoch, was never complete:
     /// the journal ends there.
     fn next_record(&self) -> Option<(&'a RawRecord, &'a [u8])> {
-        let raw = RawRecord::ref_from_bytes(self.rest.get(..BLOCK)?).ok()?;
+        let raw = RawRecord::ref_from_bytes(self.rest.get(..RECORD_BLOCK_LEN)?).ok()?;
         let len = usize::try_from(raw.len.get()).ok()?;
         let expected = raw.magic == MAGIC
             && raw.epoch == self.epoch.to_bytes()
             && raw.sequence.get() == self.sequence
-            && len.is_multiple_of(BLOCK);
-        let record = self.rest.get(..len).filter(|_| expected && len > BLOCK)?;
+            && len.is_multiple_of(RECORD_BLOCK_LEN);
+        let record = self.rest.get(..len).filter(|_| expected && len > RECORD_BLOCK_LEN)?;
         (checksum(record) == raw.crc32c.get()).then_some((raw, record))
     }
 
@@ -183,7 +183,7 @@ impl<'a> Records<'a> {
         let error = |what| RecordError { sequence: self.sequence, what };
         let count = usize::try_from(raw.range_count.get()).unwrap_or(usize::MAX);
         let ranges = raw.ranges.get(..count).ok_or_else(|| error("it has too many ranges"))?;
-        let mut data = &record[BLOCK..];
+        let mut data = &record[RECORD_BLOCK_LEN..];
         let mut pieces = Vec::with_capacity(count);
         for raw in ranges {
             let count = SectorCount::new(raw.count.get().into());

@@ -13,7 +13,7 @@ mod map;
 pub mod sample;
 mod units;
 
-pub use bitmap::{BITMAP_PAGE, Bitmap, PAGE_SECTORS, Run, Runs};
+pub use bitmap::{BITMAP_PAGE_LEN, Bitmap, PAGE_SECTORS, Run, Runs};
 pub use flush::{AwaitSync, BitmapWrite, FLUSH_BATCH_PAGES, FlushPass, Next, WritePages};
 pub use geometry::{DataTruncated, Geometry};
 pub use header::{HEADER_PREFIX_LEN, Header, HeaderError};

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cow_format::header::UmlHeader;
 use cow_format::identity::Timestamp;
-use cow_format::{BITMAP_PAGE, Bitmap, LayerMap, Sector, SectorCount, SectorRange};
+use cow_format::{BITMAP_PAGE_LEN, Bitmap, LayerMap, Sector, SectorCount, SectorRange};
 
 struct Counting;
 
@@ -70,7 +70,7 @@ fn memory_follows_what_is_written() {
                 LayerMap::new(&geometry, top, &vec![geometry; depth], Some(100 << 30)).unwrap();
             while let Some(page) = map.next_unknown(geometry.all()) {
                 map.begin_region(page, |_| true);
-                let mut bits = [0; BITMAP_PAGE];
+                let mut bits = [0; BITMAP_PAGE_LEN];
                 frozen.render_page(page, &mut bits);
                 let mut fold = map.fold(page);
                 (0..depth).rev().for_each(|index| fold.overlay(index, &bits));

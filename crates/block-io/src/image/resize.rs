@@ -10,7 +10,7 @@ use std::path::Path;
 use cow_format::check::clear_beyond_end;
 use cow_format::header::NativeHeader;
 use cow_format::{
-    BITMAP_PAGE, Bitmap, ByteOffset, Geometry, PAGE_SECTORS, SECTOR_SIZE, Sector, SectorCount,
+    BITMAP_PAGE_LEN, Bitmap, ByteOffset, Geometry, PAGE_SECTORS, SECTOR_SIZE, Sector, SectorCount,
     SectorRange,
 };
 
@@ -76,12 +76,12 @@ fn size_below<E: Env>(env: &E, path: &Path, edit: &Edit<E::File>) -> Result<u64,
 /// Clears bits and data past the end of a disk of this geometry, in all the space that the file has
 /// for growth.
 fn clear_beyond(file: &impl Storage, header: &NativeHeader, geometry: &Geometry) -> io::Result<()> {
-    let page_len = BITMAP_PAGE as u64;
+    let page_len = BITMAP_PAGE_LEN as u64;
     let bitmap = geometry.bitmap_offset().get();
     let edge = geometry.sectors().get() / PAGE_SECTORS;
     let room = header.virtual_size_max().div_ceil(PAGE_SECTORS * SECTOR_SIZE) * page_len;
     if (edge + 1) * page_len <= room {
-        let mut page = [0; BITMAP_PAGE];
+        let mut page = [0; BITMAP_PAGE_LEN];
         let at = ByteOffset::new(bitmap + edge * page_len);
         file.read_zero_filled(&mut page, at)?;
         if clear_beyond_end(geometry, edge, &mut page) {
@@ -110,11 +110,11 @@ fn hide_below(file: &impl Storage, old: &Geometry, new: &Geometry, below: u64) -
     };
     let bitmap = Bitmap::new(new.sectors());
     let first = start / PAGE_SECTORS;
-    let mut page = [0; BITMAP_PAGE];
+    let mut page = [0; BITMAP_PAGE_LEN];
     // The first page also has bits of the disk before it grew.
     file.read_zero_filled(
         &mut page,
-        ByteOffset::new(old.bitmap_offset().get() + first * BITMAP_PAGE as u64),
+        ByteOffset::new(old.bitmap_offset().get() + first * BITMAP_PAGE_LEN as u64),
     )?;
     bitmap.load_durable(first, &page);
     bitmap.insert(range);

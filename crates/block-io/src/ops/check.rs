@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cow_format::check::{Check, Finding, clear_beyond_end};
 use cow_format::header::NativeState;
-use cow_format::{BITMAP_PAGE, Bitmap, ByteOffset, Geometry, Header};
+use cow_format::{BITMAP_PAGE_LEN, Bitmap, ByteOffset, Geometry, Header};
 
 use super::OpError;
 use crate::disk::Disk;
@@ -17,7 +17,7 @@ use crate::image::write::header_io::write_native_synced;
 use crate::storage::{Env, FS_BLOCK, Storage};
 
 /// Bytes of disk that one page of the bitmap covers.
-const PAGE_SPAN: u64 = BITMAP_PAGE as u64 * 8 * 512;
+const PAGE_SPAN: u64 = BITMAP_PAGE_LEN as u64 * 8 * 512;
 
 /// A finding, and whether it was repaired.
 #[derive(Debug)]
@@ -130,14 +130,15 @@ fn for_each_page<F: Storage>(
     let mut at = start;
     while at < end {
         let Some(data) = next_data(cow, at)?.filter(|data| data.start < end) else { break };
-        let page = (data.start.max(start) - start) / BITMAP_PAGE as u64;
-        at = start + page * BITMAP_PAGE as u64;
-        let len = usize::try_from(end - at).map_or(BITMAP_PAGE, |left| left.min(BITMAP_PAGE));
-        let mut bytes = [0; BITMAP_PAGE];
+        let page = (data.start.max(start) - start) / BITMAP_PAGE_LEN as u64;
+        at = start + page * BITMAP_PAGE_LEN as u64;
+        let len =
+            usize::try_from(end - at).map_or(BITMAP_PAGE_LEN, |left| left.min(BITMAP_PAGE_LEN));
+        let mut bytes = [0; BITMAP_PAGE_LEN];
         let read = cow.file.read_zero_filled(&mut bytes[..len], ByteOffset::new(at));
         read.map_err(OpError::read(&cow.path, at))?;
         found(ByteOffset::new(at), page, &mut bytes[..len])?;
-        at += BITMAP_PAGE as u64;
+        at += BITMAP_PAGE_LEN as u64;
     }
     Ok(())
 }
@@ -147,7 +148,7 @@ pub(super) fn room(header: &Header) -> u64 {
     match header {
         Header::Uml(uml) => uml.geometry().bitmap_len(),
         Header::Native(native) => {
-            native.virtual_size_max().div_ceil(PAGE_SPAN) * BITMAP_PAGE as u64
+            native.virtual_size_max().div_ceil(PAGE_SPAN) * BITMAP_PAGE_LEN as u64
         }
     }
 }

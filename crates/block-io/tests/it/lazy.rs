@@ -16,7 +16,7 @@ use block_io::ops::reset;
 use block_io::storage::{Access, Env, Storage};
 use block_io::testing::sim::{Choices, Operation, Sim, Verdict};
 use cow_format::{
-    BITMAP_PAGE, ByteOffset, Geometry, HEADER_PREFIX_LEN, Header, PAGE_SECTORS, Sector,
+    BITMAP_PAGE_LEN, ByteOffset, Geometry, HEADER_PREFIX_LEN, Header, PAGE_SECTORS, Sector,
     SectorCount, SectorRange,
 };
 
@@ -86,7 +86,7 @@ fn break_page(sim: &Sim) -> Arc<AtomicBool> {
     sim.set_hook(Some(Arc::new(move |ino, operation| match operation {
         Operation::Read { at, len }
             if ino == cow
-                && at.get() < page + BITMAP_PAGE as u64
+                && at.get() < page + BITMAP_PAGE_LEN as u64
                 && at.get() + len as u64 > page
                 && switch.load(Ordering::Relaxed) =>
         {

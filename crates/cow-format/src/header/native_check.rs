@@ -7,7 +7,7 @@ use super::check_size;
 use super::error::{Field, HeaderError, Part};
 use super::native::{NativeState, has_magic};
 use super::native_raw::{COPY_LEN, JOURNAL, RawHeader};
-use crate::bitmap::BITMAP_PAGE;
+use crate::bitmap::BITMAP_PAGE_LEN;
 use crate::geometry::Geometry;
 use crate::journal::{Epoch, JournalArea};
 use crate::units::SECTOR_SIZE;
@@ -63,7 +63,7 @@ pub(super) fn check_generation(field: Field, found: u64) -> Result<u64, HeaderEr
 
 /// Whole bitmap pages. `size` is within [`VIRTUAL_SIZE_MAX`].
 pub(super) fn bitmap_len(size: u64) -> u64 {
-    size.div_ceil(BITMAP_BYTE_SPAN).next_multiple_of(BITMAP_PAGE as u64)
+    size.div_ceil(BITMAP_BYTE_SPAN).next_multiple_of(BITMAP_PAGE_LEN as u64)
 }
 
 /// Section 4: all aligned, nothing overlaps, everything ends below 2^63.

@@ -1,6 +1,6 @@
 //! The bitmap against a `Vec<bool>`, under threads, and in bytes of memory (see also `memory.rs`).
 
-use cow_format::{BITMAP_PAGE, Bitmap, PAGE_SECTORS, Sector, SectorCount, SectorRange};
+use cow_format::{BITMAP_PAGE_LEN, Bitmap, PAGE_SECTORS, Sector, SectorCount, SectorRange};
 use proptest::prelude::*;
 
 /// Three pages and a bit, so that the last page and the last word are partial.
@@ -26,12 +26,16 @@ fn position() -> impl Strategy<Value = u64> {
 }
 
 fn page_bytes() -> impl Strategy<Value = Vec<u8>> {
-    let sparse = prop::collection::vec((0..BITMAP_PAGE, any::<u8>()), 0..20).prop_map(|set| {
-        let mut bytes = vec![0; BITMAP_PAGE];
+    let sparse = prop::collection::vec((0..BITMAP_PAGE_LEN, any::<u8>()), 0..20).prop_map(|set| {
+        let mut bytes = vec![0; BITMAP_PAGE_LEN];
         set.into_iter().for_each(|(at, byte)| bytes[at] = byte);
         bytes
     });
-    prop_oneof![sparse, Just(vec![0xff; BITMAP_PAGE]), prop::collection::vec(any::<u8>(), 0..300)]
+    prop_oneof![
+        sparse,
+        Just(vec![0xff; BITMAP_PAGE_LEN]),
+        prop::collection::vec(any::<u8>(), 0..300)
+    ]
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -91,7 +95,7 @@ fn check(bitmap: &Bitmap, model: &[bool]) {
     }
     assert_eq!(pos, SECTORS + 5000);
     for page in 0..bitmap.pages() + 1 {
-        let mut bytes = [0xaa; BITMAP_PAGE];
+        let mut bytes = [0xaa; BITMAP_PAGE_LEN];
         bitmap.render_page(page, &mut bytes);
         assert_eq!(bitmap.page_is_empty(page), bytes.iter().all(|&byte| byte == 0));
         for bit in 0..PAGE_SECTORS {
@@ -160,7 +164,7 @@ fn a_page_is_known_when_its_file_has_been_asked() {
     let unknown = |start, count| bitmap.next_unknown(range(start, count));
     assert_eq!((unknown(5, 1), unknown(PAGE_SECTORS - 1, 2)), (Some(0), Some(0)));
     assert_eq!((unknown(SECTORS, 100), unknown(5, 0)), (None, None));
-    bitmap.load_durable(1, &[0xff; BITMAP_PAGE]);
+    bitmap.load_durable(1, &[0xff; BITMAP_PAGE_LEN]);
     assert_eq!(unknown(PAGE_SECTORS, 1), Some(1));
     bitmap.set_known(1..2);
     assert_eq!(

@@ -4,7 +4,8 @@ use cow_format::check::{Check, Finding, Severity, clear_beyond_end};
 use cow_format::header::{NativeHeader, UmlHeader};
 use cow_format::identity::Timestamp;
 use cow_format::{
-    BITMAP_PAGE, Bitmap, ByteOffset, HEADER_PREFIX_LEN, Header, Sector, SectorCount, SectorRange,
+    BITMAP_PAGE_LEN, Bitmap, ByteOffset, HEADER_PREFIX_LEN, Header, Sector, SectorCount,
+    SectorRange,
 };
 use uuid::Uuid;
 
@@ -50,7 +51,7 @@ fn a_sound_file_has_no_findings() {
         let bitmap = with_sectors(&header, &[(0, 8), (100, 30)]);
         let geometry = header.geometry();
         let mut check = Check::new(&header, &bitmap, geometry.full_len());
-        let mut page = [0; BITMAP_PAGE];
+        let mut page = [0; BITMAP_PAGE_LEN];
         bitmap.render_page(0, &mut page);
         assert!(!check.bitmap_page(0, &page[..geometry.bitmap_page_len(0)]));
         // Header, bitmaps, and whole blocks round what is present.
@@ -100,7 +101,7 @@ fn bits_past_the_end_are_found_and_cleared() {
     let header = uml(1_000_001); // 1954 sectors: two bits in byte 244
     let geometry = header.geometry();
     let bitmap = with_sectors(&header, &[]);
-    let mut page = vec![0xff; BITMAP_PAGE];
+    let mut page = vec![0xff; BITMAP_PAGE_LEN];
     let mut check = Check::new(&header, &bitmap, u64::MAX);
     assert!(check.bitmap_page(0, &page[..246]));
     assert!(!check.bitmap_page(0, &page[..244]));

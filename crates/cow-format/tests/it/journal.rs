@@ -1,6 +1,6 @@
 //! Records of the journal: what is whole counts, and nothing else does.
 
-use cow_format::journal::{BLOCK, Epoch, RANGES_MAX, Records, record_len, seal};
+use cow_format::journal::{Epoch, RANGES_MAX, RECORD_BLOCK_LEN, Records, record_len, seal};
 use cow_format::{Sector, SectorCount, SectorRange};
 use proptest::prelude::*;
 
@@ -17,7 +17,7 @@ fn epoch(n: u8) -> Epoch {
 fn record(epoch: Epoch, sequence: u64, ranges: &[SectorRange], fill: u8) -> Vec<u8> {
     let mut record = vec![0; record_len(ranges).unwrap()];
     let data: u64 = ranges.iter().map(|range| range.len_bytes()).sum();
-    record[BLOCK..][..usize::try_from(data).unwrap()].fill(fill);
+    record[RECORD_BLOCK_LEN..][..usize::try_from(data).unwrap()].fill(fill);
     seal(&mut record, epoch, sequence, ranges);
     record
 }
@@ -49,19 +49,25 @@ fn records_are_read_in_their_order_up_to_the_first_that_is_not_whole() {
     let (mut journal, expected) = three();
     assert_eq!(read(&journal, epoch(1)), expected);
     assert_eq!(read(&journal, epoch(2)), []);
-    journal.extend([0; 3 * BLOCK]);
+    journal.extend([0; 3 * RECORD_BLOCK_LEN]);
     assert_eq!(read(&journal, epoch(1)), expected);
     // Any byte of the second.
-    for at in [2 * BLOCK, 2 * BLOCK + 9, 2 * BLOCK + 35, 3 * BLOCK, 3 * BLOCK + 54_000] {
+    for at in [
+        2 * RECORD_BLOCK_LEN,
+        2 * RECORD_BLOCK_LEN + 9,
+        2 * RECORD_BLOCK_LEN + 35,
+        3 * RECORD_BLOCK_LEN,
+        3 * RECORD_BLOCK_LEN + 54_000,
+    ] {
         let mut torn = journal.clone();
         torn[at] ^= 0x40;
         assert_eq!(read(&torn, epoch(1)), expected[..1], "byte {at}");
     }
-    for cut in [0, 100, BLOCK, 2 * BLOCK - 1] {
+    for cut in [0, 100, RECORD_BLOCK_LEN, 2 * RECORD_BLOCK_LEN - 1] {
         assert_eq!(read(&journal[..cut], epoch(1)), []);
     }
-    assert_eq!(read(&journal[..3 * BLOCK], epoch(1)), expected[..1]);
-    assert_eq!(read(&journal[2 * BLOCK..], epoch(1)), [], "it begins with the second");
+    assert_eq!(read(&journal[..3 * RECORD_BLOCK_LEN], epoch(1)), expected[..1]);
+    assert_eq!(read(&journal[2 * RECORD_BLOCK_LEN..], epoch(1)), [], "it begins with the second");
 }
 
 #[test]
@@ -109,9 +115,12 @@ fn whole_records_that_no_writer_makes_are_refused() {
 #[test]
 fn lengths() {
     assert_eq!(record_len(&[]), None);
-    assert_eq!(record_len(&[range(0, 1)]), Some(2 * BLOCK));
-    assert_eq!(record_len(&[range(0, 8), range(9, 1)]), Some(3 * BLOCK));
-    assert_eq!(record_len(&[range(0, 1); RANGES_MAX]), Some(BLOCK + 32 * BLOCK));
+    assert_eq!(record_len(&[range(0, 1)]), Some(2 * RECORD_BLOCK_LEN));
+    assert_eq!(record_len(&[range(0, 8), range(9, 1)]), Some(3 * RECORD_BLOCK_LEN));
+    assert_eq!(
+        record_len(&[range(0, 1); RANGES_MAX]),
+        Some(RECORD_BLOCK_LEN + 32 * RECORD_BLOCK_LEN)
+    );
     assert_eq!(record_len(&[range(0, 1); RANGES_MAX + 1]), None);
     assert_eq!(record_len(&[range(0, 1 << 50)]), None);
 }

@@ -3,8 +3,8 @@
 use cow_format::header::UmlHeader;
 use cow_format::identity::Timestamp;
 use cow_format::{
-    BITMAP_PAGE, Bitmap, CHAIN_LAYERS_MAX, ChainTooDeep, Extent, Geometry, LayerMap, PAGE_SECTORS,
-    SECTOR_SIZE, Sector, SectorCount, SectorRange,
+    BITMAP_PAGE_LEN, Bitmap, CHAIN_LAYERS_MAX, ChainTooDeep, Extent, Geometry, LayerMap,
+    PAGE_SECTORS, SECTOR_SIZE, Sector, SectorCount, SectorRange,
 };
 use proptest::prelude::*;
 
@@ -134,7 +134,7 @@ fn learn(map: &LayerMap, layers: &[Layer], asked: SectorRange) {
         return;
     }
     let bitmaps: Vec<_> = layers.iter().map(Layer::bitmap).collect();
-    let mut bits = [0; BITMAP_PAGE];
+    let mut bits = [0; BITMAP_PAGE_LEN];
     while let Some(page) = map.next_unknown(asked) {
         assert!(
             (asked.start().get() / PAGE_SECTORS..=asked.end().get() / PAGE_SECTORS).contains(&page)

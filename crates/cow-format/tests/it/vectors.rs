@@ -2,7 +2,7 @@
 
 use cow_format::header::{Field, Part, UmlHeader};
 use cow_format::identity::{ActualIdentity, IdentityError, Timestamp};
-use cow_format::{BITMAP_PAGE, Bitmap, HEADER_PREFIX_LEN, Header, HeaderError, SECTOR_SIZE};
+use cow_format::{BITMAP_PAGE_LEN, Bitmap, HEADER_PREFIX_LEN, Header, HeaderError, SECTOR_SIZE};
 use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::path::Path;
@@ -259,7 +259,7 @@ fn every_truncation_of_every_vector_is_refused_or_read() {
         let geometry = *open(&file).unwrap().geometry();
         let bitmap_end =
             usize::try_from(geometry.bitmap_offset().get() + geometry.bitmap_len()).unwrap();
-        for len in 0..=bitmap_end + BITMAP_PAGE {
+        for len in 0..=bitmap_end + BITMAP_PAGE_LEN {
             assert_eq!(
                 open(&file[..len.min(file.len())]).is_ok(),
                 len >= bitmap_end,

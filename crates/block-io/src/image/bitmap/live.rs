@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use cow_format::{
-    BITMAP_PAGE, Bitmap, ByteOffset, Geometry, PAGE_SECTORS, Sector, SectorCount, SectorRange,
+    BITMAP_PAGE_LEN, Bitmap, ByteOffset, Geometry, PAGE_SECTORS, Sector, SectorCount, SectorRange,
 };
 
 use super::pages::for_each_stray;
@@ -165,7 +165,7 @@ fn clear_stray_bits(cow: &impl Storage, at: ByteOffset, geometry: &Geometry) -> 
         }
         Ok(())
     })?;
-    let page_len = BITMAP_PAGE as u64;
+    let page_len = BITMAP_PAGE_LEN as u64;
     stray.iter().try_for_each(|run| {
         cow.punch(
             ByteOffset::new(at.get() + run.start * page_len),
@@ -177,14 +177,14 @@ fn clear_stray_bits(cow: &impl Storage, at: ByteOffset, geometry: &Geometry) -> 
 /// Some words of a bitmap page with new bits in them.
 struct Words {
     page: u64,
-    bytes: [u8; BITMAP_PAGE],
+    bytes: [u8; BITMAP_PAGE_LEN],
     /// The words that have a new bit, from the first to the last.
     used: Range<usize>,
 }
 
 impl Words {
     fn new(page: u64) -> Self {
-        Words { page, bytes: [0; BITMAP_PAGE], used: 0..0 }
+        Words { page, bytes: [0; BITMAP_PAGE_LEN], used: 0..0 }
     }
 
     /// Sets the bits of `range`, which is within the page.

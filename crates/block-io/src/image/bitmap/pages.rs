@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 
-use cow_format::{BITMAP_PAGE, ByteOffset, Geometry};
+use cow_format::{BITMAP_PAGE_LEN, ByteOffset, Geometry};
 
 use crate::storage::Storage;
 
@@ -19,7 +19,7 @@ pub(crate) fn read_pages(
     pages: &Range<u64>,
     mut found: impl FnMut(u64, &[u8]) -> io::Result<()>,
 ) -> io::Result<()> {
-    let page_len = BITMAP_PAGE as u64;
+    let page_len = BITMAP_PAGE_LEN as u64;
     let start = bitmap.get();
     let end = start + (pages.end * page_len).min(geometry.bitmap_len());
     let mut buf = Vec::new();
@@ -35,7 +35,7 @@ pub(crate) fn read_pages(
         let to = (start + (to - start).div_ceil(page_len) * page_len).min(end);
         buf.resize(usize::try_from(to - from).map_err(io::Error::other)?, 0);
         let n = file.read_at(&mut buf, ByteOffset::new(from))?;
-        for (page, bytes) in ((from - start) / page_len..).zip(buf[..n].chunks(BITMAP_PAGE)) {
+        for (page, bytes) in ((from - start) / page_len..).zip(buf[..n].chunks(BITMAP_PAGE_LEN)) {
             // Where holes are unknown, most of it is zeros.
             if bytes.iter().any(|&byte| byte != 0) {
                 found(page, bytes)?;
@@ -55,8 +55,8 @@ pub(crate) fn for_each_stray<F: Storage>(
     at: ByteOffset,
     mut found: impl FnMut(u64) -> io::Result<()>,
 ) -> io::Result<()> {
-    let mut known = [0; BITMAP_PAGE];
-    read_pages(live, at, geometry, &(0..u64::MAX / BITMAP_PAGE as u64), |page, bytes| {
+    let mut known = [0; BITMAP_PAGE_LEN];
+    read_pages(live, at, geometry, &(0..u64::MAX / BITMAP_PAGE_LEN as u64), |page, bytes| {
         if bytes.iter().all(|&byte| byte == 0) {
             return Ok(());
         }

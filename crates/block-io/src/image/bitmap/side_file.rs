@@ -10,7 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use cow_format::header::CacheWitness;
-use cow_format::{BITMAP_PAGE, ByteOffset, Geometry};
+use cow_format::{BITMAP_PAGE_LEN, ByteOffset, Geometry};
 use zerocopy::little_endian::{I64, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -20,7 +20,7 @@ use crate::storage::{BootId, FileStat, Storage};
 const MAGIC: [u8; 8] = *b"COWLIVE\n";
 const VERSION: u32 = 2;
 /// Where the live bitmap begins: after one page for the header.
-pub(crate) const BITMAP_AT: ByteOffset = ByteOffset::new(BITMAP_PAGE as u64);
+pub(crate) const BITMAP_AT: ByteOffset = ByteOffset::new(BITMAP_PAGE_LEN as u64);
 
 /// The header on disk, little-endian.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]

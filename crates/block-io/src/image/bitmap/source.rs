@@ -4,7 +4,9 @@
 use std::io;
 use std::ops::Range;
 
-use cow_format::{BITMAP_PAGE, Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS, SECTOR_SIZE};
+use cow_format::{
+    BITMAP_PAGE_LEN, Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS, SECTOR_SIZE,
+};
 
 use super::pages::{for_each_stray, read_pages};
 use super::side_file;
@@ -13,7 +15,7 @@ use crate::image::opened::Opened;
 use crate::image::trust::{Trust, live_counts, needs_replay, valid_side_file};
 use crate::storage::{Env, Storage};
 
-const PAGE_LEN: u64 = BITMAP_PAGE as u64;
+const PAGE_LEN: u64 = BITMAP_PAGE_LEN as u64;
 
 /// The valid bitmaps of one COW file.
 pub(crate) struct BitmapSource<F> {

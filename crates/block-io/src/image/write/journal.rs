@@ -94,7 +94,7 @@ impl Journal {
         }
         self.record.clear();
         self.record.resize(len, 0);
-        let data = &mut self.record[BLOCK..];
+        let data = &mut self.record[RECORD_BLOCK_LEN..];
         if !read_if_quiet(file, geometry, unflushed, few, data) {
             return Ok(false);
         }

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::commands::{
     apply_delta, bench, check, compare, convert, create, export_delta, fork, info, man, map,
@@ -126,7 +126,7 @@ impl Command {
             Command::ExportDelta(args) => args.run(ui),
             Command::ApplyDelta(args) => args.run(ui),
             Command::Bench(args) => args.run(ui),
-            Command::Man(args) => args.run(ui),
+            Command::Man(args) => args.run(Cli::command()),
             Command::Resize(args) => args.run(ui),
             Command::Snapshot(args) => args.run(ui),
             Command::Convert(args) => args.run(ui),
@@ -139,8 +139,6 @@ impl Command {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]

@@ -4,11 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use block_io::ops::OpError;
-use clap::CommandFactory;
 
-use crate::cli::Cli;
 use crate::error::CowError;
-use crate::ui::Ui;
 
 /// Write the man pages of all commands into a directory
 #[derive(clap::Args, Debug)]
@@ -18,8 +15,9 @@ pub struct Args {
 }
 
 impl Args {
-    pub fn run(self, _ui: Ui) -> Result<ExitCode, CowError> {
-        let cli = Cli::command().disable_help_subcommand(true);
+    /// `cli` is the whole command line.
+    pub fn run(self, cli: clap::Command) -> Result<ExitCode, CowError> {
+        let cli = cli.disable_help_subcommand(true);
         clap_mangen::generate_to(cli, &self.dir).map_err(OpError::io(&self.dir, "write into"))?;
         Ok(ExitCode::SUCCESS)
     }

@@ -10,7 +10,7 @@ use block_io::ops::OpError;
 
 use crate::delta::DeltaError;
 use crate::dependents::Dependents;
-use crate::source::FileFormat;
+use crate::source::format::FileFormat;
 
 /// A failure of a command: one message.
 #[derive(Debug, thiserror::Error)]

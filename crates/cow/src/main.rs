@@ -9,7 +9,6 @@ mod dependents;
 mod digest;
 mod error;
 mod output;
-mod qcow2;
 mod size;
 mod source;
 mod ui;

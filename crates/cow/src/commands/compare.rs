@@ -9,7 +9,8 @@ use serde::Serialize;
 
 use crate::error::CowError;
 use crate::output::{OutputArgs, OutputFormat};
-use crate::source::{FileFormat, open};
+use crate::source::format::FileFormat;
+use crate::source::open;
 use crate::ui::Ui;
 
 /// Say whether two disks have the same content

@@ -15,9 +15,10 @@ use cow_format::header::BackingFormat;
 use crate::base::BaseArgs;
 use crate::copying::CopyArgs;
 use crate::error::CowError;
-use crate::qcow2::convert_to_qcow2;
 use crate::size::Human;
-use crate::source::{AnyImage, FileFormat, open};
+use crate::source::format::FileFormat;
+use crate::source::qcow2::convert_to_qcow2;
+use crate::source::{AnyImage, open};
 use crate::ui::Ui;
 
 /// Write a disk to a new file in another format

@@ -10,7 +10,8 @@ use serde::Serialize;
 use crate::error::CowError;
 use crate::output::OutputArgs;
 use crate::size::Human;
-use crate::source::{FileFormat, open};
+use crate::source::format::FileFormat;
+use crate::source::open;
 use crate::ui::Ui;
 
 /// Say how much space a raw image of a disk takes

@@ -1,5 +1,8 @@
 //! Opening a disk to read it, whatever holds it.
 
+pub mod format;
+pub mod qcow2;
+
 use std::path::Path;
 
 use block_io::Disk;
@@ -10,25 +13,12 @@ use block_io::ops::OpError;
 use block_io::ops::inspect::{Content, inspect};
 use block_io::ops::walk::{Image, Piece, Reader, Walker};
 use block_io::storage::FileId;
-use clap::ValueEnum;
 use cow_format::{ByteOffset, Header, HeaderError, LayerIndex, SectorRange};
 
 use crate::error::CowError;
-use crate::qcow2::{Qcow2, Refused, open_with_qemu_img};
+use crate::source::format::FileFormat;
+use crate::source::qcow2::{Qcow2, Refused, open_with_qemu_img};
 use crate::ui::Ui;
-
-/// What a file is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum FileFormat {
-    /// The bytes of a disk and nothing else
-    Raw,
-    /// COW file of User Mode Linux
-    Uml,
-    /// COW file of this project
-    Native,
-    /// Image of QEMU, with its backing chain
-    Qcow2,
-}
 
 /// An open disk.
 pub enum AnyImage {

@@ -1,5 +1,4 @@
 //! Backends for the tests to drive.
-#![allow(dead_code, reason = "each test file uses its own part")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

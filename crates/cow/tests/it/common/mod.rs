@@ -1,5 +1,4 @@
 //! What the tests of the tool share: a directory of their own, `cow` and other programs run in it, the UML vectors.
-#![allow(dead_code, missing_docs)]
 
 use std::ffi::OsStr;
 use std::fs;

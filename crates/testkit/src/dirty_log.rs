@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::frontend::RawFrontend;
-use crate::memory::{GUEST, PAGE, memfd};
+use crate::memory::{GUEST, Memory, PAGE, memfd};
 
 /// A dirty log: one bit a page, from guest address 0 on.
 pub struct Log {
@@ -54,5 +54,12 @@ impl Log {
             (0..8).filter(move |bit| bits >> bit & 1 != 0).map(move |bit| 8 * at + bit)
         });
         pages.map(|page| page.checked_sub(GUEST / PAGE).expect("a page below memory")).collect()
+    }
+}
+
+impl Memory {
+    /// A log that is just large enough for this memory.
+    pub fn log(&self) -> Log {
+        Log::new((GUEST + self.len).div_ceil(8 * PAGE))
     }
 }

@@ -9,7 +9,6 @@ use std::os::unix::fs::FileExt;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost::vhost_user::message::FrontendReq;
 
-use crate::dirty_log::Log;
 use crate::driver::GuestMemory;
 use crate::frontend::RawFrontend;
 
@@ -61,11 +60,6 @@ impl Memory {
     /// The body of ADD_MEM_REG and REM_MEM_REG.
     pub fn region(&self) -> Vec<u8> {
         single_region(self.len)
-    }
-
-    /// A log that is just large enough for it.
-    pub fn log(&self) -> Log {
-        Log::new((GUEST + self.len).div_ceil(8 * PAGE))
     }
 
     /// Writes at a place.

@@ -11,6 +11,7 @@ mod error;
 mod output;
 mod size;
 mod source;
+mod steps;
 mod ui;
 mod uml_names;
 

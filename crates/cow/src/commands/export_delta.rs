@@ -11,11 +11,12 @@ use block_io::Host;
 use block_io::ops::inspect::{BackingFacts, inspect};
 use block_io::ops::{Holes, OpError, Output, threads};
 use block_io::storage::Storage;
-use cow_format::{ByteOffset, Extent, SECTOR_SIZE, Sector, SectorCount, SectorRange};
+use cow_format::{ByteOffset, Extent, SECTOR_SIZE};
 
 use crate::delta::{Header, RECORD_MAX, Record, Writer};
 use crate::dependents::id_of;
 use crate::error::CowError;
+use crate::steps::steps;
 use crate::ui::Ui;
 
 /// Write the changes of a COW file as a stream
@@ -93,9 +94,6 @@ struct Export<'a> {
     ui: Ui,
 }
 
-/// Sectors that are looked at at once (1 GiB).
-const STEP: u64 = 1 << 21;
-
 impl Export<'_> {
     fn run<W: Write>(&self, out: W, path: &Path, header: &Header) -> Result<W, CowError> {
         let failed = || OpError::io(path, "write");
@@ -105,11 +103,8 @@ impl Export<'_> {
         let progress = self.ui.progress("export", self.disk.size());
         let mut holes = vec![Holes::default(); self.depth];
         let mut buf = vec![0; RECORD_MAX];
-        let (mut start, end) = (0, self.disk.capacity().get());
-        while start < end {
-            let count = SectorCount::new(STEP.min(end - start));
-            let Some(range) = SectorRange::new(Sector::new(start), count) else { break };
-            let mut at = start * SECTOR_SIZE;
+        for range in steps(self.disk.capacity()) {
+            let mut at = range.start_bytes().get();
             for extent in self.disk.extents(range)? {
                 let (Extent::Data { len, .. } | Extent::Zero { len }) = extent;
                 match extent {
@@ -129,7 +124,6 @@ impl Export<'_> {
                 at += len;
                 progress.add(len);
             }
-            start += count.get();
         }
         Ok(writer.finish().map_err(failed())?)
     }

@@ -7,11 +7,11 @@ use std::process::ExitCode;
 use block_io::Disk;
 use block_io::DiskOptions;
 use block_io::ops::walk::{Reader, Source, Walker};
-use cow_format::{Sector, SectorCount, SectorRange};
 use serde::Serialize;
 
 use crate::error::CowError;
 use crate::output::{OutputArgs, OutputFormat, print};
+use crate::steps::steps;
 use crate::ui::Ui;
 
 /// Say which file each part of a disk is read from
@@ -47,9 +47,6 @@ struct Part {
     offset: Option<u64>,
 }
 
-/// Bytes of a disk that are looked at at once.
-const STEP: u64 = 1 << 30;
-
 impl Args {
     pub fn run(self, _ui: Ui) -> Result<ExitCode, CowError> {
         let options = DiskOptions { read_only: true, ..DiskOptions::default() };
@@ -67,12 +64,7 @@ impl Args {
 fn parts(disk: &Disk) -> Result<Vec<Part>, CowError> {
     let mut walker = Walker::new(disk);
     let mut parts: Vec<Part> = Vec::new();
-    let step = STEP / 512;
-    for start in (0..disk.capacity().get()).step_by(usize::try_from(step).unwrap_or(usize::MAX)) {
-        let count = step.min(disk.capacity().get() - start);
-        let Some(range) = SectorRange::new(Sector::new(start), SectorCount::new(count)) else {
-            break;
-        };
+    for range in steps(disk.capacity()) {
         for piece in walker.pieces(range)? {
             let (start, length) = (piece.at.get(), piece.len.min(disk.size() - piece.at.get()));
             let part = match piece.source {

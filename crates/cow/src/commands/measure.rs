@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use block_io::ops::walk::{Image, Reader, Source};
-use cow_format::{Sector, SectorCount, SectorRange};
+use cow_format::SectorCount;
 use serde::Serialize;
 
 use crate::error::CowError;
@@ -12,6 +12,7 @@ use crate::output::OutputArgs;
 use crate::size::Human;
 use crate::source::format::FileFormat;
 use crate::source::open;
+use crate::steps::steps;
 use crate::ui::Ui;
 
 /// Say how much space a raw image of a disk takes
@@ -40,29 +41,23 @@ struct Measured {
     fully_allocated: u64,
 }
 
-/// What file systems allocate at a time.
-const BLOCK: u64 = 4096;
-/// Sectors that are looked at at once (1 GiB).
-const STEP: u64 = 1 << 21;
+/// Bytes that file systems allocate at a time.
+const BLOCK_LEN: u64 = 4096;
 
 impl Args {
     pub fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
         let disk = open(&self.file, self.format, ui)?;
         let mut reader = disk.reader();
         let (mut required, mut counted_to) = (0, 0);
-        let (mut start, end) = (0, SectorCount::covering(disk.size()).get());
-        while start < end {
-            let count = SectorCount::new(STEP.min(end - start));
-            let Some(range) = SectorRange::new(Sector::new(start), count) else { break };
+        for range in steps(SectorCount::covering(disk.size())) {
             for piece in reader.pieces(range)? {
                 if let Source::Data { .. } = piece.source {
                     // Blocks, each once.
-                    let from = (piece.at.get() / BLOCK * BLOCK).max(counted_to);
-                    counted_to = (piece.at.get() + piece.len).next_multiple_of(BLOCK);
+                    let from = (piece.at.get() / BLOCK_LEN * BLOCK_LEN).max(counted_to);
+                    counted_to = (piece.at.get() + piece.len).next_multiple_of(BLOCK_LEN);
                     required += counted_to.saturating_sub(from);
                 }
             }
-            start += count.get();
         }
         let measured = Measured { required, fully_allocated: disk.size() };
         self.output.print(&measured, |measured| {

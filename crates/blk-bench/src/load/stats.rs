@@ -5,7 +5,7 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use crate::driver::queue::{Notifications, Op, Request};
+use crate::driver::queue::{Notifications, Op, Request, SECTOR_SIZE};
 
 /// Longer latencies count as this.
 const LATENCY_MAX_NS: u64 = 3_600_000_000_000;
@@ -51,7 +51,7 @@ impl Stats {
     pub fn record(&mut self, request: &Request, latency: Duration) {
         let counter = &mut self.counters[kind(request.op)];
         counter.latency_ns.saturating_record(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX));
-        counter.bytes += u64::from(request.sectors) * 512;
+        counter.bytes += u64::from(request.sectors) * SECTOR_SIZE as u64;
     }
 
     pub fn merge(&mut self, other: &Self) {

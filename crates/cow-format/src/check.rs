@@ -23,6 +23,7 @@ pub enum Severity {
 
 /// Something that was found.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum Finding {
     /// The file was not closed. Opening it for writing puts that right.
     #[error("the file is in use, or was not closed")]

@@ -154,6 +154,7 @@ impl Verdict {
 
 /// Why a backing file that matches may be another all the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum Doubt {
     /// A block device, whose node's mtime is worth nothing, and the header has no sample.
     #[error(
@@ -292,6 +293,7 @@ fn verify_layer(
 
 /// The backing file is not the one that the header means: reading through it would mix two disks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum IdentityError {
     /// The sizes differ.
     #[error(

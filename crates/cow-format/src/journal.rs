@@ -9,7 +9,7 @@ use uuid::Uuid;
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::header::{Field, HeaderError};
+use crate::header::error::{Field, HeaderError};
 use crate::units::{ByteOffset, Sector, SectorCount, SectorRange};
 
 const MAGIC: [u8; 8] = *b"COWJRNL\n";
@@ -120,6 +120,10 @@ pub fn record_len(ranges: &[SectorRange]) -> Option<usize> {
 
 /// Completes a record of [`record_len`] bytes: the data of `ranges`, one after the other, is there from
 /// [`RECORD_BLOCK_LEN`] on and followed by zeros.
+///
+/// # Panics
+///
+/// If `record` has another length than [`record_len`] of `ranges`, or `ranges` have none.
 pub fn seal(record: &mut [u8], epoch: Epoch, sequence: u64, ranges: &[SectorRange]) {
     assert_eq!(Some(record.len()), record_len(ranges));
     let mut raw = RawRecord::new_zeroed();

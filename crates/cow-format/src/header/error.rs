@@ -4,6 +4,7 @@ use std::fmt;
 
 /// A header that cannot be used. The file's name is the caller's to add.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum HeaderError {
     /// The file begins with no magic that is known.
     #[error(
@@ -65,6 +66,7 @@ impl HeaderError {
 
 /// A part of a COW file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Part {
     /// The header.
     Header,
@@ -88,6 +90,7 @@ macro_rules! fields {
     ($($(#[$doc:meta])* $name:ident => $text:literal,)*) => {
         /// A field of a header, by the name that the specifications use.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[non_exhaustive]
         pub enum Field { $($(#[$doc])* $name,)* }
 
         impl fmt::Display for Field {

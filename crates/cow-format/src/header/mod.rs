@@ -1,17 +1,19 @@
 //! What a COW file says about itself.
 
 mod backing;
-mod error;
-pub mod native;
+pub(crate) mod error;
+mod native;
 mod native_check;
 mod native_raw;
+mod native_state;
 mod page_cache;
-pub mod uml;
+mod uml;
 mod uml_raw;
 
 pub use backing::{Backing, BackingFormat, NATIVE_PATH_MAX};
 pub use error::{Field, HeaderError, Part};
-pub use native::{HeaderWrite, NativeHeader, NativeState};
+pub use native::{HeaderWrite, NativeHeader};
+pub use native_state::NativeState;
 pub use page_cache::{BootId, CacheWitness, PageCache};
 pub use uml::{UmlHeader, UmlVersion};
 
@@ -44,7 +46,7 @@ impl Header {
         if uml::has_magic(prefix) {
             return UmlHeader::check(prefix, file_len).map(Self::Uml);
         }
-        if native::has_magic(prefix) || native::has_second_magic(prefix) {
+        if native_raw::has_magic(prefix) || native_raw::has_second_magic(prefix) {
             return NativeHeader::check(prefix, file_len)
                 .map(|header| Self::Native(Box::new(header)));
         }

@@ -13,6 +13,7 @@ use super::native_check::{
 use super::native_raw::{
     COPY_LEN, HEADER_LEN, JOURNAL, LIVE_SETTLED, MAGIC, RawHeader, VERSION, state,
 };
+use super::native_state::NativeState;
 use super::page_cache::{BootId, CacheWitness, PageCache};
 use crate::geometry::Geometry;
 use crate::journal::{Epoch, JournalArea};
@@ -27,20 +28,6 @@ const GROWTH_FACTOR: u64 = 8;
 /// A new file's journal has at least so much room, and what is left up to the data: a hundred small flushes and more
 /// between two that are done in place. It costs space only while somebody uses the file who flushes little at a time.
 const JOURNAL_MIN: u64 = 512 << 10;
-
-/// What state a file is in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NativeState {
-    /// Closed in order: the durable bitmap says everything.
-    Clean,
-    /// Opened for writing and not closed since. In the page cache given, if any, the live bitmap counts as well.
-    InUse {
-        /// The page cache of the live bitmap; none if it is void, as it is after a failed sync.
-        live: Option<PageCache>,
-    },
-    /// Never written again: other files build on it.
-    Frozen,
-}
 
 /// A checked native header.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,16 +56,6 @@ pub struct HeaderWrite {
     pub at: ByteOffset,
     /// What to write there.
     pub bytes: Box<[u8; COPY_LEN]>,
-}
-
-/// True if `prefix` begins with the native magic.
-pub(super) fn has_magic(prefix: &[u8]) -> bool {
-    prefix.starts_with(&MAGIC)
-}
-
-/// True if the second copy has the native magic: whose file it is, if the first is broken.
-pub(super) fn has_second_magic(prefix: &[u8]) -> bool {
-    prefix.get(COPY_LEN..).is_some_and(has_magic)
 }
 
 impl NativeHeader {

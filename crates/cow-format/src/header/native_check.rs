@@ -5,8 +5,8 @@ use zerocopy::FromBytes;
 
 use super::check_size;
 use super::error::{Field, HeaderError, Part};
-use super::native::{NativeState, has_magic};
-use super::native_raw::{COPY_LEN, JOURNAL, RawHeader};
+use super::native_raw::{COPY_LEN, JOURNAL, RawHeader, has_magic};
+use super::native_state::NativeState;
 use crate::bitmap::BITMAP_PAGE_LEN;
 use crate::geometry::Geometry;
 use crate::journal::{Epoch, JournalArea};

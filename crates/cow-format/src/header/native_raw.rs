@@ -6,6 +6,16 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 /// Not valid in any text encoding, and damaged by every conversion of line ends.
 pub const MAGIC: [u8; 8] = *b"\x89COW\r\n\x1a\n";
 
+/// True if `prefix` begins with the native magic.
+pub fn has_magic(prefix: &[u8]) -> bool {
+    prefix.starts_with(&MAGIC)
+}
+
+/// True if the second copy has the native magic, which decides if the first is broken.
+pub fn has_second_magic(prefix: &[u8]) -> bool {
+    prefix.get(COPY_LEN..).is_some_and(has_magic)
+}
+
 /// The version that this crate reads and writes.
 pub const VERSION: u32 = 1;
 

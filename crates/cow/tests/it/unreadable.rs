@@ -14,7 +14,7 @@ fn preload(scratch: &Scratch) -> Option<PathBuf> {
     if missing("cc") {
         return None;
     }
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/common/eio.c");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/common/eio.c");
     let library = scratch.path("eio.so");
     let made =
         scratch.run(Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(source));

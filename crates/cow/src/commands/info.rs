@@ -48,7 +48,7 @@ impl Args {
             top.problem = Some(problem.to_string());
         }
         if let Some(top) = files.first_mut().filter(|top| top.format == Some("raw")) {
-            top.signature_of =
+            top.looks_like =
                 (signature_of(&Host, &self.file) == Some(Signature::Qcow2)).then_some("qcow2");
         }
         match self.chain {
@@ -86,7 +86,7 @@ struct Facts {
     problem: Option<String>,
     /// What a raw image could be instead, by its first bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
-    signature_of: Option<&'static str>,
+    looks_like: Option<&'static str>,
 }
 
 #[derive(Serialize)]
@@ -170,7 +170,7 @@ impl Facts {
             cow: cow.map(|cow| CowPart::new(facts, cow)),
             backing: facts.backing.as_ref().map(Backing::new),
             problem: None,
-            signature_of: None,
+            looks_like: None,
         }
     }
 }
@@ -293,7 +293,7 @@ impl std::fmt::Display for Facts {
         if let Some(problem) = &self.problem {
             writeln!(f, "problem: {problem}")?;
         }
-        match self.signature_of {
+        match self.looks_like {
             Some(format) => {
                 writeln!(
                     f,

@@ -164,7 +164,7 @@ pub enum Doubt {
     /// One of the two times has no nanoseconds.
     #[error(
         "mtime agrees in whole seconds only: the header says {stored}, the file has {actual}, as after a copy that \
-         drops nanoseconds; `cow rebind` takes it for good"
+         drops nanoseconds"
     )]
     WholeSeconds {
         /// In the header.
@@ -176,8 +176,7 @@ pub enum Doubt {
     #[error(
         "its mtime {mtime} says nothing: other images can have the same; {}",
         if *sampled {
-            "another of the same size in its place is noticed by a sample of its content only; `cow create --digest` \
-             keeps a digest of all of it"
+            "another of the same size in its place is noticed by a sample of its content only"
         } else {
             "another of the same size in its place is not noticed"
         }
@@ -309,9 +308,8 @@ pub enum IdentityError {
     /// The mtimes differ.
     #[error(
         "mtime of the backing file does not match: the header says {stored} ({}), the file has {actual} ({}); \
-         if its content is unchanged, `cow rebind` takes it (or set its time back: touch -d @{}), \
-         else restore it: this disk is worth nothing over other content",
-        stored.secs(), actual.secs(), seconds(stored)
+         over other content this disk would be garbage",
+        stored.secs(), actual.secs()
     )]
     Mtime {
         /// In the header.
@@ -322,9 +320,7 @@ pub enum IdentityError {
     /// Size and mtime agree, and the content does not. The samples are not shown: who wrote the header need not be one
     /// who may read the file.
     #[error(
-        "it was replaced by another of the same size and time: a sample of its content is not what the header says; put \
-         the right one back, or, if it is meant to be this one, `cow rebind`: that compares the digest of all of it \
-         where the header has one (else --trust)"
+        "it was replaced by another of the same size and time: a sample of its content differs from the header's"
     )]
     Replaced {
         /// In the header.
@@ -363,11 +359,6 @@ pub enum IdentityError {
         /// Of the file.
         actual: u64,
     },
-}
-
-/// The time as `touch -d @` takes it.
-fn seconds(time: &Timestamp) -> String {
-    if time.nanos == 0 { time.secs.to_string() } else { format!("{}.{:09}", time.secs, time.nanos) }
 }
 
 #[cfg(test)]
@@ -454,7 +445,6 @@ mod tests {
         assert_eq!(verdict.decide(SAMPLE), Ok(()));
         let replaced = verdict.decide(Sample::from_bytes([2; 32])).unwrap_err();
         assert!(replaced.to_string().contains("replaced by another of the same size and time"));
-        assert!(replaced.to_string().contains("cow rebind"));
         // Nothing of it saves a file of another size or time.
         assert!(stored.verify(&ActualIdentity { size: 11, ..FOUND }).is_err());
         let mtime = Timestamp { nanos: 7, ..TIME };

@@ -9,7 +9,7 @@ use block_io::ops::signature::{Signature, signature_of};
 use clap::ValueEnum;
 use cow_format::header::BackingFormat;
 
-use crate::error::CowError;
+use crate::error::{CowError, advised_doubt};
 use crate::ui::Ui;
 
 /// What a base is.
@@ -63,7 +63,7 @@ pub fn warn_of_base(cow: &Path, ui: Ui) -> Result<(), CowError> {
     if let Some(backing) = found.files.first().and_then(|top| top.backing.as_ref())
         && let Some(doubt) = &backing.doubt
     {
-        ui.warn(format_args!("{}: {doubt}", backing.path.display()));
+        ui.warn(format_args!("{}: {}", backing.path.display(), advised_doubt(doubt)));
     }
     Ok(())
 }

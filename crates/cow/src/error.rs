@@ -1,4 +1,4 @@
-//! What can go wrong in the tool itself; what can go wrong with an image is said by block-io.
+//! Errors of the tool itself, and what its user can do about errors of images, which block-io describes.
 
 use std::io;
 use std::path::PathBuf;
@@ -7,6 +7,7 @@ use block_io::DiskError;
 use block_io::ImageError;
 use block_io::image::ChangeError;
 use block_io::ops::OpError;
+use cow_format::identity::{Doubt, IdentityError};
 
 use crate::delta::DeltaError;
 use crate::dependents::Dependents;
@@ -22,7 +23,7 @@ pub enum CowError {
     #[error("{0}{hint}", hint = change_hint(.0))]
     Change(#[from] ChangeError),
     /// A file without a COW header, where a COW file is needed or a raw image has to be said to be one.
-    #[error("{}: not a COW file; if it is a raw image, say so: --format raw", .0.display())]
+    #[error("{}: not a COW file; pass --format raw if it is a raw image", .0.display())]
     NotCow(PathBuf),
     /// A COW file of the other kind than was said.
     #[error("{}: is a {} COW file, not what --format says", path.display(), format!("{is:?}").to_lowercase())]
@@ -72,7 +73,7 @@ pub enum CowError {
     /// A change that others will notice was not confirmed.
     #[error(
         "{}: would be overwritten with the merged disk, and every other COW file over it would become invalid ({others}); \
-         say --yes if that is meant",
+         pass --yes to confirm",
         target.display()
     )]
     NotConfirmed {
@@ -95,30 +96,49 @@ pub enum CowError {
 }
 
 /// What the tool's user can do about an error of block-io, which knows no commands and options.
-fn image_hint(error: &ImageError) -> &'static str {
-    match error {
+fn image_hint(error: &ImageError) -> String {
+    let text = match error {
         ImageError::Backing { .. } => " (-b BASE)",
         ImageError::SideFile { .. } => " (cow convert -O native)",
         ImageError::Journal { .. } => ": run cow check --repair, or start its daemon",
         ImageError::NotFrozen { .. } => " (cow snapshot)",
+        ImageError::Identity { source, .. } => return identity_hint(source),
         _ => "",
+    };
+    text.to_owned()
+}
+
+fn identity_hint(error: &IdentityError) -> String {
+    match error {
+        IdentityError::Mtime { stored, .. } => format!(
+            "; if its content is unchanged, run `cow rebind` (or set its time back: touch -d @{}.{:09}); otherwise \
+             restore it",
+            stored.secs(),
+            stored.nanos()
+        ),
+        IdentityError::Replaced { .. } => {
+            "; put the right one back; if this one is meant, run `cow rebind`, which compares the digest of its whole \
+             content (or takes it unseen with --trust, if the header has no digest)"
+                .to_owned()
+        }
+        _ => String::new(),
     }
 }
 
-fn operation_hint(error: &OpError) -> &'static str {
+fn operation_hint(error: &OpError) -> String {
     match error {
         OpError::Open(error) => image_hint(error),
-        OpError::Exists { .. } => "; give another name, or --force to replace it",
-        _ => "",
+        OpError::Exists { .. } => "; give another name, or --force to replace it".to_owned(),
+        _ => String::new(),
     }
 }
 
-fn change_hint(error: &ChangeError) -> &'static str {
+fn change_hint(error: &ChangeError) -> String {
     match error {
         ChangeError::Open(error) => image_hint(error),
-        ChangeError::Shrink { .. } => "; pass --shrink if that is intended",
-        ChangeError::NoDigest { .. } => "; if you know that it is, pass --trust",
-        _ => "",
+        ChangeError::Shrink { .. } => "; pass --shrink if that is intended".to_owned(),
+        ChangeError::NoDigest { .. } => "; if you know that it is, pass --trust".to_owned(),
+        _ => String::new(),
     }
 }
 
@@ -131,5 +151,21 @@ impl From<ImageError> for CowError {
 impl From<DiskError> for CowError {
     fn from(err: DiskError) -> Self {
         CowError::Op(err.into())
+    }
+}
+
+/// The error, followed by what the user can do about it.
+pub fn advised(error: &ImageError) -> String {
+    format!("{error}{}", image_hint(error))
+}
+
+/// Why a base that matches may still be another one, and the command that makes the match certain.
+pub fn advised_doubt(doubt: &Doubt) -> String {
+    match doubt {
+        Doubt::WholeSeconds { .. } => format!("{doubt}; `cow rebind` records its time"),
+        Doubt::Mtime { sampled: true, .. } => {
+            format!("{doubt}; `cow create --digest` records a digest of its whole content")
+        }
+        doubt => doubt.to_string(),
     }
 }

@@ -8,8 +8,7 @@ use std::fmt;
 pub enum HeaderError {
     /// The file begins with no magic that is known.
     #[error(
-        "not a COW file: magic is {}, expected OOOM or MOOO (UML) or 89 43 4f 57 0d 0a 1a 0a (native); \
-         if it is a raw image, say so",
+        "not a COW file: magic is {}, expected OOOM or MOOO (UML) or 89 43 4f 57 0d 0a 1a 0a (native)",
         Hex(found)
     )]
     NotCow {
@@ -46,7 +45,7 @@ pub enum HeaderError {
     },
     /// The header is of a version that is read but never written.
     #[error(
-        "UML COW version {version} is read-only here: found {version}, expected 3; open it read-only or merge it"
+        "UML COW version {version} cannot be written: found {version}, expected 3; open it read-only or merge it"
     )]
     ReadOnlyVersion {
         /// 1 or 2.

@@ -14,7 +14,7 @@ use cow_format::header::BackingFormat;
 use serde::Serialize;
 
 use crate::digest::digest_of;
-use crate::error::CowError;
+use crate::error::{CowError, advised};
 use crate::output::OutputArgs;
 use crate::ui::Ui;
 
@@ -169,7 +169,7 @@ impl Report {
         self.findings.push(Found {
             filename: path.to_owned(),
             severity: "corruption",
-            message: problem.to_string(),
+            message: advised(problem),
             repaired: false,
         });
     }

@@ -12,7 +12,7 @@ use cow_format::identity::{BackingIdentity, Timestamp};
 use cow_format::{Header, SECTOR_SIZE};
 use serde::Serialize;
 
-use crate::error::CowError;
+use crate::error::{CowError, advised, advised_doubt};
 use crate::output::OutputArgs;
 use crate::size::Human;
 use crate::ui::Ui;
@@ -45,7 +45,7 @@ impl Args {
         let mut files: Vec<_> = found.files.iter().map(Facts::new).collect();
         // What is wrong further down does not spoil the files above it, but keeps the disk from being opened.
         if let (Some(problem), Some(top)) = (&found.problem, files.first_mut()) {
-            top.problem = Some(problem.to_string());
+            top.problem = Some(advised(problem));
         }
         if let Some(top) = files.first_mut().filter(|top| top.format == Some("raw")) {
             top.looks_like =
@@ -224,7 +224,7 @@ impl Backing {
             },
             actual,
             matches: matches!(backing.verdict, Some(Ok(()))),
-            warning: backing.doubt.map(|doubt| doubt.to_string()),
+            warning: backing.doubt.as_ref().map(advised_doubt),
         };
         if backing.found.is_some_and(|found| found.device) {
             // That of the node, which nobody compares.

@@ -15,6 +15,7 @@ use block_io::Host;
 use block_io::ImageError;
 use block_io::ops::signature::{Signature, signature_of};
 use block_io::ring::NoUring;
+use cow_format::identity::IdentityError;
 use cow_format::{HeaderError, Sector, SectorCount, SectorRange};
 use log::Level;
 use nix::poll::PollTimeout;
@@ -166,6 +167,12 @@ fn hint(error: &ImageError) -> &'static str {
             ": start the daemon without --read-only, or run cow check --repair"
         }
         ImageError::NotFrozen { .. } => " (cow snapshot)",
+        ImageError::Identity { source: IdentityError::Mtime { .. }, .. } => {
+            "; if its content is unchanged, run `cow rebind`; otherwise restore it"
+        }
+        ImageError::Identity { source: IdentityError::Replaced { .. }, .. } => {
+            "; put the right one back, or run `cow rebind` if this one is meant"
+        }
         _ => "",
     }
 }

@@ -7,7 +7,7 @@
 
 use std::io;
 
-use cow_format::journal::{BLOCK, Epoch, JournalArea, Records, record_len, seal};
+use cow_format::journal::{Epoch, JournalArea, RECORD_BLOCK_LEN, Records, record_len, seal};
 use cow_format::{Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS, SectorRange};
 use uuid::Uuid;
 

@@ -1,15 +1,16 @@
 //! Which sectors are present, and which bitmap pages must still be written.
 //!
-//! Three levels, each allocated when first needed: regions of 16 GiB of disk, chunks of 16 MiB (one bitmap page
-//! on disk), and in a chunk a coarse map (a bit per 4 KiB block: all 8 sectors present) beside a fine map (a bit
-//! per sector) that exists only where a part of a block was written. A sector is present when the chunk is full
-//! or either map says so, so memory follows what is written and most writes cost one bit.
+//! Three levels, each allocated when first needed: regions of 16 GiB of disk, chunks of 16 MiB (one
+//! bitmap page on disk), and in a chunk a coarse map (a bit per 4 KiB block: all 8 sectors present)
+//! beside a fine map (a bit per sector) that exists only where a part of a block was written. A
+//! sector is present when the chunk is full or either map says so, so memory follows what is
+//! written and most writes cost one bit.
 //!
-//! Bits only go from 0 to 1. Readers take no lock. Setting new bits takes the region's dirty lock for a few
-//! stores; see [`Bitmap::insert`] for why.
+//! Bits only go from 0 to 1. Readers take no lock. Setting new bits takes the region's dirty lock
+//! for a few stores; see [`Bitmap::insert`] for why.
 //!
-//! A bitmap that is read from a file is read where it is asked for: a page is *known* once its bits have been added.
-//! Adding is an OR, so pages can be read twice, by several threads, and while others insert.
+//! A bitmap in a file is read on demand: a page is *known* once its bits have been added. Adding is
+//! an OR, so pages can be read twice, by several threads, and while others insert.
 
 use std::iter::FusedIterator;
 use std::ops::Range;
@@ -21,10 +22,11 @@ use crate::units::{Sector, SectorCount, SectorRange};
 /// Bytes in a bitmap page: the unit in which a bitmap is read, snapshot and written.
 pub const BITMAP_PAGE_LEN: usize = 4096;
 
-/// Sectors that one bitmap page speaks of (16 MiB of disk).
+/// Sectors covered by one bitmap page (16 MiB of disk).
 pub const PAGE_SECTORS: u64 = BITMAP_PAGE_LEN as u64 * 8;
 
-/// Chunks in a region. 40 KiB of chunk heads are allocated when the first sector of 16 GiB is written.
+/// Chunks in a region. 40 KiB of chunk heads are allocated when the first sector of 16 GiB is
+/// written.
 pub(crate) const REGION_CHUNKS: usize = 1024;
 pub(crate) const REGION_SECTORS: u64 = PAGE_SECTORS * REGION_CHUNKS as u64;
 
@@ -57,13 +59,14 @@ impl Bitmap {
         bitmap
     }
 
-    /// A bitmap of which no page is known. Nothing may be asked about a page, and nothing inserted, before it is.
+    /// A bitmap with no known page. A page must be known before it is queried and before sectors of
+    /// it are inserted.
     pub fn unknown(sectors: SectorCount) -> Self {
         let regions = sectors.get().div_ceil(REGION_SECTORS);
         Self { sectors: sectors.get(), regions: (0..regions).map(|_| Slot::default()).collect() }
     }
 
-    /// The first page that `range` touches and that is not known. Past the end of the disk all is known.
+    /// The first unknown page in `range`. Pages past the end of the disk count as known.
     #[inline]
     pub fn next_unknown(&self, range: SectorRange) -> Option<u64> {
         let (start, end) = (range.start().get(), range.end().get().min(self.sectors));
@@ -96,7 +99,8 @@ impl Bitmap {
         })
     }
 
-    /// Tells that `pages` are known: what their file says has been added, and what it did not say is absent.
+    /// Marks `pages` as known: the bits in their file have been added, and their other sectors are
+    /// absent.
     pub fn set_known(&self, pages: Range<u64>) {
         let end = pages.end.min(self.pages());
         for (index, lo, hi) in split(pages.start, end, REGION_CHUNKS as u64) {
@@ -129,15 +133,15 @@ impl Bitmap {
         start == end || self.run_end(start, end, true) == end
     }
 
-    /// Sets the bits of `range` and marks their pages dirty where a bit is new; true if one is. Sectors past the
-    /// end of the disk are ignored.
+    /// Sets the bits of `range` and marks their pages dirty where a bit is new; true if one is.
+    /// Sectors past the end of the disk are ignored.
     ///
-    /// Bits and dirty mark change under the region's lock, which a flush takes too before it looks for dirty
-    /// pages. Otherwise a second writer of the same sector could find the bit set by the first, have its write
-    /// acknowledged and flushed, all before the first had marked the page.
+    /// Bits and dirty mark change under the region's lock, which a flush takes too before it looks
+    /// for dirty pages. Otherwise a second writer of the same sector could find the bit set by the
+    /// first, have its write acknowledged and flushed, all before the first had marked the page.
     pub fn insert(&self, range: SectorRange) -> bool {
         let range = range.clipped_to(Sector::new(self.sectors));
-        // Else a flush would write the page without the bits that it has in the file.
+        // Otherwise a flush would write the page without the bits that are in the file.
         debug_assert_eq!(self.next_unknown(range), None);
         if self.contains(range) {
             return false;
@@ -156,8 +160,9 @@ impl Bitmap {
         changed
     }
 
-    /// The runs of present and of absent sectors of `range`, in order and without gaps. Sectors past the end of
-    /// the disk are absent. While other threads insert, neighbouring runs may be of the same kind.
+    /// The runs of present and of absent sectors of `range`, in order and without gaps. Sectors
+    /// past the end of the disk are absent. While other threads insert, neighbouring runs may be of
+    /// the same kind.
     pub fn runs(&self, range: SectorRange) -> Runs<'_> {
         Runs { bitmap: self, pos: range.start().get(), end: range.end().get() }
     }
@@ -177,13 +182,14 @@ impl Bitmap {
         Some(Sector::new(page * PAGE_SECTORS + word as u64 * WORD_SECTORS + bit))
     }
 
-    /// The bits of sectors `64 * index ..`, sector `64 * index` in bit 0: as the disk has them, little-endian.
+    /// The bits of sectors `64 * index ..`, sector `64 * index` in bit 0: as the disk has them,
+    /// little-endian.
     pub fn word(&self, index: u64) -> u64 {
         let Some(sector) = index.checked_mul(WORD_SECTORS) else { return 0 };
         self.chunk(sector).map_or(0, |chunk| chunk.word(offset_in(sector, PAGE_SECTORS) / 64))
     }
 
-    /// Writes page `page` into `bytes` as it stands on disk: sector n is bit n % 8 of byte n / 8.
+    /// Writes page `page` into `bytes` as it is on disk: sector n is bit n % 8 of byte n / 8.
     pub fn render_page(&self, page: u64, bytes: &mut [u8; BITMAP_PAGE_LEN]) {
         bytes.fill(0);
         let Some(chunk) = page.checked_mul(PAGE_SECTORS).and_then(|sector| self.chunk(sector))
@@ -202,14 +208,14 @@ impl Bitmap {
             .is_none_or(Chunk::is_empty)
     }
 
-    /// Adds page `page` as read from the durable bitmap. Bytes past the first 4096 and bits past the end of the
-    /// disk are ignored (UML leaves uninitialised memory there).
+    /// Adds page `page` as read from the durable bitmap. Bytes past the first 4096 and bits past
+    /// the end of the disk are ignored (UML leaves uninitialised memory there).
     pub fn load_durable(&self, page: u64, bytes: &[u8]) {
         self.load(page, bytes, false);
     }
 
-    /// Adds page `page` as read from a valid live bitmap; where that brings a new bit, the page is dirty. So the
-    /// durable bitmap has to be loaded first.
+    /// Adds page `page` as read from a valid live bitmap; where that brings a new bit, the page is
+    /// dirty. So the durable bitmap has to be loaded first.
     pub fn load_live(&self, page: u64, bytes: &[u8]) {
         self.load(page, bytes, true);
     }
@@ -232,13 +238,13 @@ impl Bitmap {
         }
     }
 
-    /// The number of dirty pages. Only a figure: writers change it at any time.
+    /// The number of dirty pages at this moment; writers change it at any time.
     pub fn dirty_pages(&self) -> u64 {
         self.regions.iter().filter_map(Slot::get).map(|region| region.dirty().count()).sum()
     }
 
-    /// Takes up to `max` dirty pages from page `from` on, in ascending order, and marks them clean. Appends them
-    /// to `pages`; returns where to go on.
+    /// Takes up to `max` dirty pages from page `from` on, in ascending order, marks them clean and
+    /// appends them to `pages`. Returns the page to continue from.
     pub(crate) fn take_dirty(&self, from: u64, max: usize, pages: &mut Vec<u64>) -> u64 {
         let mut next = from;
         for (index, lo, _) in split(from, self.pages().max(from), REGION_CHUNKS as u64) {
@@ -267,7 +273,8 @@ impl Bitmap {
         }
     }
 
-    /// The end of the run of sectors like `present` that begins at `pos`, at most `end`; `pos` if it is empty.
+    /// The end of the run of sectors like `present` that begins at `pos`, at most `end`; `pos` if
+    /// it is empty.
     pub(crate) fn run_end(&self, mut pos: u64, end: u64, present: bool) -> u64 {
         while pos < end && pos < self.sectors {
             let lo = offset_in(pos, PAGE_SECTORS);
@@ -339,7 +346,7 @@ impl Iterator for Runs<'_> {
         self.pos = self.bitmap.run_end(start, self.end, true);
         let present = self.pos > start;
         if !present {
-            // A bit set since the look above would make this run empty; it is absent as of that look.
+            // A bit set since the check above would make this run empty; it counts as absent.
             self.pos = self.bitmap.run_end(start, self.end, false).max(start + 1);
         }
         Some(Run { range: SectorRange::from_bounds(start, self.pos), present })
@@ -373,7 +380,7 @@ impl Default for Region {
 }
 
 impl Region {
-    /// Whoever sees this sees the bits that were added before [`Self::set_known`].
+    /// If this is true, the bits that were added before [`Self::set_known`] are visible too.
     fn is_known(&self, chunk: usize) -> bool {
         self.known[chunk / 64].load(Ordering::Acquire) & (1 << (chunk % 64)) != 0
     }
@@ -383,7 +390,8 @@ impl Region {
     }
 
     fn dirty(&self) -> MutexGuard<'_, DirtyPages> {
-        // Each change under the lock is complete in itself, so a panic elsewhere leaves nothing half done.
+        // Each change under the lock is complete in itself, so a panic elsewhere leaves nothing
+        // half done.
         self.dirty.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -409,7 +417,7 @@ impl DirtyPages {
     }
 }
 
-/// 16 MiB of disk: what one bitmap page speaks of.
+/// 16 MiB of disk: the sectors of one bitmap page.
 struct Chunk {
     full: AtomicBool,
     coarse: OnceLock<Box<[AtomicU64; COARSE_WORDS]>>,
@@ -498,7 +506,8 @@ impl Chunk {
         changed
     }
 
-    /// Sets `bits` of a word: whole blocks in the coarse map, the rest in the fine one; true if one is new.
+    /// Sets `bits` of a word: whole blocks in the coarse map, the rest in the fine one; true if one
+    /// is new.
     fn or(&self, word: usize, bits: u64) -> bool {
         let new = bits & !self.word(word);
         if new == 0 {
@@ -546,7 +555,8 @@ fn low_bits(count: u64) -> u64 {
 
 /// Each bit of `byte` eight times: bit i becomes byte i of the word.
 fn spread(byte: u8) -> u64 {
-    // Copy the byte to all eight places and keep bit i in place i; then turn each non-zero byte into 0xff.
+    // Copy the byte to all eight places and keep bit i in place i; then turn each non-zero byte
+    // into 0xff.
     let picked = (u64::from(byte) * 0x0101_0101_0101_0101) & 0x8040_2010_0804_0201;
     (((picked + 0x7f7f_7f7f_7f7f_7f7f) >> 7) & 0x0101_0101_0101_0101) * 0xff
 }
@@ -578,7 +588,7 @@ pub(crate) fn offset_in(value: u64, unit: u64) -> usize {
     usize_of(value % unit)
 }
 
-/// An index that is out of bounds for sure where it does not fit.
+/// The value as an index; if it does not fit, an index that is certainly out of bounds.
 pub(crate) fn usize_of(value: u64) -> usize {
     usize::try_from(value).unwrap_or(usize::MAX)
 }

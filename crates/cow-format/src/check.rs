@@ -1,13 +1,16 @@
-//! Whether a COW file is sound: what a checker finds beyond the errors that keep a file from being opened.
+//! Whether a COW file is sound: what a checker finds beyond the errors that keep a file from being
+//! opened.
 //!
-//! Pure: the caller reads pages and asks the file system where the file has data, and repairs what is found.
+//! Pure: the caller reads pages and asks the file system where the file has data, and repairs what
+//! is found.
 
 use crate::bitmap::{Bitmap, PAGE_SECTORS};
 use crate::geometry::{DataTruncated, Geometry};
 use crate::header::{Header, HeaderError, NativeState};
 use crate::units::{ByteOffset, SECTOR_SIZE, Sector, SectorRange};
 
-/// File systems allocate blocks of this size (or a multiple). Less than a whole one cannot be given back.
+/// File systems allocate blocks of this size (or a multiple). Less than a whole block cannot be
+/// released.
 const BLOCK: u64 = 4096;
 
 /// How bad a finding is.
@@ -25,22 +28,26 @@ pub enum Severity {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Finding {
-    /// The file was not closed. Opening it for writing puts that right.
+    /// The file was not closed. Opening it for writing repairs that.
     #[error("the file is in use, or was not closed")]
     NotClosed,
-    /// The host went down while the file was in use. Opening it for writing puts the sectors in place.
-    #[error("flushed sectors stand in the journal only; opening it for writing puts them in place")]
+    /// The host went down while the file was in use. Opening it for writing puts the sectors in
+    /// place.
+    #[error(
+        "flushed sectors are in the journal only; opening the file for writing puts them in place"
+    )]
     Journal,
     /// Feature bits of a newer program; the next write clears them.
     #[error("unknown compatible features {0:#x}")]
     UnknownFeatures(u64),
-    /// One copy of the header cannot be used. Writing a header puts that right.
+    /// One copy of the header cannot be used. Writing a header repairs that.
     #[error("one copy of the header is broken, the other serves: {0}")]
     HeaderCopy(HeaderError),
-    /// The data of present sectors is past the end of the file. It is lost: nothing puts that right.
+    /// The data of present sectors is past the end of the file. It is lost and cannot be restored.
     #[error(transparent)]
     Data(#[from] DataTruncated),
-    /// Bits of sectors that the disk does not have; should it grow, they would come to life. To be cleared.
+    /// Bits of sectors past the end of the disk, which would become valid if it grew. To be
+    /// cleared.
     #[error("{count} bits past the end of the disk, the first for sector {first}")]
     BitsBeyondEnd {
         /// The lowest such sector.
@@ -48,8 +55,8 @@ pub enum Finding {
         /// How many bits.
         count: u64,
     },
-    /// Blocks with data of sectors that are not present: left by a crash before their write was complete. To be
-    /// punched out.
+    /// Blocks with data of sectors that are not present: left by a crash before their write was
+    /// complete. To be punched out.
     #[error("{bytes} bytes are allocated for sectors that are not present")]
     Leaked {
         /// In whole blocks.
@@ -79,7 +86,8 @@ pub struct Check<'a> {
 }
 
 impl<'a> Check<'a> {
-    /// Begins with what header and lengths say. `bitmap` holds all that counts of the file's bitmaps.
+    /// Begins with what header and lengths say. `bitmap` holds all that counts of the file's
+    /// bitmaps.
     pub fn new(header: &'a Header, bitmap: &'a Bitmap, file_len: u64) -> Self {
         let mut findings = Vec::new();
         if let Header::Native(native) = header {
@@ -96,8 +104,9 @@ impl<'a> Check<'a> {
         Self { geometry, bitmap, findings, beyond: None, leaked: 0 }
     }
 
-    /// Looks at page `page` of the durable bitmap as it is in the file; true if it has bits past the end of the
-    /// disk, which [`clear_beyond_end`] clears. Pages in the room for growth belong here too, in ascending order.
+    /// Examines page `page` of the durable bitmap as it is in the file; true if it has bits past
+    /// the end of the disk, which [`clear_beyond_end`] clears. Pages in the room for growth belong
+    /// here too, in ascending order.
     pub fn bitmap_page(&mut self, page: u64, bytes: &[u8]) -> bool {
         let Some((first, count)) = beyond_end(self.geometry, page, bytes) else { return false };
         let (_, sum) = self.beyond.get_or_insert((first, 0));
@@ -105,8 +114,8 @@ impl<'a> Check<'a> {
         true
     }
 
-    /// Takes a range of the file that has data, as the file system says, and gives those blocks of it that belong
-    /// to no present sector, as (offset, length in bytes).
+    /// Takes a range of the file that has data, as the file system says, and gives those blocks of
+    /// it that belong to no present sector, as (offset, length in bytes).
     pub fn allocated(
         &mut self,
         at: ByteOffset,
@@ -129,7 +138,8 @@ impl<'a> Check<'a> {
     }
 }
 
-/// Those blocks of a range of the file that belong to no present sector, as (offset, length in bytes).
+/// Those blocks of a range of the file that belong to no present sector, as (offset, length in
+/// bytes).
 pub fn leaks(
     geometry: &Geometry,
     bitmap: &Bitmap,

@@ -1,5 +1,5 @@
-//! The order of a flush, by types: data is synced before the bits that speak of it are written, and these are
-//! synced before the flush is complete (docs/architecture.md, "Durability").
+//! The order of a flush, enforced by types: data is synced before the bits that describe it are
+//! written, and these are synced before the flush is complete (docs/architecture.md, "Durability").
 //!
 //! ```text
 //! FlushPass::begin        snapshot of the dirty pages
@@ -8,23 +8,25 @@
 //!   WritePages::written   snapshot of the next batch; → AwaitSync: the bits are not durable yet
 //! ```
 //!
-//! The machine does no I/O. The caller syncs and writes, and says so; it never runs two passes at once. Writers
-//! go on meanwhile: what they set after the snapshot stays dirty and belongs to the next pass.
+//! The machine does no I/O. The caller syncs and writes, and reports each step; it never runs two
+//! passes at once. Writers continue meanwhile: bits set after the snapshot stay dirty and belong to
+//! the next pass.
 
 use crate::bitmap::{BITMAP_PAGE_LEN, Bitmap};
 use crate::geometry::Geometry;
 use crate::units::ByteOffset;
 
-/// Bitmap pages in one snapshot: 1 MiB of memory, 4 GiB of disk. With more dirty pages the pass goes in
-/// batches, each sharing its data sync with the sync that completes the one before.
+/// Bitmap pages in one snapshot: 1 MiB of memory, 4 GiB of disk. With more dirty pages the pass
+/// goes in batches, each sharing its data sync with the sync that completes the one before.
 pub const FLUSH_BATCH_PAGES: usize = 256;
 
-/// What all states hold. Dropped before it is complete, it marks its pages dirty again.
+/// Shared by all states. If dropped before it is complete, it marks its pages dirty again.
 #[derive(Debug)]
 struct Pass<'a> {
     bitmap: &'a Bitmap,
     geometry: &'a Geometry,
-    /// Where to look for the next batch. It only goes up, so that a pass ends however much is written meanwhile.
+    /// Where the search for the next batch starts. It only goes up, so a pass ends however much is
+    /// written meanwhile.
     next_page: u64,
     /// Pages that were written but not synced.
     unsynced: Vec<u64>,
@@ -76,8 +78,9 @@ impl FlushPass {
 }
 
 impl<'a> AwaitSync<'a> {
-    /// To be called when a sync that began after this state was reached has succeeded. After a failed one drop
-    /// the pass, and let no later sync of this file count: the kernel may have thrown the data away.
+    /// Call this when a sync that began after this state was reached has succeeded. After a failed
+    /// sync, drop the pass and trust no later sync of this file: the kernel may have discarded the
+    /// data.
     pub fn synced(mut self) -> Next<'a> {
         self.0.unsynced.clear();
         if self.0.pages.is_empty() { Next::Complete } else { Next::Write(WritePages(self.0)) }
@@ -85,7 +88,7 @@ impl<'a> AwaitSync<'a> {
 }
 
 impl<'a> WritePages<'a> {
-    /// The writes to make, in ascending order. Any order is good.
+    /// The writes to make, in ascending order. Any order is valid.
     pub fn writes(&self) -> impl Iterator<Item = BitmapWrite<'_>> {
         let pass = &self.0;
         let mut from = 0;
@@ -98,8 +101,8 @@ impl<'a> WritePages<'a> {
         })
     }
 
-    /// To be called when all writes have succeeded. If one failed, drop the pass: its pages are dirty again and
-    /// a later pass may try them.
+    /// Call this when all writes have succeeded. If one failed, drop the pass: its pages are dirty
+    /// again and a later pass may retry them.
     pub fn written(mut self) -> AwaitSync<'a> {
         std::mem::swap(&mut self.0.unsynced, &mut self.0.pages);
         self.0.snapshot();

@@ -1,8 +1,9 @@
-//! Everything below the top of a chain, folded into one map from sector to layer: a lookup costs the same at any depth.
+//! Everything below the top of a chain, folded into one map from sector to layer: a lookup costs
+//! the same at any depth.
 //!
-//! It is folded where it is asked for, in chunks of one bitmap page (16 MiB of disk): the caller reads that page of every
-//! layer, lays them over each other, the deepest first, and puts the result in. What is below never changes, so it does
-//! not matter who does that, nor how often.
+//! It is folded on demand, in chunks of one bitmap page (16 MiB of disk): the caller reads that
+//! page of every layer, overlays them from the deepest up, and publishes the result. The layers
+//! below the top never change, so any thread may fold a page, any number of times.
 
 use std::sync::OnceLock;
 
@@ -26,12 +27,13 @@ const RUNS_MAX: usize = 16;
 /// With more mixed blocks than this a byte for each sector is smaller.
 const MIXED_MAX: u32 = 2048;
 
-/// From sector to layer. Levels that are all alike are one entry.
+/// Maps each sector to its layer. A region or chunk with a single layer is one entry.
 #[derive(Debug)]
 pub(crate) struct Folded {
     /// Of the disk.
     sectors: u64,
-    /// The sectors of each layer below the top, nearest first. What lies above a layer's end is zeros, whatever is deeper.
+    /// The sectors of each layer below the top, nearest first. Sectors past a layer's end are
+    /// zeros, whatever deeper layers hold.
     layers: Vec<u64>,
     /// The index of the base image, one more than the deepest layer's.
     base: u8,
@@ -81,7 +83,7 @@ impl Folded {
         let regions = (0..sectors.div_ceil(REGION_SECTORS)).map(|_| OnceLock::new()).collect();
         let folded = Self { sectors, layers, base, base_sectors, regions };
         if folded.layers.is_empty() {
-            // Nobody has to be asked.
+            // There is no layer to query.
             (0..folded.regions.len() as u64)
                 .for_each(|region| folded.begin_region(region, |_| false));
         }
@@ -105,7 +107,8 @@ impl Folded {
         self.regions.get(usize_of(page / REGION_CHUNKS as u64)).is_none_or(|r| r.get().is_some())
     }
 
-    /// Begins region `index`: `has` says of each layer, counted from 0 for the nearest, whether it may have a sector of it.
+    /// Begins region `index`: `has` returns for each layer (0 is the nearest) whether it may have a
+    /// sector in the region.
     pub(crate) fn begin_region(&self, index: u64, has: impl Fn(usize) -> bool) {
         let Some(region) = self.regions.get(usize_of(index)) else { return };
         region.get_or_init(|| {
@@ -114,7 +117,7 @@ impl Folded {
                 return Region::Uniform(from);
             }
             let pages = start / PAGE_SECTORS..end.min(self.sectors).div_ceil(PAGE_SECTORS);
-            // Where no layer has anything only the ends of the files are left.
+            // If no layer has a sector here, only the ends of the files matter.
             let plain = !(0..self.layers.len()).any(&has);
             let chunk = |page| match plain {
                 true => OnceLock::from(self.plain(page)),
@@ -131,7 +134,8 @@ impl Folded {
         fold.finish()
     }
 
-    /// Where `start..end` comes from, if that is plain to see: no layer has a sector of it or ends in it.
+    /// Where `start..end` comes from, if that is plain to see: no layer has a sector of it or ends
+    /// in it.
     fn uniform(&self, start: u64, end: u64, has: &impl Fn(usize) -> bool) -> Option<u8> {
         for (index, &layer_end) in self.layers.iter().enumerate() {
             if layer_end <= start {
@@ -155,8 +159,8 @@ impl Folded {
         fold
     }
 
-    /// The layer of `sector` and the end, at most `end`, of the run that is known without looking further. The page must
-    /// be known.
+    /// The layer of `sector` and the end, at most `end`, of the run that is known without looking
+    /// further. The page must be known.
     #[inline]
     pub(crate) fn lookup(&self, sector: u64, end: u64) -> (u8, u64) {
         let region = self.regions.get(usize_of(sector / REGION_SECTORS));
@@ -184,7 +188,7 @@ impl Folded {
     }
 }
 
-/// One page being folded: the layers laid over each other so far.
+/// One page being folded: the layers overlaid so far.
 pub(crate) struct Fold<'a> {
     map: &'a Folded,
     page: u64,
@@ -198,7 +202,8 @@ enum Content {
 }
 
 impl Fold<'_> {
-    /// Lays the layer `index`, counted from 0 for the nearest, over what is there: its bits as they stand in its file.
+    /// Overlays layer `index` (0 is the nearest) on the layers so far; `bits` is the page in its
+    /// file.
     pub(crate) fn overlay(&mut self, index: usize, bits: &[u8]) {
         // A layer's index in the chain is one more.
         let from = u8::try_from(index + 1).unwrap_or(NOWHERE);
@@ -240,7 +245,7 @@ impl Fold<'_> {
         }
     }
 
-    /// Puts the page into the map, all layers having been laid over.
+    /// Puts the page into the map, after all layers were overlaid.
     pub(crate) fn publish(self) {
         let (map, page) = (self.map, self.page);
         let region = map.regions.get(usize_of(page / REGION_CHUNKS as u64)).and_then(OnceLock::get);
@@ -256,7 +261,7 @@ impl Fold<'_> {
         match self.content {
             Content::Uniform(from) => Chunk::Uniform(from),
             Content::Sectors(mut sectors) => {
-                // What lies past the end of the disk is never asked for.
+                // Sectors past the end of the disk are never looked up.
                 let last = sectors.get(usize_of(end).saturating_sub(1)).copied();
                 sectors[usize_of(end)..].fill(last.unwrap_or(NOWHERE));
                 Chunk::new(sectors)
@@ -284,7 +289,8 @@ impl Chunk {
         }
     }
 
-    /// The layer of a sector of the chunk, and the end of its run, at most `limit`, which is past the sector.
+    /// The layer of a sector of the chunk, and the end of its run, at most `limit`, which is past
+    /// the sector.
     fn lookup(&self, sector: usize, limit: usize) -> (u8, usize) {
         match self {
             Self::Uniform(from) => (*from, limit),

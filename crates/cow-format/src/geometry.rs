@@ -1,10 +1,10 @@
-//! Where a COW file's bitmap and data stand. One geometry for the UML headers and the native one.
+//! Where a COW file's bitmap and data are. One geometry for the UML headers and the native one.
 
 use crate::bitmap::{BITMAP_PAGE_LEN, Bitmap};
 use crate::units::{ByteOffset, SECTOR_SIZE, Sector, SectorCount, SectorRange};
 
-/// The places in a COW file. Built only by a checked header: every sum of these is below 2^63, the parts do not
-/// overlap and the bitmaps lie within the file.
+/// The places in a COW file. Built only by a checked header: every sum of these is below 2^63, the
+/// parts do not overlap and the bitmaps lie within the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     pub(crate) virtual_size: u64,
@@ -30,8 +30,8 @@ impl Geometry {
         ByteOffset::new(self.bitmap_offset)
     }
 
-    /// Bytes of each bitmap that are in use. Native: whole pages. UML V1 and V2: may lack the bits of the last
-    /// sectors, which then are absent.
+    /// Bytes of each bitmap that are in use. Native: whole pages. UML V1 and V2: may lack the bits
+    /// of the last sectors, which then are absent.
     pub const fn bitmap_len(&self) -> u64 {
         self.bitmap_len
     }
@@ -44,18 +44,19 @@ impl Geometry {
         }
     }
 
-    /// Where sector 0 stands.
+    /// Where sector 0 is.
     pub const fn data_offset(&self) -> ByteOffset {
         ByteOffset::new(self.data_offset)
     }
 
-    /// Where `sector` stands, whether it is present or not. For sectors of the disk.
+    /// Where `sector` is, whether it is present or not. For sectors of the disk.
     pub fn sector_at(&self, sector: Sector) -> ByteOffset {
         debug_assert!(sector.get() <= self.sectors().get());
         ByteOffset::new(self.data_offset + sector.get() * SECTOR_SIZE)
     }
 
-    /// The length of a file that holds every sector up to the virtual size: what a new file is set to.
+    /// The length of a file that holds every sector up to the virtual size: what a new file is set
+    /// to.
     pub const fn full_len(&self) -> u64 {
         self.data_offset + self.virtual_size
     }
@@ -65,25 +66,26 @@ impl Geometry {
         self.bitmap_len.div_ceil(BITMAP_PAGE_LEN as u64)
     }
 
-    /// The bytes of page `page` that exist in a bitmap of this file: 4096, fewer on the last page of a UML file,
-    /// none past the end.
+    /// The bytes of page `page` that exist in a bitmap of this file: 4096, fewer on the last page
+    /// of a UML file, none past the end.
     pub fn bitmap_page_len(&self, page: u64) -> usize {
         let start = page.saturating_mul(BITMAP_PAGE_LEN as u64);
         let len = self.bitmap_len.saturating_sub(start).min(BITMAP_PAGE_LEN as u64);
         usize::try_from(len).unwrap_or(BITMAP_PAGE_LEN)
     }
 
-    /// Where page `page` of the durable bitmap stands. For pages of the disk.
+    /// Where page `page` of the durable bitmap is. For pages of the disk.
     pub fn page_at(&self, page: u64) -> ByteOffset {
         debug_assert!(page < self.bitmap_pages());
         ByteOffset::new(self.bitmap_offset + page * BITMAP_PAGE_LEN as u64)
     }
 
-    /// Refuses a file of `file_len` bytes that ends before the data of a sector that `bitmap` says is present.
+    /// Refuses a file of `file_len` bytes that ends before the data of a sector that `bitmap` says
+    /// is present.
     pub fn check_data(&self, bitmap: &Bitmap, file_len: u64) -> Result<(), DataTruncated> {
         let Some(sector) = bitmap.last_present() else { return Ok(()) };
-        // Of a partial last sector only what belongs to the disk has to be there: a discard sets its bit and leaves
-        // the file's length alone.
+        // Of a partial last sector only what belongs to the disk has to be there: a discard sets
+        // its bit and leaves the file's length alone.
         let expected_len = (self.sector_at(sector).get() + SECTOR_SIZE).min(self.full_len());
         if expected_len <= file_len {
             return Ok(());

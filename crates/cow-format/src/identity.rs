@@ -1,4 +1,4 @@
-//! Whether a backing file is the one that a header means.
+//! Whether a backing file is the one that a header records.
 
 use std::fmt;
 
@@ -6,10 +6,11 @@ use uuid::Uuid;
 
 use crate::sample::Sample;
 
-/// Before this (2001-09-09) no image was made that anybody still uses: whoever sets such a time sets it on every file.
-/// Nix uses 1, OSTree 0, others the beginning of 1980.
+/// No image in use is older than this (2001-09-09): tools that set an older time set it on every
+/// file. Nix uses 1, OSTree 0, others the beginning of 1980.
 const DATED_SINCE_SECS: i64 = 1_000_000_000;
-/// A file that came so much later than its time (five years) may have got that from `touch -r` or SOURCE_DATE_EPOCH.
+/// A file created this long (five years) after its mtime may have got the mtime from `touch -r` or
+/// SOURCE_DATE_EPOCH.
 const LATE_SECS: i64 = 5 * 365 * 86_400;
 
 /// A time of modification: seconds since 1970-01-01 00:00:00 UTC and nanoseconds.
@@ -50,7 +51,8 @@ impl fmt::Display for Timestamp {
     }
 }
 
-/// The Gregorian date of a day counted from 1970-01-01, reckoned in 400-year eras of years that begin in March.
+/// The Gregorian date of a day counted from 1970-01-01, reckoned in 400-year eras of years that
+/// begin in March.
 fn civil(days: i64) -> (i64, i64, i64) {
     const ERA_DAYS: i64 = 146_097;
     let days = days + 719_468; // since 0000-03-01
@@ -62,7 +64,7 @@ fn civil(days: i64) -> (i64, i64, i64) {
     (era * 400 + year + i64::from(month <= 2), month, day)
 }
 
-/// What a header says its backing file is.
+/// How a header identifies its backing file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackingIdentity {
     /// UML: size and mtime in whole seconds.
@@ -78,7 +80,7 @@ pub enum BackingIdentity {
         size: u64,
         /// To the nanosecond.
         mtime: Timestamp,
-        /// What tells it from another of the same size and mtime.
+        /// What distinguishes it from another image of the same size and mtime.
         witness: Witness,
     },
     /// Native, a frozen layer.
@@ -90,16 +92,18 @@ pub enum BackingIdentity {
     },
 }
 
-/// An inode: no file that comes in the place of another has both the same number and the same time of birth.
+/// An inode: a file that replaces another never has both the same number and the same time of
+/// birth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Inode {
     /// In its file system.
     pub number: u64,
-    /// When it was made.
+    /// Its time of birth.
     pub born: Timestamp,
 }
 
-/// What tells an image from another of the same size and mtime. What is absent is not compared.
+/// What distinguishes an image from another of the same size and mtime. Absent parts are not
+/// compared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Witness {
     /// The inode that it had; a block device has none that lasts.
@@ -109,7 +113,7 @@ pub struct Witness {
 }
 
 impl Witness {
-    /// What a program knows that has not looked: nothing.
+    /// Nothing is recorded.
     pub const NONE: Self = Self { inode: None, sample: None };
 }
 
@@ -120,7 +124,8 @@ pub struct ActualIdentity {
     pub size: u64,
     /// The time of its last modification.
     pub mtime: Timestamp,
-    /// It is a block device: the time is that of its node, which each boot and each udev event sets.
+    /// It is a block device: the time is that of its node, which each boot and each udev event
+    /// sets.
     pub device: bool,
     /// Its inode, where the file system knows the time of birth.
     pub inode: Option<Inode>,
@@ -128,13 +133,15 @@ pub struct ActualIdentity {
     pub layer: Option<(Uuid, u64)>,
 }
 
-/// What is left to be done, or to be said, of a file of which nothing differs so far.
+/// The result for a file without a mismatch so far: what is still to be compared, and what to warn
+/// about.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Verdict {
-    /// It is another inode, or nobody knows: the sample of its content must be this one, see [`Verdict::decide`].
+    /// The inode differs or is unknown, so the sample of the file's content must be this one: see
+    /// [`Verdict::decide`].
     pub sample: Option<Sample>,
-    /// Why the comparison is worth less than it should be.
+    /// Why the comparison proves less than it should.
     pub doubt: Option<Doubt>,
 }
 
@@ -152,13 +159,13 @@ impl Verdict {
     }
 }
 
-/// Why a backing file that matches may be another all the same.
+/// Why a backing file that matches may still be a different one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Doubt {
-    /// A block device, whose node's mtime is worth nothing, and the header has no sample.
+    /// A block device, whose mtime proves nothing, and the header has no sample.
     #[error(
-        "is a block device and known by its size alone; another of the same size in its place is not noticed"
+        "is a block device identified by its size alone; a replacement of the same size is not noticed"
     )]
     SizeAlone,
     /// One of the two times has no nanoseconds.
@@ -172,13 +179,13 @@ pub enum Doubt {
         /// Of the file.
         actual: Timestamp,
     },
-    /// The mtime is one that other files have as well.
+    /// The mtime is one that other files are likely to have as well.
     #[error(
-        "its mtime {mtime} says nothing: other images can have the same; {}",
+        "its mtime {mtime} does not identify it: other images can have the same; {}",
         if *sampled {
-            "another of the same size in its place is noticed by a sample of its content only"
+            "a replacement of the same size is noticed only by a sample of its content"
         } else {
-            "another of the same size in its place is not noticed"
+            "a replacement of the same size is not noticed"
         }
     )]
     Mtime {
@@ -190,7 +197,7 @@ pub enum Doubt {
 }
 
 impl BackingIdentity {
-    /// Compares with the file that was found, whose content is not looked at yet.
+    /// Compares with the file that was found, without its content.
     pub fn verify(&self, actual: &ActualIdentity) -> Result<Verdict, IdentityError> {
         match *self {
             Self::ImageSeconds { size, mtime_secs } => {
@@ -212,7 +219,7 @@ impl BackingIdentity {
         }
     }
 
-    /// What the header should say of a file that was found to be the right one, without its sample.
+    /// What the header should record of a file that was verified; the sample stays.
     pub fn renewed(&self, actual: &ActualIdentity) -> Self {
         match *self {
             Self::Image { size, mtime, witness } => Self::Image {
@@ -226,7 +233,7 @@ impl BackingIdentity {
 }
 
 impl ActualIdentity {
-    /// How the file is known as an image.
+    /// The identity of the file as an image.
     pub fn image(&self, sample: Sample) -> BackingIdentity {
         let witness = Witness { inode: self.inode, sample: Some(sample) };
         BackingIdentity::Image { size: self.size, mtime: self.mtime, witness }
@@ -254,7 +261,8 @@ fn verify_size(stored: u64, actual: &ActualIdentity) -> Result<(), IdentityError
     }
 }
 
-/// The size agrees. The inode is proof only together with the exact time: a write into it leaves another time.
+/// For a file whose size agrees. The inode is proof only together with the exact mtime: a write
+/// changes the mtime.
 fn verify_image(
     stored: Timestamp,
     witness: &Witness,
@@ -290,7 +298,7 @@ fn verify_layer(
     Ok(())
 }
 
-/// The backing file is not the one that the header means: reading through it would mix two disks.
+/// The backing file is not the one that the header records: reading through it would mix two disks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum IdentityError {
@@ -317,8 +325,8 @@ pub enum IdentityError {
         /// Of the file.
         actual: Timestamp,
     },
-    /// Size and mtime agree, and the content does not. The samples are not shown: who wrote the header need not be one
-    /// who may read the file.
+    /// Size and mtime agree, but the content does not. The samples are not shown: the author of the
+    /// header may have no permission to read the file.
     #[error(
         "it was replaced by another of the same size and time: a sample of its content differs from the header's"
     )]
@@ -330,7 +338,7 @@ pub enum IdentityError {
     },
     /// The backing file has no native header.
     #[error(
-        "the backing file is not the layer that the header means: expected UUID {stored}, found no native header"
+        "the backing file is not the layer that the header records: expected UUID {stored}, found no native header"
     )]
     NotALayer {
         /// In the header.
@@ -463,7 +471,7 @@ mod tests {
         let uml = BackingIdentity::ImageSeconds { size: 10, mtime_secs: 1 };
         assert_eq!(uml.verify(&device), alone);
         assert!(sampled.verify(&ActualIdentity { size: 11, ..device }).is_err());
-        // It would have to be written anew with each boot.
+        // It would have to be rewritten at each boot.
         assert_eq!(sampled.renewed(&device), sampled);
     }
 
@@ -472,7 +480,7 @@ mod tests {
         let lost = ActualIdentity { mtime: Timestamp { nanos: 0, ..TIME }, ..FOUND };
         let doubt = Some(Doubt::WholeSeconds { stored: TIME, actual: lost.mtime });
         let sampled = stored(Witness { inode: Some(INODE), sample: Some(SAMPLE) });
-        // Even in the same inode: somebody has set the time.
+        // Even in the same inode: the time was set explicitly.
         assert_eq!(sampled.verify(&lost), Ok(Verdict { sample: Some(SAMPLE), doubt }));
         assert_eq!(stored(Witness::NONE).verify(&lost), Ok(Verdict { sample: None, doubt }));
         let whole = BackingIdentity::Image { size: 10, mtime: lost.mtime, witness: Witness::NONE };

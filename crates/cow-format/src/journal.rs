@@ -1,9 +1,10 @@
-//! The journal of a native COW file (`docs/spec/format-native.md` section 7): a flush of a few sectors is one write.
+//! The journal of a native COW file (`docs/spec/format-native.md` section 7): a flush of a few
+//! sectors is one write.
 //!
-//! A flush in place takes two syncs, one before the bits and one after, and the first makes the file system commit
-//! its own journal for each new extent. A record holds the sectors themselves and stands where the file has its blocks
-//! already, so that one write that is durable on its return does for all of it. After a power cut the records are put in place.
-//! Pure: the caller reads and writes.
+//! A flush in place takes two syncs, one before the bits and one after, and the first makes the
+//! file system commit its own journal for each new extent. A record holds the sectors themselves,
+//! in blocks that the file already has, so one write that is durable on return is enough. After a
+//! power cut the records are replayed. Pure: the caller reads and writes.
 
 use uuid::Uuid;
 use zerocopy::byteorder::little_endian::{U32, U64};
@@ -14,17 +15,18 @@ use crate::units::{ByteOffset, Sector, SectorCount, SectorRange};
 
 const MAGIC: [u8; 8] = *b"COWJRNL\n";
 
-/// What a record begins with and its length is a multiple of, in bytes: a block of every file system in use.
+/// Bytes of the first block of a record, and what its length is a multiple of: a block of every
+/// file system in use.
 pub const RECORD_BLOCK_LEN: usize = 4096;
 const BLOCK_LEN: u64 = RECORD_BLOCK_LEN as u64;
 
-/// Ranges that a record has room for: what its first block holds.
+/// The most ranges in a record: as many as fit into its first block.
 pub const RANGES_MAX: usize = (RECORD_BLOCK_LEN - HEAD_LEN) / size_of::<RawRange>();
 const HEAD_LEN: usize = 48;
 /// The checksum's field.
 const CRC: std::ops::Range<usize> = 8..12;
 
-/// The first block of a record as it stands on disk.
+/// The first block of a record as it is on disk.
 #[derive(FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawRecord {
@@ -53,7 +55,7 @@ const _: () = assert!(size_of::<RawRecord>() == RECORD_BLOCK_LEN);
 const _: () = assert!(std::mem::offset_of!(RawRecord, ranges) == HEAD_LEN);
 const _: () = assert!(std::mem::offset_of!(RawRecord, crc32c) == CRC.start);
 
-/// Where the journal of a file stands.
+/// Where the journal of a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct JournalArea {
     at: u64,
@@ -61,7 +63,7 @@ pub struct JournalArea {
 }
 
 impl JournalArea {
-    /// No journal is longer, in bytes: after a power cut it is read as a whole.
+    /// The longest journal in bytes: after a power cut it is read as a whole.
     pub const LEN_MAX: u64 = 64 << 20;
 
     /// A place of whole blocks; `None` for no bytes.
@@ -82,7 +84,7 @@ impl JournalArea {
         ByteOffset::new(self.at)
     }
 
-    /// Its room in bytes; not 0.
+    /// Its length in bytes; not 0.
     #[expect(clippy::len_without_is_empty, reason = "there is no empty one")]
     pub const fn len(self) -> u64 {
         self.len
@@ -93,8 +95,8 @@ impl JournalArea {
     }
 }
 
-/// Names what has been written since the journal was last begun anew: a random number that nobody can guess, so that no
-/// guest can write sectors that look like a record.
+/// Identifies the records written since the journal was last restarted: a random number, so that no
+/// guest can guess it and write sectors that look like a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Epoch(Uuid);
 
@@ -118,8 +120,8 @@ pub fn record_len(ranges: &[SectorRange]) -> Option<usize> {
     usize::try_from(len).ok().filter(|_| (1..=RANGES_MAX).contains(&ranges.len()))
 }
 
-/// Completes a record of [`record_len`] bytes: the data of `ranges`, one after the other, is there from
-/// [`RECORD_BLOCK_LEN`] on and followed by zeros.
+/// Completes a record of [`record_len`] bytes: the data of `ranges`, one after the other, is there
+/// from [`RECORD_BLOCK_LEN`] on and followed by zeros.
 ///
 /// # Panics
 ///
@@ -142,7 +144,7 @@ pub fn seal(record: &mut [u8], epoch: Epoch, sequence: u64, ranges: &[SectorRang
     record[CRC].copy_from_slice(&crc.to_le_bytes());
 }
 
-/// A record of the epoch that is whole, but says what no record can say.
+/// A complete record of the epoch whose content is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("record {sequence} of the journal is damaged: {what}; restore the file from a copy")]
 pub struct RecordError {
@@ -170,8 +172,8 @@ impl<'a> Records<'a> {
         Self { rest: journal, epoch, sequence: 0, disk }
     }
 
-    /// The record at the beginning of what is left. The first that is not whole, or of another epoch, was never complete:
-    /// the journal ends there.
+    /// The next record. The journal ends at the first record that is incomplete or of another
+    /// epoch.
     fn next_record(&self) -> Option<(&'a RawRecord, &'a [u8])> {
         let raw = RawRecord::ref_from_bytes(self.rest.get(..RECORD_BLOCK_LEN)?).ok()?;
         let len = usize::try_from(raw.len.get()).ok()?;

@@ -1,11 +1,12 @@
 //! Which layer of a chain a range of the disk comes from.
 //!
-//! The top layer's bitmap changes all the time and is looked at as it is. Everything below never changes, so it is
-//! folded into one map from sector to layer: a lookup costs the same at any depth. Sector n stands at
-//! `data_offset + 512 n` in every layer, so neighbouring sectors of one layer are one extent.
+//! The top layer's bitmap changes all the time and is read directly. The layers below never change,
+//! so they are folded into one map from sector to layer: a lookup costs the same at any depth.
+//! Sector n is at `data_offset + 512 n` in every layer, so neighbouring sectors of one layer are
+//! one extent.
 //!
-//! Nothing is known at first. The caller asks for [`LayerMap::next_unknown`], reads that page's bits from the files, and
-//! tells them to the top's bitmap and to [`LayerMap::fold`].
+//! Nothing is known at first. The caller asks for [`LayerMap::next_unknown`], reads that page's
+//! bits from the files, and adds them to the top's bitmap and to [`LayerMap::fold`].
 
 use std::iter::FusedIterator;
 use std::ops::Range;
@@ -15,8 +16,8 @@ use crate::fold::{Fold, Folded, NOWHERE};
 use crate::geometry::Geometry;
 use crate::units::{ByteOffset, SECTOR_SIZE, SectorCount, SectorRange};
 
-/// COW layers in a chain, the top included; below them there may be a base image. So a layer's index fits a byte
-/// with room to spare, and a chain of files that name each other comes to an end.
+/// COW layers in a chain, the top included; below them there may be a base image. So a layer's
+/// index fits a byte with room to spare, and a chain of files that name each other comes to an end.
 pub const CHAIN_LAYERS_MAX: usize = 64;
 
 /// A layer of a chain: 0 is the top, the writable one; then going down; the base image comes last.
@@ -33,7 +34,7 @@ impl LayerIndex {
     }
 }
 
-/// What to do for a part of a range.
+/// How to read a part of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
     /// Read it from this layer's file.
@@ -72,12 +73,12 @@ pub struct LayerMap {
     places: Vec<Place>,
 }
 
-/// Where a layer's sectors stand in its file.
+/// Where a layer's sectors are in its file.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     data_offset: u64,
-    /// Bytes of disk that the file holds; after them its last sector is filled up with zeros. Only a raw image has
-    /// such an end: a COW file holds whole sectors.
+    /// Bytes of disk that the file holds; after them its last sector is filled up with zeros. Only
+    /// a raw image has such an end: a COW file holds whole sectors.
     end: u64,
 }
 
@@ -99,8 +100,8 @@ impl LayerMap {
         Self { sectors, top: None, below, places: vec![Place::raw(size)] }
     }
 
-    /// The map of a COW file with bitmap `top` over COW files of the geometries `below` (nearest first) over a raw image
-    /// of `base_size` bytes, if there is one.
+    /// The map of a COW file with bitmap `top` over COW files of the geometries `below` (nearest
+    /// first) over a raw image of `base_size` bytes, if there is one.
     pub fn new(
         geometry: &Geometry,
         top: Bitmap,
@@ -122,8 +123,8 @@ impl LayerMap {
         Ok(Self { sectors, top: Some(top), below: folded, places })
     }
 
-    /// The first bitmap page of `range` of which the top or what is below it is not known. Only what is known may be
-    /// asked for.
+    /// The first bitmap page of `range` that is unknown in the top or below it. Only known pages
+    /// may be looked up.
     #[inline]
     pub fn next_unknown(&self, range: SectorRange) -> Option<u64> {
         let top = self.top.as_ref().and_then(|top| top.next_unknown(range));
@@ -137,7 +138,7 @@ impl LayerMap {
         self.below.is_known(page)
     }
 
-    /// The bitmap pages, page `page` among them, that [`Self::begin_region`] speaks of.
+    /// The bitmap pages of the region of page `page`, for [`Self::begin_region`].
     pub fn region_of(&self, page: u64) -> Range<u64> {
         let first = page / REGION_CHUNKS as u64 * REGION_CHUNKS as u64;
         first..(first + REGION_CHUNKS as u64).min(self.sectors.div_ceil(PAGE_SECTORS))
@@ -148,8 +149,9 @@ impl LayerMap {
         self.below.is_begun(page)
     }
 
-    /// To be called before a page of these is folded: `has` says of each layer below the top, counted from 0 for the
-    /// nearest, whether it may have a sector of [`Self::region_of`] `page`. If none has, they need not be folded.
+    /// Call this before a page of the region is folded: `has` returns for each layer below the top
+    /// (0 is the nearest) whether it may have a sector in [`Self::region_of`] `page`. If none has,
+    /// the pages need not be folded.
     pub fn begin_region(&self, page: u64, has: impl Fn(usize) -> bool) {
         self.below.begin_region(page / REGION_CHUNKS as u64, has);
     }
@@ -159,8 +161,9 @@ impl LayerMap {
         PageFold(self.below.begin(page))
     }
 
-    /// Tells that the file of `layer` ends after `bytes` bytes of disk: what its sectors lack reads as zeros. A COW file
-    /// over an image of no whole number of sectors can end so.
+    /// Records that the file of `layer` ends after `bytes` bytes of disk; the rest of its last
+    /// sector reads as zeros. This occurs with a COW file over an image that is not a whole number
+    /// of sectors.
     pub fn ends_after(&mut self, layer: usize, bytes: u64) {
         if let Some(place) = self.places.get_mut(layer) {
             place.end = place.end.min(bytes);
@@ -177,14 +180,16 @@ impl LayerMap {
         self.top.as_ref()
     }
 
-    /// The piece `pos..end`, in bytes of the disk, of layer `from` as far as its file goes; zeros after that.
+    /// The piece `pos..end`, in bytes of the disk, of layer `from` as far as its file goes; zeros
+    /// after that.
     fn held(&self, from: u8, pos: u64, end: u64) -> Piece {
         let held = self.places.get(usize::from(from)).map_or(0, |place| place.end);
         if pos < held { Piece { from, end: end.min(held) } } else { Piece { from: NOWHERE, end } }
     }
 
-    /// Where `range` comes from, in order; the lengths add up to the range's. What lies past the end of the disk is
-    /// zeros. Neighbouring extents are merged, except where a sector is written meanwhile.
+    /// Where `range` comes from, in order; the lengths add up to the range's. Sectors past the end
+    /// of the disk are zeros. Neighbouring extents are merged, except where a sector is written
+    /// meanwhile.
     pub fn extents(&self, range: SectorRange) -> Extents<'_> {
         let start = range.start_bytes().get();
         Extents {
@@ -197,19 +202,19 @@ impl LayerMap {
     }
 }
 
-/// A bitmap page of everything below the top that is being folded: every layer is laid over those below it, the deepest
-/// first, then the page is published.
+/// A bitmap page below the top that is being folded: the layers are overlaid from the deepest up,
+/// then the page is published.
 #[must_use = "nothing is known before the page is published"]
 pub struct PageFold<'a>(Fold<'a>);
 
 impl PageFold<'_> {
-    /// Lays the layer `index` below the top, counted from 0 for the nearest, over what is there. `bits` is the page as it
-    /// stands in the layer's file; what it lacks at the end is zeros.
+    /// Overlays layer `index` below the top (0 is the nearest) on the layers so far. `bits` is the
+    /// page in the layer's file; bits missing at its end are zeros.
     pub fn overlay(&mut self, index: usize, bits: &[u8]) {
         self.0.overlay(index, bits);
     }
 
-    /// The page is known from now on. Whoever folds it a second time changes nothing.
+    /// The page is known from now on. Folding it a second time changes nothing.
     pub fn publish(self) {
         self.0.publish();
     }
@@ -222,7 +227,7 @@ pub struct Extents<'a> {
     /// In bytes of the disk, as is `end`.
     pos: u64,
     end: u64,
-    /// Up to this sector the top was seen to have nothing.
+    /// Up to this sector the top was found to have nothing.
     absent_until: u64,
     /// The piece at `pos`, if it is known.
     ahead: Option<Piece>,
@@ -246,7 +251,7 @@ impl Extents<'_> {
                 if run_end > sector {
                     return self.map.held(0, pos, run_end * SECTOR_SIZE);
                 }
-                // A bit set since the look above is absent as of that look.
+                // A bit set since the check above counts as absent.
                 self.absent_until = top.run_end(sector, end, false).max(sector + 1);
                 self.absent_until
             }

@@ -1,21 +1,22 @@
-//! A digest of a few blocks of an image: tells one image from another of the same size without reading all of it
-//! (`docs/spec/format-native.md` section 5).
+//! A digest of a few blocks of an image: distinguishes images of the same size without reading them
+//! whole (`docs/spec/format-native.md` section 5).
 
 use std::fmt;
 use std::iter::successors;
 
 use crate::units::ByteOffset;
 
-/// Bytes of a block that is looked at.
+/// Bytes of a sampled block.
 const BLOCK_LEN: usize = 4096;
 const BLOCK: u64 = BLOCK_LEN as u64;
-/// Blocks from the beginning on: partition table, boot loader, and the superblock of a file system without partitions.
+/// Blocks from the beginning on: partition table, boot loader, and the superblock of a file system
+/// without partitions.
 const HEAD_BLOCKS: u64 = 8;
-/// Here the first partition begins on a disk of today, and at a power of two times it many another does; a superblock
-/// stands at its beginning, and changes with each mount.
+/// The first partition of a modern disk begins here, and many others at a power of two times this;
+/// a superblock is at its beginning and changes with each mount.
 const FIRST_PARTITION: u64 = 1 << 20;
-/// Blocks in the middles of so many equal parts. All in all there are less than a hundred blocks: milliseconds, or on a
-/// cold disk that turns half a second.
+/// Blocks in the middles of this many equal parts. In total there are fewer than a hundred blocks:
+/// milliseconds, or half a second on a cold spinning disk.
 const SPREAD: u64 = 48;
 
 /// BLAKE3 of the size of an image and of some of its blocks.
@@ -23,17 +24,18 @@ const SPREAD: u64 = 48;
 pub struct Sample([u8; 32]);
 
 impl Sample {
-    /// As it stands in a header.
+    /// As stored in a header.
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
-    /// As it stands in a header.
+    /// As stored in a header.
     pub const fn to_bytes(self) -> [u8; 32] {
         self.0
     }
 
-    /// Takes it of an image of `size` bytes. `read` fills a block from a place, with zeros from the end of the image on.
+    /// Takes the sample of an image of `size` bytes. `read` fills a block from an offset, with
+    /// zeros past the end of the image.
     pub fn take<E>(
         size: u64,
         mut read: impl FnMut(ByteOffset, &mut [u8]) -> Result<(), E>,
@@ -55,7 +57,7 @@ impl fmt::Display for Sample {
     }
 }
 
-/// Where the blocks begin, in the order in which they count. One that comes twice counts twice.
+/// Where the sampled blocks begin, in the order of hashing. One that occurs twice is hashed twice.
 fn places(size: u64) -> impl Iterator<Item = u64> {
     let head = (0..HEAD_BLOCKS).map(|n| n * BLOCK);
     let partitions = successors(Some(FIRST_PARTITION), |at| at.checked_mul(2));

@@ -1,4 +1,4 @@
-//! Sectors, counts of sectors, byte offsets: one type for what is what.
+//! Sectors, counts of sectors and byte offsets, each a type of its own.
 
 use std::fmt;
 
@@ -7,8 +7,8 @@ pub const SECTOR_SIZE: u64 = 512;
 
 /// The largest virtual disk that any header may announce, in bytes (256 TiB).
 ///
-/// A hostile header names a size; what is allocated for a disk before anything is read from it (16 bytes for
-/// each 16 GiB, see [`crate::Bitmap`]) must stay bounded. 256 TiB costs 256 KiB.
+/// A hostile header names a size; what is allocated for a disk before anything is read from it (16
+/// bytes for each 16 GiB, see [`crate::Bitmap`]) must stay bounded. 256 TiB costs 256 KiB.
 pub const VIRTUAL_SIZE_MAX: u64 = 256 << 40;
 
 macro_rules! unit {
@@ -91,7 +91,8 @@ impl SectorRange {
         Some(Self { start, count })
     }
 
-    /// The sectors `start..end` of an already valid range or disk; empty if `end` is not past `start`.
+    /// The sectors `start..end` of an already valid range or disk; empty if `end` is not past
+    /// `start`.
     pub(crate) fn from_bounds(start: u64, end: u64) -> Self {
         debug_assert!(end <= i64::MAX.unsigned_abs() / SECTOR_SIZE);
         Self { start: Sector(start), count: SectorCount(end.saturating_sub(start)) }

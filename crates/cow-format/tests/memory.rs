@@ -1,4 +1,5 @@
-//! What bitmaps and maps cost, in bytes asked of the allocator. Alone in its file: the count is of the whole process.
+//! What bitmaps and maps cost, in bytes asked of the allocator. Alone in its file: the count is of
+//! the whole process.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,7 +12,8 @@ struct Counting;
 
 static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: every call goes on to the system allocator with its own arguments; only a counter is kept beside it.
+// SAFETY: every call goes on to the system allocator with its own arguments; only a counter is kept
+// beside it.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATED.fetch_add(layout.size(), Ordering::Relaxed);

@@ -12,7 +12,8 @@ use crate::sample::Sample;
 /// The longest backing path of a native header, in bytes.
 pub const NATIVE_PATH_MAX: usize = PATH_LEN;
 
-/// What a backing file is. Always said, never guessed: a guest can write any magic into a raw image.
+/// The format of a backing file. Always given, never guessed: a guest can write any magic into a
+/// raw image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackingFormat {
     /// A raw image.
@@ -67,9 +68,9 @@ pub struct Backing {
 }
 
 impl Backing {
-    /// A reference by `path` (absolute, or relative to the directory of the file that holds it; 1 to
-    /// [`NATIVE_PATH_MAX`] bytes). A native file is identified as a layer, all others as an image. `digest`: BLAKE3
-    /// of the file's whole content.
+    /// A reference by `path` (absolute, or relative to the directory of the file that holds it; 1
+    /// to [`NATIVE_PATH_MAX`] bytes). A native file is identified as a layer, all others as an
+    /// image. `digest`: BLAKE3 of the file's whole content.
     pub fn new(
         path: &[u8],
         format: BackingFormat,
@@ -105,7 +106,7 @@ impl Backing {
         Ok(Self { path: path.to_vec(), format, identity, digest })
     }
 
-    /// The same file, known in another way.
+    /// The same file with another identity.
     pub fn with_identity(&self, identity: BackingIdentity) -> Result<Self, HeaderError> {
         Self::new(&self.path, self.format, identity, self.digest)
     }
@@ -120,12 +121,12 @@ impl Backing {
         self.format
     }
 
-    /// How it is told from others.
+    /// How it is identified.
     pub const fn identity(&self) -> &BackingIdentity {
         &self.identity
     }
 
-    /// BLAKE3 of its whole content, if it was taken.
+    /// BLAKE3 of its whole content, if it was recorded.
     pub const fn digest(&self) -> Option<&[u8; 32]> {
         self.digest.as_ref()
     }
@@ -179,7 +180,7 @@ impl Backing {
         raw.path_len = u32::try_from(self.path.len()).unwrap_or(0).into();
         path_field[..self.path.len()].copy_from_slice(&self.path);
         match self.identity {
-            // Not made by `new`.
+            // `new` never makes one.
             BackingIdentity::ImageSeconds { .. } => {}
             BackingIdentity::Image { size, mtime, witness } => {
                 raw.identity_kind = identity::IMAGE.into();
@@ -222,7 +223,7 @@ fn check_time(secs: i64, nanos: u32) -> Result<Timestamp, HeaderError> {
     })
 }
 
-/// A kind that is not known is of a later program, and may be ignored as all of it may.
+/// An unknown kind comes from a later program and may be ignored, as the whole witness may.
 fn check_witness(raw: &RawWitness) -> Result<Witness, HeaderError> {
     let inode = match raw.inode_kind.get() {
         inode::NUMBER_AND_BIRTH => {

@@ -2,11 +2,11 @@
 
 use std::fmt;
 
-/// A header that cannot be used. The file's name is the caller's to add.
+/// A header that cannot be used. The caller adds the file's name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum HeaderError {
-    /// The file begins with no magic that is known.
+    /// The file does not begin with a known magic.
     #[error(
         "not a COW file: magic is {}, expected OOOM or MOOO (UML) or 89 43 4f 57 0d 0a 1a 0a (native)",
         Hex(found)
@@ -25,14 +25,14 @@ pub enum HeaderError {
         /// The least length in bytes that holds the part.
         expected: u64,
     },
-    /// A field holds what it must not.
+    /// A field has an invalid value.
     #[error("header field `{field}`: found {found}, expected {expected}")]
     Field {
         /// The field.
         field: Field,
-        /// Its content, for a person to read.
+        /// Its content, as text.
         found: String,
-        /// What may stand there, and what can be done.
+        /// What it may hold, and what can be done.
         expected: String,
     },
     /// Neither copy of a native header can be used.

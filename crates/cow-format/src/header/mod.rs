@@ -1,4 +1,4 @@
-//! What a COW file says about itself.
+//! The headers of COW files, checked.
 
 mod backing;
 pub(crate) mod error;
@@ -20,7 +20,8 @@ pub use uml::{UmlHeader, UmlVersion};
 use crate::geometry::Geometry;
 use crate::units::VIRTUAL_SIZE_MAX;
 
-/// Bytes at the start of a file that hold any header; give [`Header::check`] these, or the whole of a shorter file.
+/// Bytes at the start of a file that hold any header; pass these, or the whole of a shorter file,
+/// to [`Header::check`].
 pub const HEADER_PREFIX_LEN: usize = 8192;
 
 /// A checked header.
@@ -33,8 +34,8 @@ pub enum Header {
 }
 
 impl Header {
-    /// Checks the header of a file of `file_len` bytes that begins with `prefix`
-    /// (the first [`HEADER_PREFIX_LEN`] bytes, or all of a shorter file). The format is told by the magic alone.
+    /// Checks the header of a file of `file_len` bytes that begins with `prefix` (the first
+    /// [`HEADER_PREFIX_LEN`] bytes, or all of a shorter file). The magic alone decides the format.
     pub fn check(prefix: &[u8], file_len: u64) -> Result<Self, HeaderError> {
         if prefix.len() < 8 {
             return Err(HeaderError::Truncated {
@@ -53,7 +54,7 @@ impl Header {
         Err(HeaderError::NotCow { found: prefix[..8].to_vec() })
     }
 
-    /// Where bitmap and data stand.
+    /// Where bitmap and data are.
     pub fn geometry(&self) -> &Geometry {
         match self {
             Self::Native(header) => header.geometry(),

@@ -21,12 +21,13 @@ use crate::units::{ByteOffset, VIRTUAL_SIZE_MAX};
 
 /// A new file's data begins at a multiple of this: whole stripes and flash blocks underneath.
 const DATA_ALIGNMENT: u64 = 1 << 20;
-/// A new disk can grow in place to this or to [`GROWTH_FACTOR`] times its size, whichever is more. It costs file
-/// length only: the bitmaps are holes until they are used.
+/// A new disk can grow in place to this or to [`GROWTH_FACTOR`] times its size, whichever is more.
+/// It costs file length only: the bitmaps are holes until they are used.
 const GROWTH_MIN: u64 = 16 << 30;
 const GROWTH_FACTOR: u64 = 8;
-/// A new file's journal has at least so much room, and what is left up to the data: a hundred small flushes and more
-/// between two that are done in place. It costs space only while somebody uses the file who flushes little at a time.
+/// The least length of a new file's journal, which also takes the gap up to the data: over a
+/// hundred small flushes between two flushes in place. It takes space only while small flushes are
+/// made.
 const JOURNAL_MIN: u64 = 512 << 10;
 
 /// A checked native header.
@@ -59,8 +60,9 @@ pub struct HeaderWrite {
 }
 
 impl NativeHeader {
-    /// The header of a new file: clean, of `virtual_size` bytes, with room to grow. Set the file's length to
-    /// `geometry().full_len()` and write [`Self::next_write`] twice, so that both copies are good.
+    /// The header of a new file: clean, of `virtual_size` bytes, with room to grow. Set the file's
+    /// length to `geometry().full_len()` and write [`Self::next_write`] twice, so that both copies
+    /// are good.
     pub fn create(
         virtual_size: u64,
         uuid: Uuid,
@@ -69,7 +71,8 @@ impl NativeHeader {
         Self::create_with_journal(virtual_size, uuid, backing, None)
     }
 
-    /// The same with a journal of a given length in bytes: a multiple of 4096, at most [`JournalArea::LEN_MAX`]; 0 for none.
+    /// The same with a journal of a given length in bytes: a multiple of 4096, at most
+    /// [`JournalArea::LEN_MAX`]; 0 for none.
     pub fn create_with_journal(
         virtual_size: u64,
         uuid: Uuid,
@@ -192,7 +195,7 @@ impl NativeHeader {
             state,
             content_generation,
             uuid: Uuid::from_bytes(raw.uuid),
-            // A copy that stands in for a newer one says nothing about that.
+            // An older copy that replaces a broken newer one says nothing about that.
             live_settled: raw.compatible.get() & LIVE_SETTLED != 0
                 && state == NativeState::Clean
                 && broken_copy.is_none(),
@@ -206,7 +209,7 @@ impl NativeHeader {
         })
     }
 
-    /// Where bitmaps and data stand.
+    /// Where bitmaps and data are.
     pub const fn geometry(&self) -> &Geometry {
         &self.geometry
     }
@@ -216,17 +219,18 @@ impl NativeHeader {
         self.uuid
     }
 
-    /// Goes up with each header that is written.
+    /// Increases with each header that is written.
     pub const fn generation(&self) -> u64 {
         self.generation
     }
 
-    /// Goes up each time the file is opened for writing: with the UUID it names the content of a frozen layer.
+    /// Increases each time the file is opened for writing; together with the UUID it identifies the
+    /// content of a frozen layer.
     pub const fn content_generation(&self) -> u64 {
         self.content_generation
     }
 
-    /// What state the file is in.
+    /// The state of the file.
     pub const fn state(&self) -> NativeState {
         self.state
     }
@@ -236,7 +240,7 @@ impl NativeHeader {
         self.backing.as_ref()
     }
 
-    /// Why the other copy of the header cannot be used; the next write puts it right.
+    /// Why the other copy of the header cannot be used; the next write repairs it.
     pub const fn broken_copy(&self) -> Option<&HeaderError> {
         self.broken_copy.as_ref()
     }
@@ -246,27 +250,28 @@ impl NativeHeader {
         self.unknown_features
     }
 
-    /// Where the journal stands; files of older programs have none.
+    /// Where the journal is; files of older programs have none.
     pub const fn journal(&self) -> Option<JournalArea> {
         self.journal
     }
 
-    /// Which records of the journal count; `None` if none does. Those that count must be put in place before anything
-    /// else if the live bitmap does not count any more: see `docs/spec/format-native.md` section 7.
+    /// Which records of the journal count; `None` if none does. If the live bitmap no longer
+    /// counts, they must be replayed before anything else: see `docs/spec/format-native.md` section
+    /// 7.
     pub const fn journal_epoch(&self) -> Option<Epoch> {
         self.epoch
     }
 
-    /// Begins the journal anew: records of `epoch` count from now on, and no others. For a file in use that has a
-    /// journal; whatever stands in it is in place by now, durably. To be synced before the first record is written,
-    /// and before a flush is complete that older records do not cover.
+    /// Restarts the journal: from now on only records of `epoch` count. For a file in use that has
+    /// a journal, all records of which are durably in place. Sync the header before the first
+    /// record is written, and before completing a flush that older records do not cover.
     pub fn begin_journal(&mut self, epoch: Epoch) {
         debug_assert!(self.journal.is_some());
         debug_assert!(matches!(self.state, NativeState::InUse { .. }));
         self.epoch = Some(epoch);
     }
 
-    /// No record counts any more: all are in place, durably.
+    /// Ends the journal: no record counts any more, since all are durably in place.
     pub fn end_journal(&mut self) {
         self.epoch = None;
     }
@@ -276,13 +281,13 @@ impl NativeHeader {
         self.bitmap_capacity.saturating_mul(BITMAP_BYTE_SPAN).min(VIRTUAL_SIZE_MAX)
     }
 
-    /// True if the live bitmap counts beside the durable one: the file was not closed, and the page cache in which it was
-    /// left is certainly the one that it is in now. Else it is void.
+    /// True if the live bitmap counts beside the durable one: the file was not closed, and the page
+    /// cache in which it was left is certainly the one that it is in now. Otherwise it is void.
     pub fn live_counts(&self, here: &PageCache) -> bool {
         self.live().is_some_and(|live| live.is(here))
     }
 
-    /// The page cache in which the live bitmap counts, whichever that is.
+    /// The page cache in which the live bitmap counts, if there is one.
     pub const fn live(&self) -> Option<PageCache> {
         match self.state {
             NativeState::InUse { live } => live,
@@ -290,30 +295,31 @@ impl NativeHeader {
         }
     }
 
-    /// Says where the live bitmap of a file in use stands, which counts there: a predecessor may have said less. For the
-    /// next header that is written.
+    /// Records the page cache in which the live bitmap of a file in use counts: a predecessor may
+    /// have recorded less. Takes effect with the next header that is written.
     pub fn set_live(&mut self, live: PageCache) {
         if let NativeState::InUse { live: said } = &mut self.state {
             *said = Some(live);
         }
     }
 
-    /// Makes the live bitmap void: after a failed sync nobody knows which of its data is durable. What stands in the journal
-    /// is to be put in place. A file that is just being closed is in use again.
+    /// Makes the live bitmap void: after a failed sync it is unknown which of its data is durable.
+    /// The records in the journal must be replayed. A file that was being closed is in use again.
     pub fn make_live_void(&mut self) {
         self.state = NativeState::InUse { live: None };
         self.live_settled = false;
     }
 
-    /// True if the live bitmap, which is void, has no bit that the durable one lacks: nothing has to be taken out of it
-    /// before [`Self::set_in_use`].
+    /// True if the live bitmap, which is void, has no bit that the durable one lacks: nothing has
+    /// to be removed from it before [`Self::set_in_use`].
     pub const fn live_is_settled(&self) -> bool {
         self.live_settled
     }
 
-    /// Opens for writing. Where [`Self::live_is_settled`] was true, sync this header before anything is written to the
-    /// live bitmap: else a power cut could leave such bits under the header before it. Before a header that names a page cache is written, the live bitmap must say nothing but
-    /// what holds: it has no bit that the durable one lacks, or it was written in this very page cache.
+    /// Opens for writing. If [`Self::live_is_settled`] was true, sync this header before anything
+    /// is written to the live bitmap: otherwise a power cut could leave such bits under the
+    /// previous header. Before a header that names a page cache is written, the live bitmap must be
+    /// valid: it has no bit that the durable one lacks, or it was written in this very page cache.
     pub fn set_in_use(&mut self, live: Option<PageCache>) -> Result<(), HeaderError> {
         self.refuse_frozen()?;
         self.content_generation =
@@ -323,7 +329,8 @@ impl NativeHeader {
         Ok(())
     }
 
-    /// Closes in order; all bits are durable by now, and so is what they speak of, in its place.
+    /// Marks the file closed; all bits, and the data that they describe, are durably in place by
+    /// now.
     pub fn set_clean(&mut self) -> Result<(), HeaderError> {
         self.refuse_frozen()?;
         self.end_journal();
@@ -331,34 +338,38 @@ impl NativeHeader {
         Ok(())
     }
 
-    /// The same, by whoever had taken the stray bits out of the live bitmap: see [`Self::live_is_settled`].
+    /// The same, for a caller that has removed the stray bits from the live bitmap: see
+    /// [`Self::live_is_settled`].
     pub fn set_clean_and_settled(&mut self) -> Result<(), HeaderError> {
         self.set_clean()?;
         self.live_settled = true;
         Ok(())
     }
 
-    /// Freezes for ever; all bits are durable by now.
+    /// Freezes the file for ever; all bits are durable by now.
     pub fn freeze(&mut self) {
         self.end_journal();
         self.state = NativeState::Frozen;
         self.live_settled = false;
     }
 
-    /// Begins a change of a frozen layer's content, by a merge into it: the files over it mean the content that it had.
+    /// Begins a change of a frozen layer's content by a merge into it: the files over it refer to
+    /// its previous content.
     pub fn renew_content(&mut self) -> Result<(), HeaderError> {
         self.content_generation =
             check_generation(Field::ContentGeneration, self.content_generation + 1)?;
         Ok(())
     }
 
-    /// Names another backing file, or the same one elsewhere. A frozen layer may be rebound: its content stays.
+    /// Names another backing file, or the same one elsewhere. A frozen layer may be rebound: its
+    /// content stays.
     pub fn set_backing(&mut self, backing: Option<Backing>) {
         self.backing = backing;
     }
 
-    /// Changes the size of the disk. Before it grows, clear the bits beyond the old end in both bitmaps and punch out
-    /// their data; the same beyond the new end after it has shrunk: bits there would come back with the next growth.
+    /// Changes the size of the disk. Before it grows, clear the bits beyond the old end in both
+    /// bitmaps and punch out their data; the same beyond the new end after it has shrunk: bits
+    /// there would come back with the next growth.
     pub fn resize(&mut self, virtual_size: u64) -> Result<(), HeaderError> {
         self.refuse_frozen()?;
         check_size(Field::VirtualSize, virtual_size)?;
@@ -379,16 +390,16 @@ impl NativeHeader {
         Ok(())
     }
 
-    /// The next copy to write: one generation up and in the place of the older copy, so that the newer one stays
-    /// whole whatever happens. To be synced before anything relies on it, and before the next one. If the write or
-    /// sync fails, drop this header and read the file again.
+    /// The next copy to write: one generation up and in the place of the older copy, so that the
+    /// newer one stays whole whatever happens. To be synced before anything relies on it, and
+    /// before the next one. If the write or sync fails, drop this header and read the file again.
     pub fn next_write(&mut self) -> Result<HeaderWrite, HeaderError> {
         self.slot = 1 - self.slot;
         self.write_again()
     }
 
-    /// The same in the place of the copy that was written or read last: for one of which nobody knows whether it is durable,
-    /// while the other is.
+    /// The same in the place of the copy that was written or read last: for when that copy may not
+    /// be durable while the other one is.
     pub fn write_again(&mut self) -> Result<HeaderWrite, HeaderError> {
         self.generation = check_generation(Field::Generation, self.generation + 1)?;
         self.broken_copy = None;

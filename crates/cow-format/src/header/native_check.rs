@@ -14,14 +14,14 @@ use crate::units::SECTOR_SIZE;
 
 /// Alignment of bitmaps and data: direct I/O works on every common disk and file system.
 pub(super) const ALIGNMENT: u64 = 4096;
-/// Where the first bitmap of a new file stands: after both copies of the header.
+/// Where the first bitmap of a new file is: after both copies of the header.
 pub(super) const BITMAP_OFFSET: u64 = 2 * COPY_LEN as u64;
-/// Disk that one byte of bitmap speaks of.
+/// Bytes of disk covered by one byte of bitmap.
 pub(super) const BITMAP_BYTE_SPAN: u64 = 8 * SECTOR_SIZE;
-/// Generations lie below this, so that counting on never overflows.
+/// Generations are below this, so that incrementing never overflows.
 const GENERATION_END: u64 = 1 << 63;
 
-/// A copy whose magic and checksum are good. Fields of other versions are not looked at.
+/// A copy whose magic and checksum are valid. Fields of other versions are not examined.
 pub(super) fn check_copy(prefix: &[u8], slot: usize) -> Result<&RawHeader, HeaderError> {
     let at = slot * COPY_LEN;
     let Some(bytes) = prefix.get(at..at + COPY_LEN) else {
@@ -133,7 +133,7 @@ pub(super) fn check_places(raw: &RawHeader) -> Result<Geometry, HeaderError> {
     Ok(geometry)
 }
 
-/// The journal, if there is one, stands between the bitmaps and the data.
+/// The journal, if there is one, lies between the bitmaps and the data.
 pub(super) fn check_journal(
     raw: &RawHeader,
     geometry: &Geometry,
@@ -160,7 +160,7 @@ pub(super) fn check_journal(
     Ok(area)
 }
 
-/// An epoch stands in the header of a file in use that has a journal, together with its feature bit.
+/// Only a file in use that has a journal has an epoch in its header, together with its feature bit.
 pub(super) fn check_epoch(
     raw: &RawHeader,
     state: NativeState,

@@ -1,4 +1,4 @@
-//! The native header as it stands on disk (`docs/spec/format-native.md` section 2). Layout only.
+//! The native header as it is on disk (`docs/spec/format-native.md` section 2). Layout only.
 
 use zerocopy::byteorder::little_endian::{I64, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -27,17 +27,19 @@ pub const HEADER_LEN: u32 = 4096;
 /// Compatible: the live bitmap of this clean file has no bit that the durable one lacks.
 pub const LIVE_SETTLED: u64 = 1;
 
-/// Incompatible: the journal of the epoch in the header may hold flushed sectors that are not in place.
+/// Incompatible: the journal of the epoch in the header may hold flushed sectors that are not in
+/// place.
 pub const JOURNAL: u64 = 1;
 
-/// Bytes of the path field: what the fixed fields leave of a copy, so that a copy is one block of the file system.
+/// Bytes of the path field: what the fixed fields leave of a copy, so that a copy is one block of
+/// the file system.
 pub const PATH_LEN: usize = 3584;
 
 /// One copy of the header.
 #[derive(FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct RawHeader {
-    // These stand so in every version, up to `crc32c`.
+    // These fields, up to `crc32c`, are the same in every version.
     pub magic: [u8; 8],
     pub version: U32,
     pub header_len: U32,
@@ -82,7 +84,8 @@ pub struct RawBacking {
     pub digest: [u8; 32],
 }
 
-/// What tells the backing file from another of the same size and mtime; all zero: nothing is known.
+/// What distinguishes the backing file from another of the same size and mtime; all zero if nothing
+/// is known.
 #[derive(FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct RawWitness {
@@ -95,7 +98,8 @@ pub struct RawWitness {
     pub sample: [u8; 32],
 }
 
-/// Which life of the page cache the live bitmap stands in, beside the boot; all zero: nobody could say.
+/// The lifetime, within the boot, of the page cache that holds the live bitmap; all zero if it is
+/// unknown.
 #[derive(Clone, Copy, FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct RawCacheWitness {

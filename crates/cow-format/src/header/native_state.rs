@@ -7,7 +7,8 @@ use super::page_cache::PageCache;
 pub enum NativeState {
     /// Closed in order: the durable bitmap says everything.
     Clean,
-    /// Opened for writing and not closed since. In the given page cache, if any, the live bitmap counts as well.
+    /// Opened for writing and not closed since. In the given page cache, if any, the live bitmap
+    /// counts as well.
     InUse {
         /// The page cache of the live bitmap; none if it is void, as it is after a failed sync.
         live: Option<PageCache>,

@@ -1,4 +1,4 @@
-//! Which page cache a live bitmap stands in (`docs/spec/format-native.md` section 6).
+//! The page cache that holds a live bitmap (`docs/spec/format-native.md` section 6).
 
 use uuid::Uuid;
 use zerocopy::FromZeros;
@@ -26,20 +26,22 @@ impl BootId {
     }
 }
 
-/// Which life of a file system's page cache it is, within one boot. Two that are equal are the same life; two that differ
-/// prove nothing.
+/// Identifies one lifetime of a file system's page cache within a boot. Equal witnesses are the
+/// same lifetime; different ones prove nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheWitness {
     /// The file system is memory (tmpfs, ramfs): a file that is there has never lost anything.
     Memory,
-    /// The inode number of the superblock's directory in `/sys/fs`: each mount of the superblock gets another.
+    /// The inode number of the superblock's directory in `/sys/fs`: each mount of the superblock
+    /// gets another.
     Superblock(u64),
-    /// The unique id of a mount (statx, STATX_MNT_ID_UNIQUE). Another mount can be of the same superblock.
+    /// The unique id of a mount (statx, STATX_MNT_ID_UNIQUE). Another mount can be of the same
+    /// superblock.
     Mount(u64),
 }
 
 impl CacheWitness {
-    /// `None` for none, and for a kind that this program does not know: then nothing is known.
+    /// `None` if the bytes hold no witness, or one of an unknown kind.
     pub fn from_bytes(bytes: [u8; 16]) -> Option<Self> {
         let raw: RawCacheWitness = zerocopy::transmute!(bytes);
         let id = raw.id.get();
@@ -51,7 +53,7 @@ impl CacheWitness {
         }
     }
 
-    /// As it stands in headers.
+    /// As stored in headers.
     pub fn to_bytes(self) -> [u8; 16] {
         zerocopy::transmute!(self.to_raw())
     }
@@ -71,14 +73,14 @@ impl CacheWitness {
 /// The page cache that holds a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageCache {
-    /// None outlives it.
+    /// The boot; no page cache outlives it.
     pub boot: BootId,
-    /// Which life within the boot, where that can be known.
+    /// The lifetime within the boot, if it can be determined.
     pub witness: Option<CacheWitness>,
 }
 
 impl PageCache {
-    /// Whether the two are the same for certain.
+    /// Whether the two are certainly the same.
     pub fn is(&self, other: &PageCache) -> bool {
         self.witness.is_some() && self == other
     }

@@ -1,5 +1,5 @@
-//! User Mode Linux's COW header, checked (`docs/spec/format-uml.md`). Versions 1 and 2 are read, version 3 and its
-//! padded form are read and written.
+//! User Mode Linux's COW header, checked (`docs/spec/format-uml.md`). Versions 1 and 2 are read,
+//! version 3 and its padded form are read and written.
 
 use zerocopy::byteorder::big_endian as be;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
@@ -56,7 +56,7 @@ pub struct UmlHeader {
     backing_path: Vec<u8>,
     mtime: u32,
     alignment: u32,
-    /// Never looked at; kept as it is when the header is written again.
+    /// Not interpreted; preserved when the header is rewritten.
     cow_format: u32,
     geometry: Geometry,
 }
@@ -79,8 +79,8 @@ pub(super) fn has_magic(prefix: &[u8]) -> bool {
 }
 
 impl UmlHeader {
-    /// The header of a new version 3 file, as `uml_mkcow` writes it: over the image `backing_path` of `size` bytes,
-    /// modified at `mtime`.
+    /// The header of a new version 3 file, as `uml_mkcow` writes it: over the image `backing_path`
+    /// of `size` bytes, modified at `mtime`.
     pub fn create(backing_path: &[u8], size: u64, mtime: Timestamp) -> Result<Self, HeaderError> {
         check_new_path(backing_path)?;
         check_size(Field::Size, size)?;
@@ -95,7 +95,8 @@ impl UmlHeader {
         })
     }
 
-    /// The same file over a backing file at another path or with another mtime. Layout and size stay.
+    /// The same file over a backing file at another path or with another mtime. Layout and size
+    /// stay.
     pub fn with_backing(&self, backing_path: &[u8], mtime: Timestamp) -> Result<Self, HeaderError> {
         check_new_path(backing_path)?;
         let mtime = check_new_mtime(mtime)?;
@@ -162,13 +163,13 @@ impl UmlHeader {
         self.version
     }
 
-    /// True if the file may only be read: versions 1 and 2, whose writers are gone and whose bitmap UML itself
-    /// destroys.
+    /// True if the file may only be read: versions 1 and 2, whose writers are gone and whose bitmap
+    /// UML itself destroys.
     pub const fn is_read_only(&self) -> bool {
         matches!(self.version, UmlVersion::V1 | UmlVersion::V2)
     }
 
-    /// Where bitmap and data stand.
+    /// Where bitmap and data are.
     pub const fn geometry(&self) -> &Geometry {
         &self.geometry
     }
@@ -183,7 +184,8 @@ impl UmlHeader {
         BackingIdentity::ImageSeconds { size: self.geometry.virtual_size, mtime_secs: self.mtime }
     }
 
-    /// The bytes to write at offset 0: 4128, or 4136 for a padded header. Nothing else in the file changes.
+    /// The bytes to write at offset 0: 4128, or 4136 for a padded header. Nothing else in the file
+    /// changes.
     pub fn encode(&self) -> Result<Vec<u8>, HeaderError> {
         let (magic, version) = if self.little_endian_magic {
             (MAGIC.to_le_bytes(), 3u32.to_le_bytes())
@@ -277,7 +279,8 @@ impl<'a> Fields<'a> {
             UmlVersion::V3 => fields!(RawV3, |raw| raw.alignment.get(), raw.cow_format.get()),
             UmlVersion::V3Padded => {
                 let fields = fields!(RawV3Padded, |raw| raw.alignment.get(), raw.cow_format.get());
-                // A plain header with an empty path looks padded as well; its sector size stands 4 bytes earlier.
+                // A plain header with an empty path looks padded as well; its sector size stands 4
+                // bytes earlier.
                 let plain =
                     RawV3::ref_from_prefix(prefix).ok().map(|(raw, _)| raw.sectorsize.get());
                 if plain == Some(512)

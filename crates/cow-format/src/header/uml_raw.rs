@@ -1,4 +1,4 @@
-//! The UML COW header as it stands on disk (`docs/spec/format-uml.md`). Layout only.
+//! The UML COW header as it is on disk (`docs/spec/format-uml.md`). Layout only.
 
 use zerocopy::byteorder::{big_endian as be, little_endian as le};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -11,8 +11,8 @@ pub const PATH_LEN_V1: usize = 256;
 /// Bytes of the path field of versions 2 and 3.
 pub const PATH_LEN: usize = 4096;
 
-/// Version 1: packed, in the byte order of the host that wrote it. This crate reads it as little-endian, as all
-/// hosts on which UML runs today are.
+/// Version 1: packed, in the byte order of the host that wrote it. This crate reads it as
+/// little-endian, as all hosts on which UML runs today are.
 #[derive(FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct RawV1 {
@@ -65,8 +65,8 @@ pub struct RawV3Padded {
     pub backing_path: [u8; PATH_LEN],
 }
 
-// The V3 structs end with the path; the four bytes that make 4132 a multiple of 8 belong to the padded header
-// too, as it was written with sizeof.
+// The V3 structs end with the path; the four bytes that make 4132 a multiple of 8 belong to the
+// padded header too, as it was written with sizeof.
 const _: () = assert!(size_of::<RawV1>() == 280);
 const _: () = assert!(size_of::<RawV2>() == 4120);
 const _: () = assert!(size_of::<RawV3>() == 4128);

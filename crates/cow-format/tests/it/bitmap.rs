@@ -140,7 +140,8 @@ proptest! {
 fn threads_may_insert_at_once() {
     let bitmap = Bitmap::new(SectorCount::new(SECTORS));
     let barrier = std::sync::Barrier::new(4);
-    // Thread t owns every sector n with n % 7 == t or t + 4 … and all share words, blocks and the first touch.
+    // Thread t owns every sector n with n % 7 == t or t + 4 … and all share words, blocks and the
+    // first touch.
     std::thread::scope(|scope| {
         for t in 0..4 {
             let (bitmap, barrier) = (&bitmap, &barrier);
@@ -175,7 +176,8 @@ fn a_page_is_known_when_its_file_has_been_asked() {
     assert_eq!((unknown(PAGE_SECTORS, SECTORS), unknown(0, SECTORS)), (None, Some(0)));
     bitmap.set_known(0..bitmap.pages());
     assert_eq!(unknown(0, SECTORS), None);
-    // What is read once more, and late, takes nothing back; what only the live bitmap has must be flushed.
+    // What is read once more, and late, takes nothing back; what only the live bitmap has must be
+    // flushed.
     assert!(bitmap.insert(range(3, 1)));
     bitmap.load_durable(0, &[0]);
     assert!(bitmap.contains(range(3, 1)) && bitmap.contains(range(PAGE_SECTORS, PAGE_SECTORS)));

@@ -1,7 +1,7 @@
 //! The flush machine: what is written when, what stays dirty, and that a pass ends.
 //!
-//! That bits cannot be written before the data sync is a matter of types: `WritePages` comes only out of
-//! `AwaitSync::synced`.
+//! That bits cannot be written before the data sync is a matter of types: `WritePages` comes only
+//! out of `AwaitSync::synced`.
 
 use cow_format::header::UmlHeader;
 use cow_format::identity::Timestamp;
@@ -136,8 +136,9 @@ fn a_live_bitmap_is_made_durable_by_the_next_flush() {
 
 #[test]
 fn whoever_finds_a_bit_set_has_it_flushed_by_a_later_pass() {
-    // One thread sets nearly a whole page's bits, which takes a while. The other sees the first of them, so a write
-    // of its own to that sector sets nothing; its flush must cover the bit all the same.
+    // One thread sets nearly a whole page's bits, which takes a while. The other sees the first of
+    // them, so a write of its own to that sector sets nothing; its flush must cover the bit all the
+    // same.
     const PAGES: u64 = 400;
     let (geometry, bitmap) = disk(PAGES * (16 << 20));
     let barrier = std::sync::Barrier::new(2);

@@ -1,4 +1,5 @@
-//! Headers made to hurt: any bytes give an error or a header whose places can be trusted, never a panic.
+//! Headers made to hurt: any bytes give an error or a header whose places can be trusted, never a
+//! panic.
 
 use cow_format::{Bitmap, Geometry, HEADER_PREFIX_LEN, Header, PAGE_SECTORS, VIRTUAL_SIZE_MAX};
 use proptest::prelude::*;
@@ -118,7 +119,8 @@ fn every_truncation() {
     }
 }
 
-/// A failure's seed goes to `hostile.regressions` beside this file, and is tried first from then on.
+/// A failure's seed goes to `hostile.regressions` beside this file, and is tried first from then
+/// on.
 fn config() -> ProptestConfig {
     let seeds = proptest::test_runner::FileFailurePersistence::WithSource("regressions");
     ProptestConfig {

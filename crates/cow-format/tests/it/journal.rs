@@ -72,8 +72,8 @@ fn records_are_read_in_their_order_up_to_the_first_that_is_not_whole() {
 
 #[test]
 fn a_guest_cannot_write_a_record() {
-    // The data of a record of the epoch looks like the record that would follow, as a guest would make it who has seen an
-    // older epoch; the record that really follows is torn.
+    // The data of a record of the epoch looks like the record that would follow, as a guest would
+    // make it who has seen an older epoch; the record that really follows is torn.
     let forged = record(epoch(1), 1, &[range(7, 1)], 9);
     let mut journal = record(epoch(2), 0, &[range(0, 16)], 1);
     journal.extend(&forged);

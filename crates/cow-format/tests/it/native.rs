@@ -98,7 +98,8 @@ fn golden_empty() {
     assert_eq!(places, (8192, 8192 + (4 << 20)));
     assert_eq!((geometry.data_offset().get(), geometry.virtual_size()), (9 << 20, MIB));
     assert_eq!((geometry.bitmap_len(), header.virtual_size_max()), (4096, 16 << 30));
-    // A new file without a journal is the same, byte for byte; with one, the data still stands there.
+    // A new file without a journal is the same, byte for byte; with one, the data still stands
+    // there.
     let mut plain = NativeHeader::create_with_journal(MIB, OWN, None, Some(0)).unwrap();
     let (prefix, len) = new_file(&mut plain);
     assert_eq!(len, file.len() as u64);
@@ -223,7 +224,8 @@ fn golden_live() {
     assert!(write.bytes[..] == file[COPY..2 * COPY]);
 }
 
-/// Made by the second implementation: a file in use that says which page cache its live bitmap stands in.
+/// Made by the second implementation: a file in use that says which page cache its live bitmap
+/// stands in.
 #[test]
 fn golden_witness() {
     let file = golden("v1-witness");

@@ -1,4 +1,5 @@
-//! Every golden UML file: geometry, present sectors and merged image as in the manifest; every bad one refused by name.
+//! Every golden UML file: geometry, present sectors and merged image as in the manifest; every bad
+//! one refused by name.
 
 use cow_format::header::{Field, Part, UmlHeader};
 use cow_format::identity::{ActualIdentity, IdentityError, Timestamp};

@@ -40,13 +40,20 @@ fn warns(scratch: &Scratch, args: &str, words: &[&str]) {
 fn another_base_of_the_same_size_and_time_is_refused() {
     let scratch = Scratch::new();
     store(&scratch);
-    warns(&scratch, "create -b base vm/native.cow", &["says nothing", "sample"]);
-    warns(&scratch, "create -f uml -b base vm/uml.cow", &["says nothing", "is not noticed"]);
-    warns(&scratch, "create --digest -b base vm/digest.cow", &["says nothing"]);
+    warns(&scratch, "create -b base vm/native.cow", &["does not identify it", "sample"]);
+    warns(
+        &scratch,
+        "create -f uml -b base vm/uml.cow",
+        &["does not identify it", "is not noticed"],
+    );
+    warns(&scratch, "create --digest -b base vm/digest.cow", &["does not identify it"]);
     for cow in ["vm/native.cow", "vm/uml.cow", "vm/digest.cow"] {
         let info = scratch.json(&format!("info {cow}"));
         assert_eq!(info["backing"]["matches"], true, "{info}");
-        assert!(info["backing"]["warning"].as_str().unwrap().contains("says nothing"), "{info}");
+        assert!(
+            info["backing"]["warning"].as_str().unwrap().contains("does not identify it"),
+            "{info}"
+        );
     }
     link(&scratch, "v2.img");
     let uml = scratch.json("info vm/uml.cow");

@@ -12,10 +12,10 @@ use cow_format::header::BackingFormat;
 use crate::error::{CowError, advised_doubt};
 use crate::ui::Ui;
 
-/// What a base is.
+/// The format of a base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BaseFormat {
-    /// The bytes of a disk and nothing else
+    /// The plain bytes of a disk
     Raw,
     /// COW file of User Mode Linux
     Uml,
@@ -36,14 +36,15 @@ impl From<BaseFormat> for BackingFormat {
 /// The options of the commands that make a COW file over a base.
 #[derive(Clone, Debug, clap::Args)]
 pub struct BaseArgs {
-    /// The file that the new COW file stands over
+    /// The file that the new COW file is based on
     #[arg(short, long, value_name = "BASE")]
     pub base: Option<PathBuf>,
 
-    /// What BASE is
+    /// The format of BASE
     ///
-    /// This is never guessed, because a guest can write anything to the start of a raw image, the header of a COW file
-    /// too. It need not be said for a raw image that begins like nothing else. A native file must be frozen.
+    /// This is never guessed, because a guest can write anything to the start of a raw image, even
+    /// the header of a COW file. It is optional for a raw image that begins like no other format. A
+    /// native file must be frozen.
     #[arg(short = 'F', long, value_name = "FORMAT", value_enum, requires = "base")]
     pub base_format: Option<BaseFormat>,
 }
@@ -57,7 +58,7 @@ impl BaseArgs {
     }
 }
 
-/// Says what the reference of the new COW file at `cow` is worth, where that is less than it should be.
+/// Warns if the new COW file at `cow` cannot identify its base reliably.
 pub fn warn_of_base(cow: &Path, ui: Ui) -> Result<(), CowError> {
     let found = inspect(&Host, cow, None)?;
     if let Some(backing) = found.files.first().and_then(|top| top.backing.as_ref())
@@ -68,7 +69,7 @@ pub fn warn_of_base(cow: &Path, ui: Ui) -> Result<(), CowError> {
     Ok(())
 }
 
-/// The format of a base as it was said; raw if nothing was said and nothing speaks against it.
+/// The format of a base as given; raw if none was given and the file begins like no other format.
 pub fn base_format(base: &Path, said: Option<BaseFormat>) -> Result<BackingFormat, CowError> {
     if let Some(said) = said {
         return Ok(said.into());
@@ -77,8 +78,8 @@ pub fn base_format(base: &Path, said: Option<BaseFormat>) -> Result<BackingForma
         None => return Ok(BackingFormat::Raw),
         Some(Signature::Qcow2) => {
             return Err(CowError::Usage(format!(
-                "{}: begins like a qcow2 image: make a raw image of it (cow convert -f qcow2 -O raw) and stand over \
-                 that, or say -F raw to take the file's own bytes for a disk",
+                "{}: begins like a qcow2 image: convert it to a raw image (cow convert -f qcow2 -O raw) and use \
+                 that as base, or pass -F raw to use the file's own bytes as a disk",
                 base.display()
             )));
         }
@@ -87,8 +88,8 @@ pub fn base_format(base: &Path, said: Option<BaseFormat>) -> Result<BackingForma
         Some(Signature::BrokenCow) => "a broken COW file",
     };
     Err(CowError::Usage(format!(
-        "{}: begins like a COW file ({found}): say what it is, with -F native or -F uml to stand over the disk in \
-         it, or with -F raw to take the file's own bytes for a disk",
+        "{}: begins like a COW file ({found}): pass -F native or -F uml to use the disk in it, or -F raw to use \
+         the file's own bytes as a disk",
         base.display()
     )))
 }

@@ -1,4 +1,4 @@
-//! The command line: what is common; each command's own arguments stand beside its code.
+//! The command line: what the commands share; each command's own arguments are beside its code.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -21,7 +21,7 @@ A COW file holds what one virtual machine has changed; everything else is read f
 files share. There are two kinds of COW file: native, the default, and that of User Mode Linux (uml). A raw \
 image is the bytes of a disk and nothing else.
 
-A file that a virtual machine uses is locked, and refused here, except by `info` and `fork`, which only look at it.";
+A file that a virtual machine uses is locked, and refused here, except by `info` and `fork`, which only read it.";
 
 const EXIT_STATUS: &str = "\
 Exit status: 0 after success, 1 after a failure, 2 for a wrong command line. `check` ends as qemu-img check does: \
@@ -32,11 +32,11 @@ Exit status: 0 after success, 1 after a failure, 2 for a wrong command line. `ch
 #[derive(Parser, Debug)]
 #[command(name = "cow", version, about = "Handles copy-on-write disk images", long_about = ABOUT, after_help = EXIT_STATUS)]
 pub struct Cli {
-    /// Say nothing but warnings and errors, and show no progress
+    /// Print only warnings and errors, and show no progress
     #[arg(short, long, global = true)]
     quiet: bool,
 
-    /// Show progress, also where standard error is no terminal
+    /// Show progress even if standard error is not a terminal
     #[arg(short, long, global = true, conflicts_with = "quiet")]
     progress: bool,
 
@@ -78,7 +78,7 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
     let cli = match uml_names::translate(args).and_then(Cli::try_parse_from) {
         Ok(cli) => cli,
         Err(err) => {
-            // Where the terminal is gone there is nobody to tell.
+            // If the terminal is gone, the exit status still reports it.
             _ = err.print();
             let asked = matches!(err.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
             return if asked { ExitCode::SUCCESS } else { ExitCode::from(statuses.usage) };
@@ -94,8 +94,8 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
     }
 }
 
-/// How a command ends that does not do what was asked for. Two of them say something else with 1 or 2, as qemu-img's
-/// do: `check` that the image is corrupt, `compare` that the disks differ.
+/// Exit statuses of a command that could not do its work. As with qemu-img, 1 and 2 mean something
+/// else in two commands: `check` ends so if the image is corrupt, `compare` if the disks differ.
 struct Statuses {
     usage: u8,
     failure: u8,

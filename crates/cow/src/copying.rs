@@ -6,10 +6,10 @@ use clap::ValueEnum;
 /// How bytes are copied.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct CopyArgs {
-    /// Whether zeros that stand in a file become holes
+    /// Whether zeros that are stored in a file become holes
     ///
-    /// They are found in blocks of 4 KiB, as by `qemu-img -S 4k`. Off, they are copied, which takes their space. What is a
-    /// hole stays one either way.
+    /// They are detected in blocks of 4 KiB, as by `qemu-img -S 4k`. If off, they are copied and
+    /// take space. Holes stay holes either way.
     #[arg(
         long,
         value_name = "ON|OFF",
@@ -30,7 +30,7 @@ enum Switch {
 }
 
 impl CopyArgs {
-    /// What was asked for; `progress` hears of it.
+    /// The options for the copy, which reports to `progress`.
     pub fn copying(self, progress: Progress<'_>) -> Copying<'_> {
         Copying { detect_zeroes: self.detect_zeroes == Switch::On, progress }
     }

@@ -1,4 +1,5 @@
-//! The delta stream (`docs/spec/format-delta.md`): what a COW file holds, on its way to another place.
+//! The delta stream (`docs/spec/format-delta.md`): the content of a COW file in transit to another
+//! host.
 
 use std::io::{self, Read, Write};
 
@@ -10,7 +11,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 
 const MAGIC: [u8; 8] = *b"COWDELTA";
 const VERSION: u32 = 1;
-/// The most bytes of data in a record: what a reader must have room for.
+/// The most bytes of data in a record: the buffer that a reader needs.
 pub const RECORD_MAX: usize = 1 << 20;
 /// Level of compression: the one that zstd itself takes for the best trade.
 const LEVEL: i32 = 3;
@@ -64,7 +65,7 @@ mod kind {
     pub const DIGEST_BLAKE3: u32 = 1;
 }
 
-/// What a delta is a change of.
+/// The disk and base that a delta belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
     /// The size of the disk in bytes, a multiple of 512 unless its base's is not.
@@ -94,13 +95,13 @@ pub enum Record<'a> {
     },
 }
 
-/// A stream that is not what it should be.
+/// An invalid stream.
 #[derive(Debug, thiserror::Error)]
 pub enum DeltaError {
     /// It could not be read or written.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// It begins otherwise.
+    /// It does not begin with the magic.
     #[error("not a delta: it does not begin with COWDELTA")]
     NotADelta,
     /// Of a newer program.
@@ -108,7 +109,7 @@ pub enum DeltaError {
         "version {0}, expected 1: the stream was written by a newer program, which has to read it"
     )]
     Version(u32),
-    /// A field holds what it must not.
+    /// A field has an invalid value.
     #[error("{what} at byte {at} of the stream: found {found}, expected {expected}")]
     Corrupt {
         /// The field.
@@ -139,7 +140,7 @@ impl Header {
                 raw.base_kind = kind::BASE_IMAGE.into();
                 raw.base_size = size.into();
                 raw.base_mtime_secs = i64::from(mtime_secs).into();
-                // Not known: no file has as many.
+                // Marks an unknown value: no file has as many.
                 raw.base_mtime_nanos = u32::MAX.into();
             }
             Some(BackingIdentity::Image { size, mtime, .. }) => {
@@ -200,7 +201,7 @@ fn check_image(raw: &RawHeader) -> Result<BackingIdentity, DeltaError> {
         };
     }
     match Timestamp::new(secs, raw.base_mtime_nanos.get()) {
-        // What the exporting host knew of its inodes is nothing here.
+        // The exporting host's inodes mean nothing on this one.
         Some(mtime) => Ok(BackingIdentity::Image { size, mtime, witness: Witness::NONE }),
         None => {
             let nanos = raw.base_mtime_nanos;
@@ -424,7 +425,7 @@ mod tests {
         for len in 0..whole.len() {
             assert!(read_all(&whole[..len]).is_err(), "{len} of {} bytes", whole.len());
         }
-        // A few bits of zstd's frame mean nothing for the content; nothing else gets through.
+        // A few bits of zstd's frame do not affect the content; every other change is detected.
         let records = read_all(&whole).unwrap();
         let mut taken = 0;
         for at in 0..whole.len() {

@@ -1,4 +1,4 @@
-//! Who else stands over a file: as far as that can be known, by looking into directories.
+//! The COW files over a file, found by searching directories.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use block_io::Host;
 use block_io::ops::inspect::refers_to;
 use block_io::storage::FileId;
 
-/// The COW files over a file, and where they were looked for.
+/// The COW files over a file, and the directories that were searched.
 #[derive(Debug)]
 pub struct Dependents {
     files: Vec<PathBuf>,
@@ -15,7 +15,8 @@ pub struct Dependents {
 }
 
 impl Dependents {
-    /// Looks for COW files over `target`, and over those, in its directory and in that of `cow`; `cow` does not count.
+    /// Searches the directories of `target` and `cow` for COW files over `target` and over those;
+    /// `cow` does not count.
     pub fn over(target: &Path, cow: &Path) -> Self {
         let mut dirs = vec![dir_of(target)];
         if id_of(&dir_of(cow)) != id_of(&dirs[0]) {

@@ -19,7 +19,7 @@ const PIECE: usize = 8 << 20;
 /// Pieces under way: one being hashed, one read, one between.
 const PIECES: usize = 3;
 
-/// BLAKE3 of the file at `path`, which nobody may write meanwhile.
+/// BLAKE3 of the file at `path`, which is locked against writers meanwhile.
 pub fn digest_of(path: &Path, ui: Ui) -> Result<[u8; 32], CowError> {
     let file = Host.open(path, Access::Read).map_err(OpError::io(path, "open"))?;
     file.try_lock(LockKind::Shared)
@@ -27,7 +27,7 @@ pub fn digest_of(path: &Path, ui: Ui) -> Result<[u8; 32], CowError> {
     let before = file.stat().map_err(OpError::io(path, "stat"))?;
     let progress = ui.progress("digest", before.size);
     let found = digest(&file, &|bytes| progress.add(bytes)).map_err(OpError::io(path, "read"))?;
-    // Not everybody asks for locks.
+    // Not every program honours locks.
     let after = file.stat().map_err(OpError::io(path, "stat"))?;
     if (before.size, before.mtime) != (after.size, after.mtime) {
         return Err(CowError::Change(ChangeError::Moving { base: path.to_owned() }));

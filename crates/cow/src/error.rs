@@ -1,4 +1,5 @@
-//! Errors of the tool itself, and what its user can do about errors of images, which block-io describes.
+//! Errors of the tool itself, and what its user can do about errors of images, which block-io
+//! describes.
 
 use std::io;
 use std::path::PathBuf;
@@ -22,10 +23,10 @@ pub enum CowError {
     /// An image was not changed.
     #[error("{0}{hint}", hint = change_hint(.0))]
     Change(#[from] ChangeError),
-    /// A file without a COW header, where a COW file is needed or a raw image has to be said to be one.
+    /// A file without a COW header, and no option that says it is a raw image.
     #[error("{}: not a COW file; pass --format raw if it is a raw image", .0.display())]
     NotCow(PathBuf),
-    /// A COW file of the other kind than was said.
+    /// A COW file of another format than --format names.
     #[error("{}: is a {} COW file, not what --format says", path.display(), format!("{is:?}").to_lowercase())]
     OtherFormat {
         /// The file.
@@ -42,7 +43,7 @@ pub enum CowError {
         source: DeltaError,
     },
     /// A delta is over another base.
-    #[error("{}: is not what {} is over: {why}", base.display(), delta.display())]
+    #[error("{}: is not the base of {}: {why}", base.display(), delta.display())]
     OtherBase {
         /// The base that was named.
         base: PathBuf,
@@ -70,7 +71,7 @@ pub enum CowError {
     /// Options that do not go together.
     #[error("{0}")]
     Usage(String),
-    /// A change that others will notice was not confirmed.
+    /// A change that affects other files was not confirmed.
     #[error(
         "{}: would be overwritten with the merged disk, and every other COW file over it would become invalid ({others}); \
          pass --yes to confirm",
@@ -90,7 +91,7 @@ pub enum CowError {
         /// The COW file.
         cow: PathBuf,
     },
-    /// Standard output was not taken.
+    /// Standard output could not be written.
     #[error("cannot write to standard output: {0}")]
     Output(io::Error),
 }

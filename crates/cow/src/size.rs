@@ -6,11 +6,11 @@ use std::str::FromStr;
 /// The suffixes and their powers of two, smallest first.
 const SUFFIXES: [(char, u32); 6] =
     [('K', 10), ('M', 20), ('G', 30), ('T', 40), ('P', 50), ('E', 60)];
-/// Digits after the point that are looked at: enough for one byte of an exbibyte (2^60 < 10^19).
+/// The most digits after the point: enough for one byte of an exbibyte (2^60 < 10^19).
 const FRACTION_DIGITS_MAX: usize = 18;
 
-/// A number of bytes from the command line: digits, maybe a fraction, maybe a suffix K, M, G, T, P or E (powers of
-/// 1024, as in qemu-img; either case; `B` for bytes).
+/// A number of bytes from the command line: digits, maybe a fraction, maybe a suffix K, M, G, T, P
+/// or E (powers of 1024, as in qemu-img; either case; `B` for bytes).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size(pub u64);
 

@@ -2,7 +2,8 @@
 
 use cow_format::{Sector, SectorCount, SectorRange};
 
-/// Sectors examined at once (1 GiB): bounds the memory for their extents, and lets progress be shown.
+/// Sectors examined at once (1 GiB): bounds the memory for their extents, and lets progress be
+/// shown.
 const STEP_SECTORS: u64 = 1 << 21;
 
 /// The sectors of a disk in steps, in ascending order.

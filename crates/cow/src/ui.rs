@@ -1,4 +1,4 @@
-//! What the user sees beside the facts on standard output: progress, notes and warnings, all on standard error.
+//! Progress, notes and warnings, all on standard error; the facts are on standard output.
 
 use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
@@ -12,7 +12,7 @@ const REDRAW: Duration = Duration::from_millis(100);
 /// Erases the line the cursor is in.
 const CLEAR_LINE: &str = "\r\x1b[K";
 
-/// Says things to the user, or is quiet.
+/// Prints messages for the user, or is quiet.
 #[derive(Clone, Copy, Debug)]
 pub struct Ui {
     quiet: bool,
@@ -22,25 +22,26 @@ pub struct Ui {
 }
 
 impl Ui {
-    /// Notes and progress are for a terminal only, and not if the user wants it `quiet`; but he can ask for `progress`.
+    /// Notes and progress are for a terminal only, and not if the user wants it `quiet`; but
+    /// `progress` can be asked for.
     pub fn new(quiet: bool, progress: bool) -> Self {
         let notes = !quiet && std::io::stderr().is_terminal();
         Ui { quiet, notes, progress: notes || progress }
     }
 
-    /// Whether the user wants no more than what he cannot do without.
+    /// Whether only warnings and errors are printed.
     pub fn is_quiet(self) -> bool {
         self.quiet
     }
 
-    /// Says what was done.
+    /// Prints what was done.
     pub fn note(self, text: impl std::fmt::Display) {
         if self.notes {
             eprintln!("{text}");
         }
     }
 
-    /// Says what the user must know even if he wants quiet.
+    /// Prints a warning, even if quiet.
     pub fn warn(self, text: impl std::fmt::Display) {
         eprintln!("cow: warning: {text}");
     }
@@ -70,7 +71,7 @@ impl Progress {
     pub fn add(&self, bytes: u64) {
         let done = self.done.fetch_add(bytes, Relaxed) + bytes;
         let Some(drawn) = &self.drawn else { return };
-        // Who finds it taken leaves the drawing to the other thread.
+        // If the lock is taken, another thread is drawing.
         let Ok(mut last) = drawn.try_lock() else { return };
         if last.is_some_and(|at| at.elapsed() < REDRAW) {
             return;

@@ -1,4 +1,5 @@
-//! `uml_mkcow` and `uml_moo`: under these names (a link will do) the tool takes their command lines.
+//! `uml_mkcow` and `uml_moo`: under these names (a link will do) the tool takes their command
+//! lines.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -35,7 +36,8 @@ struct Moo {
     out: Option<PathBuf>,
 }
 
-/// The command line of `cow` that does what these programs' command lines ask for; `args` as it is under another name.
+/// Translates the command lines of these programs to one of `cow`; under any other name `args` stay
+/// as they are.
 pub fn translate(args: Vec<OsString>) -> Result<Vec<OsString>, clap::Error> {
     let name = args.first().and_then(|program| Path::new(program).file_name()?.to_str());
     match name {

@@ -1,4 +1,4 @@
-//! `cow apply-delta`: a COW file of a stream.
+//! `cow apply-delta`: a COW file from a stream.
 
 use std::fs;
 use std::io::{self, Read};
@@ -19,17 +19,18 @@ use crate::digest::digest_of;
 use crate::error::CowError;
 use crate::ui::Ui;
 
-/// Make a COW file of the changes in a stream
+/// Make a COW file from the changes in a stream
 ///
-/// BASE must be a copy of the file that the stream was exported over: it is known by its digest, if the stream has one, or
-/// by size and time of modification; a layer by its UUID. A stream of a disk without a base needs none. NEW appears under its name only when the whole stream was read
-/// and its checksums were right.
+/// BASE must be a copy of the base that the stream was exported with. It is identified by its
+/// digest, if the stream has one, or else by size and time of modification; a layer by its UUID. A
+/// stream of a disk without a base needs none. NEW appears under its name only when the whole
+/// stream was read and its checksums were right.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     #[command(flatten)]
     base: BaseArgs,
 
-    /// Take BASE without proof that its content is the same: if it is not, the disk is garbage
+    /// Accept BASE without proof that its content is the same: if it is not, the disk is garbage
     #[arg(long)]
     trust: bool,
 
@@ -81,7 +82,7 @@ impl Args {
         Ok(new.finish()?)
     }
 
-    /// The base, if it is the one that the stream means.
+    /// The base, if it is the one that the stream records.
     fn checked_base(
         &self,
         header: &Header,
@@ -93,11 +94,16 @@ impl Args {
             (Some(base), Some(identity)) => (base, identity),
             (Some(base), None) => {
                 let (delta, base) = (delta.display(), base.path.display());
-                let why = format!("{delta}: is of a disk without a base, so {base} cannot be it");
+                let why = format!(
+                    "{delta}: was exported from a disk without a base, so {base} cannot be its base"
+                );
                 return Err(CowError::Usage(why));
             }
             (None, Some(_)) => {
-                let why = format!("{}: name the base that it is over: --base", delta.display());
+                let why = format!(
+                    "{}: was exported from a disk with a base; pass it with --base",
+                    delta.display()
+                );
                 return Err(CowError::Usage(why));
             }
         };
@@ -113,7 +119,7 @@ impl Args {
                 ui.warn(format_args!("{}: {doubt}", base.display()));
                 return Ok(Some(options));
             }
-            // The digest says what they cannot.
+            // The digest decides.
             Ok(_) => {}
             Err(err) => match identity {
                 BackingIdentity::Layer { .. } => return Err(wrong(err.to_string())),
@@ -128,14 +134,14 @@ impl Args {
         }
         match digest {
             _ if self.trust => ui.warn(format_args!(
-                "{}: taken without proof that its content is the same",
+                "{}: accepted without proof that its content is the same",
                 base.display()
             )),
             Some(digest) if digest_of(base, ui)? == digest => {}
             Some(_) => return Err(wrong("its content has another digest".into())),
             None => {
                 let why = "its mtime differs, and the stream has no digest to prove that the content is the same; \
-                           if you know that it is: --trust";
+                           pass --trust if you know that it is";
                 return Err(wrong(why.into()));
             }
         }
@@ -143,7 +149,7 @@ impl Args {
     }
 }
 
-/// What the file at `path` is found to be.
+/// The identity of the file at `path`.
 fn actual(path: &Path) -> Result<ActualIdentity, CowError> {
     let found = inspect(&Host, path, None)?;
     let Some(top) = found.files.first() else {
@@ -159,7 +165,7 @@ fn actual(path: &Path) -> Result<ActualIdentity, CowError> {
     Ok(top.stat.identity(layer))
 }
 
-/// Tells how much was read.
+/// Counts the bytes that are read.
 struct Counted<'a, R> {
     input: R,
     count: &'a dyn Fn(u64),

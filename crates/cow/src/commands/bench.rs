@@ -1,4 +1,4 @@
-//! `cow bench`: hands over to `blk-bench`, which stands beside this program or in the PATH.
+//! `cow bench`: hands over to `blk-bench`, which is beside this program or in the PATH.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -14,7 +14,7 @@ use crate::ui::Ui;
 #[derive(clap::Args, Debug)]
 #[command(disable_help_flag = true)]
 pub struct Args {
-    /// What blk-bench is to do; see blk-bench --help
+    /// The arguments of blk-bench; see blk-bench --help
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<OsString>,
 }

@@ -1,4 +1,4 @@
-//! `cow check`: whether a COW file and what it stands over are sound.
+//! `cow check`: whether a COW file and the chain below it are sound.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -20,17 +20,19 @@ use crate::ui::Ui;
 
 /// Check a COW file and the chain below it
 ///
-/// Looks at the copies of the header, the geometry, the lengths, bits beyond the end of the disk, space that no sector
-/// uses, and whether every file below is there and is the one that is meant. Ends with 0 if all is well, 1 if it could
-/// not check (the file is in use, say), 2 if something is corrupt, 3 if space is wasted and nothing else. What was
-/// repaired does not count.
+/// Checks the copies of the header, the geometry, the lengths, bits beyond the end of the disk,
+/// space that no sector uses, and whether every file below exists and is the one that was recorded.
+/// Exits with 0 if no error is found, 1 if the check failed (for example because the file is in
+/// use), 2 if something is corrupt, 3 if space is wasted but nothing is corrupt. Repaired findings
+/// do not count.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Put right what can be: never by guessing at data
+    /// Repair what can be repaired without guessing at data
     #[arg(long)]
     repair: bool,
 
-    /// Read the base and compare its content with the digest that the COW file has (see create --digest)
+    /// Read the base and compare its content with the digest that the COW file has (see create
+    /// --digest)
     #[arg(long)]
     base: bool,
 
@@ -88,7 +90,7 @@ impl Report {
     fn add_file(&mut self, path: &Path, repair: bool) -> Result<(), CowError> {
         match check(&Host, path, repair) {
             Ok(found) => found.iter().for_each(|found| self.add(path, found)),
-            // The header cannot be used, or nothing that it says can be relied on.
+            // The header cannot be used or cannot be trusted.
             Err(OpError::Open(err @ ImageError::Header { .. })) if !is_no_cow(&err) => {
                 self.add_problem(path, &err);
             }
@@ -97,7 +99,7 @@ impl Report {
         Ok(())
     }
 
-    /// Checks the frozen layers below, and that every file is the one that is meant.
+    /// Checks the frozen layers below, and that every file is the one that was recorded.
     fn add_chain(&mut self, found: &Inspection) -> Result<(), CowError> {
         for facts in found.files.iter().skip(1) {
             if matches!(facts.content, Content::Cow(_)) {
@@ -105,12 +107,12 @@ impl Report {
             }
         }
         for facts in found.files.iter().filter(|facts| facts.merging) {
-            let message =
-                "a merge of it was interrupted; it can be run again: cow merge --in-place";
+            let message = "a merge of it was interrupted; run it again: cow merge --in-place";
             let (filename, message) = (facts.path.clone(), message.to_owned());
             self.findings.push(Found { filename, severity: "note", message, repaired: false });
         }
-        // A broken header has been reported above; with data past the end, the check of the file has found that.
+        // A broken header has been reported above; with data past the end, the check of the file
+        // has found that.
         let seen = matches!(
             found.problem,
             Some(ImageError::Header { .. } | ImageError::Data { .. }) | None
@@ -134,11 +136,11 @@ impl Report {
                 _ if backing.format == BackingFormat::Native => continue,
                 None => ("note", format!("there is no digest to compare {base} with")),
                 Some(stored) if digest_of(&backing.path, ui)? == stored => {
-                    ("note", format!("the content of {base} is that of the digest"))
+                    ("note", format!("the content of {base} matches the digest"))
                 }
                 Some(_) => {
                     self.corruptions += 1;
-                    ("corruption", format!("the content of {base} is not that of the digest"))
+                    ("corruption", format!("the content of {base} does not match the digest"))
                 }
             };
             let filename = facts.path.clone();
@@ -175,7 +177,7 @@ impl Report {
     }
 }
 
-/// A raw image, say: there is nothing to check.
+/// For example a raw image: there is nothing to check.
 fn is_no_cow(err: &ImageError) -> bool {
     matches!(err, ImageError::Header { source: HeaderError::NotCow { .. }, .. })
 }

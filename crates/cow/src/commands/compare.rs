@@ -13,17 +13,18 @@ use crate::source::format::FileFormat;
 use crate::source::open;
 use crate::ui::Ui;
 
-/// Say whether two disks have the same content
+/// Compare the content of two disks
 ///
-/// Where one is longer, they are the same if the rest is zeros (with --strict never). Ends with 0 if they are the same, 1
-/// if they differ (it prints where first), 2 if they could not be compared. With --quiet only the status tells.
+/// If one is longer, they are the same if the rest is zeros (with --strict never). Exits with 0 if
+/// they are the same, 1 if they differ (the first difference is printed), 2 if they could not be
+/// compared. With --quiet only the exit status shows the result.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// What FIRST is; need not be said for a COW file
+    /// The format of FIRST; optional for a COW file
     #[arg(short = 'f', long, value_name = "FORMAT", value_enum)]
     first_format: Option<FileFormat>,
 
-    /// What SECOND is; need not be said for a COW file
+    /// The format of SECOND; optional for a COW file
     #[arg(short = 'F', long, value_name = "FORMAT", value_enum)]
     second_format: Option<FileFormat>,
 
@@ -68,7 +69,7 @@ impl Args {
     }
 }
 
-/// What came out.
+/// The result.
 #[derive(Serialize)]
 #[serde(tag = "difference", rename_all = "kebab-case")]
 enum Found {

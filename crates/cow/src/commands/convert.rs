@@ -23,11 +23,12 @@ use crate::ui::Ui;
 
 /// Write a disk to a new file in another format
 ///
-/// Zeros become holes. OUT appears under its name only when it is complete and safely on the disk. With -b, OUT is a COW
-/// file over BASE that holds only what is different there; without, it stands alone.
+/// Zeros become holes. OUT appears under its name only when it is complete and safely on the disk.
+/// With -b, OUT is a COW file over BASE that holds only the differences; without, it has no base.
 ///
-/// qcow2 images may be compressed and have backing files. What the library for them does not know (zstd, extended L2
-/// entries) is left to qemu-img, which must then be installed. One that QEMU has open for writing is refused.
+/// qcow2 images may be compressed and have backing files. Features that the library does not
+/// support (zstd, extended L2 entries) are left to qemu-img, which must then be installed. An image
+/// that QEMU has open for writing is refused.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -35,11 +36,11 @@ Examples:
   cow convert -O qcow2 vm1.cow vm1.qcow2                     a disk for others
   cow convert -f raw -b debian.img vm1.img vm1.cow           only what differs from debian.img")]
 pub struct Args {
-    /// What FILE is; need not be said for a COW file
+    /// The format of FILE; optional for a COW file
     #[arg(short = 'f', long, value_name = "FORMAT", value_enum)]
     format: Option<FileFormat>,
 
-    /// What OUT becomes
+    /// The format of OUT
     #[arg(short = 'O', long, value_name = "FORMAT", value_enum, default_value = "native")]
     output_format: FileFormat,
 
@@ -66,12 +67,12 @@ impl Args {
         match self.output_format {
             FileFormat::Native => self.cow(&image, CowFormat::Native, ui)?,
             FileFormat::Uml if self.base.base.is_none() => {
-                return Err(CowError::Usage("--base: a UML COW file is always over one".into()));
+                return Err(CowError::Usage("--base: a UML COW file needs one".into()));
             }
             FileFormat::Uml => self.cow(&image, CowFormat::Uml, ui)?,
             FileFormat::Raw | FileFormat::Qcow2 if self.base.base.is_some() => {
                 return Err(CowError::Usage(
-                    "--base: only a COW file (native, uml) can be over a base".into(),
+                    "--base: only a COW file (native, uml) can have one".into(),
                 ));
             }
             FileFormat::Raw => {

@@ -17,8 +17,8 @@ use crate::ui::Ui;
 
 /// Make a new COW file over a base, or an image of zeros
 ///
-/// A new COW file is empty and reads as its base, of which nothing is copied and nothing changed. From now on the base
-/// must stay as it is. A COW file takes space only for what is written to it.
+/// A new COW file is empty and reads as its base, which is neither copied nor changed. From now on
+/// the base must not change. A COW file takes space only for the data that is written to it.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -29,14 +29,15 @@ pub struct Args {
     #[command(flatten)]
     base: BaseArgs,
 
-    /// What the new file is
+    /// The format of the new file
     #[arg(short, long, value_name = "FORMAT", value_enum, default_value = "native")]
     format: Format,
 
     /// Put a digest of BASE's content into the new file
     ///
-    /// All of BASE is read for it (BLAKE3, on all cores). With it, `rebind` can later tell that a base that was copied,
-    /// moved or touched is the same, and `check --base` that it has not changed.
+    /// All of BASE is read for it (BLAKE3, on all cores). With it, `rebind` can later prove that a
+    /// base that was copied, moved or touched is the same, and `check --base` that it has not
+    /// changed.
     #[arg(long, requires = "base")]
     digest: bool,
 
@@ -47,9 +48,10 @@ pub struct Args {
     /// The new file
     file: PathBuf,
 
-    /// Size of the disk in bytes or with a suffix K, M, G or T (powers of 1024); otherwise that of BASE
+    /// Size of the disk in bytes or with a suffix K, M, G or T (powers of 1024); otherwise that of
+    /// BASE
     ///
-    /// What lies past the end of BASE reads as zeros.
+    /// The part past the end of BASE reads as zeros.
     #[arg(required_unless_present_any = ["base", "size_option"])]
     size: Option<Size>,
 
@@ -58,14 +60,14 @@ pub struct Args {
     size_option: Option<Size>,
 }
 
-/// What a new file is.
+/// The format of a new file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Format {
     /// COW file of this project
     Native,
     /// COW file of User Mode Linux, version 3; always over a raw image of its own size
     Uml,
-    /// The bytes of a disk and nothing else; never over a base
+    /// The plain bytes of a disk; never over a base
     Raw,
 }
 

@@ -1,4 +1,4 @@
-//! `cow export-delta`: what a COW file holds, as a stream.
+//! `cow export-delta`: the content of a COW file as a stream.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -21,13 +21,13 @@ use crate::ui::Ui;
 
 /// Write the changes of a COW file as a stream
 ///
-/// The stream has exactly what COW holds beyond what it stands over (or beyond the file of its chain that --since names),
-/// with checksums, and compressed (zstd). apply-delta makes the same COW file of it where there is a copy of that base.
-/// For shipping a disk whose base is there already, and for incremental backups: take a snapshot, then export the layer
-/// that it froze.
+/// The stream has exactly the sectors that COW holds itself (or those since the file of its chain
+/// that --since names), with checksums, and compressed (zstd). On a host with a copy of the base,
+/// apply-delta makes the same COW file from it. Use it to ship a disk to a host that has the base
+/// already, and for incremental backups: take a snapshot, then export the layer that it froze.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Export what has changed since this file of the chain, not only what COW holds itself
+    /// Export all changes since this file of the chain, not only those in COW itself
     #[arg(long, value_name = "FILE")]
     since: Option<PathBuf>,
 
@@ -68,7 +68,7 @@ impl Args {
         Ok(ExitCode::SUCCESS)
     }
 
-    /// How many files from the top on are exported, and what the last of them says of the next.
+    /// How many files from the top on are exported, and the last one's reference to the next.
     fn base(&self, disk: &Disk) -> Result<(usize, Option<BackingFacts>), CowError> {
         let mut files = inspect(&Host, &self.cow, None)?.files;
         let depth = match &self.since {
@@ -114,7 +114,7 @@ impl Export<'_> {
                             writer.record(record).map_err(failed())
                         })?;
                     }
-                    // With files left out, zeros can hide what stands further down.
+                    // If files are left out, zeros can hide data further down.
                     Extent::Zero { .. } if self.depth > 1 && at.is_multiple_of(SECTOR_SIZE) => {
                         let len = len.next_multiple_of(SECTOR_SIZE);
                         writer.record(&Record::Zero { at, len }).map_err(failed())?;
@@ -128,7 +128,7 @@ impl Export<'_> {
         Ok(writer.finish().map_err(failed())?)
     }
 
-    /// Makes records of `len` bytes that stand in a file.
+    /// Makes records of `len` bytes of a file.
     fn data(
         &self,
         (layer, place): (usize, u64),

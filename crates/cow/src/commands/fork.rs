@@ -1,4 +1,4 @@
-//! `cow fork`: one more COW file, in no time.
+//! `cow fork`: another COW file, instantly.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -14,11 +14,11 @@ use cow_format::header::{BackingFormat, NativeState};
 use crate::error::CowError;
 use crate::ui::Ui;
 
-/// Make one more COW file, in no time
+/// Make another COW file, instantly
 ///
-/// If COW is frozen, NEW stands on top of it and goes on from its content. If not, NEW stands beside it, over the same file,
-/// and starts from where COW started: what COW holds itself is not in it (for that, take a snapshot of COW first). COW
-/// may be in use by a virtual machine; it is not changed.
+/// If COW is frozen, NEW is based on it and starts from its content. If not, NEW gets the same base
+/// as COW and starts from where COW started: it lacks the changes in COW (to include them, take a
+/// snapshot of COW first). COW may be in use by a virtual machine; it is not changed.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// The COW file
@@ -48,7 +48,7 @@ impl Args {
                 digest: None,
             }),
             (false, None) => None,
-            // A base that is not what COW means would make NEW garbage as well.
+            // A base that does not match COW's reference would make NEW garbage as well.
             (false, Some(backing)) if !matches!(backing.verdict, Some(Ok(()))) => {
                 return Err(found
                     .problem

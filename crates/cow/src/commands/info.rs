@@ -1,4 +1,4 @@
-//! `cow info`: what a file is, and whether what it stands over is what it should be.
+//! `cow info`: what a file is, and whether its base is the recorded one.
 
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -17,11 +17,11 @@ use crate::output::OutputArgs;
 use crate::size::Human;
 use crate::ui::Ui;
 
-/// Say what a file is and whether its base matches
+/// Print what a file is and whether its base matches
 ///
-/// Changes nothing and can be used while a virtual machine runs. Where something is wrong with the file or with what it
-/// stands over, all that can be found out is printed, and what is wrong. Ends with 1 if the file's own header
-/// cannot be used.
+/// Changes nothing and can be used while a virtual machine runs. If the file or its chain has a
+/// problem, everything that can be determined is printed together with the problem. Exits with 1 if
+/// the file's own header cannot be used.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// The base image, instead of the path that FILE names
@@ -35,7 +35,7 @@ pub struct Args {
     #[command(flatten)]
     output: OutputArgs,
 
-    /// A COW file or an image; what has no COW header is taken for a raw image
+    /// A COW file or an image; a file without a COW header is treated as a raw image
     file: PathBuf,
 }
 
@@ -43,7 +43,7 @@ impl Args {
     pub fn run(self, _ui: Ui) -> Result<ExitCode, CowError> {
         let found = inspect(&Host, &self.file, self.base.as_deref())?;
         let mut files: Vec<_> = found.files.iter().map(Facts::new).collect();
-        // What is wrong further down does not spoil the files above it, but keeps the disk from being opened.
+        // A problem further down does not affect the files above it, but the disk cannot be opened.
         if let (Some(problem), Some(top)) = (&found.problem, files.first_mut()) {
             top.problem = Some(advised(problem));
         }
@@ -65,7 +65,7 @@ impl Args {
     }
 }
 
-/// What is printed of a file. Names as qemu-img has them, where it has them; all sizes in bytes.
+/// The printed facts of a file. Names as in qemu-img, if it has them; all sizes in bytes.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Facts {
@@ -116,12 +116,12 @@ struct Backing {
     #[serde(skip_serializing_if = "Option::is_none")]
     actual: Option<Identity>,
     matches: bool,
-    /// Why a match may be worth less than it should be.
+    /// Why a match proves less than it should.
     #[serde(skip_serializing_if = "Option::is_none")]
     warning: Option<String>,
 }
 
-/// How a backing file is known: an image by size and mtime, a layer by UUID and generation.
+/// How a backing file is identified: an image by size and mtime, a layer by UUID and generation.
 #[derive(Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Identity {
@@ -227,7 +227,7 @@ impl Backing {
             warning: backing.doubt.as_ref().map(advised_doubt),
         };
         if backing.found.is_some_and(|found| found.device) {
-            // That of the node, which nobody compares.
+            // The mtime of the device node, which is never compared.
             for identity in [Some(&mut told.stored), told.actual.as_mut()].into_iter().flatten() {
                 identity.mtime = None;
             }

@@ -14,11 +14,11 @@ use crate::output::{OutputArgs, OutputFormat, print};
 use crate::steps::steps;
 use crate::ui::Ui;
 
-/// Say which file each part of a disk is read from
+/// Print which file each part of a disk is read from
 ///
-/// One line for each part: where it starts and how long it is, in bytes of the disk; the depth of the file in the chain
-/// (0 is the top); where it stands in that file. What reads as zeros without standing anywhere is left out; --output=json
-/// has it as well. The keys are those of qemu-img map.
+/// One line for each part: where it starts and how long it is, in bytes of the disk; the depth of
+/// the file in the chain (0 is the top); the offset in that file. Zeros that are in no file are
+/// left out, except with --output=json. The keys are those of qemu-img map.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// The base image, instead of the path that FILE names
@@ -37,7 +37,7 @@ pub struct Args {
 struct Part {
     start: u64,
     length: u64,
-    /// The file it is read from; of zeros that stand nowhere, the top.
+    /// The file that it is read from; the top for zeros that are in no file.
     depth: usize,
     /// It reads as zeros, and takes no space.
     zero: bool,

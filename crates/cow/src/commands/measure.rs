@@ -1,4 +1,4 @@
-//! `cow measure`: what a merged image of a disk would take.
+//! `cow measure`: the space that a merged image of a disk would take.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,12 +15,12 @@ use crate::source::open;
 use crate::steps::steps;
 use crate::ui::Ui;
 
-/// Say how much space a raw image of a disk takes
+/// Print how much space a raw image of a disk takes
 ///
-/// Holes are counted as such; zeros that stand in a file are not looked for, so that it can be less.
+/// Holes are not counted. Zeros that are stored in a file are, so the image can turn out smaller.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// What FILE is; need not be said for a COW file
+    /// The format of FILE; optional for a COW file
     #[arg(short, long, value_name = "FORMAT", value_enum)]
     format: Option<FileFormat>,
 

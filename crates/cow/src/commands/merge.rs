@@ -1,4 +1,4 @@
-//! `cow merge`: a COW file and what it stands over become one image, new or in place.
+//! `cow merge`: a COW file and its base become one image, new or in place.
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -19,14 +19,15 @@ use crate::ui::Ui;
 
 /// Make one image of a COW file and its base
 ///
-/// With OUT, a new raw image gets the content of the disk, a partial last sector included; zeros become holes. It
-/// appears under its name only when it is complete and safely on the disk: whatever happens, there is never half an
-/// image. COW and its base are not changed.
+/// With OUT, a new raw image gets the content of the disk, a partial last sector included; zeros
+/// become holes. It appears under its name only when it is complete and safely on the disk:
+/// whatever happens, there is never half an image. COW and its base are not changed.
 ///
-/// With --in-place, what COW holds is written into the file below it. That file is then the whole disk, and every other
-/// COW file over it becomes invalid. COW is emptied, gives its space back, and stays usable: it stands over the file
-/// as it is now. (A UML COW file of version 1 or 2 is left as it was and no longer matches: remove it.) If it is
-/// interrupted, the disk's content is safe and the same command finishes the work.
+/// With --in-place, the changes in COW are written into the file below it. That file is then the
+/// whole disk, and every other COW file over it becomes invalid. COW is emptied, its space is
+/// freed, and it stays usable, based on the file as it is now. (A UML COW file of version 1 or 2 is
+/// left as it was and no longer matches: remove it.) If it is interrupted, the disk's content is
+/// safe and the same command finishes the work.
 #[derive(clap::Args, Debug)]
 #[command(
     visible_alias = "commit",
@@ -37,7 +38,8 @@ Examples:
   cow merge --in-place --yes --drop-to debian.img vm1.cow    into the base, through all between"
 )]
 pub struct Args {
-    /// The base image, instead of the path that COW names; size, mtime and content must match what COW says
+    /// The base image, instead of the path that COW names; size, mtime and content must match the
+    /// header of COW
     #[arg(short, long, value_name = "BASE")]
     base: Option<PathBuf>,
 
@@ -74,7 +76,7 @@ impl Args {
             None if self.in_place => self.in_place(ui)?,
             None => {
                 return Err(CowError::Usage(
-                    "name OUT, the new image; or say --in-place to merge into the file below"
+                    "name OUT, the new image, or pass --in-place to merge into the file below"
                         .into(),
                 ));
             }
@@ -111,7 +113,7 @@ impl Args {
             (None, Some(file)) => {
                 return Err(CowError::NotBelow { file: file.clone(), cow: self.cow.clone() });
             }
-            // What is wrong with the chain is said when it is opened.
+            // A problem with the chain is reported when it is opened.
             (None, None) => NonZeroUsize::MIN,
         };
         let size = found.files.first().map_or(0, |top| top.stat.size);
@@ -122,16 +124,16 @@ impl Args {
         drop(progress);
         let (cow, target) = (self.cow.display(), merged.target.display());
         match merged.emptied {
-            true => ui.note(format_args!("{target}: has it all; {cow} is empty and stands over it")),
+            true => ui.note(format_args!("{target}: has the whole disk; {cow} is empty and based on it")),
             false => ui.warn(format_args!(
-                "{target} has it all, but the header of {cow} is of a version that is never written: it no longer \
+                "{target} has the whole disk, but the header of {cow} is of a version that is never written: it no longer \
                  matches; remove it"
             )),
         }
         Ok(())
     }
 
-    /// Refuses to go on unless the user has said that it is meant; says who will notice.
+    /// Refuses to continue unless the user passed --yes; names the dependent files.
     fn confirm(&self, facts: &FileFacts, ui: Ui) -> Result<(), CowError> {
         let target = &facts.path;
         let others = Dependents::over(target, &self.cow);
@@ -144,8 +146,8 @@ impl Args {
         ));
         if facts.stat.kind == FileKind::BlockDevice {
             ui.warn(format_args!(
-                "{}: is a block device, which has no mtime that lasts: a native COW file over it finds out only if a block \
-                 of its sample changes, one of UML never",
+                "{}: is a block device, which has no lasting mtime: a native COW file over it detects the change only if a block \
+                 of its sample changes, a UML COW file never",
                 target.display()
             ));
         }

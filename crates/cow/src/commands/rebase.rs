@@ -15,17 +15,17 @@ use crate::ui::Ui;
 
 /// Put a COW file over another base
 ///
-/// The content of the disk stays the same: what is different in the new base is first copied into COW. An interruption
-/// leaves it over its old base or over the new one, with the same content; run it again. With --unsafe only the
-/// reference changes, which is right only if the new base has the same content as the old one; to have that proved,
-/// use rebind.
+/// The content of the disk stays the same: sectors that differ in the new base are first copied
+/// into COW. An interruption leaves it over its old base or over the new one, with the same
+/// content; run it again. With --unsafe only the reference changes, which is right only if the new
+/// base has the same content as the old one; to prove that, use rebind.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// The new base; "" for none, which makes COW stand alone
+    /// The new base; "" for none, which makes COW independent
     #[arg(short, long, value_name = "BASE")]
     base: OsString,
 
-    /// What BASE is; need not be said for a raw image that does not begin like a COW file
+    /// The format of BASE; optional for a raw image that does not begin like a COW file
     #[arg(short = 'F', long, value_name = "FORMAT", value_enum)]
     base_format: Option<BaseFormat>,
 
@@ -50,7 +50,7 @@ impl Args {
         };
         if self.only_reference {
             ui.warn(format_args!(
-                "{}: its base is replaced without looking at the content",
+                "{}: its base is replaced without comparing the content",
                 self.cow.display()
             ));
             ops::rebase_unsafe(&Host, &self.cow, base.as_ref())?;

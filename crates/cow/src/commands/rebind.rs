@@ -1,4 +1,4 @@
-//! `cow rebind`: the base was copied, moved or touched, and is the same all the same.
+//! `cow rebind`: accepts a base that was copied, moved or touched and has the same content.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -11,14 +11,16 @@ use crate::digest::digest;
 use crate::error::CowError;
 use crate::ui::Ui;
 
-/// Take a base that was copied, moved or touched
+/// Accept a base that was copied, moved or touched
 ///
-/// A COW file knows its base by size and time of modification, and by a sample of its content. Where these differ, but the
-/// content is proved the same by the digest that `create --digest` has put into the COW file, the header gets the new path,
-/// time and sample. Another content is refused. A layer is known by its UUID and may be anywhere.
+/// A COW file identifies its base by size, time of modification and a sample of its content. If
+/// these differ but the digest that `create --digest` recorded proves that the content is the same,
+/// the new path, time and sample are recorded in the header. Different content is refused. A layer
+/// is identified by its UUID and may be anywhere.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Take the base without proof that its content is the same: if it is not, the disk is garbage from now on
+    /// Accept the base without proof that its content is the same: if it is not, the disk is
+    /// garbage from now on
     #[arg(long)]
     trust: bool,
 
@@ -34,7 +36,7 @@ impl Args {
         let base = self.new_base.as_deref();
         if self.trust {
             ui.warn(format_args!(
-                "{}: its base is taken without proof that the content is the same",
+                "{}: its base is accepted without proof that the content is the same",
                 self.cow.display()
             ));
             rebind::<Host>(&Host, &self.cow, base, Proof::Trust)?;
@@ -46,7 +48,7 @@ impl Args {
             rebind(&Host, &self.cow, base, Proof::Digest(&mut take))?;
         }
         let base = base.unwrap_or(Path::new("its base"));
-        ui.note(format_args!("{}: stands over {}", self.cow.display(), base.display()));
+        ui.note(format_args!("{}: based on {}", self.cow.display(), base.display()));
         Ok(ExitCode::SUCCESS)
     }
 }

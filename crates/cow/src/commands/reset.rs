@@ -9,10 +9,10 @@ use block_io::ops;
 use crate::error::CowError;
 use crate::ui::Ui;
 
-/// Drop everything that a COW file holds
+/// Drop all changes in a COW file
 ///
-/// The disk is again what the COW file stands over, and the space is free. There is no way back. If it is interrupted, some
-/// of the changes are left: run it again.
+/// The disk is the base again, and the space is freed. This cannot be undone. If it is interrupted,
+/// some of the changes are left: run it again.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// The COW file

@@ -1,4 +1,4 @@
-//! `cow resize`: another size for a disk that nobody uses.
+//! `cow resize`: another size for a disk that is not in use.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,17 +13,18 @@ use crate::ui::Ui;
 
 /// Change the size of the disk in a native COW file
 ///
-/// What is new reads as zeros. If it is interrupted, the disk has its old or its new size.
+/// The added part reads as zeros. If it is interrupted, the disk has its old or its new size.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Let the disk become smaller: what lies beyond the new end is lost
+    /// Allow the disk to shrink: data beyond the new end is lost
     #[arg(long)]
     shrink: bool,
 
     /// The native COW file
     file: PathBuf,
 
-    /// The new size, or the change with + or -; in bytes or with a suffix K, M, G or T (powers of 1024)
+    /// The new size, or the change with + or -; in bytes or with a suffix K, M, G or T (powers of
+    /// 1024)
     #[arg(allow_hyphen_values = true)]
     size: SizeChange,
 }

@@ -1,4 +1,5 @@
-//! `cow snapshot`: a COW file becomes a layer that is never written again, with a new COW file on top.
+//! `cow snapshot`: a COW file becomes a layer that is never written again, with a new COW file on
+//! top.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,9 +13,9 @@ use crate::ui::Ui;
 
 /// Freeze a COW file and make a new one on top of it
 ///
-/// COW keeps the state of the disk as it is now and is never written again; NEW is empty and goes on from there. Any
-/// number of COW files can stand over one that is frozen: for the next, run it again with another NEW. If it is
-/// interrupted, run it again.
+/// COW keeps the current state of the disk and is never written again; NEW is empty and continues
+/// from there. Any number of COW files can be based on a frozen one: for the next, run it again
+/// with another NEW. If it is interrupted, run it again.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// The native COW file to freeze

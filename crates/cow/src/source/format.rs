@@ -2,10 +2,10 @@
 
 use clap::ValueEnum;
 
-/// What a file is.
+/// The format of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum FileFormat {
-    /// The bytes of a disk and nothing else
+    /// The plain bytes of a disk
     Raw,
     /// COW file of User Mode Linux
     Uml,

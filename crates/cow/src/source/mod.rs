@@ -1,4 +1,4 @@
-//! Opening a disk to read it, whatever holds it.
+//! Opening a disk of any format for reading.
 
 pub mod format;
 pub mod qcow2;
@@ -75,8 +75,8 @@ impl Reader for AnyReader<'_> {
     }
 }
 
-/// Opens a disk for reading. What is no COW file must be said: the first bytes of a raw image are the guest's, who could
-/// make it look like an overlay over any file of the host.
+/// Opens a disk for reading. A raw image must be named as such: its first bytes belong to the
+/// guest, which could make it look like an overlay over any file of the host.
 pub fn open(path: &Path, format: Option<FileFormat>, ui: Ui) -> Result<AnyImage, CowError> {
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
     Ok(match format {
@@ -109,7 +109,7 @@ fn check_kind(path: &Path, said: FileFormat) -> Result<(), CowError> {
 fn open_qcow2(path: &Path, ui: Ui) -> Result<AnyImage, CowError> {
     match Qcow2::open(path) {
         Ok(image) => Ok(AnyImage::Qcow2(image)),
-        // Nor would anybody else open it.
+        // qemu-img would not open it either.
         Err(Refused::InUse(err)) => Err(err.into()),
         Err(Refused::Encrypted(path)) => Err(CowError::Encrypted(path)),
         Err(Refused::ByImago(refused)) => {
@@ -118,7 +118,7 @@ fn open_qcow2(path: &Path, ui: Ui) -> Result<AnyImage, CowError> {
     }
 }
 
-/// Says what to do where the file is perhaps a raw image.
+/// Adds what to do if the file may be a raw image.
 fn hint(path: &Path, err: ImageError) -> CowError {
     match err {
         ImageError::Header { source: HeaderError::NotCow { .. }, path: refused }

@@ -1,5 +1,5 @@
-//! qcow2 images, through imago: read with their backing chains and with compressed clusters (zlib), and written. What
-//! imago does not read (zstd, extended L2 entries) qemu-img does.
+//! qcow2 images, through imago: read with their backing chains and with compressed clusters (zlib),
+//! and written. qemu-img reads what imago cannot (zstd, extended L2 entries).
 
 use std::fs;
 use std::io;
@@ -63,13 +63,13 @@ impl Qcow2 {
 pub enum Refused {
     /// A file of it cannot be opened, or is in use.
     InUse(ImageError),
-    /// The library would take what is encrypted for the disk.
+    /// It is encrypted, and the library would return the ciphertext.
     Encrypted(PathBuf),
-    /// The library does not know what the image has.
+    /// The library does not support a feature of the image.
     ByImago(io::Error),
 }
 
-/// Opens what an image refers to, and keeps writers away from all of it.
+/// Opens the files that an image refers to, and locks them against writers.
 #[derive(Default)]
 struct Locked {
     files: Vec<Disk>,
@@ -97,7 +97,7 @@ impl Locked {
     }
 
     fn refuse(&mut self, refused: Refused) -> io::Error {
-        // What imago makes of it is not seen.
+        // The caller replaces this error by `refused`.
         self.refused = Some(refused);
         io::Error::other("refused")
     }
@@ -170,7 +170,8 @@ impl Reader for &Qcow2 {
     }
 }
 
-/// Writes the content of `image` to a qcow2 image that gets the name `out` when it is complete and durable.
+/// Writes the content of `image` to a qcow2 image that gets the name `out` when it is complete and
+/// durable.
 pub fn convert_to_qcow2(
     image: &impl Image,
     inputs: &[&Path],
@@ -199,7 +200,8 @@ fn create(file: &File, size: u64) -> io::Result<FormatAccess<Storage>> {
     Ok(FormatAccess::new(image))
 }
 
-/// Lets qemu-img make a raw image of a qcow2 image that imago refused, and opens that. It has no name any more.
+/// Lets qemu-img make a raw image of a qcow2 image that imago refused, and opens that. It has no
+/// name any more.
 pub fn open_with_qemu_img(path: &Path, refused: &io::Error, ui: Ui) -> Result<Disk, CowError> {
     ui.note(format_args!("{}: {refused}; asking qemu-img", path.display()));
     let dir = std::env::var_os("TMPDIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
@@ -225,7 +227,7 @@ pub fn open_with_qemu_img(path: &Path, refused: &io::Error, ui: Ui) -> Result<Di
             Disk::open_raw(&raw, &options).map_err(CowError::from)
         }
     };
-    // Open or not, it is nobody else's.
+    // Whether it was opened or not, its name is no longer needed.
     _ = fs::remove_file(&raw);
     disk
 }

@@ -20,7 +20,8 @@ fn it_is_asked_for_twice_and_says_who_becomes_invalid() {
         scratch.cow_ok(&format!("create -b base.img {name}"));
     }
     let before = scratch.read("base.img");
-    // Those over others of them as well, and those that stand beside the COW file; where it looked is said.
+    // Those over others of them as well, and those that stand beside the COW file; where it looked
+    // is said.
     scratch.cow_ok("snapshot c.cow over-c.cow");
     fs::create_dir(scratch.path("sub")).unwrap();
     scratch.cow_ok("create -b base.img sub/d.cow");

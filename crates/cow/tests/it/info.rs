@@ -1,4 +1,5 @@
-//! `cow info` and `cow check`: what they say of sound, mismatched and broken files, and how they end.
+//! `cow info` and `cow check`: what they say of sound, mismatched and broken files, and how they
+//! end.
 
 use std::fs;
 

@@ -134,7 +134,8 @@ fn a_file_in_use_is_refused() {
     scratch.cow_ok("create --format uml -b base.img out.cow");
     let hold = |name: &str, access, kind| {
         let file = Host.open(&scratch.path(name), access).unwrap();
-        // Between fork and exec the child of another test has the last lock's description for a moment.
+        // Between fork and exec the child of another test has the last lock's description for a
+        // moment.
         let mut tries = 0..1_000_000;
         while let Err(err) = file.try_lock(kind) {
             assert!(tries.next().is_some(), "{name}: {err}");

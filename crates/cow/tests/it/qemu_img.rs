@@ -1,4 +1,5 @@
-//! Commands that qemu-img has as well, beside it on the same content: the same disks, facts and exit statuses.
+//! Commands that qemu-img has as well, beside it on the same content: the same disks, facts and
+//! exit statuses.
 
 use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
@@ -159,7 +160,8 @@ fn compare_and_check_end_the_same() {
     let run = scratch.cow("compare --output=json -f raw -F raw a.raw a.raw");
     assert_eq!(json(&run.stdout), serde_json::json!({"difference": "none"}));
 
-    // Sound, leaking, corrupt: a cluster that nothing uses, a block that no bit speaks of; a reference to nowhere.
+    // Sound, leaking, corrupt: a cluster that nothing uses, a block that no bit speaks of; a
+    // reference to nowhere.
     scratch.cow_ok("create a.cow 8M");
     qemu_img(&scratch, "create -q -f qcow2 a.qcow2 8M");
     let check = |scratch: &Scratch| {
@@ -169,7 +171,8 @@ fn compare_and_check_end_the_same() {
     assert_eq!(check(&scratch), (0, 0));
     let data = std::fs::metadata(scratch.path("a.cow")).unwrap().len() - (8 << 20);
     crate::common::patch(&scratch.path("a.cow"), data, &[7; 4096]);
-    // The refcount block of a new image is its third cluster: number 4 is a new one that nothing uses.
+    // The refcount block of a new image is its third cluster: number 4 is a new one that nothing
+    // uses.
     crate::common::patch(&scratch.path("a.qcow2"), 4 << 16, &[7; 65536]);
     crate::common::patch(&scratch.path("a.qcow2"), (2 << 16) + 8, &[0, 1]);
     assert_eq!(check(&scratch), (3, 3));
@@ -225,7 +228,8 @@ fn resize_rebase_and_commit_leave_the_same_disk() {
     both("rebase -F raw -b other.raw a.cow", "rebase -q -f qcow2 -F raw -b other.raw a.qcow2");
     same("safely rebased");
     both("rebase -u -F raw -b base.raw a.cow", "rebase -u -q -f qcow2 -F raw -b base.raw a.qcow2");
-    // What is the same in both bases was not copied, and now reads as that: but zeros over a hole are.
+    // What is the same in both bases was not copied, and now reads as that: but zeros over a hole
+    // are.
     same("its reference changed");
     std::fs::copy(scratch.path("base.raw"), scratch.path("theirs.raw")).unwrap();
     qemu_img(&scratch, "rebase -u -q -f qcow2 -F raw -b theirs.raw a.qcow2");
@@ -298,7 +302,8 @@ fn what_a_qcow2_image_can_have_is_read_or_refused() {
         1,
         &["a.data", "same file"],
     );
-    // Snapshots inside do not matter, nor does what was not closed: a dirty bit speaks of reference counts.
+    // Snapshots inside do not matter, nor does what was not closed: a dirty bit speaks of reference
+    // counts.
     qemu_img(&scratch, "convert -f raw -O qcow2 -o lazy_refcounts=on a.raw a.qcow2");
     qemu_img(&scratch, "snapshot -c one a.qcow2");
     qemu_io(&scratch, "a.qcow2", "write -P 9 0 65536");

@@ -1,4 +1,5 @@
-//! Random commands on random chains against a model, and commands that are killed at random moments.
+//! Random commands on random chains against a model, and commands that are killed at random
+//! moments.
 
 use std::fs;
 use std::process::{Command, Stdio};

@@ -1,4 +1,5 @@
-//! The tool against the UML vectors, and against `uml_mkcow` and `uml_moo` as a second implementation.
+//! The tool against the UML vectors, and against `uml_mkcow` and `uml_moo` as a second
+//! implementation.
 
 use std::process::Command;
 

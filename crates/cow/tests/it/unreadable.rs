@@ -1,4 +1,5 @@
-//! A layer that cannot be read (EIO): a message that says which file and where, and nothing half-written.
+//! A layer that cannot be read (EIO): a message that says which file and where, and nothing
+//! half-written.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -76,7 +77,8 @@ fn it_is_named_and_nothing_is_left() {
         assert_eq!(run.stderr.lines().count(), 1, "{file}, {args}: {}", run.stderr);
         assert_eq!(scratch.names(), names, "{file}, {args}");
         for (name, content) in names.iter().zip(&contents) {
-            // A rebase that fails leaves the same disk; its header said for a while that it is in use.
+            // A rebase that fails leaves the same disk; its header said for a while that it is in
+            // use.
             if name != "digest.cow" {
                 assert_eq!(&scratch.read(name), content, "{file}, {args}: {name}");
             }

@@ -1,4 +1,5 @@
-//! What the tests of the tool share: a directory of their own, `cow` and other programs run in it, the UML vectors.
+//! What the tests of the tool share: a directory of their own, `cow` and other programs run in it,
+//! the UML vectors.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -128,7 +129,8 @@ pub fn vectors() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../cow-format/tests/vectors")
 }
 
-/// `count` sectors, each 32 times the tag and the sector's number (as the vectors' gen-base.sh makes them).
+/// `count` sectors, each 32 times the tag and the sector's number (as the vectors' gen-base.sh
+/// makes them).
 pub fn base_image(tag: char, count: u64) -> Vec<u8> {
     let mut bytes = Vec::new();
     for sector in 0..count {

@@ -1,5 +1,5 @@
-//! Boots a guest of the tests on a disk that somebody else serves, runs a script in it, and prints what
-//! the guest said: `guest qemu|uml SOCKET|COW,BASE SCRIPT`. Used by `ci/bench`.
+//! Boots a guest of the tests on a disk that another program serves, runs a script in it, and
+//! prints the guest's output: `guest qemu|uml SOCKET|COW,BASE SCRIPT`. Used by `ci/bench`.
 //!
 //! A disk that is not a socket is given to UML's own driver.
 

@@ -26,8 +26,8 @@ const ENGINES: [&[&str]; 2] = [&[], &["--io-engine=sync"]];
 /// For everything that is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A mount namespace of its own in which `script` runs; with it a file system can be mounted whose
-/// end nobody else sees, and without being root.
+/// A mount namespace of its own in which `script` runs; in it a file system can be mounted without
+/// root and without being seen by other processes.
 fn in_namespace(script: &str) -> Command {
     let mut command = Command::new("unshare");
     command.args(["--mount", "--user", "--map-root-user", "sh", "-euc", script]);
@@ -164,7 +164,7 @@ fn a_base_cut_short_under_the_load_of_all_queues_gives_errors_and_no_wrong_data(
     }
 }
 
-/// Waits until a COW file takes up so many bytes: a load is under way.
+/// Waits until a COW file occupies this many bytes: a load is under way.
 fn wait_for_writes(cow_file: &Path, bytes: usize) {
     let deadline = Instant::now() + PATIENCE;
     let used = || std::fs::metadata(cow_file).map_or(0, |metadata| metadata.blocks() * 512);
@@ -185,8 +185,8 @@ fn memory_of(bench: &Process) -> File {
     OpenOptions::new().write(true).open(path.expect("its memory")).expect("its memory")
 }
 
-/// The frontend's memory is shortened while four queues have work in it, to copy and for the kernel: most of the last
-/// queue's data, two queues with their rings, everything.
+/// The frontend's memory is shortened while four queues have work in it, to copy and for the
+/// kernel: most of the last queue's data, two queues with their rings, everything.
 #[test]
 fn memory_cut_short_under_the_load_of_all_queues_ends_the_session_and_no_more() {
     ENGINES.into_iter().for_each(memory_cut_short);
@@ -208,7 +208,8 @@ fn memory_cut_short(engine: &[&str]) {
         ];
         let bench = Process::spawn("blk-bench", load(daemon.socket(), &options));
         daemon.wait_for_times("write cache on", number + 1);
-        // The load begins; then the rings fill up; then the frontend, which would die of it, sees nothing of what happens.
+        // The load begins; then the rings fill up; then the frontend, which would die of it, sees
+        // nothing of what happens.
         std::thread::sleep(Duration::from_millis(200));
         daemon.signal(Signal::SIGSTOP);
         std::thread::sleep(Duration::from_millis(50));
@@ -328,7 +329,8 @@ fn after_a_failed_sync_there_are_reads_and_no_writes_until_the_disk_is_opened_ag
     daemon.stop();
 }
 
-/// Lets writes of the durable bitmap, which begins at byte 8192, fail for lack of space as long as a file exists.
+/// Lets writes of the durable bitmap, which begins at byte 8192, fail for lack of space as long as
+/// a file exists.
 const FULL_BITMAP: &str = r#"
 #define _GNU_SOURCE
 #include <errno.h>
@@ -347,7 +349,8 @@ ssize_t pwrite(int fd, const void *data, size_t len, off_t at) {
 }
 "#;
 
-/// The guest hears of a flush that failed, and so does the log, with the reason. The next one may succeed.
+/// A failed flush is reported to the guest, and in the log with the reason. The next one may
+/// succeed.
 #[test]
 fn a_flush_that_fails_for_lack_of_space_is_logged_with_the_reason() {
     let disk = CowDisk::over(&patterned(8 * MIB, 5));
@@ -371,7 +374,8 @@ fn a_flush_that_fails_for_lack_of_space_is_logged_with_the_reason() {
     daemon.stop();
 }
 
-/// Has fdatasync hang as long as a file exists, as that of a file system does whose server has gone.
+/// Has fdatasync hang as long as a file exists, as that of a file system does whose server has
+/// gone.
 const HANGING_SYNC: &str = r#"
 #define _GNU_SOURCE
 #include <stdlib.h>
@@ -422,7 +426,7 @@ fn a_base_that_is_opened_for_writing_is_reported_and_nobody_waits() {
     let disk = CowDisk::over(&patterned(MIB, 3));
     let daemon = disk.serve(&[]);
     daemon.wait_for("listening");
-    // Looking at it is no news.
+    // Reading it is no change.
     std::fs::read(&disk.base).expect("the base");
     assert!(!daemon.output().contains("open for writing"));
     OpenOptions::new().write(true).open(&disk.base).expect("the base");
@@ -467,7 +471,8 @@ fn a_live_bitmap_of_another_boot_is_void_and_what_was_flushed_is_there() {
     }
 }
 
-/// Containers are given boot ids of their own. Who may look beneath sees that it is still the same host.
+/// Containers get boot ids of their own. A process that may look beneath sees that it is still the
+/// same host.
 #[test]
 fn a_boot_id_that_is_mounted_over_the_hosts_is_not_believed() {
     let unshared = |script: &str| {
@@ -490,7 +495,8 @@ fn a_boot_id_that_is_mounted_over_the_hosts_is_not_believed() {
     assert!(std::fs::read(&out).unwrap() == std::fs::read(&all).unwrap());
 }
 
-/// A script that runs a command of `cow`, by `prefix`, where another boot id is mounted over the host's.
+/// A script that runs a command of `cow`, by `prefix`, where another boot id is mounted over the
+/// host's.
 fn under_other_boot_id(directory: &TestDir, prefix: &str, args: &str) -> String {
     let boot = directory.path("boot_id");
     std::fs::write(&boot, "01234567-89ab-cdef-0123-456789abcdef\n").expect("a file");
@@ -501,13 +507,15 @@ fn under_other_boot_id(directory: &TestDir, prefix: &str, args: &str) -> String 
     )
 }
 
-/// Runs a command of `cow` as on a host that has been booted since: it may not look beneath the other boot id.
+/// Runs a command of `cow` as on a host that has been booted since: it may not look beneath the
+/// other boot id.
 fn cow_after_boot(directory: &TestDir, args: &str) -> Outcome {
     run(in_namespace(&under_other_boot_id(directory, "setpriv --bounding-set=-sys_admin", args)))
 }
 
-/// Some of the disk is flushed in place, more of it one write at a time, which goes into the journal. Then the daemon is
-/// killed and the host goes down: what was not synced in place is lost there, and put in place from the journal.
+/// Some of the disk is flushed in place, more of it one write at a time, which goes into the
+/// journal. Then the daemon is killed and the host goes down: what was not synced in place is lost
+/// there, and put in place from the journal.
 #[test]
 fn what_stands_in_the_journal_outlives_the_page_cache() {
     if run(in_namespace("mount -t tmpfs none /mnt")).code != Some(0) {

@@ -1,5 +1,5 @@
-//! Guests that boot from the disk as users' guests do: firmware, GRUB, kernel. Each kind of firmware on
-//! each kind of machine, with small and large rings, with one and several queues.
+//! Guests that boot from the disk as users' guests do: firmware, GRUB, kernel. Each kind of
+//! firmware on each kind of machine, with small and large rings, with one and several queues.
 
 use serde_json::json;
 use system_tests::{
@@ -8,7 +8,7 @@ use system_tests::{
 
 const MIB: usize = 1 << 20;
 
-/// Counts the boots in a sector that nobody else uses, in the gap before the partition. Reboots by
+/// Counts the boots in a sector that nothing else uses, in the gap before the partition. Reboots by
 /// itself, then waits for a reset, then ends.
 const LIFE: &str = "
     boot=$(dd if=/dev/vda bs=512 skip=2000 count=1 2>/dev/null | tr -d '\\0')

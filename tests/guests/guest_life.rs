@@ -1,5 +1,5 @@
-//! What happens to a disk in the life of its guest: the driver is bound anew, the machine is reset in
-//! the midst of I/O, one kernel goes over to another. (A guest that reboots: `guests.rs`.)
+//! What happens to a disk in the life of its guest: the driver is rebound, the machine is reset
+//! during I/O, one kernel starts another. (A guest that reboots: `guests.rs`.)
 
 use std::fs;
 
@@ -56,7 +56,8 @@ fn a_driver_is_bound_anew_in_uml() {
     rebind(Kernel::Uml);
 }
 
-/// The machine is reset while it reads, writes and syncs; what was synced before is there each time.
+/// The machine is reset while it reads, writes and syncs; what was synced before is there each
+/// time.
 #[test]
 fn a_machine_is_reset_in_the_midst_of_io() {
     require!(Kernel::Qemu.available());
@@ -110,7 +111,7 @@ fn a_machine_is_reset_in_the_midst_of_io() {
     console.expect("digest", &sha256(&disk.merged()));
 }
 
-/// A kernel goes over to another while it reads and writes. The device is not told by the first; the
+/// A kernel starts another while it reads and writes. The first does not shut the device down; the
 /// second resets it.
 #[test]
 fn a_kernel_goes_over_to_another_in_the_midst_of_io() {

@@ -276,7 +276,7 @@ fn odd_size_in_uml() {
 }
 
 /// A guest that reboots finds what it wrote: under QEMU the device is reset on the same connection,
-/// UML starts anew on the next one.
+/// UML starts again on a new one.
 fn reboot(kernel: Kernel) {
     require!(kernel.available());
     let disk = CowDisk::over(&patterned(4 * MIB, 6));
@@ -336,7 +336,7 @@ fn two_guests(kernel: Kernel) {
         result files $(cd /mnt && echo *)
         umount /mnt
     ";
-    // The second of them on a daemon that was started anew.
+    // The second of them on a restarted daemon.
     daemon_two.stop();
     let daemon_two = two.serve(&[]);
     let again_one = Guest::new(kernel, read).disk(&daemon_one).run(&one.dir, "one-again");

@@ -1,5 +1,5 @@
-//! The harness itself, proved with qemu-storage-daemon as the backend: where these tests fail, the
-//! others say nothing about this project's daemon.
+//! The harness itself, proved with qemu-storage-daemon as the backend: if these tests fail, the
+//! others prove nothing about this project's daemon.
 
 use system_tests::{
     Backend, Guest, Kernel, TestDir, available, patterned, require, sha256, write_image,

@@ -66,7 +66,7 @@ fn memory_comes_and_goes_under_load() {
     assert!(!log.contains("WARN"), "{log}");
 }
 
-/// A disk is plugged, written and read, and unplugged in the midst of it. The guest's requests fail then,
+/// A disk is plugged, written and read, and unplugged during that. The guest's requests fail then,
 /// as those to any disk that is gone; the daemon loses track of nothing and serves the next time.
 #[test]
 fn a_disk_comes_and_goes_under_load() {
@@ -110,8 +110,8 @@ fn a_disk_comes_and_goes_under_load() {
         let address = json!({ "type": "unix", "data": { "path": path } });
         let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
         monitor.run("chardev-add", json!({ "id": "plug", "backend": backend }));
-        // Without MSI-X: with it QEMU 10.0 under TCG failed an assertion of its own (hw/pci/msix.c) in
-        // one of some forty times that a device was plugged.
+        // Without MSI-X: with it QEMU 10.0 under TCG failed an assertion of its own (hw/pci/msix.c)
+        // in one of some forty times that a device was plugged.
         let device = json!({
             "driver": "vhost-user-blk-pci", "id": "disk", "chardev": "plug", "num-queues": 2,
             "vectors": 0,

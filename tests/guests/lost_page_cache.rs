@@ -1,7 +1,8 @@
-//! The page cache goes, or has lost something, while the host runs on: its boot id stays. What a guest has flushed must be
-//! there all the same (docs/architecture.md, "When the power goes").
+//! The page cache goes, or has lost something, while the host runs on: its boot id stays. What a
+//! guest has flushed must be there all the same (docs/architecture.md, "When the power goes").
 //!
-//! The first half mounts file systems here and needs root. The second runs in a QEMU guest, where a device can fail.
+//! The first half mounts file systems here and needs root. The second runs in a QEMU guest, where a
+//! device can fail.
 
 use std::env;
 use std::fs;
@@ -24,7 +25,7 @@ const CLIENT: &str = env!("CARGO_BIN_EXE_flush-client");
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Under TCG, on a busy machine.
 const GUEST_PATIENCE: Duration = Duration::from_secs(300);
-/// So many flushes make the load that a fault meets.
+/// The flushes of the load during which a fault occurs.
 const FLUSHES_BEFORE: usize = 40;
 /// A program after the fault, to its end.
 const AFTERWARDS: &str = "count=120";
@@ -36,11 +37,12 @@ enum Life {
     Killed,
     /// It lives through the fault, until the guest has heard of it; then SIGTERM.
     Ended,
-    /// The same with kill -9, and a service manager that starts it again at once, before the file system is mounted anew.
+    /// The same with kill -9, and a service manager that restarts it at once, before the file
+    /// system is mounted again.
     Restarted,
 }
 
-/// A disk on a file system that is mounted here, and what its guest has been told.
+/// A disk on a file system that is mounted here, and the answers that its guest got.
 struct Disk {
     // In this order: the daemon, the mount, what it is made of.
     backend: Option<Backend>,
@@ -279,7 +281,8 @@ fn runs_full(file_system: FileSystem, signal: Signal, seed: u64) {
         disk.serve();
         let load = disk.load(number);
         disk.thin.as_ref().expect("a thin device").fill();
-        // Until the guest hears of it the load goes on: what it overwrites has its place already.
+        // The load continues until the guest gets the error: overwritten sectors have their place
+        // already.
         assert!(wait_until(PATIENCE, || disk.guest_has_heard()), "{}", load.output());
         drop(load);
         disk.signal(signal);
@@ -341,8 +344,8 @@ fn await_told(
     assert!(reached(&told), "no {what}: {:?}\n{}", told.failures, guest.output());
 }
 
-/// The device of the host fails under load, and works again; the daemon's successor must show what was flushed, without
-/// or after a new mount.
+/// The device of the host fails under load, and works again; the daemon's successor must show what
+/// was flushed, without or after a new mount.
 fn device_fails(file_system: FileSystem, fault: Fault, life: Life, remount: bool, seed: u64) {
     require!(Kernel::Qemu.available());
     require!(available(&["mkfs.ext4", "mkfs.xfs", "mkfs.btrfs"]));
@@ -353,7 +356,7 @@ fn device_fails(file_system: FileSystem, fault: Fault, life: Life, remount: bool
     let variant = Variant { file_system, uml: false, direct: false };
     let host = Host::new(&dir, &image, variant, None, Path::new(CLIENT)).controlled();
     if !remount {
-        // Without a journal ext4 goes on after an error of its device.
+        // Without a journal ext4 continues after an error of its device.
         let mut tune = Command::new("tune2fs");
         tune.env("PATH", format!("{}:/usr/sbin:/sbin", env::var("PATH").unwrap_or_default()));
         tune.args(["-O", "^has_journal"]).arg(&image);
@@ -372,7 +375,8 @@ fn device_fails(file_system: FileSystem, fault: Fault, life: Life, remount: bool
         "await_word\n{}table '{table}'\n",
         if life == Life::Killed { "kill_daemon\n" } else { "" }
     );
-    // As the kernel's flusher would after some seconds: what it cannot write it takes for clean from then on.
+    // As the kernel's flusher would after some seconds: what it cannot write it takes for clean
+    // from then on.
     plan += "wait $load || true\nsync || true\n";
     if life != Life::Killed {
         plan += &format!("{end}\nwait $daemon || true\n");

@@ -1,9 +1,9 @@
 //! A guest is migrated from one QEMU to another, and its disk goes from one daemon to another.
 //!
-//! A guest under load seldom looks again at what the daemon wrote into its memory while it moved, so a
-//! daemon that forgot to mark that in the dirty log could pass the first test. The second looks at
-//! nothing else, and fails with such a daemon, which the third proves. That each kind of write is
-//! marked the daemon's own tests prove (`crates/vhost-user-blk/tests/dirty_log.rs`).
+//! A guest under load seldom reads again what the daemon wrote into its memory while it moved, so a
+//! daemon that forgot to mark that in the dirty log could pass the first test. The second checks
+//! exactly this, and fails with such a daemon, as the third proves. That each kind of write is
+//! marked the daemon's own tests prove (`crates/vhost-user-blk/tests/it/dirty_log.rs`).
 
 use std::fs;
 use std::process::Command;
@@ -30,9 +30,9 @@ fn await_another(guest: &Running, key: &str) {
     guest.wait_for_times(&line, seen + 1);
 }
 
-/// fio writes and verifies, in rounds, in a file system, until it is told to stop. One migration is
-/// cancelled when the disk has been let go already, the next succeeds; at least one whole round comes
-/// before, between and after them.
+/// fio writes and verifies, in rounds, in a file system, until it is stopped. One migration is
+/// cancelled when the disk has already been released, the next succeeds; at least one whole round
+/// comes before, between and after them.
 #[test]
 fn a_guest_moves_under_load_and_sees_nothing_of_it() {
     require!(Kernel::Qemu.available());
@@ -125,8 +125,8 @@ const UNLOGGED: &str = include_str!("../c/unlogged.c");
 /// Slow enough that each pass over what has changed takes the guest some of its own time.
 const SLOW: u64 = 16 << 20;
 
-/// Migrates a guest with a buffer that only the daemon writes, and writes anew after it was sent. How
-/// many of its pages hold at the destination what they must not.
+/// Migrates a guest with a buffer that only the daemon writes, and rewrites after it was sent.
+/// Returns the number of its pages that are wrong at the destination.
 fn wrong_pages_after_the_move(prepare: impl FnOnce(&CowDisk, &mut Command)) -> usize {
     let script = format!(
         "
@@ -177,7 +177,7 @@ fn what_the_daemon_writes_into_memory_while_it_is_sent_arrives() {
     assert_eq!(wrong_pages_after_the_move(|_, _| {}), 0);
 }
 
-/// The daemon is the same, with a log of its own in which nobody looks.
+/// The daemon is the same, with a log of its own that is never read.
 #[test]
 fn a_guest_sees_that_a_daemon_marks_nothing() {
     require!(Kernel::Qemu.available());

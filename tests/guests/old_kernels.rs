@@ -8,8 +8,8 @@ use system_tests::{
     vhost_user_blk,
 };
 
-/// In a guest of 5.10: the daemon's files on ext4 in a file, a load that knows what each sector must
-/// hold, and an upgrade.
+/// In a guest of 5.10: the daemon's files on ext4 in a file, a load that knows what each sector
+/// must hold, and an upgrade.
 const SCRIPT: &str = r#"
 result kernel $(uname -r | cut -d. -f1,2)
 dd if=/dev/zero of=/tmp/ext4 bs=1M count=0 seek=200 2>/dev/null
@@ -53,8 +53,8 @@ for name in io_uring sync direct; do
 done
 "#;
 
-/// Debian's 5.10 has the io_uring of 5.15, as all of 5.10.162 and later, without what came after that:
-/// the ring is made with none of the flags of 5.18 to 6.1.
+/// Debian's 5.10 has the io_uring of 5.15, as all of 5.10.162 and later, without what came after
+/// that: the ring is made with none of the flags of 5.18 to 6.1.
 #[test]
 fn linux_5_10_serves_with_both_engines() {
     require!(Kernel::Bullseye.available());
@@ -75,8 +75,8 @@ fn linux_5_10_serves_with_both_engines() {
     }
 }
 
-/// A kernel whose io_uring is refused, or older than 5.13 and so without multishot polls, or than 5.6 and
-/// so without a way to ask it what it does: `OLD` says which.
+/// A kernel whose io_uring is refused, or older than 5.13 and so without multishot polls, or than
+/// 5.6 and so without a way to ask it what it does: `OLD` says which.
 const OLD_KERNEL: &str = r#"
 #define _GNU_SOURCE
 #include <dlfcn.h>

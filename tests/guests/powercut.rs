@@ -1,10 +1,12 @@
-//! Real power cuts (`system_tests::powercut`): no sector that was flushed is lost, whatever of the rest reaches the disk.
+//! Real power cuts (`system_tests::powercut`): no sector that was flushed is lost, whatever of the
+//! rest reaches the disk.
 //!
 //!     POWERCUTS=300 cargo test -p system-tests --test powercut -- --nocapture      # hundreds of cuts
 //!     POWERCUT_LIES=all cargo test -p system-tests --test powercut -- --nocapture  # every wrong host must be found
 //!     POWERCUT_SEED=7 ...                                                          # the kinds of cuts of that run
 //!
-//! A seed repeats the programs and the kinds of cuts. At which instant one falls depends on the machine.
+//! A seed repeats the programs and the kinds of cuts. At which instant one falls depends on the
+//! machine.
 
 use std::env;
 use std::fs::OpenOptions;
@@ -19,7 +21,7 @@ use system_tests::powercut::{
 };
 use system_tests::{Kernel, Running, TestDir, available, require};
 
-/// Cuts where the environment does not say how many.
+/// The number of cuts if the environment does not set it.
 const CUTS: u32 = 6;
 /// Cuts of one disk.
 const CUTS_OF_A_DISK: u32 = 3;
@@ -84,8 +86,8 @@ fn a_power_cut_loses_nothing_that_was_flushed() {
     assert!(failures.is_empty(), "{} (seed {seed}):\n{}", failures.len(), failures.join("\n"));
 }
 
-/// Files that `cow` makes one after the other, until the power goes: each is whole or not there, and those that it has said
-/// are done are there.
+/// Files that `cow` makes one after the other, until the power goes: each is whole or missing, and
+/// those that it reported as done are there.
 fn what_cow_has_made_is_whole(file_system: FileSystem) {
     require!(can_run());
     let seed = run_seed();
@@ -132,7 +134,7 @@ fn what_cow_has_made_is_whole(file_system: FileSystem) {
     assert!(wrong.is_empty(), "{} (seed {seed}): {wrong:?}", file_system.name());
 }
 
-/// Waits until the script of a host has come to its end, and gives what it has told.
+/// Waits for the end of a host's script, and returns its report.
 fn finish(mut guest: Running, told: &dyn Fn() -> Told) -> Told {
     wait_until(PATIENCE, || told().has("over") || guest.has_ended());
     let told = told();

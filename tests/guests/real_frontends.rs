@@ -1,5 +1,6 @@
-//! The real frontends, where they are installed, with a guest of this project's own (`c/payload.c`): it
-//! needs no kernel, and so runs also where KVM is too slow or too strange for one.
+//! The real frontends, where they are installed, with a guest of this project's own
+//! (`c/payload.c`): it needs no kernel, and so runs also where KVM is too slow or too strange for
+//! one.
 //!
 //! A frontend is named by a variable (CLOUD_HYPERVISOR, FIRECRACKER, CROSVM), or found in PATH.
 
@@ -18,7 +19,7 @@ const SECTORS: u32 = 32768;
 /// Long enough for a machine that emulates and has other work; only a hang gets there.
 const TIMEOUT: Duration = Duration::from_secs(240);
 
-/// What makes a program that stands by itself.
+/// Options for a static program.
 const FREESTANDING: [&str; 14] = [
     "-ffreestanding",
     "-nostdlib",
@@ -58,7 +59,7 @@ fn payload(out: &Path) {
     run_ok(cc);
 }
 
-/// Where things are that a frontend is told.
+/// The paths that a frontend gets.
 struct Setup {
     payload: PathBuf,
     socket: PathBuf,

@@ -1,6 +1,6 @@
 //! A guest under load whose daemon is killed again and again: it sees a pause, and nothing else.
 //!
-//! `GUEST_KILLS` says how often (5 times if it is not set).
+//! `GUEST_KILLS` is the number of times (5 if it is not set).
 
 use std::env;
 use std::thread;
@@ -22,7 +22,7 @@ fn a_guest_outlives_its_daemons() {
     require!(Kernel::Qemu.available());
     let kills: u32 = env::var("GUEST_KILLS").map_or(5, |text| text.parse().expect("GUEST_KILLS"));
     let load = 2 * LIFE * kills + SLACK;
-    // fio in the file system and, beside it, files that nobody syncs before the end.
+    // fio in the file system and, beside it, files that are not synced before the end.
     let script = format!(
         "check mkfs mkfs.ext4 -q -F /dev/vda
          check mount mount -t ext4 /dev/vda /mnt

@@ -1,7 +1,7 @@
-//! A guest under load whose daemon goes on as another program again and again: without a connection
-//! anew, for QEMU is not told to make one.
+//! A guest under load whose daemon is upgraded again and again, without a new connection: QEMU has
+//! no option to make one.
 //!
-//! `GUEST_UPGRADES` says how often (6 times if it is not set).
+//! `GUEST_UPGRADES` is the number of times (6 if it is not set).
 
 use std::env;
 use std::thread;

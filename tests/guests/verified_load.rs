@@ -1,5 +1,6 @@
-//! Load with verification, without a guest: `blk-bench` writes through several queues and knows what every sector must
-//! hold. Its driver shares nothing with the daemon but the vhost-user messages.
+//! Load with verification, without a guest: `blk-bench` writes through several queues and knows
+//! what every sector must hold. Its driver shares nothing with the daemon but the vhost-user
+//! messages.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -84,7 +85,8 @@ fn connect_with(backend: &Backend, depth: u16, segment: Option<usize>) -> Device
     Device::connect(&options).unwrap()
 }
 
-/// Everything that changes a disk, in requests of 1 to 64 sectors, with neighbours in different queues.
+/// Everything that changes a disk, in requests of 1 to 64 sectors, with neighbours in different
+/// queues.
 fn job() -> Job {
     let region = Region {
         start: 0,
@@ -215,7 +217,7 @@ fn one_request_at_a_time() {
     }
 }
 
-/// Says that it is over, also when a test fails.
+/// Reports the end, also when a test fails.
 struct AtEnd<'a>(&'a AtomicBool);
 
 impl Drop for AtEnd<'_> {
@@ -224,8 +226,8 @@ impl Drop for AtEnd<'_> {
     }
 }
 
-/// Pages leave the cache all the time, as when memory is short: between the question whether they are there and the
-/// copy, too.
+/// Pages leave the cache all the time, as when memory is short: between the question whether they
+/// are there and the copy, too.
 #[test]
 fn pages_are_evicted_under_the_load() {
     let disk = Disk::new();
@@ -265,7 +267,8 @@ fn writes_of_one_sector_side_by_side_from_all_queues() {
     check_to_the_end(&disk, backend, &expected);
 }
 
-/// A memory cgroup of this test, in either version of the hierarchy. It goes when it is dropped, after its processes.
+/// A memory cgroup of this test, in either version of the hierarchy. It goes when it is dropped,
+/// after its processes.
 struct SmallMemory(PathBuf);
 
 impl SmallMemory {
@@ -290,7 +293,8 @@ impl Drop for SmallMemory {
     }
 }
 
-/// The kernel takes pages away, mapped ones too, and writers wait for writeback, as when the host's memory is short.
+/// The kernel takes pages away, mapped ones too, and writers wait for writeback, as when the host's
+/// memory is short.
 #[test]
 fn memory_is_short_under_the_load() {
     let disk = Disk::new();
@@ -322,12 +326,14 @@ fn memory_is_short_under_the_load() {
     check_to_the_end(&disk, backend, &expected);
 }
 
-/// What direct I/O cannot take goes through the page cache, and the rest goes past it, in the same and in neighbouring
-/// pages at the same time: neither may lose what the other has written, and no sync may fail.
+/// What direct I/O cannot take goes through the page cache, and the rest goes past it, in the same
+/// and in neighbouring pages at the same time: neither may lose what the other has written, and no
+/// sync may fail.
 #[test]
 fn direct_and_buffered_writes_side_by_side() {
-    // Sectors of the longest request, and bytes of the longest piece of memory: a sector alone in aligned memory beside
-    // longer requests in memory that is not; parts of pages; parts of pages beside whole ones.
+    // Sectors of the longest request, and bytes of the longest piece of memory: a sector alone in
+    // aligned memory beside longer requests in memory that is not; parts of pages; parts of pages
+    // beside whole ones.
     for (granule, segment) in [(3, Some(1000)), (8, None), (12, None)] {
         let disk = Disk::new();
         let backend = disk.serve(&["--cow-cache=direct"]);
@@ -344,7 +350,8 @@ fn direct_and_buffered_writes_side_by_side() {
     }
 }
 
-/// No flush at all: what was acknowledged is there when the daemon was killed, for the host runs on.
+/// No flush at all: what was acknowledged is there when the daemon was killed, for the host runs
+/// on.
 #[test]
 fn acknowledged_writes_outlive_the_daemon() {
     for format in ["--format=native", "--format=uml"] {

@@ -81,7 +81,7 @@ impl Backend {
         self.process.wait_for(text, BACKEND_TIMEOUT);
     }
 
-    /// Waits until it has written `text` so many times.
+    /// Waits until it has written `text` this many times.
     pub fn wait_for_times(&self, text: &str, times: usize) {
         self.process.wait_for_times(text, times, BACKEND_TIMEOUT);
     }

@@ -1,9 +1,9 @@
 //! Disks that a guest boots from by itself: GRUB, for both kinds of firmware, in front of a kernel.
 //!
-//! The disk has a partition table of the old kind and one partition, a FAT file system of the type that
-//! UEFI looks for. There are GRUB for UEFI, under the name that is tried by itself, the kernel, the
-//! initrd and GRUB's commands. GRUB for the BIOS stands where it always does, in the first sector and
-//! the gap behind it.
+//! The disk has a partition table of the old kind and one partition, a FAT file system of the type
+//! that UEFI looks for. There are GRUB for UEFI, under the name that is tried by itself, the
+//! kernel, the initrd and GRUB's commands. GRUB for the BIOS is in its usual place, the first
+//! sector and the gap behind it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -30,7 +30,7 @@ const BOOT_SECTOR: &str = "/usr/lib/grub/i386-pc/boot.img";
 /// Something of GRUB for UEFI (Debian: grub-efi-amd64-bin).
 const EFI_KERNEL: &str = "/usr/lib/grub/x86_64-efi/kernel.img";
 
-/// What GRUB can do without looking for more.
+/// The modules built into GRUB.
 const MODULES: [&str; 10] = [
     "part_msdos",
     "fat",
@@ -49,7 +49,7 @@ const EARLY: &str = "serial --unit=0 --speed=115200\nterminal_output serial\n\
     set root=(hd0,msdos1)\nconfigfile /grub.cfg\n";
 
 const SECTOR: usize = 512;
-/// First sector of the partition: GRUB stands before it.
+/// First sector of the partition: GRUB is before it.
 const PARTITION: u16 = 2048;
 /// Where the partition table begins in the first sector; the code ends at the disk's signature.
 const TABLE: usize = 446;
@@ -74,8 +74,8 @@ impl Firmware {
 /// Debian's path of a user does not hold it.
 const MKFS: &str = "/usr/sbin/mkfs.vfat";
 
-/// A disk whose GRUB obeys `commands` and that holds `files`, (name, content), at the top of its file
-/// system. The disk's first sectors up to [`PARTITION`] are free behind some hundred.
+/// A disk whose GRUB obeys `commands` and that holds `files`, (name, content), at the top of its
+/// file system. The disk's first sectors up to [`PARTITION`] are free behind some hundred.
 pub(crate) fn boot_disk(commands: &str, files: &[(&str, &[u8])]) -> Vec<u8> {
     let dir = TestDir::new();
     let early = dir.path("early.cfg");
@@ -91,7 +91,7 @@ pub(crate) fn boot_disk(commands: &str, files: &[(&str, &[u8])]) -> Vec<u8> {
     disk[..CODE_LEN].copy_from_slice(&read(Path::new(BOOT_SECTOR))[..CODE_LEN]);
     disk[TABLE..TABLE + 16].copy_from_slice(&partition(fat.len() / SECTOR));
     disk[SECTOR - 2..SECTOR].copy_from_slice(&[0x55, 0xaa]);
-    // The first sector loads what comes next, and that has been told its own length.
+    // The first sector loads the next ones, which contain their own length.
     disk[SECTOR..SECTOR + core.len()].copy_from_slice(&core);
     disk.extend(fat);
     disk

@@ -127,7 +127,8 @@ impl CowDisk {
         Backend::daemon(&self.dir.path("socket"), &args)
     }
 
-    /// Runs `guest` to its end with this disk at a daemon with further options, which must end well.
+    /// Runs `guest` to its end with this disk at a daemon with further options, which must end
+    /// well.
     pub fn run(&self, guest: Guest, options: &[&str]) -> Console {
         let daemon = self.serve(options);
         let console = guest.disk(&daemon).run(&self.dir, "guest");

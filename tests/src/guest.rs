@@ -1,4 +1,4 @@
-//! Guests: a kernel, disks, a script; and what the script said on the console.
+//! Guests: a kernel, disks, a script; and the script's output on the console.
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
@@ -161,13 +161,15 @@ impl Guest {
         self
     }
 
-    /// Puts a file into the guest, at a path that does not begin with `/`. Its directory must be there.
+    /// Puts a file into the guest, at a path that does not begin with `/`. Its directory must be
+    /// there.
     pub fn with_file(mut self, path: &str, content: Vec<u8>) -> Self {
         self.files.push((path.to_owned(), content));
         self
     }
 
-    /// Attaches a disk of QEMU's own, after those of vhost-user; `options` are `-drive`'s (QEMU only).
+    /// Attaches a disk of QEMU's own, after those of vhost-user; `options` are `-drive`'s (QEMU
+    /// only).
     pub fn drive(mut self, options: &str) -> Self {
         assert_eq!(self.kernel, Kernel::Qemu, "a drive is QEMU's");
         self.drives.push(options.to_owned());
@@ -195,8 +197,8 @@ impl Guest {
         self
     }
 
-    /// Puts a program of this machine into the guest's `/bin`, without symbols, and the libraries that
-    /// it names.
+    /// Puts a program of this machine into the guest's `/bin`, without symbols, and the libraries
+    /// that it names.
     pub fn with_program(mut self, program: &Path) -> Self {
         let name = program.file_name().expect("a program's name").to_string_lossy();
         let mut ldd = Command::new("ldd");
@@ -225,7 +227,8 @@ impl Guest {
         self
     }
 
-    /// Gives it a monitor and a second serial port, `/dev/ttyS1`, which the test can use (QEMU only).
+    /// Gives it a monitor and a second serial port, `/dev/ttyS1`, which the test can use (QEMU
+    /// only).
     pub fn controlled(mut self) -> Self {
         assert_eq!(self.kernel, Kernel::Qemu, "a monitor is QEMU's");
         self.control = true;
@@ -246,8 +249,8 @@ impl Guest {
         self
     }
 
-    /// The disk that it boots from: GRUB, its kernel, its script. GRUB obeys `commands` first, and the
-    /// disk has `files`, (name, content), as well.
+    /// The disk that it boots from: GRUB, its kernel, its script. GRUB obeys `commands` first, and
+    /// the disk has `files`, (name, content), as well.
     pub fn boot_disk(&self, commands: &str, files: &[(&str, &[u8])]) -> Vec<u8> {
         let path = cache().join("kernel/vmlinuz");
         let kernel = fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -271,8 +274,8 @@ impl Guest {
         self
     }
 
-    /// Gives it room for memory that is plugged later, which its kernel uses at once and in such a way
-    /// that it can be taken away (QEMU only).
+    /// Gives it room for memory that is plugged later, which its kernel uses at once and in such a
+    /// way that it can be taken away (QEMU only).
     pub fn with_memory_slots(mut self) -> Self {
         assert_eq!(self.kernel, Kernel::Qemu, "UML's memory is what it is");
         self.slots = true;
@@ -432,7 +435,7 @@ impl Running {
         self.process.wait_for(text, self.timeout);
     }
 
-    /// Waits until the console shows `text` so many times.
+    /// Waits until the console shows `text` this many times.
     pub fn wait_for_times(&self, text: &str, times: usize) {
         self.process.wait_for_times(text, times, self.timeout);
     }
@@ -442,8 +445,8 @@ impl Running {
         self.process.ended().is_some()
     }
 
-    /// Whether QEMU itself has died of a signal. Its version 10.0 sometimes does while a guest of two CPUs boots under TCG
-    /// ("iotlb_to_section: Assertion").
+    /// Whether QEMU itself has died of a signal. Its version 10.0 sometimes does while a guest of
+    /// two CPUs boots under TCG ("iotlb_to_section: Assertion").
     pub fn has_crashed(&mut self) -> bool {
         self.process.ended().is_some_and(|status| status.signal().is_some())
     }
@@ -574,7 +577,7 @@ fn cache() -> PathBuf {
     }
 }
 
-/// How QEMU's socket is told to connect again: in milliseconds since 9.2, in seconds before.
+/// The option for QEMU's socket to reconnect: in milliseconds since 9.2, in seconds before.
 fn reconnect_option() -> &'static str {
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.arg("--version");

@@ -43,7 +43,7 @@ impl Monitor {
         }
     }
 
-    /// Runs a command; what it says if it fails is the error.
+    /// Runs a command; its message is the error if it fails.
     fn try_run(&mut self, command: &str, arguments: &Value) -> Result<Value, Value> {
         let request = json!({ "execute": command, "arguments": arguments });
         let line = format!("{request}\n");
@@ -60,8 +60,7 @@ impl Monitor {
         }
     }
 
-    /// Runs a command as often as it takes until it succeeds: QEMU lets go of things a little after it
-    /// says so.
+    /// Repeats a command until it succeeds: QEMU releases things shortly after it reports that.
     pub fn run_in_the_end(&mut self, command: &str, arguments: Value) {
         let deadline = Instant::now() + self.timeout;
         while let Err(error) = self.try_run(command, &arguments) {
@@ -70,8 +69,8 @@ impl Monitor {
         }
     }
 
-    /// Asks the guest to give a device back, and waits until it has. One that cannot at the moment is
-    /// asked again.
+    /// Asks the guest to give a device back, and waits until it has. One that cannot at the moment
+    /// is asked again.
     pub fn unplug(&mut self, id: &str) {
         let deadline = Instant::now() + self.timeout;
         let mut refused = Value::Null;
@@ -99,20 +98,20 @@ impl Monitor {
         serde_json::from_str(&line).unwrap_or_else(|e| panic!("monitor: {line:?}: {e}"))
     }
 
-    /// Starts to migrate to the QEMU that waits at `socket`, with a guest that may be stopped as long as
-    /// it takes.
+    /// Starts to migrate to the QEMU that waits at `socket`, with a guest that may be stopped as
+    /// long as it takes.
     pub fn migrate(&mut self, socket: &Path) {
         let limits = json!({ "downtime-limit": 20_000, "max-bandwidth": 1_u64 << 40 });
         self.run("migrate-set-parameters", limits);
         self.run("migrate", json!({ "uri": format!("unix:{}", socket.display()) }));
     }
 
-    /// The same with a guest that may hardly be stopped. As long as the guest writes to its memory that
-    /// does not come to an end; it is sent again and again, at most so many bytes a second, until
-    /// [`Monitor::let_migration_end`].
+    /// The same with a guest that may hardly be stopped. As long as the guest writes to its memory
+    /// that does not come to an end; it is sent again and again, at most `bandwidth` bytes a
+    /// second, until [`Monitor::let_migration_end`].
     pub fn migrate_without_end(&mut self, socket: &Path, bandwidth: u64) {
-        // With 0 QEMU (10.0) ends when it has sent everything once: it does not look again for what
-        // has changed.
+        // With 0 QEMU (10.0) ends when it has sent everything once: it does not check again for
+        // changes.
         let limits = json!({ "downtime-limit": 1, "max-bandwidth": bandwidth });
         self.run("migrate-set-parameters", limits);
         self.run("migrate", json!({ "uri": format!("unix:{}", socket.display()) }));
@@ -132,8 +131,8 @@ impl Monitor {
         });
     }
 
-    /// Waits until the migration has this status; panics if it fails before. Gives all that is known of
-    /// it.
+    /// Waits until the migration has this status; panics if it fails before. Returns its whole
+    /// state.
     pub fn await_status(&mut self, status: &str) -> Value {
         self.await_state(status, |state| state["status"] == status)
     }

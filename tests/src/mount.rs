@@ -14,7 +14,8 @@ use crate::programs::{run, run_ok};
 /// What a dead daemon had in its rings keeps its file system busy for a moment.
 const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A file system in a file, mounted through a loop device. It is unmounted when it is dropped, and its device let go.
+/// A file system in a file, mounted through a loop device. It is unmounted when it is dropped, and
+/// its device let go.
 pub struct LoopMount {
     file_system: FileSystem,
     image: PathBuf,
@@ -24,7 +25,8 @@ pub struct LoopMount {
 }
 
 impl LoopMount {
-    /// Makes one at `image` that holds the files of `files`, and mounts it at `at`; says why if that cannot be done here.
+    /// Makes one at `image` that holds the files of `files`, and mounts it at `at`; returns the
+    /// reason if that cannot be done here.
     ///
     /// # Errors
     /// The reason, if this user may not mount, or this kernel does not know the file system.
@@ -76,10 +78,10 @@ impl LoopMount {
         !self.mounted
     }
 
-    /// Unmounts it as soon as nobody uses it any more; `meanwhile` is called before each try.
+    /// Unmounts it as soon as it is no longer in use; `meanwhile` is called before each try.
     ///
     /// # Panics
-    /// If somebody goes on using it.
+    /// If it stays in use.
     pub fn unmount(&mut self, mut meanwhile: impl FnMut()) {
         let unmounted = wait_until(UNMOUNT_TIMEOUT, || {
             meanwhile();
@@ -88,8 +90,8 @@ impl LoopMount {
         assert!(unmounted, "{} stays in use", self.at.display());
     }
 
-    /// Shuts it down as it does itself after an error, without writing what is in its log: XFS_IOC_GOINGDOWN, which ext4
-    /// has as well.
+    /// Shuts it down as it does itself after an error, without writing what is in its log:
+    /// XFS_IOC_GOINGDOWN, which ext4 has as well.
     ///
     /// # Errors
     /// The file system has no such thing.
@@ -122,7 +124,7 @@ pub struct SmallTmpfs {
 }
 
 impl SmallTmpfs {
-    /// Mounts one of so many bytes in `dir`.
+    /// Mounts one of `len` bytes in `dir`.
     ///
     /// # Errors
     /// The reason, if this user may not mount.

@@ -21,7 +21,7 @@ struct Output {
 #[derive(Default)]
 struct OutputState {
     bytes: Vec<u8>,
-    /// The process and whoever shares its output have closed it.
+    /// The process and all that share its output have closed it.
     closed: bool,
 }
 
@@ -35,7 +35,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command` with an empty stdin, and both outputs collected. `name` stands in messages.
+    /// Starts `command` with an empty stdin, and both outputs collected. `name` is used in
+    /// messages.
     pub fn spawn(name: &str, mut command: Command) -> Self {
         let (mut reader, writer) = std::io::pipe().expect("a pipe for the output");
         command
@@ -45,7 +46,7 @@ impl Process {
             .process_group(0);
         // SAFETY: between fork and exec the closure makes one system call, and allocates nothing.
         unsafe {
-            // The test program itself may be killed: then nobody runs the destructors.
+            // The test program itself may be killed: then no destructors run.
             command.pre_exec(|| Ok(prctl::set_pdeathsig(Signal::SIGKILL)?));
         }
         let child = command.spawn().unwrap_or_else(|e| panic!("{name}: starting {command:?}: {e}"));
@@ -68,12 +69,13 @@ impl Process {
         self.output.text()
     }
 
-    /// Waits until the output contains `text`. Panics if the process ends or `timeout` passes before.
+    /// Waits until the output contains `text`. Panics if the process ends or `timeout` passes
+    /// before.
     pub fn wait_for(&self, text: &str, timeout: Duration) {
         self.wait_for_times(text, 1, timeout);
     }
 
-    /// The same until it contains `text` so many times.
+    /// The same until it contains `text` this many times.
     pub fn wait_for_times(&self, text: &str, times: usize, timeout: Duration) {
         let arrived = |state: &OutputState| {
             let matches = state.bytes.windows(text.len()).filter(|found| *found == text.as_bytes());

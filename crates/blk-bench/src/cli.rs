@@ -22,7 +22,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Put load on a backend and say what it did.
+    /// Put load on a backend and report the result.
     #[command(after_help = "Examples:\n  \
         blk-bench run -s /tmp/disk.sock --depth=32 --runtime=10s\n  \
         blk-bench run -s /tmp/disk.sock --ops=write --once --flush-every=1\n  \
@@ -31,7 +31,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Show what a backend offers: size, limits, features, memory.
     Info(ConnectArgs),
-    /// Be a backend that answers at once without doing anything: what is measured against it is blk-bench itself.
+    /// Be a backend that answers at once without doing anything: what is measured against it is
+    /// blk-bench itself.
     NullBackend(NullArgs),
 }
 
@@ -43,7 +44,8 @@ pub struct ConnectArgs {
     /// Keep trying to connect for so long, for a backend that is still starting.
     #[arg(long, value_name = "TIME", default_value = "2s", value_parser = duration)]
     pub connect_for: Duration,
-    /// Process whose CPU time and memory are the server's; default: the one that listens on the socket.
+    /// Process whose CPU time and memory are the server's; default: the one that listens on the
+    /// socket.
     #[arg(long)]
     pub pid: Option<i32>,
     /// Print JSON, or text for a person.
@@ -61,9 +63,9 @@ pub enum Output {
 pub enum Completion {
     /// Sleep on the eventfd, as a guest's interrupt would wake it.
     Eventfd,
-    /// Look at the used ring all the time, with interrupts off.
+    /// Poll the used ring all the time, with interrupts off.
     Poll,
-    /// Look for --poll-time, then sleep.
+    /// Poll for --poll-time, then sleep.
     Adaptive,
 }
 
@@ -146,7 +148,7 @@ pub struct RunArgs {
     /// How completions are noticed.
     #[arg(long, value_enum, default_value = "eventfd", help_heading = "Driver")]
     pub completion: Completion,
-    /// How long --completion=adaptive looks before it sleeps.
+    /// How long --completion=adaptive polls before it sleeps.
     #[arg(long, value_name = "TIME", default_value = "50us", value_parser = duration, help_heading = "Driver")]
     pub poll_time: Duration,
     /// Ring entries; default: what the depth needs, at least 128.
@@ -170,15 +172,15 @@ pub struct RunArgs {
     /// Share memory from the pool of reserved huge pages.
     #[arg(long, help_heading = "Driver")]
     pub hugepages: bool,
-    /// Give up when nothing is completed for so long.
+    /// Give up if nothing is completed for this long.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration, help_heading = "Driver")]
     pub stall_after: Duration,
 
     /// Stamp every written sector, and check every sector that is read.
     #[arg(long, help_heading = "Verification")]
     pub verify: bool,
-    /// Raw image of what the disk held before, zeros after its end (/dev/null: all zeros). Without it, sectors that the
-    /// run has not written are not checked.
+    /// Raw image of what the disk held before, zeros after its end (/dev/null: all zeros). Without
+    /// it, sectors that the run has not written are not checked.
     #[arg(long, value_name = "FILE", requires = "verify", help_heading = "Verification")]
     pub base: Option<PathBuf>,
     /// After the run read the whole region through all queues and check it.
@@ -190,7 +192,7 @@ pub struct RunArgs {
     /// Discarded sectors must read as zeros; virtio leaves it open.
     #[arg(long, requires = "verify", help_heading = "Verification")]
     pub discard_zeroes: bool,
-    /// The used ring must say exactly how many bytes were written.
+    /// The used ring must give exactly the number of bytes that were written.
     #[arg(long, help_heading = "Verification")]
     pub check_used_len: bool,
     /// Count failed requests instead of ending.
@@ -212,7 +214,7 @@ pub struct NullArgs {
     /// Keep what is written, in memory, and read it back: a RAM disk.
     #[arg(long)]
     pub ram: bool,
-    /// Look for work for so long before sleeping.
+    /// Poll for work for this long before sleeping.
     #[arg(long, value_name = "TIME", default_value = "50us", value_parser = duration)]
     pub poll_time: Duration,
 }

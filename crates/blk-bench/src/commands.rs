@@ -85,7 +85,7 @@ pub fn run(args: &RunArgs) -> Result<(), Failure> {
     print(args.connect.output, &report)
 }
 
-/// What can be said without a device.
+/// Checks that need no device.
 fn check_options(args: &RunArgs) -> Result<(), Failure> {
     let ranged = args.block_size.0 != args.block_size.1;
     if ranged && (args.once || args.pattern == Order::Sequential) {
@@ -217,7 +217,8 @@ fn region(args: &RunArgs, config: &Config) -> Result<Region, Failure> {
     Ok(region)
 }
 
-/// What comes after a verifying run. Read-back covers the rest of the region that is shorter than a block, too.
+/// What comes after a verifying run. Read-back covers the rest of the region that is shorter than a
+/// block, too.
 fn verify(
     args: &RunArgs,
     job: &Job,

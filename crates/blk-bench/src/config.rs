@@ -55,7 +55,8 @@ impl Config {
         };
         Self {
             capacity: u64::from_le_bytes(field(bytes, 0)),
-            // qemu-storage-daemon offers SIZE_MAX and leaves the field 0; Linux takes that as no limit, too.
+            // qemu-storage-daemon offers SIZE_MAX and leaves the field 0; Linux takes that as no
+            // limit, too.
             size_max: get(VIRTIO_BLK_F_SIZE_MAX, 8).filter(|&max| max > 0),
             seg_max: get(VIRTIO_BLK_F_SEG_MAX, 12).filter(|&max| max > 0),
             block_size: get(VIRTIO_BLK_F_BLK_SIZE, 20),

@@ -7,14 +7,14 @@ use std::time::Duration;
 /// An error of the connection, the protocol or the device.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Nobody answers at the socket.
+    /// Nothing answers at the socket.
     #[error(
         "cannot connect to {path}: {source}; is the backend running, and is this its --socket-path?"
     )]
     Connect {
         /// The socket.
         path: PathBuf,
-        /// What connect(2) said.
+        /// The error of connect(2).
         source: io::Error,
     },
     /// A vhost-user message failed.
@@ -22,7 +22,7 @@ pub enum Error {
     Message {
         /// Name of the message as in the specification.
         message: &'static str,
-        /// What the `vhost` crate said.
+        /// The error of the `vhost` crate.
         source: vhost::Error,
     },
     /// The backend does not offer something that cannot be done without.
@@ -83,7 +83,7 @@ pub enum Error {
     Io {
         /// What was tried.
         what: String,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }

@@ -1,7 +1,8 @@
 //! A vhost-user-blk frontend without a guest.
 //!
-//! [`device`] connects to a backend and gives [`queue`]s; [`load`] drives them with a [`job`] and checks what it reads
-//! against a [`model`]. A test that wants its own requests uses a queue by itself:
+//! [`device`] connects to a backend and gives [`queue`]s; [`load`] drives them with a [`job`] and
+//! checks what it reads against a [`model`]. A test that wants its own requests uses a queue by
+//! itself:
 //!
 //! ```no_run
 //! use blk_bench::driver::device::{Device, Options};
@@ -23,13 +24,14 @@
 //!
 //! # Why a driver of its own
 //!
-//! Over the null backend ([`null`]; 2 CPUs, 4 KiB reads, one queue, eventfd completions) the `virtio-driver` crate 0.6 is
-//! as fast: 3.1 million requests a second against 3.1 at depth 32, 150,000 against 142,000 at depth 1, with latencies
-//! counted only by the latter. But it hides what a load generator that doubts its backend must see: it ignores answers to
-//! requests that nobody made, does not show the length in the used ring, and waits for ever. Nor does it drive the ring as
-//! a Linux guest does, with indirect descriptors and one store of `avail.idx` for many requests. It stays in the tests, as
-//! a second opinion. This driver costs 0.13 µs of CPU per request at depth 32, and 2.6 µs at depth 1, where each request is
-//! a sleep and a wake-up.
+//! Over the null backend ([`null`]; 2 CPUs, 4 KiB reads, one queue, eventfd completions) the
+//! `virtio-driver` crate 0.6 is as fast: 3.1 million requests a second against 3.1 at depth 32,
+//! 150,000 against 142,000 at depth 1, with latencies counted only by the latter. But it hides what
+//! a load generator that doubts its backend must see: it ignores answers to requests that were
+//! never made, does not show the length in the used ring, and waits for ever. Nor does it drive the
+//! ring as a Linux guest does, with indirect descriptors and one store of `avail.idx` for many
+//! requests. It stays in the tests, as a second opinion. This driver costs 0.13 µs of CPU per
+//! request at depth 32, and 2.6 µs at depth 1, where each request is a sleep and a wake-up.
 
 pub mod config;
 pub mod driver;

@@ -94,8 +94,8 @@ fn kib(text: &str, name: &str) -> u64 {
 
 /// CPU time between two samples.
 ///
-/// The scheduler's figures are exact, but a thread that has ended takes its own with it; then the ticks of the process
-/// (10 ms) are more, and are taken.
+/// The scheduler's figures are exact, but a thread that has ended takes its own with it; then the
+/// ticks of the process (10 ms) are more, and are taken.
 pub fn cpu_between(before: &Sample, after: &Sample) -> Duration {
     let exact: u64 = after
         .threads_ns

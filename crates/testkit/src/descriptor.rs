@@ -1,6 +1,6 @@
 //! Descriptors of a split ring (virtio 1.3, 2.7.5).
 
-/// `VIRTQ_DESC_F_NEXT`: the chain goes on at `next`.
+/// `VIRTQ_DESC_F_NEXT`: the chain continues at `next`.
 pub const NEXT: u16 = 1;
 /// `VIRTQ_DESC_F_WRITE`: the device writes the buffer.
 pub const WRITE: u16 = 2;
@@ -19,7 +19,7 @@ pub struct Desc {
     pub len: u32,
     /// [`NEXT`], [`WRITE`], [`INDIRECT`].
     pub flags: u16,
-    /// Where the chain goes on.
+    /// Where the chain continues.
     pub next: u16,
 }
 

@@ -94,7 +94,7 @@ impl Layout {
     }
 }
 
-/// A driver of one ring. It remembers what it made available last, and nothing else.
+/// A driver of one ring. It remembers only what it made available last.
 #[derive(Clone, Copy, Debug)]
 pub struct Driver {
     /// Where its ring is.
@@ -104,8 +104,7 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// For a ring in which nothing is available and all indices stand at `start`. It writes nothing
-    /// yet.
+    /// For a ring in which nothing is available and all indices are `start`. It writes nothing yet.
     pub fn new(layout: Layout, start: u16) -> Self {
         Driver { layout, avail_idx: start }
     }

@@ -49,7 +49,7 @@ pub const P_DEVICE_STATE: u64 = 1 << 19;
 pub const P_RESET_DEVICE: u64 = 1 << 13;
 /// `VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS`
 pub const P_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
-/// All that the daemon offers.
+/// All features that the daemon offers.
 pub const PROTOCOL_FEATURES: u64 = P_MQ
     | P_LOG_SHMFD
     | P_REPLY_ACK
@@ -60,7 +60,7 @@ pub const PROTOCOL_FEATURES: u64 = P_MQ
     | P_RESET_DEVICE
     | P_CONFIGURE_MEM_SLOTS;
 
-/// A frontend that sends what it is told to.
+/// A frontend that sends whatever the test asks for.
 pub struct RawFrontend {
     /// The connection.
     pub stream: UnixStream,
@@ -118,7 +118,7 @@ impl RawFrontend {
         self.reply_u64(request)
     }
 
-    /// Stops a queue; where its ring stands.
+    /// Stops a queue; returns where its ring is.
     pub fn get_vring_base(&mut self, queue: u32) -> u32 {
         let request = FrontendReq::GET_VRING_BASE;
         self.send_raw(&message(request.into(), VERSION, &state(queue, 0)), &[]);

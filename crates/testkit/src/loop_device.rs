@@ -7,7 +7,8 @@ use std::process::Command;
 pub struct LoopDevice(PathBuf);
 
 impl LoopDevice {
-    /// Over `image`, with logical blocks of `block` bytes. `None`, and a line that says why, where that cannot be had.
+    /// Over `image`, with logical blocks of `block` bytes. `None`, after printing why, if no loop
+    /// device can be set up.
     pub fn new(image: &Path, block: u32) -> Option<Self> {
         let block = format!("--sector-size={block}");
         let made = Command::new("losetup").args(["--find", "--show", &block]).arg(image).output();

@@ -14,7 +14,7 @@ use crate::frontend::RawFrontend;
 
 /// Where guest memory begins for the guest. Not 0, so that a place in the file is no guest address.
 pub const GUEST: u64 = 0x10_0000;
-/// Where it begins for the frontend, so it says. Nothing is ever mapped there.
+/// The frontend's address for it, by its own account. Nothing is ever mapped there.
 pub const VMM: u64 = 0x7f12_3450_0000;
 /// Bytes of a page: what the dirty log has a bit for.
 pub const PAGE: u64 = 4096;
@@ -38,7 +38,7 @@ impl Default for Memory {
 }
 
 impl Memory {
-    /// So many pages, all of them free.
+    /// Memory of `pages` free pages.
     pub fn new(pages: u64) -> Self {
         let len = pages * PAGE;
         Memory { file: memfd(len), len, free: 0 }

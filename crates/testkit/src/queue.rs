@@ -1,5 +1,5 @@
 //! A virtqueue as a frontend sees it: a driver that puts any chain of buffers into its ring, and
-//! the messages that tell the daemon of the ring.
+//! the messages that set up the ring in the daemon.
 
 use std::os::unix::net::UnixStream;
 
@@ -41,7 +41,7 @@ pub fn writable(at: u64, len: u32) -> Buffer {
 pub struct Queue {
     /// Which of the device's queues it is.
     pub number: u32,
-    /// What tells the daemon that something is available.
+    /// The eventfd that notifies the daemon of available requests.
     pub kick: EventFd,
     /// The driver of its ring.
     pub driver: Driver,
@@ -72,13 +72,13 @@ impl Queue {
         pages(used - GUEST, Layout::used_len(size))
     }
 
-    /// Tells the daemon all about it, and enables it.
+    /// Sets it up in the daemon, and enables it.
     pub fn start(&self, frontend: &mut RawFrontend, logged: bool) {
         self.set_up(frontend, logged, None);
         self.enable(frontend, true);
     }
 
-    /// Tells the daemon all about it without enabling it. Without `call` the driver polls.
+    /// Sets it up in the daemon without enabling it. Without `call` the driver polls.
     pub fn set_up(&self, frontend: &mut RawFrontend, logged: bool, call: Option<&EventFd>) {
         let Driver { layout, avail_idx } = self.driver;
         frontend.send_state(FrontendReq::SET_VRING_NUM, self.number, layout.size.into());
@@ -95,7 +95,7 @@ impl Queue {
         frontend.send_state(FrontendReq::SET_VRING_ENABLE, self.number, on.into());
     }
 
-    /// Tells the daemon where the ring is.
+    /// Sends the addresses of the ring to the daemon.
     pub fn set_addresses(&self, frontend: &mut RawFrontend, logged: bool) {
         let (flags, log) = if logged { (F_LOG, self.driver.layout.used) } else { (0, 0) };
         frontend.send(FrontendReq::SET_VRING_ADDR, &self.addresses(flags, log), &[]);
@@ -131,7 +131,7 @@ impl Queue {
         self.kick();
     }
 
-    /// Tells the daemon that something is available.
+    /// Notifies the daemon of available requests.
     pub fn kick(&self) {
         self.kick.write(1).unwrap();
     }

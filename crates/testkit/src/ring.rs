@@ -22,7 +22,7 @@ const HEADER: u64 = 0x3000;
 const STATUS: u64 = 0x4000;
 const DATA: u64 = 0x5000;
 
-/// How the daemon tells that something was used.
+/// How the daemon signals used requests.
 pub enum Call {
     /// As usual.
     Event(EventFd),
@@ -68,7 +68,7 @@ impl Ring {
         self.queue.addresses(0, 0)
     }
 
-    /// Tells the daemon all about the ring without enabling it.
+    /// Sets up the ring in the daemon without enabling it.
     pub fn set_up(&self, frontend: &mut RawFrontend) {
         let Call::Event(call) = &self.call else { panic!("a pipe is passed by the test itself") };
         self.queue.set_up(frontend, false, Some(call));
@@ -98,7 +98,7 @@ impl Ring {
         driver.offer(memory, &[0]);
     }
 
-    /// Tells the daemon that something is available.
+    /// Notifies the daemon of available requests.
     pub fn kick(&self) {
         self.queue.kick();
     }

@@ -1,16 +1,18 @@
-//! The client of the tests of what was flushed (`system_tests::flushed`). It runs in a guest that is a host itself, or here.
+//! The client of the tests of what was flushed (`system_tests::flushed`). It runs in a guest that
+//! is a host itself, or here.
 //!
 //!     flush-client tell LINE...
 //!     flush-client dump SOCKET FILE SLOT        reads the whole disk, to a place of FILE
 //!     flush-client same FILE SLOT FILE SLOT LEN compares LEN bytes of two such places
 //!     flush-client run SOCKET SEED PROGRAM MODE plays a program
 //!
-//! MODE is a list of words: `count=N` ends after N operations and a last flush; `completions` also tells of each completion;
-//! `lies` tells of flushes that were not sent; `tolerant` goes on when requests fail, and ends when a flush has, or
-//! [`MOST_FAILED`] others: with every write failed there is nothing to flush.
+//! MODE is a list of words: `count=N` ends after N operations and a last flush; `completions` also
+//! tells of each completion; `lies` tells of flushes that were not sent; `tolerant` goes on when
+//! requests fail, and ends when a flush has, or [`MOST_FAILED`] others: with every write failed
+//! there is nothing to flush.
 //!
-//! Lines go to the file that TOLD names; without it to QEMU's debug port, where a byte is in the file outside before the
-//! next instruction, so that what was told before the power went is known.
+//! Lines go to the file that TOLD names; without it to QEMU's debug port, which puts each byte into
+//! the file outside before the next instruction, so that all lines before the power cut are known.
 
 use std::error::Error;
 use std::fs::{File, OpenOptions};
@@ -49,7 +51,7 @@ fn main() {
     };
     if let Err(error) = outcome {
         eprintln!("flush-client: {error}");
-        // Nobody is left to hear of it if that fails as well.
+        // If that fails as well, it cannot be reported.
         let _ = tell(&format!("client-failed {error}"));
         std::process::exit(1);
     }
@@ -244,7 +246,7 @@ impl Player {
         while self.must_wait_for_others(&step) {
             self.complete_some()?;
         }
-        // The limit that is told is always ahead of what is submitted.
+        // The reported limit is always ahead of the submitted operations.
         if number.is_multiple_of(ANNOUNCED) {
             tell(&format!("issued {}", number + ANNOUNCED))?;
         }
@@ -328,8 +330,8 @@ impl Player {
         }
         if !self.flush_failed && self.failed == 0 {
             let flush = Step { op: Op::Flush, lba: 0, sectors: 0, drain: true, queue: 0 };
-            // In place of the program's own operation of this number: both change nothing that is
-            // not told to be durable, since none after it is.
+            // In place of the program's own operation of this number: both change only sectors that
+            // are not reported as durable, since no later operation is.
             self.begin_last(index, flush)?;
         }
         tell(&format!("ended {index}"))

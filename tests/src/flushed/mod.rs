@@ -1,8 +1,8 @@
 //! What a guest has flushed must be there, whatever happens to its host.
 //!
-//! The client (`tests/src/bin/flush-client.rs`) plays a [`program`] on a disk and tells what it does; [`told`] reads that,
-//! also of a client whose host has died in between; the [`model`] says of each sector of the disk, read again later, whether
-//! it may hold what it holds.
+//! The client (`tests/src/bin/flush-client.rs`) plays a [`program`] on a disk and reports each
+//! step; [`told`] reads the report, also of a client whose host has died in between; the [`model`]
+//! judges the content of each sector of the disk when it is read again later.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -21,7 +21,7 @@ pub use told::Told;
 /// Bytes from one dump of a disk to the next in a file of several.
 pub const DUMP_SLOT: u64 = 64 << 20;
 
-/// The first so many sectors of dump number `slot` in `file`.
+/// The first `sectors` sectors of dump number `slot` in `file`.
 ///
 /// # Panics
 /// If it cannot be read.

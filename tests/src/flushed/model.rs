@@ -1,7 +1,8 @@
 //! What each sector of a disk may hold.
 //!
-//! A sector has a list of versions: the first is durable, the others came after it, in their order. After a cut any of them
-//! may be there. One that was read after the cut is the only one as soon as a flush has succeeded since.
+//! A sector has a list of versions: the first is durable, the others came after it, in their order.
+//! After a cut any of them may be there. One that was read after the cut is the only one as soon as
+//! a flush has succeeded since.
 
 use std::fmt;
 
@@ -69,7 +70,7 @@ impl Tool {
     pub const ALL: [Self; 5] =
         [Self::Snapshot, Self::Merge, Self::Reset, Self::Rebase, Self::Resize];
 
-    /// As it is told.
+    /// Its name in the report.
     pub fn name(self) -> &'static str {
         match self {
             Self::Snapshot => "snapshot",
@@ -123,7 +124,7 @@ impl Model {
         }
     }
 
-    /// Goes through what was told of one boot. `dump` gives the sectors of the next disk that was read.
+    /// Follows the report of one boot. `dump` returns the sectors of the next disk that was read.
     pub fn follow(&mut self, told: &Told, mut dump: impl FnMut(u64) -> Vec<u8>) -> Verdict {
         let mut verdict = Verdict::default();
         self.shown = None;
@@ -151,7 +152,7 @@ impl Model {
         verdict
     }
 
-    /// What was read is there for good.
+    /// The content that was read is durable.
     fn settle(&mut self) {
         for (versions, shown) in
             self.versions.iter_mut().zip(self.shown.take().into_iter().flatten())
@@ -178,7 +179,7 @@ impl Model {
                     lba,
                     format!("{seen:?}; may be, the first is durable: {}", may.join(" ")),
                 ));
-                // It goes on from what is there, so that one fault is told once.
+                // Continues from the content found, so that one fault is reported once.
                 versions.push(as_version(seen));
             }
             shown.push(versions[at.unwrap_or(versions.len() - 1)]);
@@ -241,7 +242,8 @@ impl Model {
         }
     }
 
-    /// Programs that follow each other without a cut between them: a later one after the death of the daemon.
+    /// Programs that follow each other without a cut between them: a later one after the death of
+    /// the daemon.
     fn play(&mut self, runs: Vec<&Run>, verdict: &mut Verdict) {
         if runs.iter().any(|run| !run.flushes.is_empty()) {
             self.settle();
@@ -349,7 +351,7 @@ mod tests {
 
     fn violations_of(dump: &[u8], lines: &str) -> Vec<String> {
         let mut model = Model::new(7);
-        let nothing = |_| panic!("no dump was told");
+        let nothing = |_| panic!("no dump was reported");
         assert!(model.follow(&told(&(begun() + lines)), nothing).violations.is_empty());
         let dumped = told(&format!("dumped {DISK_SECTORS}\n"));
         model.follow(&dumped, |_| dump.to_vec()).violations

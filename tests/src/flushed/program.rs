@@ -1,5 +1,5 @@
-//! The program of a seed, and the content of the sectors that it writes. The client plays it and the model plays it again,
-//! so both generate the same operations.
+//! The program of a seed, and the content of the sectors that it writes. The client plays it and
+//! the model plays it again, so both generate the same operations.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -8,7 +8,8 @@ use std::path::Path;
 use blk_bench::driver::queue::{Op, SECTOR_SIZE};
 use blk_bench::load::rng::{Rng, mix};
 
-/// Sectors of a new disk: 40 MiB, so that two pages of a native bitmap's 16 MiB have a border, and half a page is left.
+/// Sectors of a new disk: 40 MiB, so that two pages of a native bitmap's 16 MiB have a border, and
+/// half a page is left.
 pub const DISK_SECTORS: u64 = 40 << 11;
 /// Most bytes of a request.
 pub const MAX_DATA: usize = 256 << 10;
@@ -17,7 +18,7 @@ pub const MAX_DEPTH: usize = 8;
 /// Queues of the disk.
 pub const QUEUES: u16 = 2;
 
-/// Sectors that one page of a native bitmap (4 KiB, a bit for each sector) speaks of.
+/// Sectors covered by one page of a native bitmap (4 KiB, a bit for each sector).
 const SECTORS_PER_BITMAP_PAGE: u64 = 4096 * 8;
 /// First word of a stamped sector.
 const MAGIC: u64 = 0x4445_4853_554c_4621;
@@ -39,7 +40,8 @@ pub fn index(number: u64) -> usize {
     usize::try_from(number).expect("a 64-bit host")
 }
 
-/// Fills `sector` with what operation `op` of program `program` writes to sector `lba`; each byte depends on all three.
+/// Fills `sector` with what operation `op` of program `program` writes to sector `lba`; each byte
+/// depends on all three.
 pub fn stamp(sector: &mut [u8], lba: u64, program: u64, op: u64) {
     let head = [MAGIC, lba, program, op];
     let mut body = Rng::new(mix(lba ^ mix(program ^ mix(op))));
@@ -49,7 +51,7 @@ pub fn stamp(sector: &mut [u8], lba: u64, program: u64, op: u64) {
     }
 }
 
-/// What stands in a sector.
+/// The content of a sector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
     /// Zeros.
@@ -89,8 +91,8 @@ pub fn look(sector: &[u8], lba: u64) -> Seen {
     }
 }
 
-/// Which operation of [`BASE_PROGRAM`] stands in a sector of base image `number`: 0 everywhere in the first, and 1 in an
-/// eighth of the second, which so differs from it.
+/// The operation of [`BASE_PROGRAM`] whose stamp is in a sector of base image `number`: 0
+/// everywhere in the first, and 1 in an eighth of the second.
 pub fn base_op(number: usize, lba: u64) -> u64 {
     const RUN: u64 = 64;
     u64::from(number == 1 && (lba / RUN).is_multiple_of(8))
@@ -156,11 +158,11 @@ pub struct Program {
 }
 
 impl Program {
-    /// Program `number` of `seed` on a disk of so many sectors, at least [`DISK_SECTORS`].
+    /// Program `number` of `seed` on a disk of at least [`DISK_SECTORS`] sectors.
     pub fn new(seed: u64, number: u64, disk_sectors: u64) -> Self {
         let mut rng = Rng::new(mix(seed) ^ mix(number.wrapping_mul(77)));
-        // The largest request, as a power of two of sectors, and the mean distance of flushes: little and often is the
-        // journal's case, much and seldom that of flushes in place.
+        // The largest request, as a power of two of sectors, and the mean distance of flushes:
+        // little and often is the journal's case, much and seldom that of flushes in place.
         let (max_shift, flush_every) = match rng.below(4) {
             0 => (4, 1 + rng.below(4)),
             1 => (9, 4 + rng.below(28)),
@@ -192,7 +194,8 @@ impl Program {
         }
     }
 
-    /// The number of a program of `seed` that flushes little and often, which is what a journal takes.
+    /// The number of a program of `seed` that flushes little and often, which is what a journal
+    /// takes.
     pub fn of_small_flushes(seed: u64) -> u64 {
         let is_small = |program: &Self| program.max_shift == 4 && program.zeroing_percent == 0;
         (1..)

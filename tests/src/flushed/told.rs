@@ -1,10 +1,10 @@
-//! What the client, and the script of a guest that is a host, have told: lines of a word and its arguments. Whoever reads
-//! them may find the last one incomplete, since the power can go at any moment.
+//! The report of the client, and of the script of a guest that is a host: lines of a word and its
+//! arguments. The last one may be incomplete, since the power can fail at any moment.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// A program that was begun, as far as it was told.
+/// A program that was begun, as far as it was reported.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
     /// Number of the program.
@@ -13,7 +13,7 @@ pub struct Run {
     pub disk_sectors: u64,
     /// An upper limit of how many operations were submitted.
     pub issued: u64,
-    /// Operations that were complete, and told so.
+    /// Operations that were reported as complete.
     pub completed: BTreeSet<u64>,
     /// Operations that failed.
     pub failed: BTreeSet<u64>,
@@ -21,12 +21,12 @@ pub struct Run {
     pub flushes: Vec<(u64, BTreeSet<u64>)>,
 }
 
-/// One thing that happened to the disk, in the order in which it was told.
+/// One event on the disk, in the order of the report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The whole disk was read, so many sectors.
+    /// The whole disk was read: its number of sectors.
     Dumped(u64),
-    /// The daemon was told to end, and ended with this status.
+    /// The daemon was ended, and exited with this status.
     Closed(i32),
     /// A program was begun.
     Run(Run),
@@ -34,7 +34,7 @@ pub enum Event {
     Tool(String, Option<i32>),
 }
 
-/// All that was told during one boot, or one test.
+/// The report of one boot, or of one test.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Told {
     /// What happened to the disk.
@@ -59,7 +59,7 @@ impl Told {
     /// Reads lines.
     pub fn parse(text: &str) -> Self {
         let mut told = Self::default();
-        // What stands behind the last line feed is no whole line.
+        // Text after the last line feed is no complete line.
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         for line in whole.lines() {
             told.lines.push(line.to_owned());

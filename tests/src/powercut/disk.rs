@@ -52,14 +52,14 @@ impl Cached {
 /// The content that sectors had before a flush.
 type Undo = Vec<(u64, [u8; SECTOR_SIZE])>;
 
-/// The disk. All that fails is its image, of which nothing else is known than that the test cannot go on.
+/// The disk. Only access to its image can fail; then the test cannot continue.
 pub struct VolatileDisk {
     image: File,
     len: u64,
     cache: Vec<Cached>,
     /// Where in the cache the newest content of a sector is.
     newest: HashMap<u64, usize>,
-    /// A lie: so many of the last flushes are taken back by the cut.
+    /// A lie: this many of the last flushes are undone by the cut.
     pub flushes_taken_back: usize,
     undo: VecDeque<Undo>,
     /// Writes that were ever made.
@@ -146,7 +146,8 @@ impl VolatileDisk {
         Ok(())
     }
 
-    /// The power goes: gives how many sectors were not flushed, and how many writes of sectors survive.
+    /// The power goes: gives how many sectors were not flushed, and how many writes of sectors
+    /// survive.
     ///
     /// # Errors
     /// The image cannot be written.
@@ -229,7 +230,7 @@ mod tests {
         content.chunks_exact(SECTOR_SIZE).map(|sector| sector[0]).collect()
     }
 
-    /// Sectors 0 to 9 are 1 and flushed; 2 to 5 and then 4 to 12 are written anew.
+    /// Sectors 0 to 9 are 1 and flushed; 2 to 5 and then 4 to 12 are rewritten.
     fn half_flushed() -> VolatileDisk {
         let mut disk = disk();
         disk.write(0, filled(10, 1));

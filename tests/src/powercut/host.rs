@@ -130,7 +130,7 @@ impl fmt::Display for Variant {
 pub enum Lie {
     /// The disk takes its last flushes back.
     FlushesTakenBack,
-    /// The client tells of flushes that it has not sent.
+    /// The client reports flushes that it has not sent.
     FlushesNotSent,
     /// The daemon's syncs do nothing.
     NoSync,
@@ -169,7 +169,8 @@ pub struct Host {
 }
 
 impl Host {
-    /// Prepares the disk `image` and the boots of its host. `client` is the program of `flush-client`.
+    /// Prepares the disk `image` and the boots of its host. `client` is the program of
+    /// `flush-client`.
     pub fn new(
         dir: &TestDir,
         image: &Path,
@@ -200,14 +201,14 @@ impl Host {
         Self { variant, lie, template }
     }
 
-    /// Gives it a serial port at which the test can tell it something, and one CPU only.
+    /// Gives it a serial port for lines from the test, and one CPU only.
     pub fn controlled(mut self) -> Self {
         self.template = self.template.controlled().queues(1);
         self
     }
 
-    /// Boots it with a script that ends with `plan`, from a disk that `drive` describes to QEMU. What it tells is in the file
-    /// `name`.told, and its console is shown by the running guest.
+    /// Boots it with a script that ends with `plan`, from a disk that `drive` describes to QEMU.
+    /// Its report is in the file `name`.told, and its console is shown by the running guest.
     pub fn boot(&self, dir: &TestDir, name: &str, drive: &str, plan: &str) -> Running {
         let script = format!(
             "{}\ncache={}\nformat={}\nwrong={}\n{plan}\ntell over\n",

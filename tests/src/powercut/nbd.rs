@@ -117,12 +117,12 @@ impl Server {
         self.shared.lock().flush_delay = longest;
     }
 
-    /// A lie: the next cuts take back so many of the last flushes.
+    /// A lie: the next cuts undo this many of the last flushes.
     pub fn take_back_flushes(&self, count: usize) {
         self.shared.lock().disk.flushes_taken_back = count;
     }
 
-    /// Has the disk answer nothing any more from its `count`th write or flush from now on; waits for that.
+    /// Makes the disk stop answering from its `count`th write or flush from now on; waits for that.
     pub fn freeze_after(&self, count: u64, timeout: Duration) -> bool {
         let mut state = self.shared.lock();
         state.freeze_at = Some(state.requests + count);
@@ -130,7 +130,7 @@ impl Server {
         self.shared.wait(timeout, |state| state.frozen)
     }
 
-    /// The power goes. QEMU has been killed before. Says what happened.
+    /// Cuts the power, after QEMU was killed. Returns what was lost.
     ///
     /// # Panics
     /// If a connection is still there, or the image cannot be written.
@@ -150,7 +150,8 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.shared.lock().stopped = true;
-        // Wakes whoever accepts connections; if that fails the thread stays until the program ends.
+        // Wakes the thread that accepts connections; if that fails the thread stays until the
+        // program ends.
         let _ = UnixStream::connect(&self.socket);
         let _ = std::fs::remove_file(&self.socket);
     }
@@ -191,7 +192,7 @@ fn serve(mut stream: UnixStream, shared: &Shared) -> io::Result<()> {
     }
 }
 
-/// Whether the client goes on to the transmission phase.
+/// Whether the client continues to the transmission phase.
 fn negotiate(stream: &mut UnixStream, len: u64) -> io::Result<bool> {
     stream.write_all(INIT_MAGIC)?;
     stream.write_all(&HANDSHAKE_FLAGS.to_be_bytes())?;
@@ -242,7 +243,7 @@ fn receive<const LEN: usize>(stream: &mut UnixStream) -> io::Result<[u8; LEN]> {
     Ok(bytes)
 }
 
-/// A length, and so many bytes.
+/// A length, and that many bytes.
 fn receive_bytes(stream: &mut UnixStream) -> io::Result<Vec<u8>> {
     let len = u32::from_be_bytes(receive(stream)?);
     sized(stream, len)
@@ -352,7 +353,7 @@ impl State {
     }
 }
 
-/// Waits until `condition` holds, and looks at it often; false if `timeout` passes before.
+/// Waits until `condition` holds, checking it often; false if `timeout` passes before.
 pub fn wait_until(timeout: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + timeout;
     while !condition() {

@@ -1,4 +1,5 @@
-//! The history of one disk: boots of its host, each of which ends with a cut of its power, and a last one that does not.
+//! The history of one disk: boots of its host, each of which ends with a cut of its power, and a
+//! last one that does not.
 
 use std::fmt::Write as _;
 use std::fs::{self, OpenOptions};
@@ -40,10 +41,10 @@ pub struct Report {
 /// When the power goes.
 #[derive(Clone, Debug)]
 enum Moment {
-    /// While the last program runs: so long after its beginning, and then with the disk's next requests, if a number is
-    /// given.
+    /// While the last program runs: so long after its beginning, and then with the disk's next
+    /// requests, if a number is given.
     Load { after: Duration, requests: Option<u64> },
-    /// After this word was told, with the disk's next requests.
+    /// After this word was reported, with the disk's next requests.
     Word { word: String, requests: u64 },
     /// Not at all: the script comes to its end.
     Never,
@@ -117,7 +118,7 @@ impl Series {
         self.execute(plan)
     }
 
-    /// Boots the host, reads the disk, closes it and looks at its file.
+    /// Boots the host, reads the disk, closes it and checks its file.
     pub fn finish(&mut self) -> Report {
         for _ in 1..LAST_BOOTS {
             let report = self.try_to_finish();
@@ -148,7 +149,7 @@ impl Series {
         self.execute(plan)
     }
 
-    /// Copies what is needed to look at a failure, and says where it is.
+    /// Copies what is needed to examine a failure, and prints where it is.
     ///
     /// # Panics
     /// If it cannot be copied.
@@ -353,7 +354,8 @@ impl Series {
         Report { text, violations, crashed }
     }
 
-    /// Waits until the power is to go, or QEMU has crashed; says what else went wrong before.
+    /// Waits until the power is to be cut, or QEMU has crashed; returns what else went wrong
+    /// before.
     fn await_moment(&self, guest: &mut Running, plan: &Plan, told: &Path) -> Result<(), String> {
         let text = || fs::read_to_string(told).unwrap_or_default();
         let mut wait_for = |word: &str| {
@@ -394,7 +396,7 @@ impl Series {
         Ok(())
     }
 
-    /// What else was told that must not be.
+    /// Other reported events that must not happen.
     fn further_violations(&mut self, told: &Told) -> Vec<String> {
         let mut violations = told.failures.clone();
         for (what, status) in &told.statuses {

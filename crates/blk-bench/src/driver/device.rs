@@ -115,7 +115,7 @@ pub struct Device {
     watchdog: Watchdog,
 }
 
-/// What a backend is told about a queue.
+/// The parameters of a queue that the backend gets.
 struct Ring {
     layout: RingLayout,
     kick: EventFd,
@@ -173,8 +173,8 @@ impl Device {
     /// account of what is in flight. The queues, wherever they are, go on.
     ///
     /// # Errors
-    /// As [`Device::connect`], after which the device is dead; [`Error::Options`] if the new backend's features are
-    /// others.
+    /// As [`Device::connect`], after which the device is dead; [`Error::Options`] if the new
+    /// backend's features are others.
     pub fn reconnect(&mut self, options: &Options) -> Result<(), Error> {
         let link = self.give_up();
         let (stream, pid) = connect_stream(options)?;
@@ -224,7 +224,7 @@ impl Device {
     /// A duplicate of the connection, by which its end can be seen.
     ///
     /// # Errors
-    /// What dup(2) says.
+    /// The error of dup(2).
     pub fn connection(&self) -> std::io::Result<OwnedFd> {
         // SAFETY: the frontend keeps it open as long as `self` is borrowed.
         unsafe { BorrowedFd::borrow_raw(self.frontend.as_raw_fd()) }.try_clone_to_owned()
@@ -459,7 +459,8 @@ fn start_ring(
         avail_ring_addr: memory.user_address(layout.avail),
         log_addr: None,
     };
-    // A backend that was told nothing more goes on behind what it answered, as QEMU says it.
+    // A backend without other information continues after the last request that it answered, as
+    // QEMU specifies.
     let base = u16::from_le(memory.atomic_u16(layout.used + 2).load(Ordering::Acquire));
     frontend.set_vring_num(index, layout.size).map_err(Error::message("SET_VRING_NUM"))?;
     frontend.set_vring_base(index, base).map_err(Error::message("SET_VRING_BASE"))?;

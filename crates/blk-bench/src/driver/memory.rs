@@ -10,8 +10,9 @@ use std::sync::atomic::AtomicU16;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
-/// Where the region starts in the guest's address space. It differs from the address in this process and from 0, so
-/// that a backend that mixes the two up, or forgets to translate, is found out.
+/// Where the region starts in the guest's address space. It differs from the address in this
+/// process and from 0, so that a backend that mixes the two up, or forgets to translate, is found
+/// out.
 pub const GUEST_BASE: u64 = 1 << 32;
 
 /// Pages of `--hugepages`.
@@ -25,16 +26,18 @@ pub struct SharedMemory {
     file: File,
 }
 
-// SAFETY: the mapping belongs to this value until it is dropped, and is reached through raw pointers and atomics only.
+// SAFETY: the mapping belongs to this value until it is dropped, and is reached through raw
+// pointers and atomics only.
 unsafe impl Send for SharedMemory {}
-// SAFETY: as above; `bytes` and `bytes_mut` leave it to their callers that nobody else uses the range.
+// SAFETY: as above; the callers of `bytes` and `bytes_mut` guarantee that nothing else uses the
+// range.
 unsafe impl Sync for SharedMemory {}
 
 impl SharedMemory {
     /// `len` bytes of zeros, with huge pages if asked for (from the host's pool of reserved ones).
     ///
     /// # Errors
-    /// What the kernel says to memfd_create, ftruncate or mmap; for want of reserved huge pages that is ENOMEM.
+    /// The error of memfd_create, ftruncate or mmap: ENOMEM if too few huge pages are reserved.
     pub fn new(len: usize, hugepages: bool) -> io::Result<Self> {
         let (flags, unit) =
             if hugepages { (MFdFlags::MFD_HUGETLB, HUGE_PAGE) } else { (MFdFlags::empty(), 4096) };
@@ -93,7 +96,7 @@ impl SharedMemory {
         unsafe { AtomicU16::from_ptr(field) }
     }
 
-    /// Stores a plain value that the backend looks at only after a later release store.
+    /// Stores a plain value that the backend reads only after a later release store.
     pub fn store<T: Copy>(&self, offset: usize, value: T) {
         let field = self.at(offset, size_of::<T>()).cast::<T>();
         // SAFETY: in bounds; volatile because another process reads it.
@@ -103,7 +106,8 @@ impl SharedMemory {
         }
     }
 
-    /// Loads a plain value that the backend wrote before a release store already seen. `T` must have no invalid bits.
+    /// Loads a plain value that the backend wrote before a release store already seen. `T` must
+    /// have no invalid bits.
     pub(crate) fn load<T: Copy + Plain>(&self, offset: usize) -> T {
         let field = self.at(offset, size_of::<T>()).cast::<T>();
         assert!(field.is_aligned());
@@ -111,7 +115,7 @@ impl SharedMemory {
         unsafe { field.read_volatile() }
     }
 
-    /// The byte at `offset`, whoever may be writing it.
+    /// The byte at `offset`, even if it is being written concurrently.
     pub fn byte(&self, offset: usize) -> u8 {
         // SAFETY: in bounds; volatile, because others write it.
         unsafe { self.at(offset, 1).read_volatile() }
@@ -120,7 +124,7 @@ impl SharedMemory {
     /// The bytes of a range.
     ///
     /// # Safety
-    /// Nobody writes to the range while the slice lives: no request in flight covers it.
+    /// Nothing writes to the range while the slice lives: no request in flight covers it.
     pub unsafe fn bytes(&self, offset: usize, len: usize) -> &[u8] {
         // SAFETY: in bounds; not written to, as the caller promises.
         unsafe { std::slice::from_raw_parts(self.at(offset, len), len) }
@@ -129,7 +133,8 @@ impl SharedMemory {
     /// The bytes of a range, to be filled.
     ///
     /// # Safety
-    /// Nobody else reads or writes the range while the slice lives: no request in flight covers it, and no other slice.
+    /// Nothing else reads or writes the range while the slice lives: no request in flight covers
+    /// it, and no other slice.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn bytes_mut(&self, offset: usize, len: usize) -> &mut [u8] {
         // SAFETY: in bounds; exclusive, as the caller promises.

@@ -1,7 +1,8 @@
 //! One request queue of a virtio-blk device (virtio 1.3, section 5.2.6), the driver's side.
 //!
-//! A [`Slot`] is the right to have one request in flight: take one, fill its data, submit it, and get it back with the
-//! completion. All of its memory is laid out once, so that a request costs a few stores and no allocation.
+//! A [`Slot`] is the right to have one request in flight: take one, fill its data, submit it, and
+//! get it back with the completion. All of its memory is laid out once, so that a request costs a
+//! few stores and no allocation.
 
 mod untracked;
 
@@ -33,7 +34,7 @@ const ID_LEN: u32 = 20;
 const HEADER_LEN: u32 = 16;
 /// One `struct virtio_blk_discard_write_zeroes`.
 const RANGE_LEN: u32 = 16;
-/// Of a slot's control block: where the discard range stands …
+/// Offsets in a slot's control block: the discard range …
 const RANGE_AT: usize = 16;
 /// … and the status byte, away from the cache line that the device only reads.
 const STATUS_AT: usize = 64;
@@ -41,7 +42,7 @@ const STATUS_AT: usize = 64;
 const CONTROL_LEN: usize = 128;
 /// What the status byte holds while the device has not written it.
 const STATUS_UNSET: u8 = 0xff;
-/// While polling, the clock and the connection are looked at once in so many turns.
+/// While polling, the clock and the connection are checked once in this many turns.
 const SPINS_PER_CHECK: u32 = 2048;
 
 /// What a request does.
@@ -98,7 +99,8 @@ impl Request {
         }
     }
 
-    /// What a device that has done all of it says in the used ring: the bytes that it wrote, the status included.
+    /// The length in the used ring of a request that was done completely: the bytes written, the
+    /// status included.
     pub fn expected_used_len(&self) -> u32 {
         let data = if self.op == Op::Write { 0 } else { self.data_len() };
         u32::try_from(data + 1).expect("a request has less than 4 GiB")
@@ -143,13 +145,13 @@ impl Slot {
 /// A request that the device has answered.
 #[derive(Debug)]
 pub struct Completion {
-    /// Free for the next request; the data that was read stands in it.
+    /// Free for the next request; it holds the data that was read.
     pub slot: Slot,
     /// What was asked.
     pub request: Request,
     /// The device's answer.
     pub status: Status,
-    /// Bytes that the device says it wrote, the status byte included.
+    /// The bytes written, the status byte included, according to the device.
     pub used_len: u32,
 }
 
@@ -158,13 +160,13 @@ pub struct Completion {
 pub enum Wait {
     /// Ask for an interrupt and sleep on the eventfd.
     Eventfd,
-    /// Look at the used ring for ever, with interrupts off.
+    /// Poll the used ring for ever, with interrupts off.
     Poll,
-    /// Look for so long, then as `Eventfd`.
+    /// Poll for this long, then as `Eventfd`.
     Adaptive(Duration),
 }
 
-/// Where the memory of a queue's slots stands.
+/// Where the memory of a queue's slots is.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SlotLayout {
     pub depth: u16,
@@ -332,14 +334,16 @@ impl Queue {
     /// The first `len` bytes of a slot's data.
     pub fn data(&self, slot: &Slot, len: usize) -> &[u8] {
         assert!(len <= self.layout.max_data.max(SECTOR_SIZE));
-        // SAFETY: whoever holds the slot has no request in flight with it, so the device leaves its data alone.
+        // SAFETY: the holder of the slot has no request in flight with it, so the device leaves its
+        // data alone.
         unsafe { self.memory.bytes(self.layout.data(slot.0), len) }
     }
 
     /// The first `len` bytes of a slot's data, to be filled.
     pub fn data_mut(&mut self, slot: &mut Slot, len: usize) -> &mut [u8] {
         assert!(len <= self.layout.max_data.max(SECTOR_SIZE));
-        // SAFETY: as for `data`; exclusive, because both the queue and the slot are borrowed mutably.
+        // SAFETY: as for `data`; exclusive, because both the queue and the slot are borrowed
+        // mutably.
         unsafe { self.memory.bytes_mut(self.layout.data(slot.0), len) }
     }
 
@@ -371,7 +375,8 @@ impl Queue {
         self.in_flight_count += 1;
     }
 
-    /// Writes the descriptors of a request into its indirect table or its part of the ring's; gives their number.
+    /// Writes the descriptors of a request into its indirect table or its part of the ring's; gives
+    /// their number.
     fn write_chain(&self, slot: &Slot, request: &Request) -> u16 {
         let control = self.layout.control(slot.0);
         let mut count = 0;
@@ -483,7 +488,8 @@ impl Queue {
         Error::BadHead { queue: self.ends.index, id, in_flight: self.in_flight_count, why }
     }
 
-    /// Waits until there may be something to reap. Returns at once if there is; may return with nothing.
+    /// Waits until there may be something to reap. Returns at once if there is; may return with
+    /// nothing.
     ///
     /// # Errors
     /// The backend has gone, or nothing was completed for the stall time given at connect.
@@ -510,8 +516,8 @@ impl Queue {
         let failed = Error::io("read from the call eventfd");
         match self.ends.call.read() {
             Ok(_) => Ok(()),
-            // The description is shared with the backend, and QEMU's makes it non-blocking. Undo that: with a blocking
-            // read a sleep is one system call.
+            // The description is shared with the backend, and QEMU's makes it non-blocking. Undo
+            // that: with a blocking read a sleep is one system call.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 fcntl(self.call_borrowed(), FcntlArg::F_SETFL(OFlag::O_RDWR))
                     .map_err(Error::io("F_SETFL"))?;

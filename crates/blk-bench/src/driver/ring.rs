@@ -1,7 +1,8 @@
 //! The driver's side of a split virtqueue (virtio 1.3, section 2.7).
 //!
-//! Unlike the ring of the `virtio-driver` crate it makes any number of requests visible with one store of `avail.idx`,
-//! which is what a Linux guest does under load, and does not allocate or chain free lists: the caller names the head.
+//! Unlike the ring of the `virtio-driver` crate it makes any number of requests visible with one
+//! store of `avail.idx`, which is what a Linux guest does under load, and does not allocate or
+//! chain free lists: the caller names the head.
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -22,9 +23,11 @@ const NO_NOTIFY: u16 = 1;
 pub(crate) const DESC_SIZE: u32 = 16;
 /// Bytes of a used element.
 const USED_SIZE: usize = 8;
-/// Virtqueues are aligned to this, which is more than virtio asks, so that no two of them share a cache line.
+/// Virtqueues are aligned to this, which is more than virtio asks, so that no two of them share a
+/// cache line.
 const ALIGN: usize = 128;
-/// Without interrupts `used_event` is moved out of the way this often; it must be less than half of its range.
+/// Without interrupts `used_event` is moved out of the way this often; it must be less than half of
+/// its range.
 const PARK_EVERY: u16 = 0x2000;
 
 /// `struct virtq_desc`.
@@ -40,7 +43,7 @@ pub(crate) struct Descriptor {
 const _: () = assert!(size_of::<Descriptor>() == DESC_SIZE as usize);
 
 impl Descriptor {
-    /// As it stands in memory: little-endian.
+    /// As it is in memory: little-endian.
     pub fn new(address: u64, len: u32, flags: u16, next: u16) -> Self {
         Self {
             address: address.to_le(),
@@ -89,7 +92,8 @@ impl RingLayout {
     }
 }
 
-/// A used element: the head that was given back, and how many bytes the device says it wrote.
+/// A used element: the head that was returned, and the number of bytes that the device reports as
+/// written.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct Used {
@@ -109,11 +113,11 @@ pub(crate) struct DriverRing {
     event_idx: bool,
     /// Index after the last pushed head; published or not.
     avail_next: u16,
-    /// What `avail.idx` says.
+    /// The value of `avail.idx`.
     avail_published: u16,
-    /// Index of the next used element to look at.
+    /// Index of the next used element to read.
     used_next: u16,
-    /// `used_event` stands where the device will not reach it soon.
+    /// `used_event` is set where the device will not reach it soon.
     parked_at: u16,
 }
 
@@ -157,7 +161,8 @@ impl DriverRing {
         self.memory
             .atomic_u16(self.layout.avail + 2)
             .store(self.avail_next.to_le(), Ordering::Release);
-        // The device stores its wish to be notified, then looks at avail.idx; here it is the other way round.
+        // The device stores its wish to be notified, then reads avail.idx; here the order is
+        // reversed.
         fence(Ordering::SeqCst);
         if self.event_idx {
             let event = self.memory.atomic_u16(self.layout.avail_event()).load(Ordering::Relaxed);
@@ -174,19 +179,20 @@ impl DriverRing {
         u16::from_le(idx).wrapping_sub(self.used_next)
     }
 
-    /// The next used element; only after `used_pending` said that there is one.
+    /// The next used element; call only if `used_pending` returned that there is one.
     pub fn pop_used(&mut self) -> Used {
         let used = self.memory.load::<Used>(self.layout.used_entry(self.used_next));
         self.used_next = self.used_next.wrapping_add(1);
         Used { id: u32::from_le(used.id), len: u32::from_le(used.len) }
     }
 
-    /// Whether as many answers were looked at as heads were pushed.
+    /// Whether every pushed head has been answered.
     pub fn is_caught_up(&self) -> bool {
         self.used_next == self.avail_next
     }
 
-    /// Asks for an interrupt at the next completion; true if one has arrived meanwhile, so that sleeping would be wrong.
+    /// Asks for an interrupt at the next completion; true if one has arrived meanwhile, so that
+    /// sleeping would be wrong.
     pub fn arm(&mut self) -> bool {
         if self.event_idx {
             let event = self.memory.atomic_u16(self.layout.used_event());
@@ -211,7 +217,8 @@ impl DriverRing {
         }
     }
 
-    /// Keeps `used_event` out of the device's way as the indices run round; cheap enough to be called for each batch.
+    /// Keeps `used_event` out of the device's way as the indices run round; cheap enough to be
+    /// called for each batch.
     pub fn stay_parked(&mut self) {
         if self.event_idx && self.used_next.wrapping_sub(self.parked_at) >= PARK_EVERY {
             self.park();

@@ -12,11 +12,11 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use crate::driver::queue::Link;
 use crate::error::Error;
 
-/// Every queue gets to look at the clock once in this time.
+/// Every queue checks the clock once in this time.
 const TICK_MS: u16 = 1000;
 
-/// Looks for the end of the connection, so that a thread that sleeps on its eventfd needs one system call and not two;
-/// and wakes every queue now and then, so that it can find that nothing comes any more.
+/// Watches for the end of the connection, so that a thread that sleeps on its eventfd needs one
+/// system call instead of two; and wakes every queue now and then, so that it can detect a stall.
 #[derive(Debug)]
 pub(crate) struct Watchdog {
     link: Arc<Link>,
@@ -43,7 +43,8 @@ impl Watchdog {
 
     /// Ends the watch, whatever happens to the connection.
     pub fn stop(&mut self) {
-        // Neither can fail in a way that anything could be done about: the thread ends at its next tick at worst.
+        // Neither can fail in a way that anything could be done about: the thread ends at its next
+        // tick at worst.
         let _ = self.stop.write(1);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();

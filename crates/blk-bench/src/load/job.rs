@@ -85,7 +85,7 @@ pub struct Job {
     pub partitioned: bool,
     /// Each granule is visited at most once, then the run ends.
     pub once: bool,
-    /// After so many writes of a queue it flushes.
+    /// A queue flushes after this many writes.
     pub flush_every: Option<u64>,
     /// The run ends after this time (not counting the warm-up).
     pub runtime: Option<Duration>,
@@ -103,9 +103,10 @@ pub struct Job {
     pub discard_zeroes: bool,
     /// Failed requests are counted instead of ending the run.
     pub tolerate_errors: bool,
-    /// The used ring must say exactly how many bytes were written.
+    /// The used ring must give exactly the number of bytes that were written.
     pub check_used_len: bool,
-    /// If the backend goes away, the run ends as if its time were over. What was in flight may have happened or not.
+    /// If the backend goes away, the run ends as if its time were over. What was in flight may have
+    /// happened or not.
     pub survive_disconnect: bool,
 }
 

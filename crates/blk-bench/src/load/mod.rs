@@ -50,9 +50,9 @@ pub enum RunError {
         /// Where and what.
         mismatch: Mismatch,
     },
-    /// The used ring says the wrong length.
+    /// The length in the used ring is wrong.
     #[error(
-        "queue {queue}: {op:?} of {sectors} sectors: the used ring says {found} bytes written, expected {expected}"
+        "queue {queue}: {op:?} of {sectors} sectors: used length: found {found} bytes, expected {expected}"
     )]
     UsedLen {
         /// Index of the queue.
@@ -140,7 +140,8 @@ pub fn run(
             .collect::<Result<_, _>>()
             .map_err(Error::io("start a thread"))?;
         drop(finished);
-        // Nobody sends: an error here means that all threads have finished, a time-out that they have not.
+        // Nothing is ever sent: an error means that all threads have finished, a time-out that they
+        // have not.
         let wait = |time: Duration| {
             all_finished.recv_timeout(time) == Err(mpsc::RecvTimeoutError::Timeout)
         };
@@ -326,7 +327,8 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Whether the request's outcome would depend on the order in which the device does what is in flight.
+    /// Whether the request's outcome would depend on the order in which the device does what is in
+    /// flight.
     fn overlaps(&self, request: &Request) -> bool {
         let end = |request: &Request| request.sector + u64::from(request.sectors);
         self.pending.iter().flatten().any(|Pending { request: other, .. }| {
@@ -385,7 +387,7 @@ impl<'a> Worker<'a> {
         Err(RunError::Request { queue: self.queue.index(), op, sector, sectors, status })
     }
 
-    /// The backend has gone: nobody knows which of the requests in flight have happened.
+    /// The backend is gone: it is unknown which of the requests in flight were executed.
     fn forget_pending(&mut self) {
         let Some(model) = &mut self.model else { return };
         for Pending { request, .. } in self.pending.iter().flatten() {
@@ -429,7 +431,8 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// Fills the data of all slots with random bytes, so that nothing can treat them as zeros; gives their number.
+/// Fills the data of all slots with random bytes, so that nothing can treat them as zeros; returns
+/// their number.
 fn fill_with_noise(queue: &mut Queue, seed: u64) -> usize {
     let mut rng = Rng::new(seed ^ u64::from(queue.index()));
     let len = queue.max_data();
@@ -446,8 +449,8 @@ fn fill_with_noise(queue: &mut Queue, seed: u64) -> usize {
     count
 }
 
-/// Reads sectors `range` through all queues and compares them with what they must hold. Gives the number of sectors that
-/// were compared; the others are ones of which nothing is known.
+/// Reads sectors `range` through all queues and compares them with their expected content. Returns
+/// the number of sectors that were compared; the content of the others is unknown.
 ///
 /// # Errors
 /// The first difference; or what went wrong with the device.

@@ -22,7 +22,8 @@ pub enum Content {
     Base,
     /// Zeros.
     Zeros,
-    /// Nothing: a write to it failed, or it was discarded on a device of which nobody said what it reads then.
+    /// Unknown: a write to it failed, or it was discarded on a device that does not define the
+    /// result.
     Unknown,
     /// The stamp of this write of its owner.
     Write(u32),
@@ -51,7 +52,8 @@ impl Content {
     }
 }
 
-/// The content of the sectors that one queue owns. Four bytes for each sector of a part that was written to.
+/// The content of the sectors that one queue owns. Four bytes for each sector of a part that was
+/// written to.
 #[derive(Debug)]
 pub struct Model {
     queue: u16,
@@ -132,7 +134,7 @@ impl Base {
 pub struct Mismatch {
     /// The sector.
     pub sector: u64,
-    /// What the device says it holds.
+    /// Its content according to the device.
     pub found: String,
     /// What it must hold.
     pub expected: String,
@@ -148,7 +150,7 @@ pub struct Expectation {
 }
 
 impl Expectation {
-    /// Fills `data` with what a sector must hold; false if nothing is known about it.
+    /// Fills `data` with the expected content of a sector; false if it is unknown.
     ///
     /// # Errors
     /// The base cannot be read.
@@ -173,8 +175,8 @@ impl Expectation {
         Ok(true)
     }
 
-    /// Compares sectors that were read with what they must hold. `lookup` gives owner and content of a sector. Gives the
-    /// number of sectors of which nothing is known.
+    /// Compares sectors that were read with their expected content. `lookup` returns owner and
+    /// content of a sector. Returns the number of sectors with unknown content.
     ///
     /// # Errors
     /// The base cannot be read.

@@ -1,8 +1,9 @@
 //! Which sectors a run touches, and which queue owns which of them.
 //!
-//! The region is cut into granules as long as the largest request, dealt out to the queues in turn. Neighbouring
-//! granules belong to different queues, so that their writes meet in the same bitmap words and pages of the backend,
-//! while each sector has one writer and the model of its content stays exact.
+//! The region is cut into granules as long as the largest request, dealt out to the queues in turn.
+//! Neighbouring granules belong to different queues, so that their writes meet in the same bitmap
+//! words and pages of the backend, while each sector has one writer and the model of its content
+//! stays exact.
 
 /// A run of sectors, cut into granules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -31,7 +31,8 @@ pub fn mix(mut bits: u64) -> u64 {
     bits ^ bits >> 31
 }
 
-/// A random order of 0 .. `len`: a Feistel network over the next power of four, walked until it falls inside.
+/// A random order of 0 .. `len`: a Feistel network over the next power of four, walked until it
+/// falls inside.
 #[derive(Clone, Debug)]
 pub struct Permutation {
     len: u64,

@@ -1,4 +1,4 @@
-//! What is written to a sector, so that a read can tell which write it came from.
+//! The content written to a sector, from which a read can identify the write.
 //!
 //! | offset | length | |
 //! |---|---|---|
@@ -11,7 +11,8 @@
 //! | 504 | 4 | 0 |
 //! | 508 | 4 | CRC-32C of everything before |
 //!
-//! Numbers are little-endian. Every byte follows from the four fields, so a comparison with a stamp made again is exact.
+//! Numbers are little-endian. Every byte follows from the four fields, so a comparison with a stamp
+//! made again is exact.
 
 use std::fmt;
 
@@ -89,7 +90,7 @@ impl fmt::Display for Stamp {
     }
 }
 
-/// Says in words what a sector holds.
+/// Describes the content of a sector.
 pub fn describe(data: &[u8]) -> String {
     match Stamp::parse(data) {
         Some((stamp, true)) => stamp.to_string(),

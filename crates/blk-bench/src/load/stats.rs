@@ -107,7 +107,7 @@ pub struct OpSummary {
     pub iops: f64,
     /// Bytes per second.
     pub bytes_per_s: f64,
-    /// From the store of `avail.idx` to the look at `used.idx` that found it.
+    /// From the store of `avail.idx` to the load of `used.idx` that found it.
     pub latency_us: Latency,
 }
 

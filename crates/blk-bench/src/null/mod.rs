@@ -1,7 +1,9 @@
-//! A backend that does as little as a backend can: it answers every request at once, or keeps a disk in memory.
+//! A backend that does as little as a backend can: it answers every request at once, or keeps a
+//! disk in memory.
 //!
-//! Against it the load generator measures itself. With [`Options::fault`] it goes wrong in one chosen way, so that tests
-//! can show that the generator's checks see it. It trusts its frontend no further than memory safety needs.
+//! Against it the load generator measures itself. With [`Options::fault`] it goes wrong in one
+//! chosen way, so that tests can show that the generator's checks see it. It trusts its frontend no
+//! further than memory safety needs.
 
 pub(crate) mod null_ring;
 
@@ -53,13 +55,13 @@ pub struct Options {
     pub queues: u16,
     /// Keep what is written.
     pub ram: bool,
-    /// How long a queue looks for work before it sleeps.
+    /// How long a queue polls for work before it sleeps.
     pub poll_time: Duration,
     /// What to do wrong.
     pub fault: Option<Fault>,
 }
 
-/// A way to be wrong. The number says at which of the requests concerned (the first is 1).
+/// An injected fault. The number selects the request concerned (the first is 1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// A write is acknowledged and forgotten.
@@ -74,7 +76,7 @@ pub enum Fault {
     NoAnswer(u64),
     /// A request fails.
     IoError(u64),
-    /// The used ring says one byte too few.
+    /// The length in the used ring is one byte too small.
     ShortUsedLen(u64),
     /// The connection is closed instead of an answer.
     Disconnect(u64),
@@ -146,7 +148,8 @@ pub fn serve_one(
     while let Ok(()) | Err(VhostError::ReqHandlerError(_) | VhostError::InvalidOperation(_)) =
         handler.handle_request()
     {}
-    // The lock is poisoned only by a panic in a handler, and then its queues are stopped all the same.
+    // The lock is poisoned only by a panic in a handler, and then its queues are stopped all the
+    // same.
     session.lock().unwrap_or_else(std::sync::PoisonError::into_inner).stop_all();
     Ok(())
 }

@@ -86,7 +86,7 @@ pub(crate) struct DeviceRing {
     event_idx: bool,
     next_avail: u16,
     next_used: u16,
-    /// What used.idx says.
+    /// The value of used.idx.
     published: u16,
 }
 
@@ -131,7 +131,8 @@ impl DeviceRing {
 
     /// The 16-bit field at an even offset of the avail or used ring, at most its event field.
     fn field(&self, part: *mut u8, offset: usize) -> &AtomicU16 {
-        // SAFETY: `new` checked that the parts lie in the mapping; the offsets used here do not pass their ends.
+        // SAFETY: `new` checked that the parts lie in the mapping; the offsets used here do not
+        // pass their ends.
         unsafe { AtomicU16::from_ptr(part.byte_add(offset).cast()) }
     }
 
@@ -228,7 +229,8 @@ impl DeviceRing {
 
     fn push_used(&mut self, head: u16, written: u32) {
         let at = 4 + 8 * usize::from(self.next_used % self.size);
-        // SAFETY: inside the used ring, 4-byte aligned because the ring is and every entry has 8 bytes.
+        // SAFETY: inside the used ring, 4-byte aligned because the ring is and every entry has 8
+        // bytes.
         unsafe {
             self.used.byte_add(at).cast::<u32>().write_volatile(u32::from(head));
             self.used.byte_add(at + 4).cast::<u32>().write_volatile(written);
@@ -284,7 +286,8 @@ fn answer(disk: &Disk, pieces: &[Piece]) -> impl Iterator<Item = u32> {
     std::iter::repeat_n(written, answers)
 }
 
-/// Moves data between the disk in memory and the pieces; gives the bytes written to the frontend, the status included.
+/// Moves data between the disk in memory and the pieces; gives the bytes written to the frontend,
+/// the status included.
 fn transfer(disk: &Disk, pieces: &[Piece]) -> Option<u32> {
     let (&(header, 16, false), rest) = pieces.split_first()? else { return None };
     let (_, data) = rest.split_last()?;
@@ -322,7 +325,8 @@ fn transfer(disk: &Disk, pieces: &[Piece]) -> Option<u32> {
     let torn = write.is_some()
         && disk.options.fault.is_some_and(|f| write.is_some_and(|w| f == Fault::TearWrite(w)));
     for &(host, len, _) in data {
-        // SAFETY: the piece lies inside a mapping; the frontend leaves it alone while the request is in flight.
+        // SAFETY: the piece lies inside a mapping; the frontend leaves it alone while the request
+        // is in flight.
         let piece = unsafe { std::slice::from_raw_parts_mut(host, len) };
         let sectors = &mut content[at..at + len];
         match (write, torn) {

@@ -1,5 +1,5 @@
-//! The checks see what they are there for: a backend that is right passes in every mode of the driver, and one that is
-//! wrong in one single request is found out.
+//! The checks see what they are there for: a backend that is right passes in every mode of the
+//! driver, and one that is wrong in one single request is found out.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -41,7 +41,7 @@ fn a_correct_backend_passes_in_every_mode() {
     }
 }
 
-/// Each block is written once, so that nothing hides a write that went wrong.
+/// Each block is written once, so that no later write hides a wrong one.
 fn write_once() -> Job {
     let mix = Mix::WRITE;
     let job = mixed_job(SECTORS);

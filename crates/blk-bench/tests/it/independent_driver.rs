@@ -1,4 +1,5 @@
-//! What this crate's driver wrote is read back through another one: the `virtio-driver` crate, libblkio's.
+//! What this crate's driver wrote is read back through another one: the `virtio-driver` crate,
+//! libblkio's.
 
 use std::path::Path;
 

@@ -1,4 +1,5 @@
-//! Against qemu-storage-daemon: a backend by other people. Skipped, and said so, where it is not installed.
+//! Against qemu-storage-daemon: an independent backend. Skipped, with a message, if it is not
+//! installed.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};

@@ -127,7 +127,7 @@ fn leaks_are_whole_blocks_without_a_present_sector() {
     assert_eq!(findings[0].severity(), Severity::Leak);
     // A range that begins or ends inside a block does not give that block.
     assert_eq!(leaks(&header, &bitmap, &[(block(5) + 512, 3 * 4096)]).0, [(block(6), 2 * 4096)]);
-    // What lies past the end of the disk belongs to nobody.
+    // Data past the end of the disk belongs to no sector.
     assert_eq!(leaks(&header, &bitmap, &[(block(256), 8192)]).0, [(block(256), 8192)]);
     let (leaked, _) = leaks(&header, &bitmap, &[(u64::MAX - 10, 10), (block(256), u64::MAX)]);
     assert_eq!(leaked.len(), 1);

@@ -1,4 +1,4 @@
-//! Records of the journal: what is whole counts, and nothing else does.
+//! Records of the journal: only complete records count.
 
 use cow_format::journal::{Epoch, RANGES_MAX, RECORD_BLOCK_LEN, Records, record_len, seal};
 use cow_format::{Sector, SectorCount, SectorRange};
@@ -22,7 +22,7 @@ fn record(epoch: Epoch, sequence: u64, ranges: &[SectorRange], fill: u8) -> Vec<
     record
 }
 
-/// What stands where, in the order in which it is to be written.
+/// The pieces and their places, in the order in which they are to be written.
 fn read(journal: &[u8], epoch: Epoch) -> Vec<(SectorRange, u8)> {
     let pieces = Records::new(journal, epoch, DISK).flat_map(Result::unwrap);
     let checked = pieces.map(|(range, data)| {
@@ -72,8 +72,8 @@ fn records_are_read_in_their_order_up_to_the_first_that_is_not_whole() {
 
 #[test]
 fn a_guest_cannot_write_a_record() {
-    // The data of a record of the epoch looks like the record that would follow, as a guest would
-    // make it who has seen an older epoch; the record that really follows is torn.
+    // The data of a record of the epoch looks like the record that would follow, as a guest that
+    // has seen an older epoch could forge it; the record that really follows is torn.
     let forged = record(epoch(1), 1, &[range(7, 1)], 9);
     let mut journal = record(epoch(2), 0, &[range(0, 16)], 1);
     journal.extend(&forged);

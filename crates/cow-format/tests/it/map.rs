@@ -121,14 +121,14 @@ fn check(map: &LayerMap, layers: &[Layer], base: Option<u64>, asked: SectorRange
     assert_eq!(pos, asked.start_bytes().get() + asked.len_bytes());
 }
 
-/// The map, of which nothing is known that comes from a bitmap.
+/// The map, with no bitmap page known.
 fn build(layers: &[Layer], base: Option<u64>) -> Result<LayerMap, ChainTooDeep> {
     let geometries: Vec<_> = layers.iter().map(|layer| geometry(layer.size)).collect();
     let top = Bitmap::unknown(geometries[0].sectors());
     LayerMap::new(&geometries[0], top, &geometries[1..], base)
 }
 
-/// Adds what is not known of `asked`, and nothing else, as a caller does who reads files.
+/// Adds only the unknown pages of `asked`, as a caller that reads files does.
 fn learn(map: &LayerMap, layers: &[Layer], asked: SectorRange) {
     if map.next_unknown(asked).is_none() {
         return;

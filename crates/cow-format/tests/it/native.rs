@@ -98,8 +98,8 @@ fn golden_empty() {
     assert_eq!(places, (8192, 8192 + (4 << 20)));
     assert_eq!((geometry.data_offset().get(), geometry.virtual_size()), (9 << 20, MIB));
     assert_eq!((geometry.bitmap_len(), header.virtual_size_max()), (4096, 16 << 30));
-    // A new file without a journal is the same, byte for byte; with one, the data still stands
-    // there.
+    // A new file without a journal is the same, byte for byte; with one, the data is still in the
+    // same place.
     let mut plain = NativeHeader::create_with_journal(MIB, OWN, None, Some(0)).unwrap();
     let (prefix, len) = new_file(&mut plain);
     assert_eq!(len, file.len() as u64);
@@ -224,8 +224,7 @@ fn golden_live() {
     assert!(write.bytes[..] == file[COPY..2 * COPY]);
 }
 
-/// Made by the second implementation: a file in use that says which page cache its live bitmap
-/// stands in.
+/// Made by the second implementation: a file in use that records the page cache of its live bitmap.
 #[test]
 fn golden_witness() {
     let file = golden("v1-witness");
@@ -332,7 +331,7 @@ fn a_settled_live_bitmap_is_believed_of_a_whole_clean_file_only() {
     };
     header.set_in_use(Some(cache())).unwrap();
     assert!(!write(&mut header).0);
-    // Somebody else's end of use says nothing about the live bitmap.
+    // Another program's end of use says nothing about the live bitmap.
     let mut other = header.clone();
     other.set_clean().unwrap();
     assert!(!write(&mut other).0);
@@ -348,7 +347,7 @@ fn a_settled_live_bitmap_is_believed_of_a_whole_clean_file_only() {
     assert!(write(&mut header).0);
     header.set_in_use(Some(cache())).unwrap();
     assert!(!write(&mut header).0);
-    // The copy that stands in for a newer one is not the last word.
+    // An older copy that replaces a broken newer one does not decide this.
     for broken in [100, COPY + 100] {
         let mut prefix = clean.clone();
         prefix[broken] ^= 1;

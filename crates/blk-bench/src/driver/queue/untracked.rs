@@ -1,12 +1,12 @@
-//! A queue whose device has died and left nobody an account of what was in flight.
+//! A queue whose device has died and left no record of the requests in flight.
 
 use super::{Completion, Queue, Request, Slot};
 use crate::error::Error;
 
 impl Queue {
-    /// As [`Queue::reap`], for a device that was told nothing of what its predecessor had in flight, and begins
-    /// behind what that has answered: it can answer once more what was answered out of its turn. Gives how many such
-    /// answers there were; they are not in `done`.
+    /// As [`Queue::reap`], for a device that has no record of its predecessor's requests in flight
+    /// and starts after the last request answered in order: it can answer a request again that was
+    /// answered out of order. Returns the number of such answers; they are not in `done`.
     ///
     /// # Errors
     /// [`Error::BadHead`] if it answers what never was a request.
@@ -32,8 +32,8 @@ impl Queue {
         all.filter_map(|(slot, request)| Some((slot, (*request)?)))
     }
 
-    /// Gives up what the device has not answered; gives how many requests that were. Only a device that
-    /// [has caught up](Queue::is_caught_up) does not touch their memory any more.
+    /// Gives up what the device has not answered; gives how many requests that were. Only a device
+    /// that [has caught up](Queue::is_caught_up) does not touch their memory any more.
     pub fn give_up(&mut self) -> usize {
         assert!(self.is_caught_up());
         let slots =

@@ -13,7 +13,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use system_tests::flushed::program::write_base;
-use system_tests::flushed::{Model, Program, Told, read_dump};
+use system_tests::flushed::{ClientLog, Model, Program, read_dump};
 use system_tests::powercut::{FileSystem, Host, Variant, dump_path, wait_until};
 use system_tests::{
     Backend, Kernel, LoopMount, Process, Running, SmallTmpfs, TestDir, available, cow,
@@ -88,8 +88,8 @@ impl Disk {
         client
     }
 
-    fn told(&self) -> Told {
-        Told::read(&self.dir.path("told"))
+    fn client_log(&self) -> ClientLog {
+        ClientLog::read(&self.dir.path("told"))
     }
 
     /// Begins program `number` and waits until some of it is flushed.
@@ -97,7 +97,7 @@ impl Disk {
         let (seed, number) = (self.seed.to_string(), number.to_string());
         let load = Process::spawn("load", self.client(&["run", &seed, &number, "tolerant"]));
         let enough = || {
-            self.told().lines.iter().filter(|line| line.starts_with("flushed ")).count()
+            self.client_log().lines.iter().filter(|line| line.starts_with("flushed ")).count()
                 >= FLUSHES_BEFORE
         };
         assert!(wait_until(PATIENCE, enough), "no flushes: {}", load.output());
@@ -106,7 +106,7 @@ impl Disk {
 
     /// Whether the guest has heard of a failed flush: then its client has ended.
     fn guest_has_heard(&self) -> bool {
-        self.told().has("ended")
+        self.client_log().has("ended")
     }
 
     fn signal(&mut self, signal: Signal) {
@@ -132,13 +132,13 @@ impl Disk {
 
     /// Panics unless each flushed sector was read as it must be.
     fn judge(&self, what: &str) {
-        judge(&self.told(), &self.dir.path("dump"), self.seed, what);
+        judge(&self.client_log(), &self.dir.path("dump"), self.seed, what);
     }
 }
 
-fn judge(told: &Told, dump: &Path, seed: u64, what: &str) {
+fn judge(client_log: &ClientLog, dump: &Path, seed: u64, what: &str) {
     let mut slot = 0;
-    let verdict = Model::new(seed).follow(told, |sectors| {
+    let verdict = Model::new(seed).follow(client_log, |sectors| {
         slot += 1;
         read_dump(dump, slot - 1, sectors)
     });
@@ -331,17 +331,17 @@ await_word() { read -r _ </dev/ttyS1; }
 "#;
 
 /// Waits for what the host tells.
-fn await_told(
+fn await_line(
     guest: &mut Running,
-    told: &dyn Fn() -> Told,
+    client_log: &dyn Fn() -> ClientLog,
     what: &str,
-    reached: &dyn Fn(&Told) -> bool,
+    reached: &dyn Fn(&ClientLog) -> bool,
 ) {
     wait_until(GUEST_PATIENCE, || {
-        reached(&told()) || guest.has_ended() || !told().failures.is_empty()
+        reached(&client_log()) || guest.has_ended() || !client_log().failures.is_empty()
     });
-    let told = told();
-    assert!(reached(&told), "no {what}: {:?}\n{}", told.failures, guest.output());
+    let client_log = client_log();
+    assert!(reached(&client_log), "no {what}: {:?}\n{}", client_log.failures, guest.output());
 }
 
 /// The device of the host fails under load, and works again; the daemon's successor must show what
@@ -395,19 +395,20 @@ fn device_fails(file_system: FileSystem, fault: Fault, life: Life, remount: bool
     );
     let drive = format!("format=raw,cache=unsafe,file={}", image.display());
     let mut guest = host.boot(&dir, "host", &drive, &plan);
-    let told = || Told::read(&dir.path("host.told"));
-    let has_flushed = |told: &Told| {
-        told.lines.iter().filter(|line| line.starts_with("flushed ")).count() >= FLUSHES_BEFORE
+    let client_log = || ClientLog::read(&dir.path("host.told"));
+    let has_flushed = |client_log: &ClientLog| {
+        client_log.lines.iter().filter(|line| line.starts_with("flushed ")).count()
+            >= FLUSHES_BEFORE
     };
-    await_told(&mut guest, &told, "flushes", &has_flushed);
+    await_line(&mut guest, &client_log, "flushes", &has_flushed);
     guest.tell("go");
-    await_told(&mut guest, &told, "end", &|told| told.has("over"));
-    let told = told();
+    await_line(&mut guest, &client_log, "end", &|client_log| client_log.has("over"));
+    let client_log = client_log();
     let what = format!("{name}, {fault:?}, {life:?}, remount {remount}, program {number}");
     if life != Life::Killed {
-        assert!(told.has("ended"), "{what}: the guest was not told: {:?}", told.lines);
+        assert!(client_log.has("ended"), "{what}: the guest got no answer: {:?}", client_log.lines);
     }
-    judge(&told, &dump_path(&dir), seed, &what);
+    judge(&client_log, &dump_path(&dir), seed, &what);
 }
 
 #[test]

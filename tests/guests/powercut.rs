@@ -14,7 +14,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use blk_bench::load::rng::Rng;
-use system_tests::flushed::Told;
+use system_tests::flushed::ClientLog;
 use system_tests::flushed::program::pick;
 use system_tests::powercut::{
     FileSystem, Host, Lie, Series, Server, Survives, Variant, VolatileDisk, wait_until,
@@ -112,11 +112,16 @@ fn what_cow_has_made_is_whole(file_system: FileSystem) {
          done"
     );
     let mut guest = host.boot(&dir, "make", &drive, &make);
-    let told = |name: &str| Told::read(&dir.path(&format!("{name}.told")));
-    let begun = wait_until(PATIENCE, || told("make").has("made") || guest.has_ended());
-    assert!(begun && told("make").has("made"), "{:?}\n{}", told("make").lines, guest.output());
+    let client_log = |name: &str| ClientLog::read(&dir.path(&format!("{name}.told")));
+    let begun = wait_until(PATIENCE, || client_log("make").has("made") || guest.has_ended());
+    assert!(
+        begun && client_log("make").has("made"),
+        "{:?}\n{}",
+        client_log("make").lines,
+        guest.output()
+    );
     server.freeze_after(1 + rng.below(60), PATIENCE);
-    let made = told("make");
+    let made = client_log("make");
     guest.kill();
     println!("{}: {}", file_system.name(), server.cut(pick(&mut rng, &Survives::ALL), seed));
     let names = made.lines.iter().filter_map(|line| line.strip_prefix("made "));
@@ -129,17 +134,17 @@ fn what_cow_has_made_is_whole(file_system: FileSystem) {
         exist.collect::<String>()
     );
     let guest = host.boot(&dir, "look", &drive, &look);
-    let seen = finish(guest, &|| told("look"));
+    let seen = finish(guest, &|| client_log("look"));
     let wrong: Vec<_> = seen.statuses.iter().filter(|(_, status)| *status != 0).collect();
     assert!(wrong.is_empty(), "{} (seed {seed}): {wrong:?}", file_system.name());
 }
 
 /// Waits for the end of a host's script, and returns its report.
-fn finish(mut guest: Running, told: &dyn Fn() -> Told) -> Told {
-    wait_until(PATIENCE, || told().has("over") || guest.has_ended());
-    let told = told();
-    assert!(told.has("over"), "{:?}\n{}", told.lines, guest.output());
-    told
+fn finish(mut guest: Running, client_log: &dyn Fn() -> ClientLog) -> ClientLog {
+    wait_until(PATIENCE, || client_log().has("over") || guest.has_ended());
+    let client_log = client_log();
+    assert!(client_log.has("over"), "{:?}\n{}", client_log.lines, guest.output());
+    client_log
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! What a guest has flushed must be there, whatever happens to its host.
 //!
 //! The client (`tests/src/bin/flush-client.rs`) plays a [`program`] on a disk and reports each
-//! step; [`told`] reads the report, also of a client whose host has died in between; the [`model`]
-//! judges the content of each sector of the disk when it is read again later.
+//! step; [`client_log`] reads the report, also of a client whose host has died in between; the
+//! [`model`] judges the content of each sector of the disk when it is read again later.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -10,13 +10,13 @@ use std::path::Path;
 
 use blk_bench::driver::queue::SECTOR_SIZE;
 
+pub mod client_log;
 pub mod model;
 pub mod program;
-pub mod told;
 
+pub use client_log::ClientLog;
 pub use model::{Model, Tool};
 pub use program::{DISK_SECTORS, Program};
-pub use told::Told;
 
 /// Bytes from one dump of a disk to the next in a file of several.
 pub const DUMP_SLOT: u64 = 64 << 20;

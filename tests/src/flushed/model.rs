@@ -8,8 +8,8 @@ use std::fmt;
 
 use blk_bench::driver::queue::{Op, SECTOR_SIZE};
 
+use super::client_log::{ClientLog, Event, Run};
 use super::program::{BASE_PROGRAM, DISK_SECTORS, Program, Seen, base_op, index, look};
-use super::told::{Event, Run, Told};
 
 /// Wrong sectors that a report shows one by one, and runs of them.
 const SHOWN: usize = 12;
@@ -125,10 +125,14 @@ impl Model {
     }
 
     /// Follows the report of one boot. `dump` returns the sectors of the next disk that was read.
-    pub fn follow(&mut self, told: &Told, mut dump: impl FnMut(u64) -> Vec<u8>) -> Verdict {
+    pub fn follow(
+        &mut self,
+        client_log: &ClientLog,
+        mut dump: impl FnMut(u64) -> Vec<u8>,
+    ) -> Verdict {
         let mut verdict = Verdict::default();
         self.shown = None;
-        let mut events = told.events.as_slice();
+        let mut events = client_log.events.as_slice();
         while let Some((event, rest)) = events.split_first() {
             events = rest;
             match event {
@@ -341,8 +345,8 @@ mod tests {
         (flush, (0..flush).collect())
     }
 
-    fn told(text: &str) -> Told {
-        Told::parse(text)
+    fn client_log(text: &str) -> ClientLog {
+        ClientLog::parse(text)
     }
 
     fn begun() -> String {
@@ -352,8 +356,8 @@ mod tests {
     fn violations_of(dump: &[u8], lines: &str) -> Vec<String> {
         let mut model = Model::new(7);
         let nothing = |_| panic!("no dump was reported");
-        assert!(model.follow(&told(&(begun() + lines)), nothing).violations.is_empty());
-        let dumped = told(&format!("dumped {DISK_SECTORS}\n"));
+        assert!(model.follow(&client_log(&(begun() + lines)), nothing).violations.is_empty());
+        let dumped = client_log(&format!("dumped {DISK_SECTORS}\n"));
         model.follow(&dumped, |_| dump.to_vec()).violations
     }
 
@@ -395,10 +399,10 @@ mod tests {
     }
 
     #[test]
-    fn a_sector_of_nobody_is_wrong_and_told_once() {
+    fn a_sector_of_no_program_is_wrong_and_reported_once() {
         let mut disk = disk_with(&[]);
         disk[5 * SECTOR_SIZE] ^= 1;
-        let dumps = told(&format!("dumped {DISK_SECTORS}\n"));
+        let dumps = client_log(&format!("dumped {DISK_SECTORS}\n"));
         let mut model = Model::new(7);
         assert_eq!(model.follow(&dumps, |_| disk.clone()).violations.len(), 1);
         disk[5 * SECTOR_SIZE..6 * SECTOR_SIZE].fill(0);
@@ -409,8 +413,8 @@ mod tests {
     fn what_was_read_after_a_cut_must_stay_once_it_was_flushed() {
         let (_, ops) = before_first_flush();
         let mut model = Model::new(7);
-        model.follow(&told(&begun()), |_| vec![]);
-        let closed = told(&format!("dumped {DISK_SECTORS}\nclosed 0\n"));
+        model.follow(&client_log(&begun()), |_| vec![]);
+        let closed = client_log(&format!("dumped {DISK_SECTORS}\nclosed 0\n"));
         assert!(model.follow(&closed, |_| disk_with(&ops)).violations.is_empty());
         assert!(!model.follow(&closed, |_| disk_with(&[])).violations.is_empty());
     }
@@ -424,10 +428,10 @@ mod tests {
         {
             for (dump, wrong) in [(disk_with(&[]), false), (disk_with(&ops), old_is_wrong)] {
                 let mut model = Model::new(7);
-                model.follow(&told(&flushed), |_| vec![]);
-                let read = told(&format!("dumped {DISK_SECTORS}\nclosed 0\n{tool}"));
+                model.follow(&client_log(&flushed), |_| vec![]);
+                let read = client_log(&format!("dumped {DISK_SECTORS}\nclosed 0\n{tool}"));
                 assert!(model.follow(&read, |_| disk_with(&ops)).violations.is_empty());
-                let dumped = told(&format!("dumped {DISK_SECTORS}\n"));
+                let dumped = client_log(&format!("dumped {DISK_SECTORS}\n"));
                 let found = model.follow(&dumped, |_| dump.clone()).violations;
                 assert_eq!(!found.is_empty(), wrong, "{tool}: {found:?}");
             }
@@ -440,10 +444,10 @@ mod tests {
             [(DISK_SECTORS, true), (DISK_SECTORS + GROWTH, true), (DISK_SECTORS + 1, false)]
         {
             let mut model = Model::new(7);
-            model.follow(&told("tool resize\n"), |_| vec![]);
+            model.follow(&client_log("tool resize\n"), |_| vec![]);
             let mut dump = disk_with(&[]);
             dump.resize(index(sectors) * SECTOR_SIZE, 0);
-            let dumped = told(&format!("dumped {sectors}\n"));
+            let dumped = client_log(&format!("dumped {sectors}\n"));
             let found = model.follow(&dumped, |_| dump.clone()).violations;
             assert_eq!(found.is_empty(), right, "{sectors}: {found:?}");
         }

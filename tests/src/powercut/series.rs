@@ -12,7 +12,7 @@ use blk_bench::load::rng::{Rng, mix};
 use crate::files::TestDir;
 use crate::flushed::model::{GROWTH, Verdict};
 use crate::flushed::program::{chance, pick};
-use crate::flushed::{Model, Told, Tool, read_dump};
+use crate::flushed::{ClientLog, Model, Tool, read_dump};
 use crate::guest::Running;
 
 use super::disk::{Survives, VolatileDisk};
@@ -328,36 +328,41 @@ impl Series {
     fn execute(&mut self, plan: Plan) -> Report {
         self.boots += 1;
         let name = format!("boot-{}", self.boots);
-        let told_path = self.dir.path(&format!("{name}.told"));
+        let log_path = self.dir.path(&format!("{name}.told"));
         let nbd = self.server.socket().display();
         let drive = format!("driver=nbd,server.type=unix,server.path={nbd}");
         let mut guest = self.host.boot(&self.dir, &name, &drive, &plan.script);
         let mut violations = vec![];
-        if let Err(why) = self.await_moment(&mut guest, &plan, &told_path) {
+        if let Err(why) = self.await_moment(&mut guest, &plan, &log_path) {
             violations.push(why);
         }
         fs::write(self.dir.path(&format!("{name}.console")), guest.output()).expect("a file");
         let crashed = guest.has_crashed();
         guest.kill();
         let cut = self.server.cut(plan.survives, self.rng.next_u64());
-        let told = Told::read(&told_path);
+        let client_log = ClientLog::read(&log_path);
         let dump = dump_path(&self.dir);
         let mut slot = 0;
-        let verdict = self.model.follow(&told, |sectors| {
+        let verdict = self.model.follow(&client_log, |sectors| {
             slot += 1;
             read_dump(&dump, slot - 1, sectors)
         });
-        self.interrupted = plan.tool.filter(|tool| !has_ended(&told, *tool));
+        self.interrupted = plan.tool.filter(|tool| !has_ended(&client_log, *tool));
         violations.extend(verdict.violations.iter().cloned());
-        violations.extend(self.further_violations(&told));
+        violations.extend(self.further_violations(&client_log));
         let text = self.describe(&plan, &cut, &verdict);
         Report { text, violations, crashed }
     }
 
     /// Waits until the power is to be cut, or QEMU has crashed; returns what else went wrong
     /// before.
-    fn await_moment(&self, guest: &mut Running, plan: &Plan, told: &Path) -> Result<(), String> {
-        let text = || fs::read_to_string(told).unwrap_or_default();
+    fn await_moment(
+        &self,
+        guest: &mut Running,
+        plan: &Plan,
+        client_log: &Path,
+    ) -> Result<(), String> {
+        let text = || fs::read_to_string(client_log).unwrap_or_default();
         let mut wait_for = |word: &str| {
             let mut seen = String::new();
             let is_there =
@@ -397,16 +402,16 @@ impl Series {
     }
 
     /// Other reported events that must not happen.
-    fn further_violations(&mut self, told: &Told) -> Vec<String> {
-        let mut violations = told.failures.clone();
-        for (what, status) in &told.statuses {
+    fn further_violations(&mut self, client_log: &ClientLog) -> Vec<String> {
+        let mut violations = client_log.failures.clone();
+        for (what, status) in &client_log.statuses {
             let right = *status == 0 || (*status == LEAKS && what.starts_with("check"));
             if !right {
                 violations.push(format!("{what} ended with {status}"));
             }
         }
         // Under the boot id of its predecessor a host would trust what only the page cache had.
-        if let Some(boot) = &told.boot {
+        if let Some(boot) = &client_log.boot {
             if self.boot_ids.contains(boot) {
                 violations
                     .push(format!("the boot id {boot} came twice: that is this test's fault"));
@@ -434,6 +439,6 @@ impl Series {
     }
 }
 
-fn has_ended(told: &Told, tool: Tool) -> bool {
-    told.lines.iter().any(|line| *line == format!("tool-ended {} 0", tool.name()))
+fn has_ended(client_log: &ClientLog, tool: Tool) -> bool {
+    client_log.lines.iter().any(|line| *line == format!("tool-ended {} 0", tool.name()))
 }

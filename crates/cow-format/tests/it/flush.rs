@@ -135,7 +135,7 @@ fn a_live_bitmap_is_made_durable_by_the_next_flush() {
 }
 
 #[test]
-fn whoever_finds_a_bit_set_has_it_flushed_by_a_later_pass() {
+fn a_bit_that_is_found_set_is_flushed_by_a_later_pass() {
     // One thread sets nearly a whole page's bits, which takes a while. The other sees the first of
     // them, so a write of its own to that sector sets nothing; its flush must cover the bit all the
     // same.

@@ -249,7 +249,7 @@ fn golden_witness() {
 }
 
 #[test]
-fn a_witness_of_a_kind_that_nobody_knows_is_none() {
+fn a_witness_of_an_unknown_kind_is_none() {
     for witness in [CacheWitness::Memory, CacheWitness::Superblock(9), CacheWitness::Mount(9)] {
         let mut bytes = witness.to_bytes();
         assert_eq!(CacheWitness::from_bytes(bytes), Some(witness));

@@ -36,7 +36,7 @@ pub enum Event {
 
 /// The report of one boot, or of one test.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Told {
+pub struct ClientLog {
     /// What happened to the disk.
     pub events: Vec<Event>,
     /// The host's boot id.
@@ -49,7 +49,7 @@ pub struct Told {
     pub lines: Vec<String>,
 }
 
-impl Told {
+impl ClientLog {
     /// Reads a file of lines; one that is not there is empty.
     pub fn read(path: &Path) -> Self {
         let bytes = std::fs::read(path).unwrap_or_default();
@@ -58,14 +58,14 @@ impl Told {
 
     /// Reads lines.
     pub fn parse(text: &str) -> Self {
-        let mut told = Self::default();
+        let mut client_log = Self::default();
         // Text after the last line feed is no complete line.
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         for line in whole.lines() {
-            told.lines.push(line.to_owned());
-            told.line(line);
+            client_log.lines.push(line.to_owned());
+            client_log.line(line);
         }
-        told
+        client_log
     }
 
     /// Whether a line begins with this word.
@@ -151,8 +151,9 @@ mod tests {
 
     #[test]
     fn a_log_that_breaks_off_is_read_up_to_its_last_whole_line() {
-        let told =
-            Told::parse("boot b\ndumped 80\nprogram 1 80 x\nissued 16\nflushed 3 1,2\nissued 3");
+        let client_log = ClientLog::parse(
+            "boot b\ndumped 80\nprogram 1 80 x\nissued 16\nflushed 3 1,2\nissued 3",
+        );
         let run = Run {
             program: 1,
             disk_sectors: 80,
@@ -161,21 +162,21 @@ mod tests {
             failed: BTreeSet::new(),
             flushes: vec![(3, [1, 2].into())],
         };
-        assert_eq!(told.events, [Event::Dumped(80), Event::Run(run.clone())]);
-        assert_eq!(told.boot.as_deref(), Some("b"));
+        assert_eq!(client_log.events, [Event::Dumped(80), Event::Run(run.clone())]);
+        assert_eq!(client_log.boot.as_deref(), Some("b"));
         assert_eq!(run.durable(), [0].into());
     }
 
     #[test]
     fn what_failed_is_not_durable_although_a_later_flush_succeeds() {
-        let told = Told::parse("program 1 80\nissued 16\nfailed 1\nflushed 3 -\n");
-        let [Event::Run(run)] = told.events.as_slice() else { panic!("{told:?}") };
+        let client_log = ClientLog::parse("program 1 80\nissued 16\nfailed 1\nflushed 3 -\n");
+        let [Event::Run(run)] = client_log.events.as_slice() else { panic!("{client_log:?}") };
         assert_eq!(run.durable(), [0, 2].into());
     }
 
     #[test]
     fn a_tool_has_a_status_only_when_it_has_ended() {
-        let told = Told::parse(
+        let client_log = ClientLog::parse(
             "tool reset\ntool-ended reset 0\ntool merge\nstatus cow check 3\nclosed -1\n",
         );
         let expected = [
@@ -183,7 +184,7 @@ mod tests {
             Event::Tool("merge".into(), None),
             Event::Closed(-1),
         ];
-        assert_eq!(told.events, expected);
-        assert_eq!(told.statuses, [("cow check".to_owned(), 3)]);
+        assert_eq!(client_log.events, expected);
+        assert_eq!(client_log.statuses, [("cow check".to_owned(), 3)]);
     }
 }

@@ -4,10 +4,11 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
-use vhost_user_blk::cli::{self, Command};
-use vhost_user_blk::lifecycle::daemon;
+use vhost_user_blk::cli::{self, Command, Options};
+use vhost_user_blk::lifecycle::error::DaemonError;
+use vhost_user_blk::lifecycle::{daemon, takeover};
 use vhost_user_blk::process::control::Request;
-use vhost_user_blk::process::logger;
+use vhost_user_blk::process::{logger, requirements};
 
 fn main() -> ExitCode {
     let options = match cli::parse(std::env::args_os()) {
@@ -22,7 +23,7 @@ fn main() -> ExitCode {
         Err(error) => error.exit(),
     };
     logger::init(options.log_level);
-    match daemon::run(&options) {
+    match serve(&options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Not a log line: it is printed whatever the log level. If nobody can read it, the
@@ -30,6 +31,15 @@ fn main() -> ExitCode {
             logger::print(&format!("vhost-user-blk: {error}"));
             ExitCode::from(if error.is_usage() { 2 } else { 1 })
         }
+    }
+}
+
+/// Serves the disk: from the start, or in the place of this process's last program.
+fn serve(options: &Options) -> Result<(), DaemonError> {
+    requirements::check_page_size()?;
+    match options.takeover {
+        Some(handover) => takeover::run(options, handover),
+        None => daemon::run(options),
     }
 }
 

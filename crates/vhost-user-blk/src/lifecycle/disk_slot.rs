@@ -24,12 +24,14 @@ use crate::cli::{Format, Image, Options};
 use crate::datapath::holes::Holes;
 use crate::datapath::resident::Mappings;
 use crate::datapath::worker::{self, RingStart, Shared, WorkerHandle};
-use crate::lifecycle::daemon::{DaemonError, check_format, describe, open_disk};
-use crate::lifecycle::handover::duplicate;
+use crate::lifecycle::error::DaemonError;
+use crate::lifecycle::handover;
+use crate::lifecycle::open_disk::{check_format, describe, open_disk};
 use crate::process::log_limit::DISK;
 use crate::process::requirements::Engine;
 use crate::process::{signals, watchdog};
 use crate::session::Device;
+use crate::session::vring::RunningRing;
 use crate::virtio::config::DiskShape;
 use crate::virtio::request::ParseLimits;
 
@@ -79,7 +81,7 @@ impl DiskSlot {
         if !rehearsal {
             engine.report();
         }
-        let mut top = top.iter().map(|&fd| duplicate(fd));
+        let mut top = top.iter().map(|&fd| handover::inherit(fd));
         let (buffered, direct) = (top.next().transpose()?, top.next().transpose()?);
         let file = buffered.map(|buffered| File::inherit(buffered, direct)).transpose();
         let file = file.map_err(DaemonError::system("use the predecessor's files"))?;
@@ -257,5 +259,11 @@ impl Device for Arc<DiskSlot> {
 
     fn failure(&self) -> &EventFd {
         &self.failure
+    }
+}
+
+impl RunningRing for WorkerHandle {
+    fn stop(self) -> u16 {
+        WorkerHandle::stop(self)
     }
 }

@@ -22,13 +22,13 @@
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{OwnedFd, RawFd};
 use std::str::SplitAsciiWhitespace;
 use std::time::Duration;
 
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use crate::process::fd;
 use crate::session::replay::Message;
 
 const FIRST_LINE: &str = "vhost-user-blk handover 1";
@@ -127,7 +127,7 @@ impl Handover {
     /// [`HandoverError`]
     pub fn fetch(fd: RawFd) -> Result<Self, HandoverError> {
         let io = |source| HandoverError::Io { what: "read", source };
-        let mut file = File::from(duplicate(fd)?);
+        let mut file = File::from(inherit(fd)?);
         let mut text = String::new();
         file.rewind().map_err(io)?;
         file.take(LEN_MAX).read_to_string(&mut text).map_err(io)?;
@@ -223,6 +223,14 @@ impl Handover {
     }
 }
 
+/// A duplicate of a descriptor that the handover names.
+///
+/// # Errors
+/// [`HandoverError::Descriptor`]
+pub fn inherit(fd: RawFd) -> Result<OwnedFd, HandoverError> {
+    fd::duplicate(fd).map_err(|source| HandoverError::Descriptor { fd, source })
+}
+
 fn number<T: std::str::FromStr>(words: &mut SplitAsciiWhitespace<'_>) -> Option<T> {
     words.next()?.parse().ok()
 }
@@ -243,33 +251,6 @@ fn from_hex(text: &str) -> Option<Vec<u8>> {
     let (pairs, rest) = text.as_bytes().as_chunks::<2>();
     let byte = |pair: &[u8; 2]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
     rest.is_empty().then(|| pairs.iter().map(byte).collect())?
-}
-
-/// A duplicate of an inherited descriptor, which no further program inherits. The original stays:
-/// it is another process's until that has ended.
-///
-/// # Errors
-/// [`HandoverError::Descriptor`]
-pub fn duplicate(fd: RawFd) -> Result<OwnedFd, HandoverError> {
-    let bad = |source| HandoverError::Descriptor { fd, source };
-    if fd < 0 {
-        return Err(bad(io::ErrorKind::InvalidInput.into()));
-    }
-    // SAFETY: borrowed only to ask the kernel, which answers EBADF for a number that is not open.
-    let inherited = unsafe { BorrowedFd::borrow_raw(fd) };
-    let own = fcntl(inherited, FcntlArg::F_DUPFD_CLOEXEC(0)).map_err(|e| bad(e.into()))?;
-    // SAFETY: the kernel has just made it.
-    Ok(unsafe { OwnedFd::from_raw_fd(own) })
-}
-
-/// Whether the next program inherits these descriptors, which are open. Async-signal-safe.
-pub fn set_inherited(fds: &[RawFd], inherited: bool) -> nix::Result<()> {
-    let flags = if inherited { FdFlag::empty() } else { FdFlag::FD_CLOEXEC };
-    fds.iter().try_for_each(|&fd| {
-        // SAFETY: the caller keeps it open.
-        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-        fcntl(fd, FcntlArg::F_SETFD(flags)).map(|_| ())
-    })
 }
 
 #[cfg(test)]

@@ -2,6 +2,8 @@
 
 pub mod daemon;
 pub mod disk_slot;
+pub mod error;
 pub mod handover;
+pub mod open_disk;
 pub mod takeover;
 pub mod upgrade;

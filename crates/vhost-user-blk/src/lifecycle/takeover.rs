@@ -10,9 +10,10 @@ use log::LevelFilter;
 use vhost::vhost_user::message::FrontendReq;
 
 use crate::cli::Options;
-use crate::lifecycle::daemon::{self, Daemon, DaemonError, Guest};
+use crate::lifecycle::daemon::{self, Daemon, Guest};
 use crate::lifecycle::disk_slot::DiskSlot;
-use crate::lifecycle::handover::{Handover, Listening, duplicate};
+use crate::lifecycle::error::DaemonError;
+use crate::lifecycle::handover::{Handover, Listening, inherit};
 use crate::lifecycle::upgrade;
 use crate::process::control;
 use crate::process::socket::{Endpoint, Listener, Socket};
@@ -38,14 +39,14 @@ pub fn run(options: &Options, handover_fd: RawFd) -> Result<(), DaemonError> {
             Ok(_) => format!("ready {VERSION}\n"),
             Err(e) => format!("refused {}\n", e.to_string().replace('\n', " ")),
         };
-        let told = File::from(duplicate(pipe)?).write_all(line.as_bytes());
+        let told = File::from(inherit(pipe)?).write_all(line.as_bytes());
         // Nothing that was made here may be unmade: it is the other's.
         return told.map_err(DaemonError::system("answer"));
     }
     systemd::install();
-    let wake = handover.wake.map(duplicate).transpose()?;
+    let wake = handover.wake.map(inherit).transpose()?;
     signals::install(wake).map_err(DaemonError::system("take over signals"))?;
-    let client = handover.reply.map(duplicate).transpose()?.map(UnixStream::from);
+    let client = handover.reply.map(inherit).transpose()?.map(UnixStream::from);
     let taken = take(options, &handover, false);
     let outcome = match &taken {
         Ok(_) => Ok(format!("upgraded from {} to {VERSION}{}", handover.from, pause(&handover))),
@@ -84,14 +85,14 @@ fn take(
     let listen = |listening: Listening, path| {
         // The file is removed with the last program.
         let file = listening.file.filter(|_| !rehearsal).zip(path);
-        let listener = Listener::inherit(duplicate(listening.fd)?, file);
+        let listener = Listener::inherit(inherit(listening.fd)?, file);
         listener.map_err(DaemonError::system("use the socket"))
     };
     let path = match &options.endpoint {
         Endpoint::Path(path) => Some(path.clone()),
         Endpoint::Fd(_) => None,
     };
-    let stream = handover.connection.map(duplicate).transpose()?.map(UnixStream::from);
+    let stream = handover.connection.map(inherit).transpose()?.map(UnixStream::from);
     let io = DaemonError::system("use the socket");
     let socket = match (handover.listener, &stream) {
         (Some(listening), _) => Socket::Listening(listen(listening, path)?.placed_high()),

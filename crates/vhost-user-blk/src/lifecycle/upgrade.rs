@@ -27,8 +27,9 @@ use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, execve, getpid, getppid};
 
 use crate::cli::TAKEOVER;
-use crate::lifecycle::handover::{Handover, HandoverError, Listening, set_inherited};
+use crate::lifecycle::handover::{Handover, HandoverError, Listening};
 use crate::process::control::Upgrade;
+use crate::process::fd::set_inherited;
 use crate::process::log_limit;
 use crate::process::signals;
 use crate::process::socket::Listener;

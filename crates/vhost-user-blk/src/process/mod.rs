@@ -1,6 +1,7 @@
 //! What the process needs of the system: sockets, signals, the service manager, the log.
 
 pub mod control;
+pub(crate) mod fd;
 pub(crate) mod log_limit;
 pub mod logger;
 pub mod requirements;

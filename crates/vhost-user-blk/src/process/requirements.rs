@@ -8,23 +8,47 @@ use std::sync::OnceLock;
 use block_io::ring::{IoEngine, NoUring, Ring};
 use nix::unistd::{SysconfVar, sysconf};
 
-use crate::datapath::route::PAGE;
-use crate::lifecycle::daemon::DaemonError;
+/// Bytes of a memory page for which this program is written: those of x86-64.
+const PAGE: u64 = 4096;
+
+/// What the host lacks.
+#[derive(Debug, thiserror::Error)]
+pub enum RequirementError {
+    /// Alignments and mappings that count with pages of one size would be wrong with others.
+    #[error(
+        "the system's pages have {found} bytes, expected {PAGE}: this program is made and tested \
+         for x86-64 only"
+    )]
+    PageSize {
+        /// Bytes; 0 if the system does not say.
+        found: u64,
+    },
+    /// The I/O engine that was asked for.
+    #[error(
+        "--io-engine=io_uring: {source} ({hint}); use --io-engine=sync, or leave the option out"
+    )]
+    Engine {
+        /// The usual reason.
+        hint: &'static str,
+        /// What was refused.
+        source: NoUring,
+    },
+}
 
 /// Refuses a system whose pages are not of the size that this program counts with.
 ///
 /// # Errors
-/// [`DaemonError::PageSize`]
-pub fn check_page_size() -> Result<(), DaemonError> {
+/// [`RequirementError::PageSize`]
+pub fn check_page_size() -> Result<(), RequirementError> {
     check_page(sysconf(SysconfVar::PAGE_SIZE).ok().flatten())
 }
 
-fn check_page(found: Option<libc::c_long>) -> Result<(), DaemonError> {
+fn check_page(found: Option<libc::c_long>) -> Result<(), RequirementError> {
     match found.map(u64::try_from) {
         Some(Ok(PAGE)) => Ok(()),
-        Some(Ok(found)) => Err(DaemonError::PageSize { found }),
+        Some(Ok(found)) => Err(RequirementError::PageSize { found }),
         // POSIX has every system say it.
-        _ => Err(DaemonError::PageSize { found: 0 }),
+        _ => Err(RequirementError::PageSize { found: 0 }),
     }
 }
 
@@ -44,11 +68,13 @@ impl Engine {
     /// The engine that was asked for; if none was, io_uring where it can be had.
     ///
     /// # Errors
-    /// [`DaemonError::Engine`] if the one that was asked for cannot be had.
-    pub fn choose(asked_for: Option<IoEngine>) -> Result<Self, DaemonError> {
+    /// [`RequirementError::Engine`] if the one that was asked for cannot be had.
+    pub fn choose(asked_for: Option<IoEngine>) -> Result<Self, RequirementError> {
         let said = OnceLock::new();
         if let Some(engine) = asked_for {
-            engine.probe().map_err(|source| DaemonError::Engine { hint: hint(&source), source })?;
+            engine
+                .probe()
+                .map_err(|source| RequirementError::Engine { hint: hint(&source), source })?;
             return Ok(Engine { use_now: engine, asked_for: true, refused: None, said });
         }
         let refused = IoEngine::IoUring.probe().err();

@@ -13,7 +13,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recv, recvmsg};
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use vhost::vhost_user::{self, BackendReqHandler, VhostUserBackendReqHandlerMut};
 
-use crate::lifecycle::handover::{HandoverError, duplicate};
+use crate::process::fd::duplicate;
 use crate::process::log_limit::CONNECTIONS;
 use crate::process::{signals, systemd};
 use crate::session::message::{SCM_FDS_MAX, is_whole};
@@ -62,8 +62,13 @@ pub enum ResumeError {
         source: vhost_user::Error,
     },
     /// A descriptor that was handed over.
-    #[error(transparent)]
-    Handover(#[from] HandoverError),
+    #[error("descriptor {fd} of the handover: {source}")]
+    Descriptor {
+        /// Its number.
+        fd: RawFd,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// The socket cannot be used.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -99,7 +104,11 @@ impl<D: Device> Connection<D> {
         let (mut frontend, backend) = UnixStream::pair()?;
         let mut connection = Self::new(backend, session)?;
         for message in messages {
-            let fds = message.fds.iter().map(|&fd| duplicate(fd)).collect::<Result<_, _>>()?;
+            let fds = message
+                .fds
+                .iter()
+                .map(|&fd| duplicate(fd).map_err(|source| ResumeError::Descriptor { fd, source }));
+            let fds = fds.collect::<Result<_, _>>()?;
             Message { request: message.request, body: message.body.clone(), fds }
                 .send(&frontend)?;
             connection.take_message().map_err(|e| refused(Some(message.request), e))?;

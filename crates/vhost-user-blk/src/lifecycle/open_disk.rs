@@ -1,0 +1,117 @@
+//! Opens the disk that the command line names.
+
+use std::path::Path;
+
+use block_io::ops::signature::{Signature, signature_of};
+use block_io::{CachePolicy, CowFormat, Disk, DiskOptions, Host, ImageError};
+use cow_format::{HeaderError, Sector, SectorCount, SectorRange};
+
+use crate::cli::{Cache, Format, Image, Options};
+use crate::datapath::route::PAGE;
+use crate::lifecycle::error::DaemonError;
+use crate::process::socket::PREDECESSOR_WAIT;
+
+/// Opens what the command line names, and makes a COW file that does not exist; or takes it from a
+/// predecessor, by the descriptions of its top file.
+pub fn open_disk(
+    options: &Options,
+    inherited: Option<block_io::storage::file::File>,
+) -> Result<Disk, DaemonError> {
+    let policy = |cache| match cache {
+        Cache::Buffered => CachePolicy::Buffered,
+        Cache::Direct => CachePolicy::Direct,
+    };
+    let mut disk_options = DiskOptions {
+        read_only: options.read_only,
+        base_cache: policy(options.base_cache),
+        cow_cache: policy(options.cow_cache),
+        lock_wait: PREDECESSOR_WAIT,
+        unlocked: options.allow_unlocked,
+        ..DiskOptions::default()
+    };
+    let disk = match (&options.image, inherited) {
+        (Image::File { path, format: Some(Format::Raw) }, None) => {
+            Disk::open_raw(path, &disk_options)?
+        }
+        (Image::File { path, format: Some(Format::Raw) }, Some(top)) => {
+            Disk::inherit_raw(path, top, &disk_options)?
+        }
+        (Image::File { path, .. } | Image::Cow { cow: path, .. }, Some(top)) => {
+            Disk::inherit_cow(path, top, &disk_options)?
+        }
+        (Image::File { path, format }, None) => {
+            check_format(path, *format)?;
+            Disk::open_cow(path, None, &disk_options).map_err(|e| unless_raw(path, e))?
+        }
+        (Image::Cow { cow, base, format }, None) => {
+            check_format(cow, *format)?;
+            if *format == Some(Format::Uml) {
+                disk_options.format = CowFormat::Uml;
+            }
+            if let Some(base) = base
+                && !cow.exists()
+            {
+                check_base(base)?;
+            }
+            Disk::open_cow(cow, base.as_deref(), &disk_options)?
+        }
+    };
+    Ok(disk)
+}
+
+/// Logs what was opened.
+pub fn describe(disk: &Disk) {
+    for (depth, layer) in disk.layers().iter().enumerate() {
+        log::info!("{}{}", if depth == 0 { "disk " } else { "  over " }, layer.path().display());
+    }
+    if let (Some(top), Some(start)) =
+        (disk.layers().first(), SectorRange::new(Sector::new(0), SectorCount::new(0)))
+        && top.file().direct().is_some()
+        && !disk.write_at(start).get().is_multiple_of(PAGE)
+    {
+        log::warn!(
+            "{}: --cow-cache=direct: the data does not begin at a multiple of {PAGE} bytes, as in old files of UML; \
+             writes go through the page cache",
+            top.path().display()
+        );
+    }
+    let access = if disk.read_only() { "read-only" } else { "writable" };
+    log::info!("{} sectors of 512 bytes, {access}", disk.capacity().get());
+}
+
+/// Refuses a COW file of another format than the one named. A file that does not exist, or whose
+/// header is no good, is left to the opening, which says why.
+pub fn check_format(path: &Path, expected: Option<Format>) -> Result<(), DaemonError> {
+    let Some(expected) = expected else { return Ok(()) };
+    let found = match signature_of(&Host, path) {
+        Some(Signature::Uml) => Format::Uml,
+        Some(Signature::Native) => Format::Native,
+        _ => return Ok(()),
+    };
+    if found == expected {
+        return Ok(());
+    }
+    Err(DaemonError::Format { path: path.to_owned(), found, expected })
+}
+
+/// Refuses to make a COW file over a base that begins like another format: it would be taken for the
+/// bytes of a disk. (Where it is one, for a guest can have written anything there, `cow create -F raw`
+/// makes the COW file.)
+fn check_base(base: &Path) -> Result<(), DaemonError> {
+    let found = match signature_of(&Host, base) {
+        Some(Signature::Qcow2) => "a qcow2 image",
+        Some(Signature::Uml | Signature::Native | Signature::BrokenCow) => "a COW file",
+        None => return Ok(()),
+    };
+    Err(DaemonError::Base { path: base.to_owned(), found })
+}
+
+/// Says what to do with a file that is no COW file, which may well be a raw image.
+fn unless_raw(path: &Path, error: ImageError) -> DaemonError {
+    match error {
+        ImageError::Header { source: HeaderError::NotCow { .. }, .. } => {
+            DaemonError::NotCow { path: path.to_owned() }
+        }
+        error => error.into(),
+    }
+}

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use block_io::ring::IoEngine;
-use clap::builder::{RangedU64ValueParser, TypedValueParser};
+use clap::builder::{PathBufValueParser, RangedU64ValueParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{ArgGroup, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use log::LevelFilter;
@@ -76,10 +76,17 @@ Examples:
     about = "Serves a copy-on-write disk to a virtual machine over vhost-user",
     long_about = ABOUT,
     after_help = EXAMPLES,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    disable_help_subcommand = true,
+    subcommand_help_heading = "Commands for a running daemon",
     group(ArgGroup::new("endpoint").required(true).args(["socket_path", "fd"])),
     group(ArgGroup::new("disk").required(true).args(["image", "blk_file"])),
 )]
 struct Args {
+    #[command(subcommand)]
+    command: Option<Subcommand>,
+
     /// COW file, and the base image it stands over
     ///
     /// The text is split at its first comma, as in UML's ubd0=. A COW file that does not exist is
@@ -204,21 +211,23 @@ or does not answer in time, the old one serves on.
 
 Exit status: 0 if the daemon was upgraded, 1 if it was not, 2 for a wrong command line.";
 
+/// What a running daemon can be asked to do, through its control socket.
+#[derive(clap::Subcommand, Debug)]
+enum Subcommand {
+    #[command(about = "Has a running daemon go on as another program", long_about = UPGRADE_ABOUT)]
+    Upgrade(UpgradeArgs),
+}
+
 /// Arguments of `vhost-user-blk upgrade`.
-#[derive(Parser, Debug)]
-#[command(
-    name = "upgrade",
-    bin_name = "vhost-user-blk upgrade",
-    about = "Has a running daemon go on as another program",
-    long_about = UPGRADE_ABOUT,
-)]
+#[derive(clap::Args, Debug)]
 struct UpgradeArgs {
     /// The daemon's control socket
     #[arg(long, value_name = "PATH")]
     control: PathBuf,
 
     /// The new program [default: the file that the daemon was started from, as it is now]
-    #[arg(long, value_name = "PATH")]
+    // Absolute, because the daemon may run in another directory.
+    #[arg(long, value_name = "PATH", value_parser = PathBufValueParser::new().try_map(std::path::absolute))]
     program: Option<PathBuf>,
 
     /// Seconds that the new program has to show that it is able
@@ -369,14 +378,15 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
     if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
         return Ok(Command::Print(format!("{CAPABILITIES}\n")));
     }
-    if args.get(1).is_some_and(|arg| arg == "upgrade") {
-        return upgrade(&args[1..]);
-    }
     let (takeover, args) = predecessor(args);
     // The predecessor's socket is there, wherever that had it from.
     let required = takeover.is_none() && systemd::listen_fd().is_none();
     let command = Args::command().mut_group("endpoint", |group| group.required(required));
-    let args = Args::from_arg_matches(&command.try_get_matches_from(args)?)?;
+    let mut args = Args::from_arg_matches(&command.try_get_matches_from(args)?)?;
+    if let Some(subcommand) = args.command.take() {
+        let (socket, request) = subcommand.request();
+        return Ok(Command::Control(socket, request));
+    }
     if args.control.as_deref().is_some_and(|path| path.as_os_str().is_empty()) {
         return Err(usage(ErrorKind::InvalidValue, "--control: the path is empty"));
     }
@@ -426,15 +436,16 @@ fn predecessor(mut args: Vec<OsString>) -> (Option<RawFd>, Vec<OsString>) {
     (fd, args)
 }
 
-/// `vhost-user-blk upgrade`.
-fn upgrade(args: &[OsString]) -> Result<Command, clap::Error> {
-    let UpgradeArgs { control, program, timeout } = UpgradeArgs::try_parse_from(args)?;
-    // The daemon may run in another directory.
-    let program = program.map(std::path::absolute).transpose().map_err(|e| {
-        UpgradeArgs::command().error(ErrorKind::InvalidValue, format!("--program: {e}"))
-    })?;
-    let time = Duration::from_secs(timeout.into());
-    Ok(Command::Control(control, Request::Upgrade(Upgrade { program, time })))
+impl Subcommand {
+    /// The control socket to connect to, and what to send to it.
+    fn request(self) -> (PathBuf, Request) {
+        match self {
+            Subcommand::Upgrade(UpgradeArgs { control, program, timeout }) => {
+                let time = Duration::from_secs(timeout.into());
+                (control, Request::Upgrade(Upgrade { program, time }))
+            }
+        }
+    }
 }
 
 fn usage(kind: ErrorKind, message: &str) -> clap::Error {
@@ -594,9 +605,11 @@ mod tests {
         };
         assert_eq!((socket, upgrade.time), ("c".into(), Duration::from_secs(10)));
         assert_eq!(upgrade.program, Some(std::env::current_dir().unwrap().join("a/b")));
-        // A file of that name is served as `./upgrade`.
-        let image = serve(&["--fd=3", "./upgrade"]).image;
-        assert_eq!(image, Image::Cow { cow: "./upgrade".into(), base: None, format: None });
+        // It is a command as the first argument only, and never in the form `./upgrade`.
+        for name in ["upgrade", "./upgrade"] {
+            let image = serve(&["--fd=3", name]).image;
+            assert_eq!(image, Image::Cow { cow: name.into(), base: None, format: None });
+        }
     }
 
     #[test]
@@ -610,6 +623,8 @@ mod tests {
             (&["--socket-path=", "a"], "--socket-path"),
             (&["--socket-path=s", "--control=", "a"], "--control"),
             (&["upgrade"], "--control"),
+            (&["upgrade", "--control=c", "a"], "'a'"),
+            (&["--fd=3", "a", "upgrade"], "upgrade"),
             (&["upgrade", "--control=c", "--timeout=0"], "--timeout"),
             (&["--fd=x", "a"], "--fd"),
             (&["--fd=3", ",b"], "COW"),

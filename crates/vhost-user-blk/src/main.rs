@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use vhost_user_blk::cli::{self, Command, Options};
 use vhost_user_blk::lifecycle::error::DaemonError;
 use vhost_user_blk::lifecycle::{daemon, takeover};
-use vhost_user_blk::process::control::Request;
+use vhost_user_blk::process::control::{Reply, Request};
 use vhost_user_blk::process::{logger, requirements};
 
 fn main() -> ExitCode {
@@ -43,18 +43,16 @@ fn serve(options: &Options) -> Result<(), DaemonError> {
     }
 }
 
-/// Has a daemon do what is asked for, and says what came of it.
+/// Sends a command to the daemon behind `socket`, and prints its answer.
 fn command(socket: &Path, request: &Request) -> ExitCode {
-    let outcome = match request.send(socket) {
-        Ok(outcome) => outcome,
-        Err(e) => Err(format!("--control: {}: {e}", socket.display())),
+    let reply = request
+        .send(socket)
+        .unwrap_or_else(|e| Reply::Failed(format!("--control: {}: {e}", socket.display())));
+    let (status, printed) = match reply {
+        Reply::Done(text) => (ExitCode::SUCCESS, writeln!(std::io::stdout(), "{text}")),
+        Reply::Failed(text) => {
+            (ExitCode::FAILURE, writeln!(std::io::stderr(), "vhost-user-blk: {text}"))
+        }
     };
-    let said = match &outcome {
-        Ok(text) => writeln!(std::io::stdout(), "{text}"),
-        Err(text) => writeln!(std::io::stderr(), "vhost-user-blk: {text}"),
-    };
-    match (outcome, said) {
-        (Ok(_), Ok(())) => ExitCode::SUCCESS,
-        _ => ExitCode::FAILURE,
-    }
+    if printed.is_ok() { status } else { ExitCode::FAILURE }
 }

@@ -1,7 +1,7 @@
 //! The daemon's life: socket, disk, one frontend after the other, a clean end.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -11,11 +11,11 @@ use nix::poll::PollTimeout;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::cli::Options;
+use crate::lifecycle::commands::ControlSocket;
 use crate::lifecycle::disk_slot::DiskSlot;
 use crate::lifecycle::error::DaemonError;
-use crate::lifecycle::upgrade::{Handoff, UpgradeError, running_program};
-use crate::process::control::{self, Request};
-use crate::process::log_limit::{self, CONNECTIONS, CONTROL};
+use crate::lifecycle::upgrade::running_program;
+use crate::process::log_limit::{self, CONNECTIONS};
 use crate::process::socket::{Listener, Socket};
 use crate::process::{signals, systemd};
 use crate::session::Session;
@@ -72,42 +72,29 @@ impl Daemon {
     pub(crate) fn session(&self) -> &Arc<Mutex<Session<Arc<DiskSlot>>>> {
         &self.session
     }
-}
 
-impl Commands for (&Daemon, &Listener) {
-    fn fd(&self) -> BorrowedFd<'_> {
-        self.1.as_fd()
+    /// The socket on which frontends connect, unless there is only one frontend.
+    fn listener(&self) -> Option<&Listener> {
+        match &self.socket {
+            Socket::Listening(listener) => Some(listener),
+            Socket::Connected(_) => None,
+        }
     }
 
-    fn handle(&self, frontend: Option<BorrowedFd<'_>>) {
-        let &(daemon, control) = self;
-        let Ok(client) = control.accept() else { return };
-        let Request::Upgrade(request) = match Request::receive(&client) {
-            Ok(request) => request,
-            Err(e) => return CONTROL.say(Level::Warn, format_args!("control socket: {e}")),
-        };
-        let why = match daemon.slot.disk() {
-            Some(disk) => {
-                let listener = match &daemon.socket {
-                    Socket::Listening(listener) => Some(listener),
-                    Socket::Connected(_) => None,
-                };
-                let handoff = Handoff { disk: &disk, listener, control, program: &daemon.program };
-                handoff.hand_over(&request, &daemon.session, frontend, client.as_fd())
-            }
-            None => UpgradeError::DiskElsewhere,
-        };
-        CONTROL.say(Level::Warn, format_args!("no upgrade: {why}"));
-        control::answer(&client, &Err(format!("{why}; the daemon serves on as it was")));
+    fn control_socket(&self) -> Option<ControlSocket<'_>> {
+        self.control.as_ref().map(|control| ControlSocket {
+            control,
+            listener: self.listener(),
+            slot: &self.slot,
+            session: &self.session,
+            program: &self.program,
+        })
     }
 }
 
 /// Serves until the end, first the frontend that is connected.
 pub(crate) fn live(daemon: Daemon, connected: Option<Guest>) -> Result<(), DaemonError> {
-    let entrance = match &daemon.socket {
-        Socket::Listening(listener) => Some(signals::Entrance::new(listener)),
-        Socket::Connected(_) => None,
-    };
+    let entrance = daemon.listener().map(signals::Entrance::new);
     systemd::ready();
     let served = serve(&daemon, connected).map_err(DaemonError::system("use the socket"));
     systemd::stopping();
@@ -128,7 +115,7 @@ pub(crate) fn raise_fd_limit() {
 }
 
 fn serve(daemon: &Daemon, connected: Option<Guest>) -> io::Result<()> {
-    let commands = daemon.control.as_ref().map(|control| (daemon, control));
+    let commands = daemon.control_socket();
     let commands = commands.as_ref().map(|commands| commands as &dyn Commands);
     let was_connected = connected.is_some();
     if let Some(connection) = connected {

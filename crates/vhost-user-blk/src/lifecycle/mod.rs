@@ -1,5 +1,6 @@
 //! The life of the daemon: start, the disk it serves, upgrade to another program, end.
 
+pub(crate) mod commands;
 pub mod daemon;
 pub mod disk_slot;
 pub mod error;

@@ -15,7 +15,7 @@ use crate::lifecycle::disk_slot::DiskSlot;
 use crate::lifecycle::error::DaemonError;
 use crate::lifecycle::handover::{Handover, Listening, inherit};
 use crate::lifecycle::upgrade;
-use crate::process::control;
+use crate::process::control::Reply;
 use crate::process::socket::{Endpoint, Listener, Socket};
 use crate::process::{signals, systemd};
 use crate::session::connection::Connection;
@@ -48,9 +48,11 @@ pub fn run(options: &Options, handover_fd: RawFd) -> Result<(), DaemonError> {
     signals::install(wake).map_err(DaemonError::system("take over signals"))?;
     let client = handover.reply.map(inherit).transpose()?.map(UnixStream::from);
     let taken = take(options, &handover, false);
-    let outcome = match &taken {
-        Ok(_) => Ok(format!("upgraded from {} to {VERSION}{}", handover.from, pause(&handover))),
-        Err(e) => Err(format!("{e}; the daemon has ended")),
+    let reply = match &taken {
+        Ok(_) => {
+            Reply::Done(format!("upgraded from {} to {VERSION}{}", handover.from, pause(&handover)))
+        }
+        Err(e) => Reply::Failed(format!("{e}; the daemon has ended")),
     };
     // What was inherited has been duplicated, or is not needed any more. The listening socket has
     // the highest number, and goes before the connection if all of this has failed.
@@ -58,10 +60,12 @@ pub fn run(options: &Options, handover_fd: RawFd) -> Result<(), DaemonError> {
     // SAFETY: they are open, as was seen, or closing them fails; nobody else here uses them.
     fds.into_iter().rev().for_each(|fd| drop(unsafe { OwnedFd::from_raw_fd(fd) }));
     if let Some(client) = client {
-        control::answer(&client, &outcome);
+        reply.send(&client);
     }
     let (daemon, connection) = taken?;
-    log::info!("{}", outcome.unwrap_or_default());
+    if let Reply::Done(text) = reply {
+        log::info!("{text}");
+    }
     daemon::live(daemon, connection)
 }
 

@@ -1,8 +1,10 @@
-//! The control socket: who may connect to it may tell the daemon what to do.
+//! The control socket. Everyone who may connect to it may give the daemon commands.
 //!
 //! A client connects, sends its command as words that each end with NUL, shuts down its sending side,
-//! and reads the answer: `ok` or `failed`, a blank, and a line of text.
+//! and reads the answer: `ok` or `failed`, a space, and a line of text. The first word names the
+//! command, the others are its arguments.
 
+use std::ffi::OsStr;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::ffi::OsStrExt;
@@ -10,16 +12,14 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use std::ffi::OsStr;
-
-/// How long a client may take to say all that it wants; meanwhile the frontend's messages wait.
+/// How long a client may take to send its whole request; meanwhile the frontend's messages wait.
 const REQUEST_TIME: Duration = Duration::from_secs(1);
 /// Longest request, in bytes: a path and a little more.
 const REQUEST_LEN_MAX: usize = 8192;
-/// How much longer than the daemon gives the new program a client waits for the answer.
+/// How long a client waits for the answer, besides the time that the command itself may take.
 const ANSWER_TIME: Duration = Duration::from_secs(60);
 
-/// What the daemon is told to do.
+/// A command for the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
     /// Give the disk and its guest to a new program.
@@ -31,41 +31,57 @@ pub enum Request {
 pub struct Upgrade {
     /// The program; `None` for the file that the running one was started from, as it is now.
     pub program: Option<PathBuf>,
-    /// How long it may take to say that it is able.
+    /// How long the program may take to show that it can take over.
     pub time: Duration,
+}
+
+/// The daemon's answer to a command, one line of text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// The command was carried out.
+    Done(String),
+    /// It was not, for this reason.
+    Failed(String),
 }
 
 impl Request {
     fn encode(&self) -> Vec<u8> {
-        let Request::Upgrade(Upgrade { program, time }) = self;
-        let program = program.as_deref().unwrap_or(Path::new("")).as_os_str().as_bytes();
-        let millis = time.as_millis().to_string();
-        [b"upgrade", program, millis.as_bytes()]
-            .iter()
-            .flat_map(|word| [word, &b"\0"[..]].concat())
-            .collect()
+        let (name, arguments) = match self {
+            Request::Upgrade(upgrade) => (Upgrade::NAME, upgrade.arguments()),
+        };
+        let words = std::iter::once(name.to_vec()).chain(arguments);
+        words.flat_map(|word| [word.as_slice(), b"\0"].concat()).collect()
     }
 
     fn decode(bytes: &[u8]) -> Option<Self> {
-        let words: Vec<&[u8]> = bytes.strip_suffix(b"\0")?.split(|byte| *byte == 0).collect();
-        let [b"upgrade", program, millis] = words[..] else { return None };
-        let program = (!program.is_empty()).then(|| PathBuf::from(OsStr::from_bytes(program)));
-        let millis = std::str::from_utf8(millis).ok()?.parse().ok()?;
-        Some(Request::Upgrade(Upgrade { program, time: Duration::from_millis(millis) }))
+        let mut words = bytes.strip_suffix(b"\0")?.split(|byte| *byte == 0);
+        let name = words.next()?;
+        let arguments: Vec<&[u8]> = words.collect();
+        match name {
+            Upgrade::NAME => Upgrade::from_arguments(&arguments).map(Request::Upgrade),
+            _ => None,
+        }
     }
 
-    /// Takes a client's request.
+    /// The time that the daemon may take to carry it out.
+    fn time(&self) -> Duration {
+        match self {
+            Request::Upgrade(upgrade) => upgrade.time,
+        }
+    }
+
+    /// Receives a client's request.
     ///
     /// # Errors
-    /// What the socket says; `TimedOut` if the request is not whole after [`REQUEST_TIME`];
-    /// `InvalidData` for something that is no request.
+    /// What the socket says; `TimedOut` if the request is not complete after one second;
+    /// `InvalidData` for something that is not a request.
     pub fn receive(mut client: &UnixStream) -> io::Result<Self> {
         client.set_nonblocking(false)?;
         let deadline = Instant::now() + REQUEST_TIME;
         let mut bytes = Vec::new();
         let mut piece = [0; 512];
         while bytes.len() <= REQUEST_LEN_MAX {
-            // The time is that of the whole request: a client that sends byte by byte gets no more.
+            // The limit is for the whole request: a client that sends byte by byte gets no more.
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(io::ErrorKind::TimedOut.into());
@@ -76,7 +92,7 @@ impl Request {
                     return Self::decode(&bytes).ok_or_else(|| io::ErrorKind::InvalidData.into());
                 }
                 Ok(n) => bytes.extend(&piece[..n]),
-                // A socket with a limit of time is not read again by the kernel after a signal.
+                // The kernel does not restart a read with a timeout after a signal.
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
@@ -84,41 +100,64 @@ impl Request {
         Err(io::ErrorKind::InvalidData.into())
     }
 
-    /// Has the daemon at `socket` do it, and returns what it says: in the one case that it was done,
-    /// in the other that it was not.
+    /// Sends the request to the daemon at `socket` and waits for its answer.
     ///
     /// # Errors
-    /// If there is no daemon, or no answer.
-    pub fn send(&self, socket: &Path) -> io::Result<Result<String, String>> {
-        let Request::Upgrade(Upgrade { time, .. }) = self;
+    /// What the socket says; `UnexpectedEof` if the daemon ends without an answer.
+    pub fn send(&self, socket: &Path) -> io::Result<Reply> {
         let mut daemon = UnixStream::connect(socket)?;
         daemon.write_all(&self.encode())?;
         daemon.shutdown(Shutdown::Write)?;
-        daemon.set_read_timeout(Some(*time + ANSWER_TIME))?;
+        daemon.set_read_timeout(Some(self.time() + ANSWER_TIME))?;
         let mut answer = String::new();
         daemon.read_to_string(&mut answer)?;
-        match answer.trim_end().split_once(' ') {
-            Some(("ok", text)) => Ok(Ok(text.to_owned())),
-            Some(("failed", text)) => Ok(Err(text.to_owned())),
-            _ => Err(io::Error::new(
-                io::ErrorKind::UnexpectedEof,
-                "the daemon ended without an answer",
-            )),
-        }
+        Reply::decode(&answer).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::UnexpectedEof, "the daemon ended without an answer")
+        })
     }
 }
 
-/// Answers a client. It may have gone, and must not hold up the daemon.
-pub fn answer(mut client: &UnixStream, outcome: &Result<String, String>) {
-    let line = match outcome {
-        Ok(text) => format!("ok {text}\n"),
-        Err(text) => format!("failed {text}\n"),
-    };
-    let sent = client
-        .set_write_timeout(Some(REQUEST_TIME))
-        .and_then(|()| client.write_all(line.as_bytes()));
-    if let Err(e) = sent {
-        log::debug!("control socket: {e}");
+impl Upgrade {
+    const NAME: &[u8] = b"upgrade";
+
+    fn arguments(&self) -> Vec<Vec<u8>> {
+        let program = self.program.as_deref().unwrap_or(Path::new(""));
+        let millis = self.time.as_millis().to_string();
+        vec![program.as_os_str().as_bytes().to_vec(), millis.into_bytes()]
+    }
+
+    fn from_arguments(arguments: &[&[u8]]) -> Option<Self> {
+        let &[program, millis] = arguments else { return None };
+        let program = (!program.is_empty()).then(|| PathBuf::from(OsStr::from_bytes(program)));
+        let millis = std::str::from_utf8(millis).ok()?.parse().ok()?;
+        Some(Upgrade { program, time: Duration::from_millis(millis) })
+    }
+}
+
+impl Reply {
+    fn encode(&self) -> String {
+        match self {
+            Reply::Done(text) => format!("ok {text}\n"),
+            Reply::Failed(text) => format!("failed {text}\n"),
+        }
+    }
+
+    fn decode(line: &str) -> Option<Self> {
+        match line.trim_end().split_once(' ')? {
+            ("ok", text) => Some(Reply::Done(text.to_owned())),
+            ("failed", text) => Some(Reply::Failed(text.to_owned())),
+            _ => None,
+        }
+    }
+
+    /// Sends the answer. A client that is gone, or does not read, must not hold up the daemon.
+    pub fn send(&self, mut client: &UnixStream) {
+        let sent = client
+            .set_write_timeout(Some(REQUEST_TIME))
+            .and_then(|()| client.write_all(self.encode().as_bytes()));
+        if let Err(e) = sent {
+            log::debug!("control socket: {e}");
+        }
     }
 }
 
@@ -136,8 +175,20 @@ mod tests {
             assert_eq!(Request::decode(&bytes[..bytes.len() - 1]), None);
             assert_eq!(Request::decode(&bytes[1..]), None);
         }
-        for odd in [&b""[..], b"upgrade\0", b"upgrade\0\0x\0", b"upgrade\0\x001\x002\0"] {
+        for odd in
+            [&b""[..], b"upgrade\0", b"upgrade\0\0x\0", b"upgrade\0\x001\x002\0", b"stop\0\x001\0"]
+        {
             assert_eq!(Request::decode(odd), None);
+        }
+    }
+
+    #[test]
+    fn a_reply_arrives_as_it_was_sent() {
+        for reply in [Reply::Done("a b".to_owned()), Reply::Failed("c; d e".to_owned())] {
+            assert_eq!(Reply::decode(&reply.encode()), Some(reply));
+        }
+        for odd in ["", "ok", "no answer"] {
+            assert_eq!(Reply::decode(odd), None);
         }
     }
 

@@ -11,15 +11,16 @@ use clap::builder::{PathBufValueParser, RangedU64ValueParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{ArgGroup, CommandFactory, FromArgMatches, Parser, ValueEnum};
 use log::LevelFilter;
-use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 
 use crate::datapath::spin;
 use crate::process::control::{Request, Upgrade};
 use crate::process::socket::Endpoint;
 use crate::process::systemd;
+use crate::virtio::request::ID_LEN;
+use crate::virtio::split_queue::QUEUE_SIZE_MAX;
 
 /// Most queues: a message that passes a queue's descriptor names the queue in eight bits.
-pub const QUEUES_MAX: u16 = 256;
+const QUEUES_MAX: u16 = 256;
 /// Fewest queues offered unless `--num-queues` says otherwise. QEMU refuses a backend that has fewer
 /// than the guest has CPUs, and a queue that no guest sets up costs nothing.
 const QUEUES_DEFAULT_MIN: u16 = 4;
@@ -27,14 +28,10 @@ const QUEUES_DEFAULT_MIN: u16 = 4;
 const QUEUES_DEFAULT_MAX: u16 = 64;
 /// Smallest limit for a ring: header, data and status, to the next power of two.
 const QUEUE_SIZE_MIN: u16 = 4;
-/// Largest ring (virtio 1.3, section 2.7).
-const QUEUE_SIZE_MAX: u16 = 32768;
-/// Bytes of a GET_ID answer (virtio 1.3, section 5.2.6).
-pub const SERIAL_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
 
 /// How the first argument begins by which a program learns of its predecessor. No option: nobody else
 /// is to use it.
-pub const TAKEOVER: &str = "--takeover=";
+pub(crate) const TAKEOVER: &str = "--takeover=";
 
 /// What `--print-capabilities` prints (QEMU, docs/interop/vhost-user.json).
 const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
@@ -299,7 +296,7 @@ impl From<Level> for LevelFilter {
 }
 
 /// Serial number, padded with NUL.
-pub type Serial = [u8; SERIAL_LEN];
+pub type Serial = [u8; ID_LEN];
 
 /// What the command line asks for, checked as far as it can be without looking at files.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -505,9 +502,9 @@ fn parse_serial(text: &str) -> Result<Serial, String> {
     if let Some(bad) = text.chars().find(|c| !c.is_ascii_graphic() && *c != ' ') {
         return Err(format!("{bad:?} is not allowed; use printable ASCII characters"));
     }
-    let mut serial = [0; SERIAL_LEN];
+    let mut serial = [0; ID_LEN];
     let Some(place) = serial.get_mut(..text.len()) else {
-        return Err(format!("{} characters; at most {SERIAL_LEN} are allowed", text.len()));
+        return Err(format!("{} characters; at most {ID_LEN} are allowed", text.len()));
     };
     place.copy_from_slice(text.as_bytes());
     Ok(serial)
@@ -561,7 +558,7 @@ mod tests {
             "--poll-us=0",
             "--log-level=debug",
         ]);
-        let mut serial = [0; SERIAL_LEN];
+        let mut serial = [0; ID_LEN];
         serial[..6].copy_from_slice(b"disk 1");
         assert_eq!(
             options,

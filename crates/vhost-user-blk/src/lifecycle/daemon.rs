@@ -52,7 +52,7 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
 pub(crate) type Guest = Connection<Arc<DiskSlot>>;
 
 /// All that a daemon consists of.
-pub struct Daemon {
+pub(crate) struct Daemon {
     socket: Socket,
     control: Option<Listener>,
     slot: Arc<DiskSlot>,
@@ -63,13 +63,13 @@ pub struct Daemon {
 
 impl Daemon {
     /// A daemon to which no frontend has said anything yet.
-    pub(crate) fn new(socket: Socket, control: Option<Listener>, slot: DiskSlot) -> Self {
+    pub fn new(socket: Socket, control: Option<Listener>, slot: DiskSlot) -> Self {
         let slot = Arc::new(slot);
         let session = Arc::new(Mutex::new(Session::new(Arc::clone(&slot), &slot.shape())));
         Daemon { socket, control, slot, session, program: running_program() }
     }
 
-    pub(crate) fn session(&self) -> &Arc<Mutex<Session<Arc<DiskSlot>>>> {
+    pub fn session(&self) -> &Arc<Mutex<Session<Arc<DiskSlot>>>> {
         &self.session
     }
 

@@ -55,9 +55,6 @@ struct Open {
 
 impl DiskSlot {
     /// Opens the disk.
-    ///
-    /// # Errors
-    /// Why it cannot be opened, or what the system refuses.
     pub fn open(options: &Options) -> Result<Self, DaemonError> {
         // Before a COW file is made.
         let engine = Engine::choose(options.io_engine)?;
@@ -72,9 +69,6 @@ impl DiskSlot {
     /// Takes the disk from a predecessor, by the descriptions of its top file, buffered and maybe
     /// direct; without any it is opened beside the predecessor, which only reads it. A `rehearsal`
     /// changes nothing.
-    ///
-    /// # Errors
-    /// Why it cannot be taken, or what the system refuses.
     pub fn inherit(options: &Options, top: &[RawFd], rehearsal: bool) -> Result<Self, DaemonError> {
         let engine = Engine::choose(options.io_engine)?;
         // The successor says it once, not its rehearsal as well.

@@ -110,9 +110,6 @@ pub enum HandoverError {
 
 impl Handover {
     /// Writes it to a memory file.
-    ///
-    /// # Errors
-    /// What the system says.
     pub fn store(&self) -> Result<File, HandoverError> {
         let io = |source| HandoverError::Io { what: "write", source };
         let file = memfd_create(c"handover", MFdFlags::MFD_CLOEXEC).map_err(|e| io(e.into()))?;
@@ -122,9 +119,6 @@ impl Handover {
     }
 
     /// Reads what a predecessor left behind `fd`.
-    ///
-    /// # Errors
-    /// [`HandoverError`]
     pub fn fetch(fd: RawFd) -> Result<Self, HandoverError> {
         let io = |source| HandoverError::Io { what: "read", source };
         let mut file = File::from(inherit(fd)?);
@@ -224,9 +218,6 @@ impl Handover {
 }
 
 /// A duplicate of a descriptor that the handover names.
-///
-/// # Errors
-/// [`HandoverError::Descriptor`]
 pub fn inherit(fd: RawFd) -> Result<OwnedFd, HandoverError> {
     fd::duplicate(fd).map_err(|source| HandoverError::Descriptor { fd, source })
 }

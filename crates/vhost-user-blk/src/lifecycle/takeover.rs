@@ -1,4 +1,4 @@
-//! How a program takes the place of a running daemon; see [`crate::lifecycle::upgrade`].
+//! The new program's side of an upgrade (docs/architecture.md, "Upgrade").
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -26,9 +26,6 @@ use crate::virtio::device_state::DeviceState;
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Goes on where the process's last program stopped, or says whether it could.
-///
-/// # Errors
-/// [`DaemonError`]
 pub fn run(options: &Options, handover_fd: RawFd) -> Result<(), DaemonError> {
     let handover = Handover::fetch(handover_fd)?;
     if let Some(pipe) = handover.rehearsal {

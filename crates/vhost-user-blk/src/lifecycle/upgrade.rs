@@ -287,7 +287,7 @@ fn rehearse(program: &Path, mut handover: Handover, time: Duration) -> Result<()
     let heard = await_verdict(&mut ours, &child, Instant::now() + time);
     // It has nothing more to do. Until it is reaped its number is nobody else's.
     if let Ok(group) = i32::try_from(child.id()) {
-        let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+        _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
     }
     let status = child.wait();
     match (heard, status) {
@@ -377,7 +377,7 @@ fn replace(program: &Path, handover: &Handover) -> UpgradeError {
         set_inherited(&fds, true)?;
         execve(&arguments[0], &arguments, &variables)
     });
-    let _ = (set_inherited(&fds, false), signals::release());
+    _ = (set_inherited(&fds, false), signals::release());
     let Err(e) = result;
     UpgradeError::start(program)(e.into())
 }

@@ -39,7 +39,7 @@ impl Log for Stderr {
 /// the level only.
 pub fn init(level: LevelFilter) {
     // The only error is "already set", and then it is this logger.
-    let _ = log::set_logger(&Stderr);
+    _ = log::set_logger(&Stderr);
     log::set_max_level(level);
 }
 
@@ -70,7 +70,7 @@ fn put<W: Write + AsFd>(to: &mut W, line: &str) -> bool {
     bytes.truncate(LINE_MAX - 1);
     bytes.push(b'\n');
     // A standard error that is gone must not stop the disk.
-    let _ = to.write_all(&bytes);
+    _ = to.write_all(&bytes);
     true
 }
 

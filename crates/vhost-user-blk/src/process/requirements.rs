@@ -36,9 +36,6 @@ pub enum RequirementError {
 }
 
 /// Refuses a system whose pages are not of the size that this program counts with.
-///
-/// # Errors
-/// [`RequirementError::PageSize`]
 pub fn check_page_size() -> Result<(), RequirementError> {
     check_page(sysconf(SysconfVar::PAGE_SIZE).ok().flatten())
 }
@@ -66,9 +63,6 @@ pub struct Engine {
 
 impl Engine {
     /// The engine that was asked for; if none was, io_uring where it can be had.
-    ///
-    /// # Errors
-    /// [`RequirementError::Engine`] if the one that was asked for cannot be had.
     pub fn choose(asked_for: Option<IoEngine>) -> Result<Self, RequirementError> {
         let said = OnceLock::new();
         if let Some(engine) = asked_for {
@@ -96,9 +90,6 @@ impl Engine {
 
     /// A ring for a queue; see [`Ring::new`]. If there is no io_uring any more, and nobody has asked
     /// for one, the other engine does.
-    ///
-    /// # Errors
-    /// What the system says to both.
     pub fn ring<R>(&self, depth: usize, files: &[Option<BorrowedFd<'_>>]) -> io::Result<Ring<R>> {
         Ring::new(self.use_now, depth, files).or_else(|e| {
             if self.asked_for || self.use_now == IoEngine::Sync {

@@ -69,9 +69,6 @@ fn close_entrance() {
 ///
 /// `inherited` is the [`wake_fd`] of the process's last program: its handler may have run when it was
 /// too late to end.
-///
-/// # Errors
-/// What the kernel says to eventfd or sigaction.
 pub fn install(inherited: Option<OwnedFd>) -> io::Result<()> {
     let wake = match inherited {
         // SAFETY: an eventfd, as the predecessor says; another descriptor would only be useless.
@@ -113,9 +110,6 @@ fn stays_ignored(signal: Signal) -> bool {
 const ENDING: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
 
 /// Has signals wait, for a program that comes with execve(2) to take them.
-///
-/// # Errors
-/// None that the kernel documents.
 pub fn hold() -> nix::Result<()> {
     SigSet::from_iter(ENDING).thread_block()
 }
@@ -126,15 +120,12 @@ pub fn starting_threads<T>(start: impl FnOnce() -> T) -> T {
     let held = hold();
     let result = start();
     if held.is_ok() {
-        let _ = release();
+        _ = release();
     }
     result
 }
 
 /// Takes signals again.
-///
-/// # Errors
-/// None that the kernel documents.
 pub fn release() -> nix::Result<()> {
     SigSet::from_iter(ENDING).thread_unblock()
 }

@@ -138,9 +138,6 @@ pub enum Socket {
 
 impl Endpoint {
     /// Whether there could be such a socket. Nobody can connect yet, and no file is left.
-    ///
-    /// # Errors
-    /// [`SocketError`].
     pub fn check(&self) -> Result<(), SocketError> {
         match self {
             Endpoint::Path(path) => Place::of_frontends(path).make(bind_and_remove),
@@ -154,9 +151,6 @@ impl Socket {
     /// accepted. To be called when nothing stands in the way of serving it: some frontends give a
     /// disk up whose daemon ends after they have connected, while all try again where they cannot
     /// connect.
-    ///
-    /// # Errors
-    /// [`SocketError`].
     pub fn open(endpoint: &Endpoint) -> Result<Self, SocketError> {
         let socket = match endpoint {
             Endpoint::Path(path) => Socket::Listening(Listener::bind(Place::of_frontends(path))?),
@@ -179,9 +173,6 @@ pub struct Listener {
 impl Listener {
     /// Makes the control socket, for the daemon's user alone: who may connect to it may have the
     /// daemon run any program.
-    ///
-    /// # Errors
-    /// [`SocketError`].
     pub fn control(path: &Path) -> Result<Self, SocketError> {
         Self::bind(Place { option: "--control", path, mask: CONTROL_MODE_MASK })
     }
@@ -228,9 +219,6 @@ impl Listener {
 
     /// Goes on with a socket that another program has opened, and the file that it made, named by
     /// device and inode.
-    ///
-    /// # Errors
-    /// If the path has a NUL byte.
     pub fn inherit(fd: OwnedFd, file: Option<((u64, u64), PathBuf)>) -> io::Result<Self> {
         let file = file.map(|(id, path)| SocketFile::new(&path, id)).transpose()?;
         Ok(Listener { inner: UnixListener::from(fd), file })
@@ -242,9 +230,6 @@ impl Listener {
     }
 
     /// Takes the next frontend; waits for none if the socket is non-blocking.
-    ///
-    /// # Errors
-    /// What accept(2) says.
     pub fn accept(&self) -> io::Result<UnixStream> {
         self.inner.accept().map(|(stream, _)| stream)
     }

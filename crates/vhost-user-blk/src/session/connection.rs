@@ -9,14 +9,15 @@ use std::time::{Duration, Instant};
 
 use log::Level;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recv, recvmsg};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use vhost::vhost_user::{self, BackendReqHandler, VhostUserBackendReqHandlerMut};
+use zerocopy::native_endian::U32;
 
 use crate::process::fd::duplicate;
 use crate::process::log_limit::CONNECTIONS;
 use crate::process::{signals, systemd};
-use crate::session::message::{SCM_FDS_MAX, is_whole};
+use crate::session::message::{SCM_FDS_MAX, is_whole, peek};
 use crate::session::replay::{Message, skip_replies};
 use crate::session::{Device, Session};
 use crate::session::{log_fd, memory_table};
@@ -76,9 +77,6 @@ pub enum ResumeError {
 
 impl<D: Device> Connection<D> {
     /// Begins to serve the frontend at the other end of `stream`.
-    ///
-    /// # Errors
-    /// If the socket cannot be used.
     pub fn new(stream: UnixStream, session: &Arc<Mutex<Session<D>>>) -> io::Result<Self> {
         stream.set_nonblocking(false)?;
         receive_whole_messages(stream.as_fd())?;
@@ -90,9 +88,6 @@ impl<D: Device> Connection<D> {
     }
 
     /// Goes on with a frontend that a predecessor served and that has said `messages`.
-    ///
-    /// # Errors
-    /// The reason, if one of them is refused or the socket cannot be used.
     pub fn resume<'a>(
         stream: UnixStream,
         session: &Arc<Mutex<Session<D>>>,
@@ -306,9 +301,6 @@ pub enum Readable {
 
 /// Waits until one of `fds` has something to read or its other end is gone, or until the daemon is
 /// to end.
-///
-/// # Errors
-/// What poll(2) says.
 pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: PollTimeout) -> io::Result<Readable> {
     let all = fds.iter().copied().chain(signals::wake_fd());
     let mut all: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
@@ -345,10 +337,7 @@ pub fn lock<D: Device>(session: &Mutex<Session<D>>) -> MutexGuard<'_, Session<D>
 
 /// The type of the message that comes next, without taking it.
 fn next_request(socket: BorrowedFd<'_>) -> Option<u32> {
-    let mut code = [0; 4];
-    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-    let n = recv(socket.as_raw_fd(), &mut code, flags).ok()?;
-    (n == code.len()).then(|| u32::from_ne_bytes(code))
+    peek::<U32>(socket).map(U32::get)
 }
 
 fn request_name(code: Option<u32>) -> String {

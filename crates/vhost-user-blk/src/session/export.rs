@@ -28,9 +28,6 @@ impl<D: Device> Session<D> {
     }
 
     /// Goes on after [`Session::pause`].
-    ///
-    /// # Errors
-    /// If a ring cannot be served any more.
     pub fn resume(&mut self) -> Result<()> {
         self.reconcile()
     }
@@ -41,9 +38,6 @@ impl<D: Device> Session<D> {
     }
 
     /// Takes on what a predecessor was told, before any message.
-    ///
-    /// # Errors
-    /// If the disk cannot be made durable.
     pub fn inherit_state(&mut self, state: DeviceState) -> Result<()> {
         // The predecessor's disk was open.
         self.served = true;

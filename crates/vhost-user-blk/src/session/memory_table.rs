@@ -133,7 +133,7 @@ mod tests {
         drop(backend);
         let mut answer = Vec::new();
         // What was not taken resets the connection instead of ending it.
-        let _ = frontend.read_to_end(&mut answer);
+        _ = frontend.read_to_end(&mut answer);
         (result, seen, answer)
     }
 

@@ -61,9 +61,6 @@ impl Header {
     }
 
     /// Says what came of the message, if the frontend wants to know.
-    ///
-    /// # Errors
-    /// Those of the socket.
     pub fn acknowledge(&self, socket: BorrowedFd<'_>, ok: bool) -> Result<()> {
         if self.flags.get() & NEED_REPLY == 0 {
             return Ok(());

@@ -13,17 +13,14 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use vhost::vhost_user;
 use vhost::vhost_user::message::{VhostUserLog, VhostUserProtocolFeatures};
 
-use super::{Device, Refusal, Session};
+use super::{Device, Refusal, Result, Session};
 use crate::session::vring::Vring;
 use crate::virtio::config;
 use crate::virtio::dirty_log::DirtyLog;
 use crate::virtio::inflight::Area;
 use crate::virtio::split_queue::used_ring_len;
-
-type Result<T> = std::result::Result<T, Refusal>;
 
 impl<D: Device> Session<D> {
     /// Whether what is written into guest memory is to be logged. A frontend that takes every feature
@@ -34,7 +31,7 @@ impl<D: Device> Session<D> {
     }
 
     /// SET_LOG_BASE. Once it is answered nothing is marked in an earlier log.
-    pub(super) fn change_log(&mut self, info: &VhostUserLog, file: File) -> Result<()> {
+    pub(super) fn change_log(&mut self, info: &VhostUserLog, file: File) -> Result<(), Refusal> {
         let log = DirtyLog::map(info.mmap_size, info.mmap_offset, file)?;
         if self.is_logging() {
             self.vrings.iter_mut().for_each(Vring::pause);
@@ -45,10 +42,7 @@ impl<D: Device> Session<D> {
     }
 
     /// SET_LOG_FD, which may come at any time. Once it is answered an earlier descriptor is not used.
-    ///
-    /// # Errors
-    /// If a ring cannot be served any more.
-    pub fn set_log_call(&mut self, call: File) -> std::result::Result<(), vhost_user::Error> {
+    pub fn set_log_call(&mut self, call: File) -> Result<()> {
         if self.is_logging() {
             self.vrings.iter_mut().for_each(Vring::pause);
         }
@@ -57,7 +51,7 @@ impl<D: Device> Session<D> {
     }
 
     /// Whether the log has a bit for everything that is written.
-    pub(super) fn check_log(&self) -> Result<()> {
+    pub(super) fn check_log(&self) -> Result<(), Refusal> {
         let Some(log) = &self.log else { return Ok(()) };
         let memory = self.memory.regions().map(|region| region.guest_address + region.size);
         let used = self.vrings.iter().filter_map(|vring| {
@@ -68,7 +62,7 @@ impl<D: Device> Session<D> {
     }
 
     /// Whether no page of all that the frontend shares was lost.
-    pub(super) fn check_intact(&self) -> Result<()> {
+    pub(super) fn check_intact(&self) -> Result<(), Refusal> {
         let losses = [
             ("guest memory", self.memory.loss()),
             ("in-flight area", self.inflight.as_ref().and_then(Area::loss)),
@@ -81,7 +75,7 @@ impl<D: Device> Session<D> {
     }
 
     /// Lets go of the disk if a migration has stopped its last ring.
-    pub(super) fn release_if_idle(&mut self) -> Result<()> {
+    pub(super) fn release_if_idle(&mut self) -> Result<(), Refusal> {
         let idle = !self.vrings.iter().any(Vring::is_running);
         // Without a log it may be coming still.
         if self.served && idle && self.is_logging() && self.log.is_some() {

@@ -12,12 +12,12 @@
 //! which is the same for a ring without work, and loses no kick of a ring that was kicked too
 //! early.
 
-pub mod connection;
-pub mod log_fd;
-pub mod memory_table;
-pub mod message;
-pub mod replay;
-pub mod vring;
+pub(crate) mod connection;
+pub(crate) mod log_fd;
+pub(crate) mod memory_table;
+pub(crate) mod message;
+pub(crate) mod replay;
+pub(crate) mod vring;
 
 mod migration;
 mod refusal;
@@ -90,12 +90,13 @@ pub trait Device {
 
 /// A device state on its way.
 enum Transfer {
-    Saved(std::result::Result<(), StateError>),
+    Saved(Result<(), StateError>),
     /// From here it comes; the frontend writes it after SET_DEVICE_STATE_FD.
     Load(File),
 }
 
-type Result<T> = std::result::Result<T, vhost_user::Error>;
+/// The answer to a message, unless another error is named.
+type Result<T, E = vhost_user::Error> = std::result::Result<T, E>;
 
 /// State of the connection with the frontend, and what outlives it: the device, and whether the
 /// guest has switched the write cache off. (A frontend that reconnects does not repeat that, and
@@ -202,7 +203,7 @@ impl<D: Device> Session<D> {
         self.features.unwrap_or(0) & feature != 0
     }
 
-    fn vring(&mut self, queue: u32) -> std::result::Result<&mut Vring<D::Ring>, Refusal> {
+    fn vring(&mut self, queue: u32) -> Result<&mut Vring<D::Ring>, Refusal> {
         let num_queues = self.vrings.len();
         usize::try_from(queue)
             .ok()
@@ -325,12 +326,9 @@ impl<D: Device> Session<D> {
 
     /// Whether the session can go on after a ring was given up. A ring that the guest has spoilt is
     /// the guest's concern. A frontend that shortens the file of its memory has ended the session.
-    ///
-    /// # Errors
-    /// The reason why it cannot.
-    pub fn check(&self) -> std::result::Result<(), impl std::error::Error + use<D>> {
+    pub fn check(&self) -> Result<(), impl std::error::Error + use<D>> {
         // Only to be readable for the next time; that it is not now is no harm.
-        let _ = self.device.failure().read();
+        _ = self.device.failure().read();
         self.check_intact()
     }
 }

@@ -44,9 +44,6 @@ impl<F> Message<F> {
 
 impl<F: AsFd> Message<F> {
     /// Sends it, in one piece.
-    ///
-    /// # Errors
-    /// What sendmsg(2) says.
     pub fn send(&self, socket: &UnixStream) -> io::Result<()> {
         let len = u32::try_from(self.body.len()).map_err(io::Error::other)?;
         let header = [self.request, VERSION, len].map(u32::to_ne_bytes).concat();
@@ -58,9 +55,6 @@ impl<F: AsFd> Message<F> {
 }
 
 /// Takes what the daemon has answered, if it has.
-///
-/// # Errors
-/// What the socket says.
 pub fn skip_replies(socket: &mut UnixStream) -> io::Result<()> {
     socket.set_nonblocking(true)?;
     loop {

@@ -80,9 +80,6 @@ pub struct Vring<R> {
 
 impl<R: RunningRing> Vring<R> {
     /// A ring of which nothing is known, with `size_max` descriptors at most.
-    ///
-    /// # Errors
-    /// If no ring can have that size.
     pub fn new(
         memory: GuestMemoryAtomic<Memory>,
         size_max: u16,

@@ -414,7 +414,7 @@ fn a_sync_that_hangs_is_told_to_nobody_but_the_watchdog() {
     assert!(manager.recv(&mut [0; 64]).is_err(), "a sign of life of a daemon that is stuck");
     manager.set_nonblocking(false).expect("a socket");
     std::fs::remove_file(&hangs).expect("removing a file");
-    daemon.wait_for("committer gets on again");
+    daemon.wait_for("committer makes progress again");
     let (status, output) = bench.wait(PATIENCE);
     assert!(status.success(), "{output}");
     assert!(manager.recv(&mut [0; 64]).is_ok(), "no sign of life any more");

@@ -59,13 +59,13 @@ fn a_guest_outlives_its_daemons() {
         // The times are no synchronisation: any moment will do.
         let jitter = begun.elapsed().subsec_nanos() % 1000;
         thread::sleep(LIFE + LIFE * jitter / 1000);
-        again += u32::from(daemon.output().contains("in flight are done again"));
+        again += u32::from(daemon.output().contains("requests that were in flight"));
         daemon.kill();
         daemon = disk.serve(&options);
         killed += 1;
     }
     let console = guest.finish();
-    again += u32::from(daemon.output().contains("in flight are done again"));
+    again += u32::from(daemon.output().contains("requests that were in flight"));
     daemon.stop();
     console.expect_ok(&["mkfs", "mount", "fio", "umount", "fsck", "remount", "files"]);
     console.expect("errors", "0");

@@ -21,16 +21,16 @@ use crate::virtio::split_queue::QUEUE_SIZE_MAX;
 
 /// Most queues: a message that passes a queue's descriptor names the queue in eight bits.
 const QUEUES_MAX: u16 = 256;
-/// Fewest queues offered unless `--num-queues` says otherwise. QEMU refuses a backend that has fewer
-/// than the guest has CPUs, and a queue that no guest sets up costs nothing.
+/// Fewest queues offered unless `--num-queues` says otherwise. QEMU refuses a backend that has
+/// fewer than the guest has CPUs, and a queue that no guest sets up costs nothing.
 const QUEUES_DEFAULT_MIN: u16 = 4;
 /// Most queues offered unless `--num-queues` says otherwise: crosvm sets up all there are.
 const QUEUES_DEFAULT_MAX: u16 = 64;
 /// Smallest limit for a ring: header, data and status, to the next power of two.
 const QUEUE_SIZE_MIN: u16 = 4;
 
-/// How the first argument begins by which a program learns of its predecessor. No option: nobody else
-/// is to use it.
+/// The first argument of a program that takes over from its predecessor begins like this. Not an
+/// option: only the predecessor passes it.
 pub(crate) const TAKEOVER: &str = "--takeover=";
 
 /// What `--print-capabilities` prints (QEMU, docs/interop/vhost-user.json).
@@ -39,14 +39,14 @@ const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"
 const ABOUT: &str = "\
 Serves one disk to one virtual machine over the vhost-user protocol.
 
-The disk is a copy-on-write file over a shared base image: what the guest writes goes into the COW \
-file, everything else is read from the base, which is never written. Many daemons can share a base.
+The disk is a copy-on-write file over a shared base image: the guest's writes go to the COW file, \
+and everything else is read from the base, which is never written. Many daemons can share a base.
 
 The daemon stays in the foreground and logs to standard error. When the frontend disconnects it keeps \
-the disk and waits for the next one. SIGTERM or SIGINT ends it: what is in flight is completed, the \
-disk is flushed, the socket removed. SIGHUP does the same; SIGHUP and SIGINT stay ignored if they \
-were (nohup, background jobs of a shell). Exit status: 0 after a clean end, 1 after a failure, 2 for a \
-wrong command line.";
+the disk and waits for the next one. SIGTERM, SIGINT or SIGHUP ends it: it completes the requests in \
+flight, flushes the disk and removes the socket. SIGINT and SIGHUP stay ignored if they were ignored \
+at the start (nohup, background jobs of a shell). Exit status: 0 after a clean end, 1 after a failure, \
+2 for a wrong command line.";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -84,67 +84,67 @@ struct Args {
     #[command(subcommand)]
     command: Option<Subcommand>,
 
-    /// COW file, and the base image it stands over
+    /// COW file, and its base image
     ///
     /// The text is split at its first comma, as in UML's ubd0=. A COW file that does not exist is
-    /// created from BASE. For one that exists BASE may be left out; if it is given it must be the
-    /// image that the COW file was made from (same size and modification time). Where the name of
-    /// the COW file itself has a comma, use --blk-file.
+    /// created over BASE. For an existing COW file BASE may be left out; if given, it must be the
+    /// image that the COW file was created over (same size and modification time). If the name of
+    /// the COW file contains a comma, use --blk-file.
     #[arg(value_name = "COW[,BASE]")]
     image: Option<OsString>,
 
-    /// Make this socket and listen on it
+    /// Create this socket and listen on it
     ///
-    /// A socket file that nobody listens on is replaced. The socket can be used by the daemon's user
-    /// and group.
+    /// A stale socket file, on which no process listens, is replaced. The daemon's user and group
+    /// can connect to the socket.
     #[arg(long, value_name = "PATH")]
     socket_path: Option<PathBuf>,
 
     /// Use this open descriptor, a listening or connected unix stream socket
     ///
     /// With a connected socket the daemon ends when the frontend disconnects. Neither this nor
-    /// --socket-path is needed where systemd passes the socket (LISTEN_FDS=1).
+    /// --socket-path is needed if systemd passes the socket (LISTEN_FDS=1).
     #[arg(long, value_name = "FDNUM")]
     fd: Option<RawFd>,
 
-    /// Make this socket and handle what comes from it; see `vhost-user-blk upgrade --help`
+    /// Create this socket and take commands from it; see `vhost-user-blk upgrade --help`
     ///
     /// Only the daemon's user can connect to it.
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 
-    /// Serve this file: a COW file, or with --format=raw a raw image (the name is taken as it is,
-    /// commas included)
+    /// Serve this file: a COW file, or with --format=raw a raw image (the name may contain commas)
     #[arg(long, value_name = "PATH")]
     blk_file: Option<PathBuf>,
 
-    /// What the file is; for a new COW file, what it becomes
+    /// Format of the file; for a new COW file, the format to create
     ///
-    /// A COW file is recognised by its first bytes, so that this need be said only for a raw image,
-    /// which is never guessed: a guest could write a COW header into one. A new COW file becomes
-    /// native unless uml is asked for.
+    /// A COW file is recognised by its first bytes, so only a raw image needs this option. A raw
+    /// image is never guessed, because a guest could write a COW header into one. A new COW file is
+    /// native unless this is uml.
     #[arg(long, value_enum)]
     format: Option<Format>,
 
-    /// Let the guest read only; no file is changed
+    /// Allow the guest only to read; no file is changed
     #[arg(long)]
     read_only: bool,
 
     /// Write to the disk even if its file system has no locks
     ///
-    /// Some network file systems have none. Nothing then keeps a second daemon, or a tool, from
-    /// writing to the same file, which destroys it; and after the death of a daemon its successor
-    /// cannot tell when the I/O of the dead one has ended, so that an old write may land over a new
-    /// one. Without this option such a disk is refused. Files that are only read need no lock.
+    /// Some network file systems have none. Without locks nothing prevents a second daemon or a
+    /// tool from writing to the same file, which destroys it. And when a daemon dies, its successor
+    /// cannot tell when the dead daemon's I/O has ended, so an old write may overwrite a newer one.
+    /// Without this option such a disk is refused. Files that are only read need no lock.
     #[arg(long)]
     allow_unlocked: bool,
 
-    /// Wait for a guest that is migrated here: open the disk only when the guest starts to use it
+    /// Wait for a guest that is being migrated here: open the disk only when the guest starts to
+    /// use it
     ///
-    /// Until then another daemon has the disk; this one looks at its size only, and keeps a frontend
-    /// that waits for the guest. If the disk cannot be opened when the guest comes, because the other
-    /// daemon does not let go of it within five seconds or for any other reason, the connection is
-    /// closed; the next one tries again. The disk must exist.
+    /// Until then another daemon has the disk open; this one reads only its size, and serves a
+    /// frontend that waits for the guest. If the disk cannot be opened when the guest arrives, for
+    /// example because the other daemon does not release it within five seconds, the connection is
+    /// closed; the next connection tries again. The disk must exist.
     #[arg(long)]
     incoming: bool,
 
@@ -152,13 +152,13 @@ struct Args {
     ///
     /// QEMU and cloud-hypervisor refuse a backend that offers fewer than they are configured for
     /// (QEMU: one for each CPU of the guest); crosvm sets up all that are offered. Each queue that
-    /// the guest sets up has a thread.
+    /// the guest sets up gets a thread.
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<u16>::new().range(1..=QUEUES_MAX.into()))]
     num_queues: Option<u16>,
 
     /// Largest ring to accept, in descriptors: a power of two, 4 to 32768
     ///
-    /// Memory is taken for the rings that a frontend sets up, not for this.
+    /// This limit itself costs nothing: memory is allocated for the rings that a frontend sets up.
     #[arg(long, value_name = "N", default_value_t = QUEUE_SIZE_MAX, value_parser = queue_size_parser())]
     queue_size: u16,
 
@@ -166,52 +166,53 @@ struct Args {
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true, value_parser = parse_serial)]
     serial: Serial,
 
-    /// How the base is read: through the host's page cache, which all guests share, or past it
+    /// How to read the base: through the host's page cache, which all guests share, or with direct
+    /// I/O
     #[arg(long, value_enum, default_value_t = Cache::Buffered, value_name = "MODE")]
     base_cache: Cache,
 
-    /// How the COW file (or the raw image) is read and written
+    /// How to read and write the COW file (or the raw image)
     #[arg(long, value_enum, default_value_t = Cache::Buffered, value_name = "MODE")]
     cow_cache: Cache,
 
-    /// Who does the I/O: io_uring, or threads that make plain system calls [default: io_uring if the
-    /// host has it, else sync]
+    /// How to do the I/O: with io_uring, or with threads that make plain system calls [default:
+    /// io_uring if the host has it, else sync]
     ///
-    /// Containers, some sysctls and kernels before 5.13 refuse io_uring. Without this option the daemon
-    /// then warns and does with threads, which is as safe and slower; with `io_uring` it refuses to start.
+    /// Containers, some sysctls and kernels before 5.13 refuse io_uring. By default the daemon then
+    /// warns and uses threads, which are as safe but slower; with `io_uring` it refuses to start.
     #[arg(long, value_enum, value_name = "ENGINE")]
     io_engine: Option<Engine>,
 
-    /// Longest time in microseconds that a queue looks for new requests before it sleeps, if its guest
-    /// is that fast; 0 sleeps at once
+    /// Longest time in microseconds that a queue of a fast guest polls for new requests before it
+    /// sleeps; 0 never polls
     #[arg(long, value_name = "US", default_value_t = spin::POLL_US, value_parser = clap::value_parser!(u32).range(0..=POLL_US_MAX.into()))]
     poll_us: u32,
 
-    /// What to log
+    /// Lowest severity of the messages to log
     #[arg(long, value_enum, default_value_t = Level::Info, value_name = "LEVEL")]
     log_level: Level,
 
-    /// Print what this program can do as JSON, ignore everything else, and exit
-    // Acted upon before clap sees the command line; here for --help.
+    /// Print the program's capabilities as JSON, ignore everything else, and exit
+    // Handled before clap sees the command line; here for --help.
     #[arg(long)]
     print_capabilities: bool,
 }
 
 const UPGRADE_ABOUT: &str = "\
-Has a running daemon go on as another program: the one that now stands where its own was started from, \
-or --program.
+Makes a running daemon continue as another program: the file that it was started from, as that file is \
+now, or --program.
 
-The guest keeps its disk: it waits for some milliseconds, whatever its frontend, and nothing is \
-reconnected. The process stays, and so do its id, its locks and its sockets. The new program gets the \
-command line of the old. It is tried first while the old one serves: if it cannot be started, refuses, \
-or does not answer in time, the old one serves on.
+The guest keeps its disk. It waits for some milliseconds, with any frontend, and nothing reconnects. \
+The process keeps its id, its locks and its sockets. The new program gets the command line of the old \
+one. It is tried out first, while the old program still serves: if the new one cannot be started, \
+refuses, or does not answer in time, the old one continues.
 
 Exit status: 0 if the daemon was upgraded, 1 if it was not, 2 for a wrong command line.";
 
-/// What a running daemon can be asked to do, through its control socket.
+/// Commands for a running daemon, through its control socket.
 #[derive(clap::Subcommand, Debug)]
 enum Subcommand {
-    #[command(about = "Has a running daemon go on as another program", long_about = UPGRADE_ABOUT)]
+    #[command(about = "Makes a running daemon continue as another program", long_about = UPGRADE_ABOUT)]
     Upgrade(UpgradeArgs),
 }
 
@@ -227,12 +228,12 @@ struct UpgradeArgs {
     #[arg(long, value_name = "PATH", value_parser = PathBufValueParser::new().try_map(std::path::absolute))]
     program: Option<PathBuf>,
 
-    /// Seconds that the new program has to show that it is able
+    /// Seconds that the new program has to prove itself
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=600))]
     timeout: u16,
 }
 
-/// Longest busy wait: past this a sleeping thread would cost less than what is saved.
+/// Longest busy wait. A longer one costs more than it saves.
 const POLL_US_MAX: u32 = 10_000;
 
 /// Format of a file.
@@ -246,19 +247,19 @@ pub enum Format {
     Native,
 }
 
-/// Whether the host's page cache stands between the daemon and a file.
+/// Whether the daemon uses the host's page cache for a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Cache {
     /// Through the page cache
     Buffered,
-    /// Past it (`O_DIRECT`)
+    /// With direct I/O (`O_DIRECT`)
     Direct,
 }
 
 /// `--io-engine`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Engine {
-    /// Linux 5.13 and later, where nothing forbids it
+    /// Linux 5.13 and later, unless the host forbids it
     #[value(name = "io_uring")]
     IoUring,
     /// A few threads for each queue
@@ -301,17 +302,17 @@ pub type Serial = [u8; ID_LEN];
 /// What the command line asks for, checked as far as it can be without looking at files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Where the frontend comes from.
+    /// The socket for frontends.
     pub endpoint: Endpoint,
-    /// `--control`: where commands come from.
+    /// `--control`: the socket for commands.
     pub control: Option<PathBuf>,
-    /// Where the process's last program has left what this one is to go on with.
+    /// The descriptor of the handover, if this program takes over from its predecessor.
     pub takeover: Option<RawFd>,
     /// What is served.
     pub image: Image,
     /// The guest cannot write.
     pub read_only: bool,
-    /// The disk may be one that cannot be locked.
+    /// The disk's file system may have no locks.
     pub allow_unlocked: bool,
     /// The disk is opened when a ring starts.
     pub incoming: bool,
@@ -325,7 +326,7 @@ pub struct Options {
     pub base_cache: Cache,
     /// Cache policy of the top file.
     pub cow_cache: Cache,
-    /// Who does the I/O, if the user says so.
+    /// `--io-engine`, if given.
     pub io_engine: Option<IoEngine>,
     /// Longest busy wait in microseconds.
     pub poll_us: u32,
@@ -342,7 +343,7 @@ pub enum Image {
         cow: PathBuf,
         /// The base image, if named.
         base: Option<PathBuf>,
-        /// Its format, if named: one of the COW formats.
+        /// Its format, if named; one of the COW formats.
         format: Option<Format>,
     },
     /// `--blk-file`: an existing file.
@@ -361,7 +362,7 @@ pub enum Command {
     Print(String),
     /// Serve.
     Serve(Box<Options>),
-    /// Have the daemon behind this control socket do something.
+    /// Send this request to the daemon behind this control socket.
     Control(PathBuf, Request),
 }
 
@@ -376,7 +377,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
         return Ok(Command::Print(format!("{CAPABILITIES}\n")));
     }
     let (takeover, args) = predecessor(args);
-    // The predecessor's socket is there, wherever that had it from.
+    // A predecessor hands its socket over, whichever option that came from.
     let required = takeover.is_none() && systemd::listen_fd().is_none();
     let command = Args::command().mut_group("endpoint", |group| group.required(required));
     let mut args = Args::from_arg_matches(&command.try_get_matches_from(args)?)?;
@@ -394,7 +395,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
         }
         (Some(path), None) => Endpoint::Path(path),
         (None, Some(fd)) => Endpoint::Fd(fd),
-        // It is handed over; the option was `LISTEN_FDS`.
+        // The predecessor hands the socket over; it had it by `LISTEN_FDS`.
         (None, None) if takeover.is_some() => Endpoint::Fd(systemd::LISTEN_FDS_START),
         (None, None) => {
             let missing =
@@ -424,7 +425,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
     })))
 }
 
-/// What a predecessor has put before its own arguments, and those.
+/// Separates the argument that a predecessor has put in front from the others.
 fn predecessor(mut args: Vec<OsString>) -> (Option<RawFd>, Vec<OsString>) {
     let fd = args.get(1).and_then(|arg| arg.to_str()?.strip_prefix(TAKEOVER)?.parse().ok());
     if fd.is_some() {
@@ -466,8 +467,8 @@ fn image(args: &Args) -> Result<Image, clap::Error> {
             if base.is_some_and(OsStr::is_empty) {
                 return Err(usage(
                     ErrorKind::InvalidValue,
-                    "COW[,BASE]: nothing stands after the comma; leave it out, or use --blk-file for \
-                     a file whose name has a comma",
+                    "COW[,BASE]: nothing follows the comma; leave it out, or use --blk-file for a \
+                     file whose name has a comma",
                 ));
             }
             Ok(Image::Cow { cow: cow.into(), base: base.map(PathBuf::from), format: args.format })
@@ -493,7 +494,7 @@ fn default_queues() -> u16 {
 fn queue_size_parser() -> impl TypedValueParser<Value = u16> {
     let range = u64::from(QUEUE_SIZE_MIN)..=u64::from(QUEUE_SIZE_MAX);
     RangedU64ValueParser::<u16>::new().range(range).try_map(|size| {
-        if size.is_power_of_two() { Ok(size) } else { Err("the size of a ring is a power of two") }
+        if size.is_power_of_two() { Ok(size) } else { Err("the size must be a power of two") }
     })
 }
 

@@ -1,9 +1,9 @@
-//! Places at which a test kills or stops the daemon, with the feature `fault-points`; without it,
-//! nothing.
+//! Places at which a test kills or stops the daemon, with the feature `fault-points`. Without the
+//! feature they do nothing.
 
-/// Says that the place called `name` was reached. With the feature: if the environment variable
-/// `VHOST_USER_BLK_FAULT` is `NAME:N`, the Nth time that NAME is reached is the end of the process,
-/// by SIGKILL; if it is `NAME:N:FILE`, the thread waits there until FILE exists.
+/// Marks the place called `name`. If the environment variable `VHOST_USER_BLK_FAULT` is `NAME:N`,
+/// the process kills itself with SIGKILL when it reaches NAME for the Nth time. If it is
+/// `NAME:N:FILE`, the thread waits there until FILE exists.
 #[cfg(all(feature = "fault-points", not(test)))]
 pub fn reached(name: &str) {
     use std::sync::OnceLock;
@@ -51,7 +51,7 @@ fn wait_for(file: &str) {
     }
 }
 
-/// As above; without the feature it is nothing.
+/// Without the feature it does nothing.
 #[cfg(not(any(feature = "fault-points", test)))]
 #[inline(always)]
 pub fn reached(_name: &str) {}

@@ -26,8 +26,8 @@ fn main() -> ExitCode {
     match serve(&options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Not a log line: it is printed whatever the log level. If nobody can read it, the
-            // status still tells.
+            // Not a log line: it is printed at any log level. If standard error is closed, the exit
+            // status remains.
             logger::print(&format!("vhost-user-blk: {error}"));
             ExitCode::from(if error.is_usage() { 2 } else { 1 })
         }

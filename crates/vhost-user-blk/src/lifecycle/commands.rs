@@ -50,8 +50,8 @@ impl Commands for ControlSocket<'_> {
 }
 
 impl ControlSocket<'_> {
-    /// Returns only if the upgrade failed: otherwise this program ends here, and the new one answers
-    /// `client`.
+    /// Returns only if the upgrade failed: otherwise this program ends here, and the new one
+    /// answers `client`.
     fn upgrade(
         &self,
         upgrade: &Upgrade,
@@ -66,7 +66,7 @@ impl ControlSocket<'_> {
             }
             None => UpgradeError::DiskElsewhere,
         };
-        CONTROL.say(Level::Warn, format_args!("no upgrade: {why}"));
-        Reply::Failed(format!("{why}; the daemon serves on as it was"))
+        CONTROL.say(Level::Warn, format_args!("upgrade failed: {why}"));
+        Reply::Failed(format!("{why}; the daemon continues unchanged"))
     }
 }

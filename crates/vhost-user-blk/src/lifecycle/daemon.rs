@@ -21,18 +21,19 @@ use crate::process::{signals, systemd};
 use crate::session::Session;
 use crate::session::connection::{Commands, Connection, Readable, wait_readable};
 
-/// How long to wait before the next try when a connection could not be accepted, in milliseconds:
-/// what is short then (descriptors, memory) is short in the whole system.
+/// How long to wait after a failed accept, in milliseconds. What is short then (descriptors,
+/// memory) is short in the whole system.
 const ACCEPT_RETRY_MS: u16 = 1000;
 
-/// Serves until a signal asks for the end, or, with a connected socket, until the frontend goes.
+/// Serves until a signal ends the daemon or, with a connected socket, until the frontend
+/// disconnects.
 ///
 /// # Errors
-/// [`DaemonError`]. Whatever it is, the socket file is gone and the disk is as whole as it can be.
+/// In any case the socket file is removed, and the disk is closed as far as that is possible.
 pub fn run(options: &Options) -> Result<(), DaemonError> {
     systemd::install();
     signals::install(None).map_err(DaemonError::system("take over signals"))?;
-    // First of all: a command line with a bad socket must not make a COW file.
+    // Before the disk: a command line with a bad socket must not create a COW file.
     options.endpoint.check()?;
     let control = options.control.as_deref().map(Listener::control).transpose()?;
     raise_fd_limit();
@@ -51,7 +52,7 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
 /// A frontend that is connected to the disk.
 pub(crate) type Guest = Connection<Arc<DiskSlot>>;
 
-/// All that a daemon consists of.
+/// A daemon: its sockets, its disk, and the session with its frontend.
 pub(crate) struct Daemon {
     socket: Socket,
     control: Option<Listener>,
@@ -62,7 +63,7 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
-    /// A daemon to which no frontend has said anything yet.
+    /// A daemon to which no frontend has sent anything yet.
     pub fn new(socket: Socket, control: Option<Listener>, slot: DiskSlot) -> Self {
         let slot = Arc::new(slot);
         let session = Arc::new(Mutex::new(Session::new(Arc::clone(&slot), &slot.shape())));
@@ -92,20 +93,21 @@ impl Daemon {
     }
 }
 
-/// Serves until the end, first the frontend that is connected.
+/// Serves until the end, beginning with the frontend that is already connected.
 pub(crate) fn live(daemon: Daemon, connected: Option<Guest>) -> Result<(), DaemonError> {
     let entrance = daemon.listener().map(signals::Entrance::new);
     systemd::ready();
     let served = serve(&daemon, connected).map_err(DaemonError::system("use the socket"));
     systemd::stopping();
     drop(entrance);
-    log_limit::say_what_was_left_out();
+    log_limit::report_suppressed();
     // The workers have ended with the last connection.
     daemon.slot.close()?;
     served
 }
 
-/// A frontend can pass many descriptors: three for each queue and one for each memory region.
+/// Raises the limit of open files: a frontend can pass three descriptors for each queue and one for
+/// each memory region.
 pub(crate) fn raise_fd_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
@@ -137,7 +139,7 @@ fn serve(daemon: &Daemon, connected: Option<Guest>) -> io::Result<()> {
     }
 }
 
-/// The next connection; `None` when the daemon is to end.
+/// Waits for the next connection. `None` if the daemon should end.
 fn next_frontend(
     listener: &Listener,
     commands: Option<&dyn Commands>,
@@ -154,7 +156,7 @@ fn next_frontend(
         }
         match listener.accept() {
             Ok(stream) => return Ok(Some(stream)),
-            // It has gone already, or another process that shares the socket took it.
+            // The frontend is gone already, or another process that shares the socket accepted it.
             Err(e)
                 if matches!(
                     e.kind(),

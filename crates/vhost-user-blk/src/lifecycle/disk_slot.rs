@@ -1,5 +1,6 @@
-//! The disk as the daemon holds it: opened at the start or, for a guest that is still to come, with
-//! its first ring; let go when a migration takes the guest away; opened again if the guest stays.
+//! The daemon's disk, open or not. It is opened at the start or, if its guest is still to arrive,
+//! with the first ring. It is released when a migration takes the guest away, and opened again if
+//! the guest stays.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -38,7 +39,7 @@ use crate::virtio::request::ParseLimits;
 /// A disk that is open or will be.
 pub struct DiskSlot {
     options: Options,
-    /// What frontends are told; the disk may not have another size when it is opened.
+    /// The size reported to frontends. The disk must still have it when it is opened.
     capacity: SectorCount,
     engine: Arc<Engine>,
     logical_block: u32,
@@ -46,17 +47,17 @@ pub struct DiskSlot {
     open: Mutex<Option<Open>>,
 }
 
-/// What is there while the disk is open.
+/// What exists only while the disk is open.
 struct Open {
     shared: Arc<Shared>,
-    // Without it the disk works as well; it only cannot say when somebody spoils it.
+    // Only warns if another process changes a base; the disk works without it.
     _watch: Option<BaseWatch>,
 }
 
 impl DiskSlot {
     /// Opens the disk.
     pub fn open(options: &Options) -> Result<Self, DaemonError> {
-        // Before a COW file is made.
+        // Before a COW file is created.
         let engine = Engine::choose(options.io_engine)?;
         engine.report();
         let disk = open_disk(options, None)?;
@@ -66,12 +67,12 @@ impl DiskSlot {
         Ok(slot)
     }
 
-    /// Takes the disk from a predecessor, by the descriptions of its top file, buffered and maybe
-    /// direct; without any it is opened beside the predecessor, which only reads it. A `rehearsal`
-    /// changes nothing.
+    /// Takes the disk over from a predecessor by the descriptions of its top file: the buffered one
+    /// and possibly the direct one. Without any, the disk is read-only and is opened beside the
+    /// predecessor's. A `rehearsal` changes nothing.
     pub fn inherit(options: &Options, top: &[RawFd], rehearsal: bool) -> Result<Self, DaemonError> {
         let engine = Engine::choose(options.io_engine)?;
-        // The successor says it once, not its rehearsal as well.
+        // The successor logs this, so its rehearsal does not.
         if !rehearsal {
             engine.report();
         }
@@ -93,10 +94,12 @@ impl DiskSlot {
         self.lock().as_ref().map(|open| Arc::clone(&open.shared.disk))
     }
 
-    /// Only looks at the disk, which another daemon has open. It is opened when a ring starts.
+    /// Reads only the size of the disk, which another daemon has open. The disk is opened when a
+    /// ring starts.
     ///
     /// # Errors
-    /// Why it could not be opened even if nobody else had it, as far as that can be seen.
+    /// The reason, if opening the disk would fail even without the other daemon, as far as can be
+    /// seen.
     pub fn incoming(options: &Options) -> Result<Self, DaemonError> {
         let engine = Engine::choose(options.io_engine)?;
         engine.report();
@@ -109,7 +112,7 @@ impl DiskSlot {
             check_format(path, format)?;
         }
         let (capacity, logical_block) = look(path, base, raw)?;
-        log::info!("disk {}: to be opened when its guest comes", path.display());
+        log::info!("disk {}: opens when its guest arrives", path.display());
         Self::of(options, (capacity, logical_block), engine)
     }
 
@@ -125,7 +128,7 @@ impl DiskSlot {
         Ok(DiskSlot { options, capacity, logical_block, engine, failure, open: Mutex::new(None) })
     }
 
-    /// What a session has to know.
+    /// The disk's properties, for the session.
     pub fn shape(&self) -> DiskShape {
         DiskShape {
             capacity: self.capacity.get(),
@@ -136,17 +139,16 @@ impl DiskSlot {
         }
     }
 
-    /// Closes the disk, if it is open: everything is durable, and the file is clean. No ring may be
-    /// running.
+    /// Closes the disk, if it is open, and makes everything durable. No ring may be running.
     ///
     /// # Errors
-    /// If not all of it could be made durable; then it is open as before.
+    /// If not everything could be made durable. The disk then stays open.
     pub fn close(&self) -> Result<(), DiskError> {
         let mut open = self.lock();
         if let Some(held) = &*open {
             held.shared.disk.close()?;
             for layer in held.shared.disk.layers() {
-                // No ring runs, so nothing is under way. If it fails the lock falls a little later.
+                // No ring runs, so no I/O is in flight. If this fails the lock goes a little later.
                 _ = layer.file().unlock();
             }
             *open = None;
@@ -155,7 +157,7 @@ impl DiskSlot {
         Ok(())
     }
 
-    /// The disk, opened if need be.
+    /// The open disk; opens it if necessary.
     fn shared(&self) -> io::Result<Arc<Shared>> {
         let mut open = self.lock();
         if open.is_none() {
@@ -165,10 +167,10 @@ impl DiskSlot {
         open.as_ref().map(|open| Arc::clone(&open.shared)).ok_or(io::ErrorKind::NotFound.into())
     }
 
-    /// Opens a disk that was looked at, or open, before.
+    /// Opens a disk whose size is known from before.
     fn reopen(&self) -> Result<Disk, DaemonError> {
         let (Image::File { path, .. } | Image::Cow { cow: path, .. }) = &self.options.image;
-        // One that has gone must not be made anew.
+        // A file that is gone must not be created again.
         std::fs::metadata(path)
             .map_err(|source| DaemonError::Gone { path: path.clone(), source })?;
         let disk = open_disk(&self.options, None)?;
@@ -188,7 +190,7 @@ impl DiskSlot {
     fn start_serving(&self, disk: Disk) -> io::Result<Open> {
         let disk = Arc::new(disk);
         let watch = BaseWatch::spawn(&disk)
-            .inspect_err(|e| log::warn!("the files below the disk are not watched: {e}"));
+            .inspect_err(|e| log::warn!("cannot watch the files below the disk for changes: {e}"));
         let options = &self.options;
         let committer = Committer::spawn(Arc::clone(&disk), options.num_queues.into())?;
         watchdog::watch("committer", committer.pulse());
@@ -224,7 +226,7 @@ fn look(path: &Path, base: Option<&Path>, raw: bool) -> Result<(SectorCount, u32
     };
     let logical_block = top.map_or(FILE_BLOCK, |top| top.stat.logical_block);
     match found.problem {
-        // Its writer may have added to it in the middle of the look.
+        // Its writer may have extended it meanwhile.
         None | Some(ImageError::Data { .. }) => Ok((capacity, logical_block)),
         Some(_) if raw => Ok((capacity, logical_block)),
         Some(problem) => Err(problem.into()),
@@ -242,7 +244,7 @@ impl Device for Arc<DiskSlot> {
     fn flush(&self) -> io::Result<()> {
         match &*self.lock() {
             Some(open) => open.shared.disk.flush().map_err(io::Error::other),
-            // What was closed is durable.
+            // A closed disk is durable.
             None => Ok(()),
         }
     }

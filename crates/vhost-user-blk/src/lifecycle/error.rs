@@ -16,58 +16,59 @@ use crate::session::connection::ResumeError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DaemonError {
-    /// No frontend could come.
+    /// There is no socket for frontends.
     #[error(transparent)]
     Socket(#[from] SocketError),
-    /// The disk was not opened.
+    /// The disk cannot be opened.
     #[error("{0}{hint}", hint = hint(.0))]
     Open(#[from] ImageError),
-    /// The file has another format than the command line says.
+    /// The file's format is not the one on the command line.
     #[error(
-        "{}: --format: the file is {found:?}, expected {expected:?}; leave --format out for a COW \
-         file that exists",
+        "{}: --format: the file is {found:?}, expected {expected:?}; leave --format out for an \
+         existing COW file",
         path.display()
     )]
     Format {
         /// The file.
         path: PathBuf,
-        /// What it is.
+        /// Its format.
         found: Format,
-        /// What it should be.
+        /// The format on the command line.
         expected: Format,
     },
-    /// A file without a COW header, and nobody said that it is raw.
+    /// A file without a COW header and without `--format=raw`.
     #[error(
-        "--blk-file: {}: not a COW file; if it is a raw image, say so with --format=raw",
+        "--blk-file: {}: not a COW file; for a raw image add --format=raw",
         path.display()
     )]
     NotCow {
         /// The file.
         path: PathBuf,
     },
-    /// A base for a new COW file that may not be a raw image.
+    /// The base for a new COW file, which may not be a raw image.
     #[error(
-        "{}: begins like {found}, and a new COW file stands over a raw image: make it with `cow create -b BASE -F FORMAT`, \
-         which can say what the base is, or make a raw image of the base with `cow convert`",
+        "{}: looks like {found}, but the base of a new COW file must be a raw image; create the COW \
+         file with `cow create -b BASE -F FORMAT`, which takes other bases, or convert the base to \
+         raw with `cow convert`",
         path.display()
     )]
     Base {
         /// The file.
         path: PathBuf,
-        /// What it may be.
+        /// What it looks like.
         found: &'static str,
     },
-    /// A file that was there when it was looked at.
-    #[error("{}: is not there any more: {source}", path.display())]
+    /// A file that existed when the daemon started.
+    #[error("{}: does not exist any more: {source}", path.display())]
     Gone {
         /// The file.
         path: PathBuf,
         /// The system's reason.
         source: io::Error,
     },
-    /// The disk has another size than the frontend was told.
+    /// The disk's size is not the one that was reported to the frontend.
     #[error(
-        "{}: has {found} sectors; the frontend was told {expected}: start this daemon anew",
+        "{}: capacity changed from {expected} to {found} sectors since start; restart the daemon",
         path.display()
     )]
     Capacity {
@@ -75,22 +76,22 @@ pub enum DaemonError {
         path: PathBuf,
         /// Its 512-byte sectors now.
         found: u64,
-        /// Its 512-byte sectors when it was looked at.
+        /// Its 512-byte sectors when the daemon started.
         expected: u64,
     },
-    /// The disk did not end cleanly.
-    #[error("the disk could not be closed: {0}; what was flushed before is safe")]
+    /// The disk was not closed cleanly.
+    #[error("cannot close the disk: {0}; everything that was flushed before is safe")]
     Close(#[from] DiskError),
-    /// What the predecessor left cannot be read.
+    /// The predecessor's handover cannot be used.
     #[error(transparent)]
     Handover(#[from] HandoverError),
-    /// What a predecessor's frontend said is refused.
-    #[error("cannot go on with the frontend: {0}")]
+    /// The session of the predecessor's frontend cannot be restored.
+    #[error("cannot continue the frontend's session: {0}")]
     Session(#[from] ResumeError),
     /// The host lacks something that the daemon needs.
     #[error(transparent)]
     Requirement(#[from] RequirementError),
-    /// The system refused something that always works.
+    /// The system refused an operation that normally works.
     #[error("cannot {what}: {source}")]
     System {
         /// The operation.
@@ -101,7 +102,7 @@ pub enum DaemonError {
 }
 
 impl DaemonError {
-    /// Whether the command line is wrong in itself, whatever the state of the system.
+    /// Whether the command line itself is wrong, independent of the state of the system.
     #[must_use]
     pub fn is_usage(&self) -> bool {
         matches!(self, DaemonError::Socket(e) if e.is_usage())
@@ -112,11 +113,11 @@ impl DaemonError {
     }
 }
 
-/// What the daemon's user can do.
+/// Names the daemon's option that helps.
 fn hint(error: &ImageError) -> &'static str {
     match error {
         ImageError::NoLocks { .. } => {
-            "; if you are certain that no second daemon or tool will, start it with --allow-unlocked"
+            "; if no other daemon or tool can write to it, pass --allow-unlocked"
         }
         ImageError::Backing { .. } => " (COW,BASE)",
         ImageError::SideFile { .. } => " (cow convert -O native)",

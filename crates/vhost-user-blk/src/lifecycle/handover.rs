@@ -1,23 +1,23 @@
-//! What a daemon leaves to the program that takes its place (docs/architecture.md, "Upgrade"): a text
-//! in a memory file, one item in each line, and the open descriptors that it names by number.
+//! What a daemon hands to its successor (docs/architecture.md, "Upgrade"): a text in a memory file,
+//! one item per line, and open descriptors, which the text names by number.
 //!
 //! | line | |
 //! |---|---|
 //! | `vhost-user-blk handover 1` | always the first; the number is the version of all this |
-//! | `from VERSION` | who hands over |
-//! | `rehearsal FD` | nothing is handed over yet: tell this pipe whether it could be, and end |
+//! | `from VERSION` | the version of the program that hands over |
+//! | `rehearsal FD` | only a rehearsal: write to this pipe whether a takeover is possible, and exit |
 //! | `paused NANOSECONDS` | when the rings were stopped (`CLOCK_MONOTONIC`) |
 //! | `wake FD` | readable if a signal has asked for the end |
 //! | `listener FD DEV INO` | the listening socket, and which file it made; 0 0 for none |
-//! | `control FD DEV INO` | the same of the control socket |
+//! | `control FD DEV INO` | the same for the control socket |
 //! | `connection FD` | the frontend |
 //! | `top FD [FD]` | the description of the top file, and the direct one |
-//! | `hold FD` | carries a lock: to be kept open until the disk is |
-//! | `reply FD` | who asked for the upgrade and waits for its outcome |
-//! | `write-cache 0` or `1` | what the guest has set |
-//! | `message REQUEST HEX [FD]...` | of the frontend, in order; HEX is `-` for an empty body |
+//! | `hold FD` | carries a lock: keep it open until the disk is open |
+//! | `reply FD` | the client that asked for the upgrade and waits for the answer |
+//! | `write-cache 0` or `1` | the guest's setting |
+//! | `message REQUEST HEX [FD]...` | a message of the frontend, in order; HEX is `-` for an empty body |
 //!
-//! A line that is not known refuses the whole.
+//! An unknown line makes the whole handover invalid.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -33,31 +33,31 @@ use crate::session::replay::Message;
 
 const FIRST_LINE: &str = "vhost-user-blk handover 1";
 
-/// Longest text, in bytes: room for all that 256 queues and 509 regions can be.
+/// Longest text, in bytes: room for 256 queues and 509 memory regions.
 const LEN_MAX: u64 = 1 << 20;
 
-/// A listening socket and the file that it made, by device and inode.
+/// A listening socket and its file, by device and inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listening {
     /// The descriptor's number.
     pub fd: RawFd,
-    /// What to remove at the end, if it is still that.
+    /// The file to remove at the end, if it is still the same.
     pub file: Option<(u64, u64)>,
 }
 
-/// What is handed over. Descriptors are numbers here: those of the process that hands over, and of
-/// the one that takes over, which inherits them.
+/// What is handed over. Descriptors are numbers here, which are the same in both programs: the
+/// successor inherits them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Handover {
     /// Version of the program that hands over.
     pub from: String,
-    /// The pipe to answer to, if this is only to see whether it would work.
+    /// The pipe for the answer, if this is a rehearsal.
     pub rehearsal: Option<RawFd>,
     /// When the rings stopped, since the host's start.
     pub paused: Option<Duration>,
-    /// An eventfd that was signalled if a signal has asked for the end.
+    /// An eventfd, signalled if a signal has asked the daemon to end.
     pub wake: Option<RawFd>,
-    /// Where frontends come from.
+    /// The socket for frontends.
     pub listener: Option<Listening>,
     /// The control socket.
     pub control: Option<Listening>,
@@ -67,33 +67,33 @@ pub struct Handover {
     pub top: Vec<RawFd>,
     /// Descriptions of other files.
     pub hold: Vec<RawFd>,
-    /// Whom to tell the outcome.
+    /// The client that waits for the answer.
     pub reply: Option<RawFd>,
     /// See [`crate::virtio::device_state::DeviceState::write_cache`].
     pub write_cache: bool,
-    /// What the frontend said.
+    /// The frontend's messages.
     pub messages: Vec<Message<RawFd>>,
 }
 
-/// A handover that cannot be understood.
+/// A handover that cannot be written or understood.
 #[derive(Debug, thiserror::Error)]
 pub enum HandoverError {
     /// It cannot be read or written.
     #[error("cannot {what} the handover: {source}")]
     Io {
-        /// What was tried.
+        /// The operation.
         what: &'static str,
         /// The system's reason.
         source: io::Error,
     },
-    /// It is of another version, or none.
-    #[error("the handover begins with {found:?}; this program knows {FIRST_LINE:?}")]
+    /// It has another version, or none.
+    #[error("the handover begins with {found:?}, expected {FIRST_LINE:?}")]
     Version {
         /// Its first line.
         found: String,
     },
     /// A line that this program does not know.
-    #[error("the handover has a line {line:?}, which this program does not know")]
+    #[error("unknown line in the handover: {line:?}")]
     Line {
         /// The line.
         line: String,
@@ -118,7 +118,7 @@ impl Handover {
         Ok(file)
     }
 
-    /// Reads what a predecessor left behind `fd`.
+    /// Reads the handover of a predecessor from the memory file `fd`.
     pub fn fetch(fd: RawFd) -> Result<Self, HandoverError> {
         let io = |source| HandoverError::Io { what: "read", source };
         let mut file = File::from(inherit(fd)?);
@@ -203,11 +203,11 @@ impl Handover {
             }
             _ => return None,
         }
-        // All of it was understood.
+        // No words may be left over.
         words.next().is_none().then_some(())
     }
 
-    /// Every descriptor that it names.
+    /// All descriptors that the handover names.
     pub fn fds(&self) -> Vec<RawFd> {
         let listening = [self.listener, self.control].into_iter().flatten().map(|l| l.fd);
         let single = [self.rehearsal, self.wake, self.connection, self.reply].into_iter().flatten();

@@ -1,4 +1,5 @@
-//! The life of the daemon: start, the disk it serves, upgrade to another program, end.
+//! The life of the daemon: start, the disk that it serves, commands, upgrade to another program,
+//! end.
 
 mod commands;
 pub mod daemon;

@@ -11,8 +11,8 @@ use crate::datapath::route::PAGE;
 use crate::lifecycle::error::DaemonError;
 use crate::process::socket::PREDECESSOR_WAIT;
 
-/// Opens what the command line names, and makes a COW file that does not exist; or takes it from a
-/// predecessor, by the descriptions of its top file.
+/// Opens the disk that the command line names, and creates a COW file that does not exist. With
+/// `inherited`, takes the disk over from a predecessor by the descriptions of its top file.
 pub fn open_disk(
     options: &Options,
     inherited: Option<block_io::storage::file::File>,
@@ -59,7 +59,7 @@ pub fn open_disk(
     Ok(disk)
 }
 
-/// Logs what was opened.
+/// Logs the files of the disk, its size, and how it is used.
 pub fn describe(disk: &Disk) {
     for (depth, layer) in disk.layers().iter().enumerate() {
         log::info!("{}{}", if depth == 0 { "disk " } else { "  over " }, layer.path().display());
@@ -79,8 +79,8 @@ pub fn describe(disk: &Disk) {
     log::info!("{} sectors of 512 bytes, {access}", disk.capacity().get());
 }
 
-/// Refuses a COW file of another format than the one named. A file that does not exist, or whose
-/// header is no good, is left to the opening, which says why.
+/// Refuses a COW file that does not have the expected format. A missing file or a bad header is
+/// reported when the file is opened.
 pub fn check_format(path: &Path, expected: Option<Format>) -> Result<(), DaemonError> {
     let Some(expected) = expected else { return Ok(()) };
     let found = match signature_of(&Host, path) {
@@ -94,9 +94,9 @@ pub fn check_format(path: &Path, expected: Option<Format>) -> Result<(), DaemonE
     Err(DaemonError::Format { path: path.to_owned(), found, expected })
 }
 
-/// Refuses to make a COW file over a base that begins like another format: it would be taken for the
-/// bytes of a disk. (Where it is one, for a guest can have written anything there, `cow create -F raw`
-/// makes the COW file.)
+/// Refuses to create a COW file over a base that looks like another format, because its bytes would
+/// be served as a raw disk. (A raw image can look like this too, since a guest can write anything
+/// to its disk; for such a base use `cow create -F raw`.)
 fn check_base(base: &Path) -> Result<(), DaemonError> {
     let found = match signature_of(&Host, base) {
         Some(Signature::Qcow2) => "a qcow2 image",
@@ -106,7 +106,7 @@ fn check_base(base: &Path) -> Result<(), DaemonError> {
     Err(DaemonError::Base { path: base.to_owned(), found })
 }
 
-/// Says what to do with a file that is no COW file, which may well be a raw image.
+/// Adds the remedy to the error for a file that is not a COW file, as it is probably a raw image.
 fn unless_raw(path: &Path, error: ImageError) -> DaemonError {
     match error {
         ImageError::Header { source: HeaderError::NotCow { .. }, .. } => {

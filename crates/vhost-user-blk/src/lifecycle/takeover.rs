@@ -25,36 +25,36 @@ use crate::virtio::device_state::DeviceState;
 /// This program's version.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Goes on where the process's last program stopped, or says whether it could.
+/// Continues where the predecessor stopped or, in a rehearsal, answers whether it could.
 pub fn run(options: &Options, handover_fd: RawFd) -> Result<(), DaemonError> {
     let handover = Handover::fetch(handover_fd)?;
     if let Some(pipe) = handover.rehearsal {
-        // What goes well has been said once.
+        // The takeover itself logs the rest, once.
         log::set_max_level(options.log_level.min(LevelFilter::Warn));
-        let outcome = take(options, &handover, true);
+        let outcome = take_over(options, &handover, true);
         let line = match &outcome {
             Ok(_) => format!("ready {VERSION}\n"),
             Err(e) => format!("refused {}\n", e.to_string().replace('\n', " ")),
         };
-        let told = File::from(inherit(pipe)?).write_all(line.as_bytes());
-        // Nothing that was made here may be unmade: it is the other's.
-        return told.map_err(DaemonError::system("answer"));
+        let answered = File::from(inherit(pipe)?).write_all(line.as_bytes());
+        // Nothing that is shared is cleaned up here: it belongs to the predecessor.
+        return answered.map_err(DaemonError::system("answer"));
     }
     systemd::install();
     let wake = handover.wake.map(inherit).transpose()?;
     signals::install(wake).map_err(DaemonError::system("take over signals"))?;
     let client = handover.reply.map(inherit).transpose()?.map(UnixStream::from);
-    let taken = take(options, &handover, false);
+    let taken = take_over(options, &handover, false);
     let reply = match &taken {
         Ok(_) => {
             Reply::Done(format!("upgraded from {} to {VERSION}{}", handover.from, pause(&handover)))
         }
-        Err(e) => Reply::Failed(format!("{e}; the daemon has ended")),
+        Err(e) => Reply::Failed(format!("{e}; the daemon has exited")),
     };
-    // What was inherited has been duplicated, or is not needed any more. The listening socket has
-    // the highest number, and goes before the connection if all of this has failed.
+    // The inherited descriptors have been duplicated, or are not needed any more. If the takeover
+    // has failed, the listening socket must close before the connection; it has the highest number.
     let fds = handover.fds().into_iter().chain([handover_fd]).collect::<BTreeSet<_>>();
-    // SAFETY: they are open, as was seen, or closing them fails; nobody else here uses them.
+    // SAFETY: nothing else in this program uses these numbers. Closing one that is not open fails.
     fds.into_iter().rev().for_each(|fd| drop(unsafe { OwnedFd::from_raw_fd(fd) }));
     if let Some(client) = client {
         reply.send(&client);
@@ -66,7 +66,7 @@ pub fn run(options: &Options, handover_fd: RawFd) -> Result<(), DaemonError> {
     daemon::live(daemon, connection)
 }
 
-/// For how long no request was taken.
+/// The time during which no request was served, as a part of a sentence.
 fn pause(handover: &Handover) -> String {
     match (handover.connection, handover.paused, upgrade::now()) {
         (Some(_), Some(from), Some(to)) => {
@@ -76,15 +76,15 @@ fn pause(handover: &Handover) -> String {
     }
 }
 
-/// Takes what is handed over, and goes on with it unless this is a `rehearsal`: then nothing is
-/// changed that the predecessor uses.
-fn take(
+/// Makes a daemon of what is handed over. In a `rehearsal` nothing is changed that the predecessor
+/// uses, and no ring starts.
+fn take_over(
     options: &Options,
     handover: &Handover,
     rehearsal: bool,
 ) -> Result<(Daemon, Option<Guest>), DaemonError> {
     let listen = |listening: Listening, path| {
-        // The file is removed with the last program.
+        // The last program removes the file; a rehearsal must not.
         let file = listening.file.filter(|_| !rehearsal).zip(path);
         let listener = Listener::inherit(inherit(listening.fd)?, file);
         listener.map_err(DaemonError::system("use the socket"))
@@ -98,7 +98,7 @@ fn take(
     let socket = match (handover.listener, &stream) {
         (Some(listening), _) => Socket::Listening(listen(listening, path)?.placed_high()),
         (None, Some(stream)) => Socket::Connected(stream.try_clone().map_err(io)?),
-        // A rehearsal gets no listening socket, and is over before it needs one.
+        // A rehearsal gets no listening socket, and ends before it needs one.
         (None, None) => Socket::Connected(UnixStream::pair().map_err(io)?.0),
     };
     let control = handover.control.map(|it| listen(it, options.control.clone())).transpose()?;
@@ -112,7 +112,7 @@ fn take(
     Ok((daemon, Some(connection?)))
 }
 
-/// Without which a ring is not served.
+/// Whether this message starts a ring.
 fn starts(message: &Message<RawFd>) -> bool {
     message.request == u32::from(FrontendReq::SET_VRING_KICK)
 }

@@ -1,10 +1,9 @@
-//! How a running daemon has another program take its place (docs/architecture.md, "Upgrade").
+//! The old program's side of an upgrade (docs/architecture.md, "Upgrade").
 //!
-//! The process stays and its program changes, by execve(2): so process id, parent, cgroup, file
-//! locks and connections stay. Nothing leads back from there. So the new program first has to show,
-//! in a process of its own and while the guest is being served, that it can take over exactly this
-//! disk and this session: the rehearsal. What it cannot do, or does not answer in time, changes
-//! nothing.
+//! The process stays and its program changes, by execve(2): so the process id, parent, cgroup, file
+//! locks and connections stay. There is no way back from execve. So the new program first has to
+//! show, in a process of its own and while the guest is being served, that it can take over exactly
+//! this disk and this session: the rehearsal. If that fails or takes too long, nothing has changed.
 
 use std::ffi::{CString, OsString};
 use std::fs;
@@ -39,23 +38,23 @@ use crate::session::{Device, Session};
 
 /// Longest answer of a rehearsal, in bytes.
 const ANSWER_LEN_MAX: usize = 4096;
-/// How often a child that closed its end of the pipe is asked for its status.
+/// How often to look for the exit of a child that closed its end of the pipe.
 const CHILD_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Why no other program has taken over. The old one serves on.
+/// Why an upgrade failed. The old program continues.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum UpgradeError {
     /// A sync has failed.
-    #[error("the disk has failed; only a restart opens it anew")]
+    #[error("the disk has failed; only a restart of the daemon opens it again")]
     DiskFailed,
-    /// There is nothing to hand over.
-    #[error("the disk is not open, as its guest is elsewhere")]
+    /// There is no disk to hand over.
+    #[error("the disk is not open, because its guest is elsewhere (live migration)")]
     DiskElsewhere,
-    /// The session cannot be handed on at the moment.
+    /// The session cannot be handed over at the moment.
     #[error("{0}")]
     Session(&'static str),
-    /// The program cannot be looked at or started.
+    /// The program's file cannot be read or started.
     #[error("cannot start {}: {source}", program.display())]
     Start {
         /// The program.
@@ -63,27 +62,27 @@ pub enum UpgradeError {
         /// The system's reason.
         source: io::Error,
     },
-    /// The program has shown that it cannot take over, or has not shown that it can.
+    /// The program has not shown that it can take over.
     #[error("{}: {source}", program.display())]
     Rehearsal {
         /// The program.
         program: PathBuf,
-        /// What it said or did.
+        /// The outcome of its rehearsal.
         source: RehearsalError,
     },
-    /// Another program than the one that was tried.
-    #[error("{} has changed since it was tried", program.display())]
+    /// The file is not the one that was rehearsed.
+    #[error("{} has changed since its rehearsal", program.display())]
     Changed {
         /// The program.
         program: PathBuf,
     },
-    /// The daemon is to end.
-    #[error("a signal has asked the daemon to end")]
+    /// A signal has asked the daemon to end.
+    #[error("the daemon is shutting down")]
     Stopping,
     /// The handover cannot be written.
     #[error(transparent)]
     Handover(#[from] HandoverError),
-    /// What cannot be passed on to a program.
+    /// An argument that execve(2) cannot pass.
     #[error("an argument contains NUL")]
     Argument,
 }
@@ -94,35 +93,35 @@ impl UpgradeError {
     }
 }
 
-/// What came of a rehearsal that did not succeed.
+/// Why a rehearsal failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RehearsalError {
-    /// It said why it cannot take over.
+    /// The program cannot take over, for this reason.
     #[error("{0}")]
     Refused(String),
-    /// It did not answer in the time it was given.
-    #[error("gave no answer in time")]
+    /// It did not answer in time.
+    #[error("did not answer in time")]
     NoAnswer,
-    /// It ended.
-    #[error("ended without an answer: {0}")]
+    /// It exited.
+    #[error("exited without an answer: {0}")]
     Ended(ExitStatus),
-    /// It said something else than a rehearsal says.
-    #[error("gave an answer that makes no sense")]
+    /// Its answer is not one of a rehearsal.
+    #[error("answered neither \"ready\" nor \"refused\"")]
     Nonsense,
-    /// The daemon is to end.
-    #[error("a signal has asked the daemon to end")]
+    /// A signal has asked the daemon to end.
+    #[error("the daemon is shutting down")]
     Stopping,
-    /// The system refused something that the rehearsal needs.
+    /// The system refused an operation that the rehearsal needs.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
-/// What a daemon has to hand over besides its session.
+/// What a daemon hands over besides its session.
 pub struct Handoff<'a> {
     /// The disk.
     pub disk: &'a Disk,
-    /// Where frontends come from, unless there is only one.
+    /// The socket for frontends, unless there is only one frontend.
     pub listener: Option<&'a Listener>,
     /// The control socket.
     pub control: &'a Listener,
@@ -131,9 +130,9 @@ pub struct Handoff<'a> {
 }
 
 impl Handoff<'_> {
-    /// Has another program go on with all this, the session, and the frontend at `connection`; it
-    /// will tell `client`. Returns only if that is not possible, with the reason; the session is
-    /// then served as before.
+    /// Makes another program continue with all this, the session, and the frontend at `connection`.
+    /// That program answers `client`. Returns only if that is not possible, with the reason; the
+    /// session is then served as before.
     pub fn hand_over<D: Device>(
         &self,
         request: &Upgrade,
@@ -148,7 +147,7 @@ impl Handoff<'_> {
             Err(why) => return why,
         };
         session.pause();
-        log_limit::say_what_was_left_out();
+        log_limit::report_suppressed();
         let why = match identity(program) {
             Ok(now) if now != tried => UpgradeError::Changed { program: program.to_owned() },
             Ok(_) if signals::stopping() => UpgradeError::Stopping,
@@ -156,12 +155,12 @@ impl Handoff<'_> {
             Err(why) => why,
         };
         if let Err(e) = session.resume() {
-            log::error!("cannot go on: {e}");
+            log::error!("cannot resume the session: {e}");
         }
         why
     }
 
-    /// Has the program rehearse, while the session is being served; which file it was.
+    /// Rehearses the program while the session is being served; returns the identity of its file.
     fn try_out<D: Device>(
         &self,
         program: &Path,
@@ -201,7 +200,7 @@ impl Handoff<'_> {
             std::iter::once(layer.file().buffered().as_raw_fd()).chain(direct)
         });
         let mut descriptions = descriptions;
-        // A disk that is only read is opened anew: its lock is shared.
+        // The successor opens a read-only disk again, because its lock is shared.
         let top = if self.disk.read_only() {
             Vec::new()
         } else {
@@ -224,13 +223,13 @@ impl Handoff<'_> {
     }
 }
 
-/// The time since the host's start.
+/// The time since the host's start (`CLOCK_MONOTONIC`).
 pub fn now() -> Option<Duration> {
     clock_gettime(ClockId::CLOCK_MONOTONIC).ok().map(Duration::from)
 }
 
-/// The file that this program was started from. One that was replaced since has another name for a
-/// moment, or none; its place is what counts.
+/// The path of the file that this program was started from, also if that file was replaced since:
+/// the kernel then reports the path with " (deleted)" after it.
 pub fn running_program() -> PathBuf {
     const DELETED: &[u8] = b" (deleted)";
     let path = std::env::current_exe().unwrap_or_default();
@@ -240,7 +239,7 @@ pub fn running_program() -> PathBuf {
     }
 }
 
-/// Tells whether a file is still the same: device, inode, length, time of the last change.
+/// Identifies a file's content: device, inode, length, time of the last change.
 type Identity = [i64; 5];
 
 fn identity(program: &Path) -> Result<Identity, UpgradeError> {
@@ -249,7 +248,7 @@ fn identity(program: &Path) -> Result<Identity, UpgradeError> {
     Ok([numbers[0], numbers[1], numbers[2], found.mtime(), found.mtime_nsec()])
 }
 
-/// The command line of the successor: this one's.
+/// The command line of the successor: this program's, with the handover in front.
 fn arguments(program: &Path, handover: RawFd) -> Vec<OsString> {
     let is_takeover = |arg: &OsString| arg.as_bytes().starts_with(TAKEOVER.as_bytes());
     let own = std::env::args_os().skip(1).filter(|arg| !is_takeover(arg));
@@ -257,24 +256,25 @@ fn arguments(program: &Path, handover: RawFd) -> Vec<OsString> {
     [program.as_os_str().to_owned(), takeover].into_iter().chain(own).collect()
 }
 
-/// Has the program say whether it could take over.
+/// Starts the program as a child, which answers whether it could take over.
 fn rehearse(program: &Path, mut handover: Handover, time: Duration) -> Result<(), UpgradeError> {
     let failed = |source| UpgradeError::Rehearsal { program: program.to_owned(), source };
     let (mut ours, theirs) = io::pipe().map_err(|e| failed(e.into()))?;
     handover.rehearsal = Some(theirs.as_raw_fd());
-    // A frontend, or another daemon, must not find anybody there when this process is killed.
+    // If this process is killed, the child must not keep the sockets open: a frontend that
+    // connects, or the next daemon, would take it for alive.
     (handover.listener, handover.control) = (None, None);
     let file = handover.store()?;
     let mut fds = handover.fds();
     fds.push(file.as_raw_fd());
     let mut command = Command::new(program);
-    // A group of its own, so that what it has started can be ended with it.
+    // A process group of its own, so that its children can be killed with it.
     command.args(&arguments(program, file.as_raw_fd())[1..]).process_group(0);
     let parent = getpid();
     // SAFETY: system calls only, which are async-signal-safe.
     unsafe {
         command.pre_exec(move || {
-            // It holds the disk's lock: when this process is killed it must not stay.
+            // It holds the disk's lock, so it must die with this process.
             prctl::set_pdeathsig(Signal::SIGKILL)?;
             if getppid() != parent {
                 return Err(io::ErrorKind::NotFound.into());
@@ -284,34 +284,34 @@ fn rehearse(program: &Path, mut handover: Handover, time: Duration) -> Result<()
     }
     let mut child = command.spawn().map_err(UpgradeError::start(program))?;
     drop(theirs);
-    let heard = await_verdict(&mut ours, &child, Instant::now() + time);
-    // It has nothing more to do. Until it is reaped its number is nobody else's.
+    let verdict = await_verdict(&mut ours, &child, Instant::now() + time);
+    // Its work is done. Until it is reaped, no other process can get its number.
     if let Ok(group) = i32::try_from(child.id()) {
         _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
     }
     let status = child.wait();
-    match (heard, status) {
-        (Ok(Heard::Ready), _) => Ok(()),
-        (Ok(Heard::Ended), Ok(status)) => Err(failed(RehearsalError::Ended(status))),
-        (Ok(Heard::Ended), Err(e)) => Err(failed(e.into())),
+    match (verdict, status) {
+        (Ok(Verdict::Ready), _) => Ok(()),
+        (Ok(Verdict::Ended), Ok(status)) => Err(failed(RehearsalError::Ended(status))),
+        (Ok(Verdict::Ended), Err(e)) => Err(failed(e.into())),
         (Err(e), _) => Err(failed(e)),
     }
 }
 
-/// What a rehearsing child does in the end.
-enum Heard {
-    /// It says that it can take over.
+/// How a rehearsal ends, if not with an error.
+enum Verdict {
+    /// The child can take over.
     Ready,
-    /// It has ended without an answer, and is not reaped yet.
+    /// The child has exited without an answer, and is not reaped yet.
     Ended,
 }
 
-/// What the rehearsing child says.
+/// Waits for the answer of the rehearsing child.
 fn await_verdict(
     pipe: &mut PipeReader,
     child: &Child,
     deadline: Instant,
-) -> Result<Heard, RehearsalError> {
+) -> Result<Verdict, RehearsalError> {
     let mut answer = Vec::new();
     while !answer.ends_with(b"\n") && answer.len() < ANSWER_LEN_MAX {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -329,26 +329,26 @@ fn await_verdict(
     }
     let answer = String::from_utf8_lossy(&answer);
     match answer.trim_end().split_once(' ') {
-        Some(("ready", _)) => Ok(Heard::Ready),
+        Some(("ready", _)) => Ok(Verdict::Ready),
         Some(("refused", why)) => Err(RehearsalError::Refused(why.to_owned())),
         _ => Err(RehearsalError::Nonsense),
     }
 }
 
-/// Waits until the child has ended, without reaping it.
-fn wait_for_end(child: &Child, deadline: Instant) -> Result<Heard, RehearsalError> {
+/// Waits until the child has exited, without reaping it.
+fn wait_for_end(child: &Child, deadline: Instant) -> Result<Verdict, RehearsalError> {
     let child = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
     let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
     while Instant::now() < deadline {
         match waitid(Id::Pid(child), flags).map_err(io::Error::from)? {
             WaitStatus::StillAlive => std::thread::sleep(CHILD_INTERVAL),
-            _ => return Ok(Heard::Ended),
+            _ => return Ok(Verdict::Ended),
         }
     }
     Err(RehearsalError::NoAnswer)
 }
 
-/// Goes on as another program. Returns if that is not possible, with the reason.
+/// Continues as another program. Returns only if that is not possible, with the reason.
 fn replace(program: &Path, handover: &Handover) -> UpgradeError {
     let file = match handover.store() {
         Ok(file) => file,
@@ -368,10 +368,10 @@ fn replace(program: &Path, handover: &Handover) -> UpgradeError {
     let (Ok(arguments), Ok(variables)) = (strings(arguments), strings(variables)) else {
         return UpgradeError::Argument;
     };
-    // A signal that comes from here on is the successor's.
+    // Signals from here on are blocked and left to the successor.
     let result = signals::hold().and_then(|()| {
         if signals::stopping() {
-            // It has ended the listening socket.
+            // Its handler has closed the listening socket.
             return Err(nix::Error::EINTR);
         }
         set_inherited(&fds, true)?;

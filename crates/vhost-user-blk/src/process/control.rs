@@ -1,8 +1,8 @@
-//! The control socket. Everyone who may connect to it may give the daemon commands.
+//! The control socket. Every process that may connect to it may give the daemon commands.
 //!
-//! A client connects, sends its command as words that each end with NUL, shuts down its sending side,
-//! and reads the answer: `ok` or `failed`, a space, and a line of text. The first word names the
-//! command, the others are its arguments.
+//! A client connects, sends its command as words that each end with NUL, shuts down its sending
+//! side, and reads the answer: `ok` or `failed`, a space, and a line of text. The first word names
+//! the command, the others are its arguments.
 
 use std::ffi::OsStr;
 use std::io::{self, Read, Write};

@@ -5,8 +5,8 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
-/// Duplicates an inherited descriptor; no further program inherits the duplicate. The original stays
-/// open: until an upgrade is complete it belongs to another process.
+/// Duplicates an inherited descriptor; no further program inherits the duplicate. The original
+/// stays open: until an upgrade is complete it belongs to another process.
 ///
 /// # Errors
 /// `InvalidInput` for a negative number, else what fcntl(2) says: EBADF if it is not open.

@@ -1,7 +1,7 @@
-//! Log lines that somebody else can cause as often as they like: a guest, a frontend, a disk that
-//! fails. Each kind of them is a [`Subject`], of which only so many lines are written in a time. What
-//! was left out is counted, and said with the next line or when the daemon ends. Who asks for the log
-//! level `debug` gets everything.
+//! Limits the log lines that others can cause without end: a guest, a frontend, a failing disk.
+//! Each kind of line is a [`Subject`] with a limited rate. Suppressed lines are counted, and their
+//! number is logged with the next line or when the daemon ends. With the log level `debug` nothing
+//! is suppressed.
 
 use std::fmt::{Arguments, Display};
 use std::sync::{Mutex, PoisonError};
@@ -9,25 +9,24 @@ use std::time::{Duration, Instant};
 
 use log::{Level, LevelFilter};
 
-/// Lines of one subject that may come at once. As many as make up the usual life of a guest: a start,
-/// some reconnections.
+/// Lines of one subject that may come at once: enough for the usual life of a guest, which is a
+/// start and some reconnections.
 const BURST: u32 = 32;
 
-/// How long it takes until one more may come. So a subject fills the log with some 10 MB a day at
-/// most.
+/// The time after which one more line may come. So a subject logs at most some 10 MB a day.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// Requests that failed or that are malformed in a way that is worth a word.
+/// Requests that failed, or that are malformed in a way worth logging.
 pub static REQUESTS: Subject = Subject::new("failed requests");
-/// Rings: given up, or begun with work that a predecessor left.
+/// Rings that are given up, or that start with a predecessor's unfinished requests.
 pub static RINGS: Subject = Subject::new("rings");
-/// Frontends that come, go, and send what is refused.
+/// Frontends that connect, disconnect, or send something that is refused.
 pub static CONNECTIONS: Subject = Subject::new("connections");
 /// The guest switches its write cache.
 pub static WRITE_CACHE: Subject = Subject::new("the write cache");
-/// A migration has the disk closed and opened.
+/// The disk that a migration closes and opens.
 pub static DISK: Subject = Subject::new("opening and closing the disk");
-/// What clients of the control socket want.
+/// Requests on the control socket.
 pub static CONTROL: Subject = Subject::new("the control socket");
 
 const ALL: [&Subject; 6] = [&REQUESTS, &RINGS, &CONNECTIONS, &WRITE_CACHE, &DISK, &CONTROL];
@@ -41,20 +40,20 @@ pub struct Subject {
 
 #[derive(Debug)]
 struct State {
-    /// Lines that may come at once.
+    /// Lines that may be written now.
     left: u32,
-    /// Since when a further one is on its way; `None` while there are as many as there can be.
+    /// When `left` last grew; `None` while it is full.
     since: Option<Instant>,
-    /// Not written, and nothing said of it.
-    left_out: u64,
+    /// Lines that were suppressed and not reported yet.
+    suppressed: u64,
 }
 
 impl Subject {
     const fn new(name: &'static str) -> Self {
-        Self { name, state: Mutex::new(State { left: BURST, since: None, left_out: 0 }) }
+        Self { name, state: Mutex::new(State { left: BURST, since: None, suppressed: 0 }) }
     }
 
-    /// Logs a line at this level, unless there were too many.
+    /// Logs a line at this level, unless there were too many lately.
     pub fn say(&self, level: Level, line: Arguments<'_>) {
         if level > log::max_level() {
             return;
@@ -69,7 +68,7 @@ impl Subject {
         }
     }
 
-    /// Whether one more line may be written now; how many were left out before it.
+    /// If one more line may be written now, the number of lines suppressed before it.
     fn admit(&self, now: Instant) -> Option<u64> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.refill(now);
@@ -77,25 +76,25 @@ impl Subject {
             Some(left) => {
                 state.left = left;
                 state.since.get_or_insert(now);
-                Some(std::mem::take(&mut state.left_out))
+                Some(std::mem::take(&mut state.suppressed))
             }
             None => {
-                state.left_out += 1;
+                state.suppressed += 1;
                 None
             }
         }
     }
 
-    fn take_left_out(&self) -> u64 {
+    fn take_suppressed(&self) -> u64 {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::take(&mut state.left_out)
+        std::mem::take(&mut state.suppressed)
     }
 }
 
 impl State {
     fn refill(&mut self, now: Instant) {
         let Some(since) = self.since else { return };
-        // More than u32 seconds are more than enough.
+        // After u32::MAX seconds it is full anyway.
         let due = now.saturating_duration_since(since).as_nanos() / EVERY.as_nanos();
         let due = u32::try_from(due).unwrap_or(u32::MAX).min(BURST);
         self.left = self.left.saturating_add(due).min(BURST);
@@ -103,17 +102,17 @@ impl State {
     }
 }
 
-/// Says what was left out and not mentioned. To be called when no more comes.
-pub fn say_what_was_left_out() {
+/// Logs how many lines were suppressed and not reported yet. To be called before the log ends.
+pub fn report_suppressed() {
     for subject in ALL {
-        let (name, n) = (subject.name, subject.take_left_out());
+        let (name, n) = (subject.name, subject.take_suppressed());
         if n > 0 {
-            log::warn!("{n} more messages about {name} were left out");
+            log::warn!("{n} more messages about {name} were suppressed");
         }
     }
 }
 
-/// A request of this queue failed.
+/// Logs a failed request of this queue.
 pub fn request_failed(queue: usize, what: &str, why: &dyn Display) {
     REQUESTS.say(Level::Warn, format_args!("queue {queue}: {what}: {why}"));
 }
@@ -131,7 +130,7 @@ mod tests {
         for _ in 0..5 {
             assert_eq!(subject.admit(start + EVERY / 2), None);
         }
-        assert_eq!(subject.admit(start + EVERY), Some(5), "what was left out is told once");
+        assert_eq!(subject.admit(start + EVERY), Some(5), "what was suppressed is reported once");
         assert_eq!(subject.admit(start + EVERY), None);
         assert_eq!(subject.admit(start + EVERY * 2 - Duration::from_nanos(1)), None);
         assert_eq!(subject.admit(start + EVERY * 2), Some(2));
@@ -146,8 +145,8 @@ mod tests {
         let later = start + EVERY * (10 * BURST);
         let passed = (0..3 * BURST).filter(|_| subject.admit(later).is_some()).count();
         assert_eq!(passed, BURST as usize);
-        assert_eq!(subject.take_left_out(), u64::from(2 * BURST));
-        assert_eq!(subject.take_left_out(), 0);
+        assert_eq!(subject.take_suppressed(), u64::from(2 * BURST));
+        assert_eq!(subject.take_suppressed(), 0);
         // A clock that is behind gives nothing.
         assert_eq!(subject.admit(start), None);
     }

@@ -1,9 +1,9 @@
-//! Log lines to standard error: `LEVEL text`, nothing else. The service manager that keeps the
-//! output adds time and name.
+//! Writes log lines to standard error as `LEVEL text`. The service manager that collects them adds
+//! time and name.
 //!
-//! A line is written only if standard error takes it at once. All threads log, the queues' as well,
-//! and a pipe that nobody reads must not stop the disk. What it does not take is lost; how many lines
-//! that were is said as soon as one passes again.
+//! A line is written only if standard error accepts it at once. All threads log, including those of
+//! the queues, and a pipe without a reader must not stop the disk. Other lines are lost, and their
+//! number is logged as soon as a line can be written again.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// The longest line, in bytes. A pipe that can be written to at all takes as much at once (pipe(7),
-/// PIPE_BUF). What is longer, as some paths could make it, is cut.
+/// The longest line, in bytes. A writable pipe takes this much at once (pipe(7), PIPE_BUF). A
+/// longer line, for example with long paths, is cut.
 const LINE_MAX: usize = libc::PIPE_BUF;
 
-/// Lines that were lost and not mentioned yet.
+/// Lines that were lost and not reported yet.
 static LOST: AtomicU64 = AtomicU64::new(0);
 
 struct Stderr;
@@ -38,15 +38,15 @@ impl Log for Stderr {
 /// Sends the process's log to standard error, up to `level`. To be called once; later calls change
 /// the level only.
 pub fn init(level: LevelFilter) {
-    // The only error is "already set", and then it is this logger.
+    // The only error is "already set", and then this logger is set.
     _ = log::set_logger(&Stderr);
     log::set_max_level(level);
 }
 
-/// Writes a line to standard error, whatever the log level, if it takes one now.
+/// Writes a line to standard error at any log level, if it can be written at once.
 pub fn print(line: &str) {
-    // Locked from the look to the write, so that no other thread takes the room. One write per line,
-    // so that lines of several threads do not mix.
+    // Locked from the check to the write, so that no other thread uses up the room. One write per
+    // line, so that lines of several threads do not mix.
     let mut stderr = io::stderr().lock();
     let lost = LOST.swap(0, Ordering::Relaxed);
     if lost > 0 {
@@ -60,7 +60,7 @@ pub fn print(line: &str) {
     }
 }
 
-/// Writes a line if `to` has room for it; whether it had.
+/// Writes a line if `to` has room for it. Returns whether it had.
 fn put<W: Write + AsFd>(to: &mut W, line: &str) -> bool {
     let mut fds = [PollFd::new(to.as_fd(), PollFlags::POLLOUT)];
     if poll(&mut fds, PollTimeout::ZERO) == Ok(0) {
@@ -69,7 +69,7 @@ fn put<W: Write + AsFd>(to: &mut W, line: &str) -> bool {
     let mut bytes = line.as_bytes().to_vec();
     bytes.truncate(LINE_MAX - 1);
     bytes.push(b'\n');
-    // A standard error that is gone must not stop the disk.
+    // A closed standard error must not stop the disk.
     _ = to.write_all(&bytes);
     true
 }

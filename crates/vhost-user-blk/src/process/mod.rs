@@ -1,4 +1,4 @@
-//! What the process needs of the system: sockets, signals, the service manager, the log.
+//! The process and its system: sockets, descriptors, signals, the service manager, the log.
 
 pub mod control;
 pub(crate) mod fd;

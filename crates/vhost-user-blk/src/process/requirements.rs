@@ -1,5 +1,5 @@
-//! What the host must offer, looked at before the daemon says that it listens: what is missing would
-//! otherwise be found when the first ring starts, and its guest would wait for ever.
+//! What the host must offer. This is checked before the daemon listens: otherwise it would only
+//! show when the first ring starts, and the guest would wait for ever.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -14,16 +14,15 @@ const PAGE: u64 = 4096;
 /// What the host lacks.
 #[derive(Debug, thiserror::Error)]
 pub enum RequirementError {
-    /// Alignments and mappings that count with pages of one size would be wrong with others.
+    /// Alignments and mappings assume one page size.
     #[error(
-        "the system's pages have {found} bytes, expected {PAGE}: this program is made and tested \
-         for x86-64 only"
+        "the host's page size is {found} bytes, expected {PAGE}; this program supports x86-64 only"
     )]
     PageSize {
-        /// Bytes; 0 if the system does not say.
+        /// Bytes; 0 if the system does not report it.
         found: u64,
     },
-    /// The I/O engine that was asked for.
+    /// The I/O engine on the command line is not available.
     #[error(
         "--io-engine=io_uring: {source} ({hint}); use --io-engine=sync, or leave the option out"
     )]
@@ -35,7 +34,7 @@ pub enum RequirementError {
     },
 }
 
-/// Refuses a system whose pages are not of the size that this program counts with.
+/// Refuses a host with pages of another size than this program is written for.
 pub fn check_page_size() -> Result<(), RequirementError> {
     check_page(sysconf(SysconfVar::PAGE_SIZE).ok().flatten())
 }
@@ -44,25 +43,25 @@ fn check_page(found: Option<libc::c_long>) -> Result<(), RequirementError> {
     match found.map(u64::try_from) {
         Some(Ok(PAGE)) => Ok(()),
         Some(Ok(found)) => Err(RequirementError::PageSize { found }),
-        // POSIX has every system say it.
+        // POSIX requires a system to report it.
         _ => Err(RequirementError::PageSize { found: 0 }),
     }
 }
 
-/// Who does the I/O of the queues.
+/// The I/O engine of the queues.
 #[derive(Debug)]
 pub struct Engine {
     use_now: IoEngine,
-    /// The user has asked for it, so that no other will do.
+    /// It is the one on the command line, so no other may be used.
     asked_for: bool,
-    /// Why it is not io_uring, although that would be better.
+    /// Why io_uring, the default, is not used.
     refused: Option<NoUring>,
-    /// That a ring could not be had later on was said.
+    /// Set once a later failure of io_uring has been logged.
     said: OnceLock<()>,
 }
 
 impl Engine {
-    /// The engine that was asked for; if none was, io_uring where it can be had.
+    /// The engine that was asked for. Without one, io_uring if it is available, else threads.
     pub fn choose(asked_for: Option<IoEngine>) -> Result<Self, RequirementError> {
         let said = OnceLock::new();
         if let Some(engine) = asked_for {
@@ -76,34 +75,34 @@ impl Engine {
         Ok(Engine { use_now, asked_for: false, refused, said })
     }
 
-    /// Says in the log what was chosen.
+    /// Logs the choice.
     pub fn report(&self) {
         match &self.refused {
             None => log::debug!("I/O engine: {}", self.use_now),
             Some(why) => log::warn!(
-                "io_uring cannot be used: {why} ({}); threads do the I/O instead (--io-engine=sync): as safe, but \
-                 slower for what is not in the page cache",
+                "io_uring cannot be used: {why} ({}); using threads (--io-engine=sync), which are as \
+                 safe, but slower for data that is not in the page cache",
                 hint(why)
             ),
         }
     }
 
-    /// A ring for a queue; see [`Ring::new`]. If there is no io_uring any more, and nobody has asked
-    /// for one, the other engine does.
+    /// A ring for a queue; see [`Ring::new`]. If io_uring is no longer available and was not asked
+    /// for, the ring uses threads.
     pub fn ring<R>(&self, depth: usize, files: &[Option<BorrowedFd<'_>>]) -> io::Result<Ring<R>> {
         Ring::new(self.use_now, depth, files).or_else(|e| {
             if self.asked_for || self.use_now == IoEngine::Sync {
                 return Err(e);
             }
             if self.said.set(()).is_ok() {
-                log::warn!("io_uring cannot be used any more: {e}; threads do the I/O instead");
+                log::warn!("io_uring cannot be used any more: {e}; using threads");
             }
             Ring::new(IoEngine::Sync, depth, files)
         })
     }
 }
 
-/// What usually is the reason.
+/// The usual reason.
 fn hint(why: &NoUring) -> &'static str {
     match (why, why.errno()) {
         (_, Some(libc::EPERM | libc::EACCES)) => {
@@ -146,7 +145,7 @@ mod tests {
 
     #[test]
     fn without_io_uring_the_other_engine_serves_unless_it_was_asked_for() {
-        // The host's io_uring is as it is; a ring of more files than can be registered is refused.
+        // Too many files to register make io_uring refuse the ring on every host.
         let too_many = vec![None; 1 << 20];
         let engine = |asked_for| Engine {
             use_now: IoEngine::IoUring,

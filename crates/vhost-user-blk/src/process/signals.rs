@@ -1,15 +1,16 @@
-//! SIGTERM, SIGINT and SIGHUP ask for a clean end; of the last two one that is ignored stays so.
+//! SIGTERM, SIGINT and SIGHUP end the daemon cleanly. If SIGINT or SIGHUP was ignored at the start,
+//! it stays ignored.
 //!
 //! The `vhost` crate receives and sends with blocking calls that it repeats after EINTR, and a
-//! frontend may stop in the middle of a message. So the handler, besides waking the main loop, shuts
-//! the connection down: whatever call the main thread is in then returns. `shutdown` and `write` are
-//! async-signal-safe. The kernel gives a signal for the process to the main thread as long as that
-//! does not block it, so the handler never runs while the main thread is between closing a connection
-//! and [`Connection`]'s drop.
+//! frontend may stop in the middle of a message. So the handler wakes the main loop and also shuts
+//! the connection down, which makes any call of the main thread on it return. `shutdown` and
+//! `write` are async-signal-safe. The kernel delivers a signal for the process to the main thread
+//! unless that blocks it, so the handler never runs while the main thread is between closing a
+//! connection and [`Connection`]'s drop.
 //!
-//! A frontend may connect again the moment it sees the end of its connection, and some give their
-//! disk up if they are then taken into the queue of a process that is ending. So the handler ends
-//! the listening socket before the connection ([`Entrance`]).
+//! A frontend may connect again the moment it sees the end of its connection. Some give up their
+//! disk if they then get into the queue of a process that is ending. So the handler closes the
+//! listening socket before the connection ([`Entrance`]).
 
 use std::io;
 use std::marker::PhantomData;
@@ -54,24 +55,24 @@ extern "C" fn on_signal(
     Errno::set_raw(errno);
 }
 
-/// Ends the listening socket, if there is one. Async-signal-safe.
+/// Closes the listening socket, if there is one. Async-signal-safe.
 fn close_entrance() {
     let listener = LISTENER.swap(ptr::null_mut(), Ordering::SeqCst);
-    // SAFETY: an `Entrance` borrows it, whose drop would have taken the pointer away, in this same
-    // thread.
+    // SAFETY: an `Entrance` borrows it. Its drop, in this same thread, would have reset the
+    // pointer.
     if let Some(listener) = unsafe { listener.as_ref() } {
         listener.close_in_handler(WAKE_FD.load(Ordering::SeqCst));
     }
 }
 
-/// Takes over the signals that end the process, and ignores SIGXFSZ, so that a write past the file
+/// Handles the signals that end the process, and ignores SIGXFSZ, so that a write past the file
 /// size limit fails with EFBIG instead of killing the daemon. To be called from the main thread.
 ///
-/// `inherited` is the [`wake_fd`] of the process's last program: its handler may have run when it was
-/// too late to end.
+/// `inherited` is the [`wake_fd`] of the predecessor, whose handler may have run too late for the
+/// predecessor to end.
 pub fn install(inherited: Option<OwnedFd>) -> io::Result<()> {
     let wake = match inherited {
-        // SAFETY: an eventfd, as the predecessor says; another descriptor would only be useless.
+        // SAFETY: `fd` is owned and given up here. If it is not an eventfd, reads and writes fail.
         Some(fd) => unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) },
         None => EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
     };
@@ -82,9 +83,8 @@ pub fn install(inherited: Option<OwnedFd>) -> io::Result<()> {
     let wake = WAKE.get_or_init(|| wake);
     WAKE_FD.store(wake.as_raw_fd(), Ordering::SeqCst);
     for signal in ENDING.into_iter().filter(|&signal| !stays_ignored(signal)) {
-        // The handler does nothing that is not async-signal-safe. The crate blocks all signals
-        // meanwhile, so one handler runs at a time, and asks for no SA_RESTART: poll and the like
-        // are to return.
+        // The handler does only what is async-signal-safe. The crate blocks all signals meanwhile,
+        // so one handler runs at a time, and does not set SA_RESTART, so poll and the like return.
         register_signal_handler(signal as libc::c_int, on_signal)?;
     }
     let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
@@ -93,11 +93,11 @@ pub fn install(inherited: Option<OwnedFd>) -> io::Result<()> {
     Ok(release()?)
 }
 
-/// Whether a signal was ignored when the process was started and has to stay so: SIGHUP under
-/// nohup(1), SIGINT in a job that a shell runs in the background. SIGTERM means this process.
+/// Whether a signal was ignored when the process was started and must stay ignored: SIGHUP under
+/// nohup(1), SIGINT in a background job of a shell. SIGTERM is always handled.
 fn stays_ignored(signal: Signal) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: no action is set, and `action` is a whole one for the old.
+    // SAFETY: no new action is set, and `action` has room for the old one.
     let asked = unsafe { libc::sigaction(signal as libc::c_int, ptr::null(), action.as_mut_ptr()) };
     if signal == Signal::SIGTERM || asked != 0 {
         return false;
@@ -106,16 +106,16 @@ fn stays_ignored(signal: Signal) -> bool {
     unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
 }
 
-/// The signals that ask for the end.
+/// The signals that end the daemon.
 const ENDING: [Signal; 3] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
 
-/// Has signals wait, for a program that comes with execve(2) to take them.
+/// Blocks the signals that end the daemon, so that they wait for the next program (execve(2)).
 pub fn hold() -> nix::Result<()> {
     SigSet::from_iter(ENDING).thread_block()
 }
 
-/// Does something that starts threads, which are then never given the signals that ask for the end:
-/// the main thread is, or holds them for its successor.
+/// Runs `start`, which starts threads that block the signals that end the daemon. So the main
+/// thread gets these signals, or holds them for its successor.
 pub fn starting_threads<T>(start: impl FnOnce() -> T) -> T {
     let held = hold();
     let result = start();
@@ -125,7 +125,7 @@ pub fn starting_threads<T>(start: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Takes signals again.
+/// Unblocks the signals that [`hold`] blocks.
 pub fn release() -> nix::Result<()> {
     SigSet::from_iter(ENDING).thread_unblock()
 }
@@ -147,8 +147,8 @@ pub fn wake_fd() -> Option<BorrowedFd<'static>> {
 pub struct Connection(());
 
 impl Connection {
-    /// Names the connection. The value must be dropped before `socket` is closed. A signal that came
-    /// earlier did not shut it down: look at [`stopping`] afterwards.
+    /// Registers the connection. The value must be dropped before `socket` is closed. An earlier
+    /// signal has not shut it down, so check [`stopping`] afterwards.
     #[must_use]
     pub fn new(socket: BorrowedFd<'_>) -> Self {
         CONNECTION_FD.store(socket.as_raw_fd(), Ordering::SeqCst);
@@ -162,12 +162,13 @@ impl Drop for Connection {
     }
 }
 
-/// While this lives, a signal ends the listening socket, before it shuts the connection down.
+/// While this lives, a signal closes the listening socket, before it shuts the connection down.
 #[derive(Debug)]
 pub struct Entrance<'a>(PhantomData<&'a Listener>);
 
 impl<'a> Entrance<'a> {
-    /// Names the listener, in the main thread. If a signal has come already it is ended at once.
+    /// Registers the listener, in the main thread. If a signal has already come, the listener is
+    /// closed at once.
     #[must_use]
     pub fn new(listener: &'a Listener) -> Self {
         LISTENER.store(ptr::from_ref(listener).cast_mut(), Ordering::SeqCst);

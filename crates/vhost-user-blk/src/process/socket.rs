@@ -1,4 +1,4 @@
-//! Where frontends come from: a socket file that the daemon makes, or a descriptor it was given.
+//! The socket for frontends: a socket file that the daemon creates, or an inherited descriptor.
 
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File, Metadata};
@@ -25,26 +25,26 @@ use nix::unistd::Pid;
 
 /// Longest path of a socket in bytes: `sun_path` has 108, the last for the NUL (unix(7)).
 const SOCKET_PATH_MAX: usize = 107;
-/// How long to wait until a predecessor that was killed is gone altogether, with its sockets and, as
-/// soon as its I/O has ended, its locks. Usually that is some ten milliseconds; a sync on a busy disk
-/// can take more than a second.
+/// How long to wait until a killed predecessor is completely gone, with its sockets and, once its
+/// I/O has ended, its locks. Usually that takes some ten milliseconds; a sync on a busy disk can
+/// take more than a second.
 pub const PREDECESSOR_WAIT: Duration = Duration::from_secs(5);
-/// Between two looks at a predecessor's socket.
+/// Interval between two checks of a predecessor's socket.
 const RETRY: Duration = Duration::from_millis(5);
-/// Owner and group may connect, others not. A frontend of another user is let in by running the
-/// daemon with that user's group.
+/// Owner and group may connect, others may not. To admit a frontend of another user, run the daemon
+/// with that user's group.
 const SOCKET_MODE_MASK: Mode = Mode::from_bits_truncate(0o117);
-/// Nobody else may connect.
+/// Only the owner may connect.
 const CONTROL_MODE_MASK: Mode = Mode::from_bits_truncate(0o177);
-/// The listening socket's number is at least so far above the lowest free one: more than what is
-/// opened between that and the accept of a connection, which is four descriptors for each of the 65
-/// files that a disk can have, and some.
+/// How far the listening socket's number is above the lowest free one, at least. This is more than
+/// the number of descriptors that are opened before a connection is accepted: four for each of the
+/// 65 files that a disk can have, and some.
 const ROOM_BELOW_LISTENER: RawFd = 512;
 
-/// What the user asked for.
+/// The socket that the command line names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
-    /// `--socket-path`: make a socket file and listen.
+    /// `--socket-path`: create a socket file and listen.
     Path(PathBuf),
     /// `--fd`: an open descriptor, listening or connected.
     Fd(RawFd),
@@ -80,7 +80,7 @@ pub enum SocketError {
         /// As given.
         path: PathBuf,
     },
-    /// A file that is no socket is never removed.
+    /// The path is not a socket. Such a file is never removed.
     #[error(
         "{option}: {}: the path exists and is {found}, not a socket; remove it or choose \
          another path",
@@ -91,7 +91,7 @@ pub enum SocketError {
         option: &'static str,
         /// As given.
         path: PathBuf,
-        /// What stands there.
+        /// What the path is.
         found: &'static str,
     },
     /// The system refused.
@@ -106,7 +106,7 @@ pub enum SocketError {
         /// The system's reason.
         source: io::Error,
     },
-    /// `--fd` names nothing that can be used.
+    /// `--fd` names no usable socket.
     #[error(
         "--fd={fd}: {found}; expected a listening or connected unix stream socket that the parent \
          process left open"
@@ -114,13 +114,13 @@ pub enum SocketError {
     BadFd {
         /// As given.
         fd: RawFd,
-        /// What it is.
+        /// What is wrong with it.
         found: String,
     },
 }
 
 impl SocketError {
-    /// Whether the command line is wrong in itself, whatever the state of the system.
+    /// Whether the command line itself is wrong, independent of the state of the system.
     #[must_use]
     pub fn is_usage(&self) -> bool {
         matches!(self, SocketError::PathTooLong { .. } | SocketError::BadFd { .. })
@@ -132,12 +132,12 @@ impl SocketError {
 pub enum Socket {
     /// Accepts one frontend after the other.
     Listening(Listener),
-    /// One frontend, and when it goes, none.
+    /// One frontend only.
     Connected(UnixStream),
 }
 
 impl Endpoint {
-    /// Whether there could be such a socket. Nobody can connect yet, and no file is left.
+    /// Checks that the socket can be opened. No frontend can connect yet, and no file is left.
     pub fn check(&self) -> Result<(), SocketError> {
         match self {
             Endpoint::Path(path) => Place::of_frontends(path).make(bind_and_remove),
@@ -147,10 +147,10 @@ impl Endpoint {
 }
 
 impl Socket {
-    /// Makes or takes the socket. From here on a frontend can connect; it waits until it is
-    /// accepted. To be called when nothing stands in the way of serving it: some frontends give a
-    /// disk up whose daemon ends after they have connected, while all try again where they cannot
-    /// connect.
+    /// Creates or takes the socket. From now on a frontend can connect; it waits until it is
+    /// accepted. To be called only when everything else is ready. If the daemon ends after a
+    /// frontend has connected, some frontends give up the disk, while all of them retry if they
+    /// cannot connect.
     pub fn open(endpoint: &Endpoint) -> Result<Self, SocketError> {
         let socket = match endpoint {
             Endpoint::Path(path) => Socket::Listening(Listener::bind(Place::of_frontends(path))?),
@@ -163,7 +163,7 @@ impl Socket {
     }
 }
 
-/// A listening socket, and the file it made, which goes when it goes.
+/// A listening socket, and its file, which is removed with it.
 #[derive(Debug)]
 pub struct Listener {
     inner: UnixListener,
@@ -171,8 +171,8 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Makes the control socket, for the daemon's user alone: who may connect to it may have the
-    /// daemon run any program.
+    /// Creates the control socket. Only the daemon's user may connect, because a client can make
+    /// the daemon run any program.
     pub fn control(path: &Path) -> Result<Self, SocketError> {
         Self::bind(Place { option: "--control", path, mask: CONTROL_MODE_MASK })
     }
@@ -185,51 +185,53 @@ impl Listener {
         Ok(Listener { inner, file: Some(file) })
     }
 
-    /// The same socket with a number above that of every connection that it will give.
+    /// The same socket, with a number above those of all connections that it will accept.
     ///
-    /// When a process dies the kernel closes its descriptors from the highest number down.
+    /// When a process dies, the kernel closes its descriptors from the highest number down.
     /// (close_files() goes up and puts each on a list of work, whose last entry is done first.) So
-    /// a frontend that sees the end of its connection and connects again at once finds nobody; the
-    /// other way round it would be taken into the queue of a process that is ending, which some
-    /// take for the end of the disk.
+    /// a frontend that sees the end of its connection and connects again at once is refused. In the
+    /// other order it would get into the queue of a process that is ending, and some frontends then
+    /// give up the disk.
     #[must_use]
     pub fn placed_high(mut self) -> Self {
         match duplicate_high(self.inner.as_fd()) {
             Ok(high) => self.inner = UnixListener::from(high),
             Err(e) => log::warn!(
-                "cannot give the listening socket a high number: {e}; if this process is killed, a frontend that \
-                 connects again at once may lose its disk"
+                "cannot give the listening socket a high number: {e}; if this process is killed, a \
+                 frontend that reconnects at once may lose its disk"
             ),
         }
         self
     }
 
-    /// Ends it for frontends, its file first, of which the open socket keeps the inode. A socket
-    /// that another process has open as well goes on there. Async-signal-safe.
+    /// Removes the file, then closes the socket. (While the socket is open, no other file can get
+    /// the inode.) If another process has the socket open as well, it goes on there.
+    /// Async-signal-safe.
     ///
-    /// `stand_in` is an open descriptor that takes the number, which stays this listener's.
-    pub(crate) fn close_in_handler(&self, stand_in: RawFd) {
+    /// `placeholder` is an open descriptor. A duplicate of it takes the socket's number, which this
+    /// listener still owns.
+    pub(crate) fn close_in_handler(&self, placeholder: RawFd) {
         if let Some(file) = &self.file {
             file.remove();
         }
         // SAFETY: both numbers are open; the second is owned by `inner`, which from here on owns a
-        // duplicate of `stand_in`.
-        unsafe { libc::dup3(stand_in, self.inner.as_raw_fd(), libc::O_CLOEXEC) };
+        // duplicate of `placeholder`.
+        unsafe { libc::dup3(placeholder, self.inner.as_raw_fd(), libc::O_CLOEXEC) };
     }
 
-    /// Goes on with a socket that another program has opened, and the file that it made, named by
-    /// device and inode.
+    /// Takes over a socket that another program has opened, and its file, named by device and
+    /// inode.
     pub fn inherit(fd: OwnedFd, file: Option<((u64, u64), PathBuf)>) -> io::Result<Self> {
         let file = file.map(|(id, path)| SocketFile::new(&path, id)).transpose()?;
         Ok(Listener { inner: UnixListener::from(fd), file })
     }
 
-    /// The file that it made, by device and inode, as long as it has it.
+    /// Its file, by device and inode, unless it has been removed.
     pub fn file_id(&self) -> Option<(u64, u64)> {
         self.file.as_ref().filter(|file| !file.is_removed()).map(|file| file.id)
     }
 
-    /// Takes the next frontend; waits for none if the socket is non-blocking.
+    /// Accepts the next connection. Does not wait if the socket is non-blocking.
     pub fn accept(&self) -> io::Result<UnixStream> {
         self.inner.accept().map(|(stream, _)| stream)
     }
@@ -245,13 +247,13 @@ impl Drop for Listener {
     fn drop(&mut self) {
         if let Some(file) = self.file.take() {
             file.remove();
-            file.complain();
+            file.log_failure();
         }
     }
 }
 
-/// A socket's file, which is removed once. Later another may have its name, and even its inode
-/// number.
+/// A socket's file, which is removed only once: later another file may have its name, and even its
+/// inode number.
 #[derive(Debug)]
 struct SocketFile {
     path: CString,
@@ -271,8 +273,8 @@ impl SocketFile {
         self.removed.load(Ordering::SeqCst)
     }
 
-    /// Removes the file, unless another one has taken its name since. Async-signal-safe; errno may
-    /// be another afterwards.
+    /// Removes the file, unless another file has its name now. Async-signal-safe, but may change
+    /// errno.
     fn remove(&self) {
         if self.removed.swap(true, Ordering::SeqCst) {
             return;
@@ -293,8 +295,8 @@ impl SocketFile {
         }
     }
 
-    /// Says why it is still there, if it is.
-    fn complain(&self) {
+    /// Logs the reason if the file could not be removed.
+    fn log_failure(&self) {
         let errno = self.errno.load(Ordering::SeqCst);
         if errno != 0 {
             let path = Path::new(OsStr::from_bytes(self.path.as_bytes()));
@@ -308,13 +310,13 @@ fn file_id(metadata: &Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
 }
 
-/// A socket file that is to be made.
+/// A socket file to create.
 #[derive(Clone, Copy)]
 struct Place<'a> {
-    /// Who named it.
+    /// The option that names it.
     option: &'static str,
     path: &'a Path,
-    /// Permissions that it does not have.
+    /// Permissions that it must not have.
     mask: Mode,
 }
 
@@ -323,7 +325,7 @@ impl<'a> Place<'a> {
         Place { option: "--socket-path", path, mask: SOCKET_MODE_MASK }
     }
 
-    /// Makes a socket file there, by `make`, in place of one that nobody listens on.
+    /// Creates the socket file with `make`. A stale one is replaced.
     fn make<T>(self, make: impl Fn(&Path) -> io::Result<T>) -> Result<T, SocketError> {
         let Place { option, path, mask } = self;
         let len = path.as_os_str().as_bytes().len();
@@ -338,7 +340,7 @@ impl<'a> Place<'a> {
             umask(before);
             result
         };
-        // Between bind(2) and listen(2) the socket looks like one that nobody listens on.
+        // Between bind(2) and listen(2) the socket looks stale, hence the lock.
         let lock = lock_directory(self);
         match make() {
             Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
@@ -355,7 +357,7 @@ impl<'a> Place<'a> {
     }
 }
 
-/// Makes a socket file to which nobody can connect, and removes it.
+/// Creates a socket file without listening on it, and removes it.
 fn bind_and_remove(path: &Path) -> io::Result<()> {
     let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
@@ -369,15 +371,15 @@ fn duplicate_high(fd: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
         // SAFETY: the kernel has just made it.
         Ok::<_, Errno>(unsafe { OwnedFd::from_raw_fd(number) })
     };
-    // The lowest free number, which is above all that are open unless the parent has left gaps.
+    // The lowest free number. It is above all open ones unless the parent has left gaps.
     let lowest = duplicate(0)?;
     let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let highest = RawFd::try_from(limit).unwrap_or(RawFd::MAX) - 1;
     duplicate(lowest.as_raw_fd().saturating_add(ROOM_BELOW_LISTENER).min(highest))
 }
 
-/// Locks the directory of a socket, which leaves no file behind: of several daemons one at a time
-/// makes a socket there.
+/// Locks the directory of a socket, so that only one daemon at a time creates a socket there. A
+/// lock on the directory leaves no lock file behind.
 fn lock_directory(place: Place<'_>) -> Result<Flock<File>, SocketError> {
     let parent = match place.path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -388,13 +390,13 @@ fn lock_directory(place: Place<'_>) -> Result<Flock<File>, SocketError> {
         .map_err(|(_, e)| error(place, "lock its directory", e.into()))
 }
 
-/// Removes a socket file whose process is gone. Between the look and the removal another daemon
-/// might take it over as well, and lose its new socket to us: hence the lock.
+/// Removes a socket file whose process is gone. Without the lock another daemon could replace the
+/// file between the check and the removal, and would lose its new socket.
 fn make_room(place: Place<'_>, _lock: &Flock<File>) -> Result<(), SocketError> {
     let path = place.path;
     match fs::symlink_metadata(path) {
         Ok(metadata) => check_stale(place, &metadata)?,
-        // Its owner has removed it meanwhile.
+        // Its owner has just removed it.
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(e) => return Err(error(place, "read its metadata", e)),
     }
@@ -403,22 +405,25 @@ fn make_room(place: Place<'_>, _lock: &Flock<File>) -> Result<(), SocketError> {
             Err(error(place, "remove the stale socket", e))
         }
         _ => {
-            log::info!("{}: took over a socket that nobody listened on", path.display());
+            log::info!("{}: replaced a stale socket", path.display());
             Ok(())
         }
     }
 }
 
-/// Whether nobody listens on the socket at `path`.
+/// Checks that no process listens on the socket.
 fn check_stale(place: Place<'_>, metadata: &Metadata) -> Result<(), SocketError> {
     let Place { option, path, .. } = place;
     let kind = metadata.file_type();
     if !kind.is_socket() {
-        let found = match () {
-            () if kind.is_dir() => "a directory",
-            () if kind.is_symlink() => "a symbolic link",
-            () if kind.is_file() => "a regular file",
-            () => "a special file",
+        let found = if kind.is_dir() {
+            "a directory"
+        } else if kind.is_symlink() {
+            "a symbolic link"
+        } else if kind.is_file() {
+            "a regular file"
+        } else {
+            "a special file"
         };
         return Err(SocketError::NotASocketFile { option, path: path.to_owned(), found });
     }
@@ -426,21 +431,21 @@ fn check_stale(place: Place<'_>, metadata: &Metadata) -> Result<(), SocketError>
     loop {
         return match try_connect(path) {
             Err(Errno::ECONNREFUSED) => Ok(()),
-            // Whoever listened is gone; a child that it was about to start has the socket for a
+            // The listening process is gone. A child that it was starting has the socket open a
             // moment longer.
             Ok(Some(pid)) if is_gone(pid) && Instant::now() < deadline => {
                 std::thread::sleep(RETRY);
                 continue;
             }
-            // EAGAIN: so alive that its queue is full.
+            // EAGAIN: it is alive, and its queue is full.
             Ok(_) | Err(Errno::EAGAIN) => Err(SocketError::Alive { option, path: path.to_owned() }),
             Err(e) => Err(error(place, "find out whether a process listens on it", e.into())),
         };
     }
 }
 
-/// Connects and disconnects, without waiting for room in the other's queue; says which process
-/// began to listen, if it can be seen from here.
+/// Connects and disconnects, without waiting for room in the queue. Returns the process that called
+/// listen(2), if it is visible from here.
 fn try_connect(path: &Path) -> nix::Result<Option<Pid>> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -457,7 +462,7 @@ fn error(place: Place<'_>, what: &'static str, source: io::Error) -> SocketError
     SocketError::Path { option: place.option, path: place.path.to_owned(), what, source }
 }
 
-/// Whether a descriptor is a socket that can be used, and whether it listens.
+/// Checks that a descriptor is a usable socket. Returns whether it listens.
 fn check_fd(number: RawFd) -> Result<bool, SocketError> {
     let bad = |found: &str| SocketError::BadFd { fd: number, found: found.to_owned() };
     if number < 0 {
@@ -468,7 +473,7 @@ fn check_fd(number: RawFd) -> Result<bool, SocketError> {
     fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))
         .map_err(|_| bad("the descriptor is not open"))?;
     let kind = getsockopt(&borrowed, sockopt::SockType).map_err(|e| match e {
-        Errno::ENOTSOCK => bad("the descriptor is no socket"),
+        Errno::ENOTSOCK => bad("the descriptor is not a socket"),
         e => bad(e.desc()),
     })?;
     if socket_domain(borrowed) != Some(libc::AF_UNIX) {
@@ -486,8 +491,8 @@ fn check_fd(number: RawFd) -> Result<bool, SocketError> {
 
 fn from_fd(number: RawFd) -> Result<Socket, SocketError> {
     let listening = check_fd(number)?;
-    // SAFETY: the number is open, as was just seen, and is ours: the parent passed it to be used by
-    // this option, which is taken once.
+    // SAFETY: the number is open, as was just checked, and is ours: the parent passed it for this
+    // option, which is used once.
     let owned = unsafe { OwnedFd::from_raw_fd(number) };
     Ok(if listening {
         Socket::Listening(Listener { inner: UnixListener::from(owned), file: None })

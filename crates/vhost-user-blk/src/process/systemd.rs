@@ -1,5 +1,6 @@
-//! What the service manager is told (sd_notify(3): readiness, watchdog, the end), and the socket it
-//! may have opened (sd_listen_fds(3)). Without it in the environment all of this is nothing.
+//! Notifies the service manager (sd_notify(3): readiness, watchdog, the end), and takes the socket
+//! that it may have opened (sd_listen_fds(3)). Without a service manager in the environment,
+//! nothing happens.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
@@ -16,29 +17,30 @@ pub const LISTEN_FDS_START: RawFd = 3;
 
 static MANAGER: OnceLock<Manager> = OnceLock::new();
 
-/// The manager's side.
+/// How to reach the manager.
 #[derive(Debug)]
 struct Manager {
     socket: UnixDatagram,
     address: SocketAddr,
-    /// To be told twice in the time after which it gives this process up.
+    /// Pinged twice in the time after which the manager gives this process up.
     watchdog: Option<Watchdog>,
 }
 
 #[derive(Debug)]
 struct Watchdog {
     interval: Duration,
-    told: Mutex<Instant>,
+    pinged: Mutex<Instant>,
 }
 
-/// Looks up in the environment whether there is a manager. To be called once, before anything is
-/// said. One that cannot be reached is a warning: the service is not the worse for it.
+/// Finds the manager in the environment. To be called once, before any notification. If the manager
+/// cannot be reached, a warning is logged and the daemon serves all the same.
 pub fn install() {
     let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
     let variable = |name| std::env::var(name).ok();
     let pid = variable("WATCHDOG_PID");
     let interval = watchdog_interval(pid.as_deref(), variable("WATCHDOG_USEC").as_deref());
-    let watchdog = interval.map(|interval| Watchdog { interval, told: Mutex::new(Instant::now()) });
+    let watchdog =
+        interval.map(|interval| Watchdog { interval, pinged: Mutex::new(Instant::now()) });
     match UnixDatagram::unbound().and_then(|socket| Ok((socket, address(&name)?))) {
         Ok((socket, address)) => _ = MANAGER.set(Manager { socket, address, watchdog }),
         Err(e) => log::warn!("NOTIFY_SOCKET={}: {e}", name.display()),
@@ -53,48 +55,48 @@ fn address(name: &OsStr) -> std::io::Result<SocketAddr> {
     }
 }
 
-/// Half of the time after which the manager gives up, if it watches this process.
+/// Half of the watchdog's timeout, if the manager watches this process.
 fn watchdog_interval(pid: Option<&str>, usec: Option<&str>) -> Option<Duration> {
     let usec: u64 = usec?.parse().ok()?;
     let ours = pid.is_none_or(|pid| pid.parse() == Ok(std::process::id()));
     (ours && usec > 0).then(|| Duration::from_micros(usec / 2))
 }
 
-/// Frontends can connect and will be served.
+/// Notifies that frontends can connect.
 pub fn ready() {
-    tell("READY=1\nSTATUS=serving");
+    notify("READY=1\nSTATUS=serving");
 }
 
-/// A signal has asked for the end.
+/// Notifies that the daemon is ending.
 pub fn stopping() {
-    tell("STOPPING=1");
+    notify("STOPPING=1");
 }
 
-/// Tells the watchdog that the daemon is alive, if it is time for that; gives the time until it is
-/// again. `None` if nobody asks. It says nothing while a thread is stuck: the caller alone, the main
-/// thread, is not the daemon.
-pub fn alive() -> Option<Duration> {
+/// Pings the watchdog if a ping is due, and returns the time until the next one. `None` if there is
+/// no watchdog. No ping is sent while a thread is stuck: the main thread, which calls this, is only
+/// a part of the daemon.
+pub fn ping_watchdog() -> Option<Duration> {
     let watch = MANAGER.get()?.watchdog.as_ref()?;
-    let mut told = watch.told.lock().unwrap_or_else(PoisonError::into_inner);
-    if told.elapsed() >= watch.interval {
-        *told = Instant::now();
-        // A thread that takes less than the manager's own time is only slow.
-        if watchdog::all_get_on(2 * watch.interval) {
-            tell("WATCHDOG=1");
+    let mut pinged = watch.pinged.lock().unwrap_or_else(PoisonError::into_inner);
+    if pinged.elapsed() >= watch.interval {
+        *pinged = Instant::now();
+        // A thread that takes less than the manager's whole timeout is only slow.
+        if watchdog::all_make_progress(2 * watch.interval) {
+            notify("WATCHDOG=1");
         }
     }
-    Some(watch.interval.saturating_sub(told.elapsed()))
+    Some(watch.interval.saturating_sub(pinged.elapsed()))
 }
 
-fn tell(what: &str) {
+fn notify(what: &str) {
     if let Some(manager) = MANAGER.get()
         && let Err(e) = manager.socket.send_to_addr(what.as_bytes(), &manager.address)
     {
-        log::warn!("cannot tell the service manager: {e}");
+        log::warn!("cannot notify the service manager: {e}");
     }
 }
 
-/// The socket that the manager has opened for this process (`LISTEN_FDS`); only one is of use.
+/// The socket that the manager has opened for this process (`LISTEN_FDS`), if there is exactly one.
 pub fn listen_fd() -> Option<RawFd> {
     let variable = |name| std::env::var_os(name);
     passed(variable("LISTEN_PID"), variable("LISTEN_FDS"))

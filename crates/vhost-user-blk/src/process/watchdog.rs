@@ -1,8 +1,8 @@
-//! Which threads get on: those that serve the queues, and the one that flushes.
+//! Detects threads that make no progress, among the queues' threads and the committer.
 //!
-//! A thread that waits for something to do gets on, and so does one that waits for the kernel to
-//! complete what it was given: a slow disk is no fault of the daemon's. One that has not come back
-//! from a step for a long time is stuck, in a system call or in a loop; its guest waits for ever.
+//! A thread that waits for work is healthy, and so is one that waits for the kernel to complete its
+//! I/O: a slow disk is not the daemon's fault. A thread that has not returned from a step for a
+//! long time is stuck, in a system call or in a loop, and its guest would wait for ever.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -11,19 +11,19 @@ use block_io::pulse::Pulse;
 
 static THREADS: Mutex<Vec<Thread>> = Mutex::new(Vec::new());
 
-/// A thread, as it was at the last look.
+/// A thread, as it was at the last check.
 #[derive(Debug)]
 struct Thread {
     name: String,
     /// Gone when the thread is.
     pulse: Weak<Pulse>,
-    /// The step that it was in, and when it was first seen there.
+    /// Its step, and when it was first seen in that step.
     step: Option<(u64, Instant)>,
-    /// That it is stuck was said.
+    /// It was logged that the thread is stuck.
     reported: bool,
 }
 
-/// From now on `pulse` is looked at, as long as somebody else keeps it.
+/// Watches `pulse` from now on, until its other owners drop it.
 pub fn watch(name: &str, pulse: &Arc<Pulse>) {
     let thread =
         Thread { name: name.to_owned(), pulse: Arc::downgrade(pulse), step: None, reported: false };
@@ -32,13 +32,13 @@ pub fn watch(name: &str, pulse: &Arc<Pulse>) {
     threads.push(thread);
 }
 
-/// Looks at all threads; false if one of them has been seen in one and the same step for `limit`. To be
-/// called more often than that.
-pub fn all_get_on(limit: Duration) -> bool {
+/// Checks all threads. False if one of them has been in the same step for `limit`. To be called
+/// more often than that.
+pub fn all_make_progress(limit: Duration) -> bool {
     let mut threads = THREADS.lock().unwrap_or_else(PoisonError::into_inner);
     let now = Instant::now();
     let mut all = true;
-    // Also after one that is stuck: each look counts for the next.
+    // All of them, even after a stuck one: each check is the basis of the next.
     for thread in threads.iter_mut() {
         all &= !thread.is_stuck(now, limit);
     }
@@ -56,17 +56,20 @@ impl Thread {
         let stuck = step.is_some() && now.duration_since(since) >= limit;
         if stuck != self.reported {
             self.reported = stuck;
-            self.report();
+            self.report(limit);
         }
         stuck
     }
 
-    fn report(&self) {
+    fn report(&self, limit: Duration) {
         let name = &self.name;
         if self.reported {
-            log::error!("{name} is stuck; the service manager's watchdog is told nothing");
+            log::error!(
+                "{name} is stuck: no progress for {} s; withholding WATCHDOG=1",
+                limit.as_secs_f32()
+            );
         } else {
-            log::info!("{name} gets on again");
+            log::info!("{name} makes progress again");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The life of one connection: from accept to the frontend's end, its error, or the daemon's.
+//! One connection, from accept until the frontend disconnects, makes a mistake, or the daemon ends.
 
 use std::fmt;
 use std::io::{self, IoSliceMut};
@@ -24,23 +24,24 @@ use crate::session::{log_fd, memory_table};
 use crate::virtio::device_state::DeviceState;
 use crate::virtio::notify::EventDescriptor;
 
-/// How often a ring is looked at whose frontend has announced not to kick.
+/// How often to look at a ring whose frontend has announced that it does not kick.
 const POLLING_INTERVAL_MS: u8 = 1;
 
-/// While a message has begun and not ended, its rest is looked for this often, in milliseconds.
+/// How often to look for the rest of an incomplete message, in milliseconds.
 const REST_INTERVAL_MS: u8 = 2;
 
-/// So long may the rest of a message take. It takes no time in general; a frontend that is stopped between
-/// two pieces of a message goes on later. One that has died may have left its own end of the connection
-/// in the message, which then never ends.
+/// How long the rest of a message may take. Usually it is there at once, but a frontend can be
+/// stopped between two pieces of a message and continue later. The rest never arrives if the
+/// frontend has died and its own end of the connection is among the descriptors of the message,
+/// which keeps it open.
 const REST_PATIENCE: Duration = Duration::from_secs(60);
 
-/// Who else may tell the daemon something while it serves.
+/// Another source of commands while the daemon serves a frontend.
 pub trait Commands {
-    /// Readable when there is something.
+    /// Readable when there is a command.
     fn fd(&self) -> BorrowedFd<'_>;
 
-    /// Takes it and does it. `frontend` is the connection, if there is one.
+    /// Receives one command and carries it out. `frontend` is the connection, if there is one.
     fn handle(&self, frontend: Option<BorrowedFd<'_>>);
 }
 
@@ -50,19 +51,19 @@ pub struct Connection<D: Device> {
     session: Arc<Mutex<Session<D>>>,
 }
 
-/// Why a successor cannot go on with the frontend of its predecessor.
+/// Why a successor cannot continue with the frontend of its predecessor.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ResumeError {
-    /// The session refuses what the frontend has said.
+    /// The session refuses a message of the frontend.
     #[error("{}{}", request.map(|code| request_name(Some(code)) + ": ").unwrap_or_default(), reason(source))]
     Refused {
-        /// The type of the message; `None` for what the guest had set.
+        /// The type of the message; `None` for the guest's settings.
         request: Option<u32>,
         /// Why.
         source: vhost_user::Error,
     },
-    /// A descriptor that was handed over.
+    /// A descriptor of the handover is not open.
     #[error("descriptor {fd} of the handover: {source}")]
     Descriptor {
         /// Its number.
@@ -76,7 +77,7 @@ pub enum ResumeError {
 }
 
 impl<D: Device> Connection<D> {
-    /// Begins to serve the frontend at the other end of `stream`.
+    /// A connection with the frontend at the other end of `stream`.
     pub fn new(stream: UnixStream, session: &Arc<Mutex<Session<D>>>) -> io::Result<Self> {
         stream.set_nonblocking(false)?;
         receive_whole_messages(stream.as_fd())?;
@@ -87,7 +88,7 @@ impl<D: Device> Connection<D> {
         })
     }
 
-    /// Goes on with a frontend that a predecessor served and that has said `messages`.
+    /// Continues with a frontend that a predecessor served and that has sent `messages`.
     pub fn resume<'a>(
         stream: UnixStream,
         session: &Arc<Mutex<Session<D>>>,
@@ -109,21 +110,21 @@ impl<D: Device> Connection<D> {
             connection.take_message().map_err(|e| refused(Some(message.request), e))?;
             skip_replies(&mut frontend)?;
         }
-        // What the crate knows of the session is in its handler, which cannot be given another
-        // socket: so the socket's descriptor becomes another's.
-        // SAFETY: the number is the handler's, stays open, and nobody else has it.
+        // The crate's handler keeps state about the session and cannot be given another socket, so
+        // the descriptor of its socket is replaced by the frontend's.
+        // SAFETY: the number belongs to the handler alone, and stays open.
         let result = unsafe {
             libc::dup3(stream.as_raw_fd(), connection.handler.as_raw_fd(), libc::O_CLOEXEC)
         };
         if result < 0 { Err(io::Error::last_os_error().into()) } else { Ok(connection) }
     }
 
-    /// Serves the frontend until it goes, sends what cannot be accepted, or a signal asks the daemon
-    /// to end. When this returns nothing is in flight and the connection is closed.
+    /// Serves the frontend until it disconnects, sends something that is refused, or a signal ends
+    /// the daemon. When this returns, nothing is in flight and the connection is closed.
     ///
     /// # Errors
-    /// If the socket cannot be used at all. What the frontend does wrong is logged and is no error of
-    /// the daemon.
+    /// If the socket cannot be used at all. A mistake of the frontend is logged and is not an error
+    /// here.
     pub fn serve(mut self, commands: Option<&dyn Commands>) -> io::Result<()> {
         let result = self.converse(commands);
         lock(&self.session).disconnect();
@@ -133,7 +134,7 @@ impl<D: Device> Connection<D> {
     }
 
     fn converse(&mut self, commands: Option<&dyn Commands>) -> io::Result<()> {
-        // SAFETY: the socket stays open as long as the handler, which the caller keeps.
+        // SAFETY: the socket stays open as long as the handler, which `self` keeps.
         let socket = unsafe { BorrowedFd::borrow_raw(self.handler.as_raw_fd()) };
         let _interruptible = signals::Connection::new(socket);
         let say = |level, line: fmt::Arguments<'_>| CONNECTIONS.say(level, line);
@@ -146,7 +147,7 @@ impl<D: Device> Connection<D> {
                         Err(vhost_user::Error::Disconnected) => {
                             say(Level::Info, format_args!("frontend disconnected"))
                         }
-                        // What a signal cut off is nobody's fault.
+                        // A signal has cut the message off.
                         Err(_) if signals::stopping() => {}
                         Err(error) => {
                             let (name, reason) = (request_name(request), reason(&error));
@@ -166,7 +167,10 @@ impl<D: Device> Connection<D> {
                     let name = request_name(next_request(socket));
                     say(
                         Level::Warn,
-                        format_args!("connection closed: {name}: its end has not come"),
+                        format_args!(
+                            "connection closed: {name}: message incomplete after {} s",
+                            REST_PATIENCE.as_secs()
+                        ),
                     );
                 }
                 Event::Stop => {}
@@ -175,7 +179,7 @@ impl<D: Device> Connection<D> {
         }
     }
 
-    /// Takes the next message and does what it asks for.
+    /// Receives the next message and handles it.
     fn take_message(&mut self) -> vhost_user::Result<()> {
         let session = &self.session;
         // SAFETY: as in `converse`.
@@ -198,8 +202,8 @@ impl<D: Device> Connection<D> {
     }
 }
 
-/// A duplicate of the descriptor that comes with the next message, if that is SET_BACKEND_REQ_FD;
-/// the message is not taken.
+/// A duplicate of the descriptor that comes with the next message, if that is SET_BACKEND_REQ_FD.
+/// The message itself stays in the socket.
 fn request_channel(socket: BorrowedFd<'_>) -> Option<OwnedFd> {
     if next_request(socket)? != u32::from(FrontendReq::SET_BACKEND_REQ_FD) {
         return None;
@@ -218,8 +222,8 @@ fn request_channel(socket: BorrowedFd<'_>) -> Option<OwnedFd> {
     channels.pop()
 }
 
-/// Has a receive of n bytes wait for all n, as long as that is not more than a message can have.
-/// The `vhost` crate takes a message whose body comes in two pieces for a malformed one.
+/// Makes a receive of n bytes wait for all n, up to the length of a message. The `vhost` crate
+/// treats a message whose body arrives in two pieces as malformed.
 fn receive_whole_messages(socket: BorrowedFd<'_>) -> io::Result<()> {
     let low_water = libc::c_int::try_from(MAX_MSG_SIZE).unwrap_or(libc::c_int::MAX);
     let len = libc::socklen_t::try_from(size_of_val(&low_water)).unwrap_or_default();
@@ -238,9 +242,9 @@ fn receive_whole_messages(socket: BorrowedFd<'_>) -> io::Result<()> {
 
 /// What the main thread has to do next.
 enum Event {
-    /// A message has come, or the frontend has gone.
+    /// A message has arrived, or the frontend has gone.
     Message,
-    /// The beginning of a message has come, and too long nothing more.
+    /// The rest of an incomplete message has not arrived in time.
     Stalled,
     /// A worker has given up its ring.
     RingFailed,
@@ -255,7 +259,7 @@ fn wait<D: Device>(
     session: &Mutex<Session<D>>,
     commands: Option<&dyn Commands>,
 ) -> io::Result<Event> {
-    // Since when there is half a message.
+    // When an incomplete message was first seen.
     let mut begun: Option<Instant> = None;
     loop {
         let session = lock(session);
@@ -266,8 +270,8 @@ fn wait<D: Device>(
         };
         let fds = [(session.failure().fd(), Event::RingFailed)].into_iter();
         let fds = fds.chain(commands.map(|commands| (commands.fd(), Event::Command)));
-        // The frontend last: it could always have something to say. And with half a message it would be
-        // readable all the time.
+        // The frontend comes last, because it could always be readable. With an incomplete message
+        // it is readable all the time, so it is left out then.
         let frontend = begun.is_none().then_some((socket, Event::Message));
         let (fds, mut events): (Vec<_>, Vec<_>) = fds.chain(frontend).unzip();
         match wait_readable(&fds, timeout)? {
@@ -291,22 +295,22 @@ fn wait<D: Device>(
 /// What ended a wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Readable {
-    /// The descriptor at this place has something to read, or its other end is gone.
+    /// The descriptor at this index has something to read, or its other end is gone.
     Fd(usize),
-    /// The time is over.
+    /// The time has passed.
     Timeout,
     /// A signal has asked the daemon to end.
     Stop,
 }
 
-/// Waits until one of `fds` has something to read or its other end is gone, or until the daemon is
-/// to end.
+/// Waits until one of `fds` has something to read or its other end is gone, or until a signal ends
+/// the daemon.
 pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: PollTimeout) -> io::Result<Readable> {
     let all = fds.iter().copied().chain(signals::wake_fd());
     let mut all: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
     loop {
-        // Shorter than the caller asks if the service manager wants a sign of life before.
-        let (timeout, watched) = match systemd::alive().map(PollTimeout::try_from) {
+        // Shorter than the caller's timeout if the watchdog must be pinged earlier.
+        let (timeout, watched) = match systemd::ping_watchdog().map(PollTimeout::try_from) {
             Some(Ok(watch)) if timeout.is_none() || watch < timeout => (watch, true),
             _ => (timeout, false),
         };
@@ -317,7 +321,7 @@ pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: PollTimeout) -> io::Result
         match result {
             Ok(0) if watched => {}
             Ok(0) => return Ok(Readable::Timeout),
-            // The wake descriptor comes last, and was dealt with above.
+            // The wake descriptor comes last, and was handled above.
             Ok(_) => {
                 if let Some(at) = all.iter().position(|fd| fd.any() != Some(false)) {
                     return Ok(Readable::Fd(at));
@@ -329,13 +333,13 @@ pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: PollTimeout) -> io::Result
     }
 }
 
-/// The session.
+/// Locks the session.
 pub fn lock<D: Device>(session: &Mutex<Session<D>>) -> MutexGuard<'_, Session<D>> {
-    // Only the main thread uses it; the mutex is what the `vhost` crate asks for.
+    // Only the main thread uses it. The `vhost` crate requires the mutex.
     session.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The type of the message that comes next, without taking it.
+/// Peeks at the type of the next message.
 fn next_request(socket: BorrowedFd<'_>) -> Option<u32> {
     peek::<U32>(socket).map(U32::get)
 }
@@ -348,7 +352,7 @@ fn request_name(code: Option<u32>) -> String {
     }
 }
 
-/// What to tell about an error: a refusal says it all itself.
+/// The text of an error. A refusal is complete without the crate's words around it.
 fn reason(error: &vhost_user::Error) -> String {
     match error {
         vhost_user::Error::ReqHandlerError(refusal) => refusal.to_string(),

@@ -1,4 +1,4 @@
-//! What a session was told, as messages for a successor; and the rings' rest meanwhile.
+//! A session as messages for a successor, and the pause of its rings meanwhile.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -10,34 +10,35 @@ use crate::session::vring::Vring;
 use crate::virtio::device_state::DeviceState;
 
 impl<D: Device> Session<D> {
-    /// Why the session cannot be handed on at the moment.
+    /// The reason why the session cannot be handed over at the moment, if there is one.
     pub fn upgrade_blocker(&self) -> Option<&'static str> {
-        match () {
-            () if self.transfer.is_some() => {
-                Some("the frontend is transferring the device's state")
-            }
-            () if self.is_logging() => Some("the guest is being migrated"),
-            () if self.check().is_err() => Some("the frontend has shortened its memory"),
-            () => None,
+        if self.transfer.is_some() {
+            Some("the frontend is transferring the device's state")
+        } else if self.is_logging() {
+            Some("the guest is being migrated")
+        } else if self.check().is_err() {
+            Some("the frontend has shortened its memory")
+        } else {
+            None
         }
     }
 
-    /// Completes what is in flight and takes no more requests.
+    /// Completes the requests in flight and takes no more.
     pub fn pause(&mut self) {
         self.vrings.iter_mut().for_each(Vring::pause);
     }
 
-    /// Goes on after [`Session::pause`].
+    /// Continues after [`Session::pause`].
     pub fn resume(&mut self) -> Result<()> {
         self.reconcile()
     }
 
-    /// What the guest has set.
+    /// The guest's settings.
     pub fn device_state(&self) -> DeviceState {
         self.state()
     }
 
-    /// Takes on what a predecessor was told, before any message.
+    /// Adopts the guest's settings from a predecessor, before any message.
     pub fn inherit_state(&mut self, state: DeviceState) -> Result<()> {
         // The predecessor's disk was open.
         self.served = true;
@@ -49,15 +50,16 @@ impl<D: Device> Session<D> {
         self.requests = Some(channel);
     }
 
-    /// The messages that bring a new session to where this one is: features after the rings, so
-    /// that each ring is complete when it starts. While rings run, where they are is out of date.
+    /// The messages that bring a new session to the state of this one. Features come after the
+    /// rings, so that each ring is complete when it starts. While rings run, their positions are
+    /// out of date.
     pub fn export(&self) -> Vec<Message<BorrowedFd<'_>>> {
         let mut messages = vec![
             Message::new(FrontendReq::GET_FEATURES, &[]),
-            // For the messages that follow; the session's own come last.
+            // For the messages that follow. The session's own protocol features come last.
             Message::new(FrontendReq::SET_PROTOCOL_FEATURES, &[PROTOCOL_FEATURES.bits()]),
         ];
-        // Before the memory: where the rings are is then not looked at before they start.
+        // Before the memory, so that ring addresses are not checked before the rings start.
         for (queue, vring) in (0..).zip(&self.vrings) {
             messages.extend(vring.export(queue));
         }

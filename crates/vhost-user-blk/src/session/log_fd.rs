@@ -1,7 +1,7 @@
-//! SET_LOG_FD: a descriptor that is to be signalled when the dirty log is written.
+//! SET_LOG_FD: a descriptor to signal when the dirty log is written.
 //!
-//! The `vhost` crate knows the message and refuses it, so it is received here. No frontend that this
-//! daemon was tried with sends it.
+//! The `vhost` crate knows the message and refuses it, so it is received here. None of the
+//! frontends that this daemon is tested with sends it.
 
 use std::fs::File;
 use std::os::fd::BorrowedFd;
@@ -11,22 +11,22 @@ use vhost::vhost_user::{Error, Result};
 
 use crate::session::message::{Header, peek, receive};
 
-/// If the next message on `socket` is SET_LOG_FD, takes it, hands its descriptor to `set`, and
-/// acknowledges it. `None`, with nothing taken, for another message.
+/// If the next message on `socket` is SET_LOG_FD, receives it, passes its descriptor to `set`, and
+/// acknowledges it. Any other message stays where it is: `None`.
 ///
 /// # Errors
-/// Those of `set`, of the socket, and [`Error::InvalidMessage`] for a message that does not consist of a header
-/// and one descriptor. The connection must end.
+/// Those of `set`, of the socket, and [`Error::InvalidMessage`] for a message that does not consist
+/// of a header and one descriptor. The connection must end.
 pub fn handle(socket: BorrowedFd<'_>, set: impl FnOnce(File) -> Result<()>) -> Option<Result<()>> {
     let header: Header = peek(socket)?;
-    // What is longer than any message the crate refuses.
+    // The crate refuses what is longer than any message.
     if !header.is(FrontendReq::SET_LOG_FD) || header.size() > MAX_MSG_SIZE {
         return None;
     }
-    Some(take(socket, &header, set))
+    Some(receive_descriptor(socket, &header, set))
 }
 
-fn take(
+fn receive_descriptor(
     socket: BorrowedFd<'_>,
     header: &Header,
     set: impl FnOnce(File) -> Result<()>,

@@ -1,8 +1,8 @@
 //! SET_MEM_TABLE with room for more regions than it holds.
 //!
-//! User Mode Linux sends room for two regions also when it has only one (Linux 6.1,
-//! `vhost_user_set_mem_table`). The `vhost` crate takes such a message for a malformed one, so it is
-//! received here; every other is left to the crate.
+//! User Mode Linux sends room for two regions even if it has only one (Linux 6.1,
+//! `vhost_user_set_mem_table`). The `vhost` crate treats such a message as malformed, so it is
+//! received here. Every other memory table is left to the crate.
 
 use std::fs::File;
 use std::os::fd::BorrowedFd;
@@ -40,12 +40,13 @@ struct RawRegion {
 }
 const _: () = assert!(size_of::<RawRegion>() == 32);
 
-/// If the next message on `socket` is a memory table with spare room, takes it, hands its regions
-/// and their files to `set`, and acknowledges it. `None`, with nothing taken, for another message.
+/// If the next message on `socket` is a memory table with spare room, receives it, passes its
+/// regions and their files to `set`, and acknowledges it. Any other message stays where it is:
+/// `None`.
 ///
 /// # Errors
-/// Those of `set`, of the socket, and [`Error::InvalidMessage`] where the regions and the descriptors
-/// that came along are not equal in number or the message is cut short. The connection must end.
+/// Those of `set` and of the socket, and [`Error::InvalidMessage`] if the numbers of regions and
+/// descriptors differ or the message is cut short. The connection must end.
 pub fn handle_padded(
     socket: BorrowedFd<'_>,
     set: impl FnOnce(&[VhostUserMemoryRegion], Vec<File>) -> Result<()>,
@@ -57,15 +58,15 @@ pub fn handle_padded(
         && size > COUNTED_IN_HEAD + count * size_of::<RawRegion>()
         && size <= MAX_MSG_SIZE;
     padded.then(|| {
-        let (regions, files) = take(socket, size - COUNTED_IN_HEAD, count)?;
+        let (regions, files) = receive_table(socket, size - COUNTED_IN_HEAD, count)?;
         let result = set(&regions, files);
         head.header.acknowledge(socket, result.is_ok())?;
         result
     })
 }
 
-/// Takes the message: `count` regions in `room` bytes, and as many files.
-fn take(
+/// Receives the message: `count` regions in `room` bytes, and as many files.
+fn receive_table(
     socket: BorrowedFd<'_>,
     room: usize,
     count: usize,

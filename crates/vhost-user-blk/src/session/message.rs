@@ -1,5 +1,5 @@
-//! The few messages that the `vhost` crate cannot take are received and acknowledged here
-//! (vhost-user specification, "Message Specification").
+//! Receives and acknowledges the few messages that the `vhost` crate cannot handle (vhost-user
+//! specification, "Message Specification").
 
 use std::fs::File;
 use std::io;
@@ -38,29 +38,29 @@ struct Acknowledgement {
 }
 const _: () = assert!(size_of::<Acknowledgement>() == 20);
 
-/// Bits of the flags: the protocol's version, of which there is 1, this is a reply, a reply is asked for.
+/// Bits of the flags: the protocol's version (always 1), "this is a reply", "a reply is requested".
 const VERSION_MASK: u32 = VhostUserHeaderFlag::VERSION.bits();
 const VERSION: u32 = 0x1;
 const REPLY: u32 = VhostUserHeaderFlag::REPLY.bits();
 const NEED_REPLY: u32 = VhostUserHeaderFlag::NEED_REPLY.bits();
 
 impl Header {
-    /// The type of the message.
+    /// Whether the message has this type.
     pub fn is(&self, request: FrontendReq) -> bool {
         self.request.get() == u32::from(request)
     }
 
-    /// Bytes after the header, as the frontend says.
+    /// Bytes after the header, according to the frontend.
     pub fn size(&self) -> usize {
         self.size.get() as usize
     }
 
-    /// Whether it is a message as a frontend sends it.
+    /// Whether the flags are those of a frontend's message.
     pub fn is_valid(&self) -> bool {
         self.flags.get() & (VERSION_MASK | REPLY) == VERSION
     }
 
-    /// Says what came of the message, if the frontend wants to know.
+    /// Sends the outcome of the message, if the frontend has requested a reply.
     pub fn acknowledge(&self, socket: BorrowedFd<'_>, ok: bool) -> Result<()> {
         if self.flags.get() & NEED_REPLY == 0 {
             return Ok(());
@@ -77,8 +77,8 @@ impl Header {
     }
 }
 
-/// The beginning of the next message, without taking it. `None` if not all of it is there, and when
-/// something is wrong with the socket: the crate finds that out.
+/// Peeks at the beginning of the next message. `None` if it is not complete or the socket has an
+/// error, which the crate then reports.
 pub fn peek<T: FromBytes + IntoBytes>(socket: BorrowedFd<'_>) -> Option<T> {
     let mut beginning = T::new_zeroed();
     let bytes = beginning.as_mut_bytes();
@@ -87,8 +87,8 @@ pub fn peek<T: FromBytes + IntoBytes>(socket: BorrowedFd<'_>) -> Option<T> {
     (peeked == bytes.len()).then_some(beginning)
 }
 
-/// Whether all of the next message is there, or so much that receiving does not wait: its end will not
-/// come, or it is none.
+/// Whether receiving the next message would not block: it is complete, the frontend has gone, or it
+/// is not a message.
 pub fn is_whole(socket: BorrowedFd<'_>) -> bool {
     let hangup = PollFlags::from_bits_retain(libc::POLLRDHUP);
     if poll(&mut [PollFd::new(socket, hangup)], PollTimeout::ZERO) != Ok(0) {
@@ -97,7 +97,7 @@ pub fn is_whole(socket: BorrowedFd<'_>) -> bool {
     let Some(there) = bytes_to_read(socket) else { return true };
     let header: Option<Header> = peek(socket);
     let expected = header.map_or(0, |header| header.size());
-    // What is longer than any message is refused by its header.
+    // A message that is too long is refused by its header alone.
     there >= size_of::<Header>()
         && (expected > MAX_MSG_SIZE || there - size_of::<Header>() >= expected)
 }
@@ -109,7 +109,7 @@ fn bytes_to_read(socket: BorrowedFd<'_>) -> Option<usize> {
     if result < 0 { None } else { usize::try_from(count).ok() }
 }
 
-/// A socket that is not of the types that the crate passes descriptors through.
+/// Gives a borrowed socket the crate's way to receive descriptors.
 struct Socket<'a>(BorrowedFd<'a>);
 
 impl ScmSocket for Socket<'_> {
@@ -118,8 +118,8 @@ impl ScmSocket for Socket<'_> {
     }
 }
 
-/// Takes as many bytes from the socket, all of which are there ([`is_whole`]), and the descriptors
-/// that come with them.
+/// Receives a message, all of which has arrived ([`is_whole`]), and the descriptors that come with
+/// it.
 ///
 /// # Errors
 /// Those of the socket, and [`Error::InvalidMessage`] if the message is cut short.
@@ -133,8 +133,8 @@ pub fn receive(socket: BorrowedFd<'_>, message: &mut [u8]) -> Result<Vec<File>> 
     let files = fds[..count].iter().map(|&fd| File::from(unsafe { OwnedFd::from_raw_fd(fd) }));
     let files: Vec<File> = files.collect();
     for file in &files {
-        // The crate does not ask the kernel for it. Meanwhile no program can be started, for that
-        // is done by this thread.
+        // The crate does not set close-on-exec. No program can start in between, because only this
+        // thread starts programs.
         let set = fcntl(file, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC));
         set.map_err(|e| Error::SocketError(e.into()))?;
     }

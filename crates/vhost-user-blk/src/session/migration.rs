@@ -1,14 +1,14 @@
-//! Live migration: the log of dirty pages, and when the disk is let go.
+//! Live migration: the log of dirty pages, and when the disk is released.
 //!
-//! The log is switched on and off, and exchanged for a larger one, in the middle of I/O. Rings are
-//! paused for that, which the guest sees as a short delay: what was begun without the log is
-//! complete before the frontend hears that the log is on, and all marks are there before it hears
-//! that it is off.
+//! The log is switched on and off, and replaced by a larger one, in the middle of I/O. Rings are
+//! paused for that, which the guest sees as a short delay. Requests that began without the log
+//! complete before the frontend gets the answer that the log is on, and all marks are there before
+//! it gets the answer that it is off.
 //!
-//! While the log is on, the disk is held only as long as a ring runs. The frontend stops the rings
-//! when it is about to hand the guest over, and what has then been let go can be opened at the other
-//! end as soon as the frontend has its answer. If the guest stays after all, the rings start again,
-//! and with them the disk is opened again.
+//! While the log is on, the disk stays open only as long as a ring runs. The frontend stops the
+//! rings when it is about to hand the guest over. The disk is then released, and the destination
+//! can open it as soon as the frontend has its answer. If the guest stays after all, the rings
+//! start again, and the disk is opened again.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -23,14 +23,14 @@ use crate::virtio::inflight::Area;
 use crate::virtio::split_queue::used_ring_len;
 
 impl<D: Device> Session<D> {
-    /// Whether what is written into guest memory is to be logged. A frontend that takes every feature
-    /// and could not pass a log does not mean it.
+    /// Whether writes into guest memory must be logged. A frontend that accepts every feature but
+    /// cannot pass a log does not want one.
     pub(super) fn is_logging(&self) -> bool {
         self.has(config::F_LOG_ALL)
             && self.protocol_features & VhostUserProtocolFeatures::LOG_SHMFD.bits() != 0
     }
 
-    /// SET_LOG_BASE. Once it is answered nothing is marked in an earlier log.
+    /// SET_LOG_BASE. Once it is answered, an earlier log is no longer written.
     pub(super) fn change_log(&mut self, info: &VhostUserLog, file: File) -> Result<(), Refusal> {
         let log = DirtyLog::map(info.mmap_size, info.mmap_offset, file)?;
         if self.is_logging() {
@@ -41,7 +41,8 @@ impl<D: Device> Session<D> {
         self.check_log()
     }
 
-    /// SET_LOG_FD, which may come at any time. Once it is answered an earlier descriptor is not used.
+    /// SET_LOG_FD, which may come at any time. Once it is answered, an earlier descriptor is no
+    /// longer used.
     pub fn set_log_call(&mut self, call: File) -> Result<()> {
         if self.is_logging() {
             self.vrings.iter_mut().for_each(Vring::pause);
@@ -50,7 +51,7 @@ impl<D: Device> Session<D> {
         self.reconcile()
     }
 
-    /// Whether the log has a bit for everything that is written.
+    /// Checks that the log has a bit for every page that can be written.
     pub(super) fn check_log(&self) -> Result<(), Refusal> {
         let Some(log) = &self.log else { return Ok(()) };
         let memory = self.memory.regions().map(|region| region.guest_address + region.size);
@@ -61,7 +62,7 @@ impl<D: Device> Session<D> {
         Ok(())
     }
 
-    /// Whether no page of all that the frontend shares was lost.
+    /// Checks that no page of the frontend's shared memory was lost.
     pub(super) fn check_intact(&self) -> Result<(), Refusal> {
         let losses = [
             ("guest memory", self.memory.loss()),
@@ -74,12 +75,12 @@ impl<D: Device> Session<D> {
         }
     }
 
-    /// Lets go of the disk if a migration has stopped its last ring.
+    /// Releases the disk if a migration has stopped its last ring.
     pub(super) fn release_if_idle(&mut self) -> Result<(), Refusal> {
         let idle = !self.vrings.iter().any(Vring::is_running);
-        // Without a log it may be coming still.
+        // Without a log the guest may be arriving, not leaving.
         if self.served && idle && self.is_logging() && self.log.is_some() {
-            self.device.release().map_err(Refusal::LetGo)?;
+            self.device.release().map_err(Refusal::Release)?;
             self.served = false;
         }
         Ok(())

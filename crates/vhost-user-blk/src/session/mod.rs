@@ -1,16 +1,16 @@
 //! One frontend's session: features, the memory table, the rings.
 //!
-//! The messages come in through `BackendReqHandler` of the `vhost` crate, which checks their form,
-//! sends replies and acknowledgements, and answers REPLY_ACK by itself. What it does not do is done
-//! here: subsets of what was offered, queue numbers, order. A message that is refused ends the
-//! connection, with the reason in the log; the disk is not concerned.
+//! The messages arrive through `BackendReqHandler` of the `vhost` crate, which checks their form,
+//! sends replies and acknowledgements, and answers REPLY_ACK by itself. The remaining checks are
+//! done here: subsets of the offered features, queue numbers, order. A refused message ends the
+//! connection, with the reason in the log; the disk is not affected.
 //!
 //! A ring is served while all of this holds: it has a size, addresses that lie in guest memory, a
-//! kick descriptor (or the frontend's word that it does not kick), it is enabled (vhost-user
-//! specification, "Ring states"), and features are set. The frontend can bring that about in any
-//! order. The specification starts a ring with its first kick; here a worker looks at it at once,
-//! which is the same for a ring without work, and loses no kick of a ring that was kicked too
-//! early.
+//! kick descriptor (or the frontend's announcement that it does not kick), it is enabled
+//! (vhost-user specification, "Ring states"), and features are set. The frontend can do this in any
+//! order. The specification starts a ring with its first kick. Here a worker looks at it at once:
+//! that makes no difference for a ring without work, and loses no kick of a ring that was kicked
+//! too early.
 
 pub(crate) mod connection;
 pub(crate) mod log_fd;
@@ -49,8 +49,8 @@ use crate::virtio::device_state::{DeviceState, StateError};
 use crate::virtio::dirty_log::DirtyLog;
 use crate::virtio::inflight::{Area, AreaInfo, Tracker};
 
-/// What is offered in answer to GET_PROTOCOL_FEATURES. BACKEND_REQ also because User Mode Linux (6.1)
-/// cannot use a disk without: its `virtio_uml` takes the interrupt of the rings from that channel.
+/// The answer to GET_PROTOCOL_FEATURES. BACKEND_REQ is offered because User Mode Linux (6.1) cannot
+/// use a disk without it: its `virtio_uml` takes the interrupt of the rings from that channel.
 const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
@@ -61,81 +61,81 @@ const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::
     .union(VhostUserProtocolFeatures::DEVICE_STATE)
     .union(VhostUserProtocolFeatures::RESET_DEVICE);
 
-/// The disk, as a session sees it.
+/// A session's view of the disk.
 pub trait Device {
     /// A ring that is being served.
     type Ring: RunningRing;
 
-    /// Begins to serve a ring; opens the disk first if that has not been done yet or it was let go.
+    /// Starts to serve a ring. Opens the disk first if it is not open yet or was released.
     ///
     /// # Errors
-    /// If the ring cannot be trusted, the disk cannot be opened, or a thread or the like cannot be had.
+    /// If the ring is invalid, the disk cannot be opened, or the system has no room for a thread.
     fn start(&self, ring: RingStart) -> io::Result<Self::Ring>;
 
     /// Makes everything durable that was written before the call.
     ///
     /// # Errors
-    /// If that failed, and so for good.
+    /// If that failed. It then fails for good.
     fn flush(&self) -> io::Result<()>;
 
-    /// Closes the disk, so that it can be opened elsewhere. No ring is running.
+    /// Closes the disk, so that it can be opened elsewhere. No ring may be running.
     ///
     /// # Errors
-    /// If not all of it could be made durable. Then it is not closed.
+    /// If not everything could be made durable. The disk then stays open.
     fn release(&self) -> io::Result<()>;
 
-    /// Signalled when a ring had to be given up.
+    /// Signalled when a ring was given up.
     fn failure(&self) -> &EventFd;
 }
 
-/// A device state on its way.
+/// A device state in transfer.
 enum Transfer {
     Saved(Result<(), StateError>),
-    /// From here it comes; the frontend writes it after SET_DEVICE_STATE_FD.
+    /// The pipe to read it from. The frontend writes it after SET_DEVICE_STATE_FD.
     Load(File),
 }
 
 /// The answer to a message, unless another error is named.
 type Result<T, E = vhost_user::Error> = std::result::Result<T, E>;
 
-/// State of the connection with the frontend, and what outlives it: the device, and whether the
-/// guest has switched the write cache off. (A frontend that reconnects does not repeat that, and
-/// its guest, which then sends no flush, relies on it.)
+/// State of the connection with the frontend, and what outlives the connection: the device, and
+/// whether the guest has switched the write cache off. (A frontend that reconnects does not repeat
+/// that setting, but its guest relies on it and sends no flush.)
 pub struct Session<D: Device> {
     device: D,
     config: DeviceConfig,
     offered: u64,
     queue_size_max: u16,
-    /// What SET_FEATURES said; `None` before it.
+    /// SET_FEATURES; `None` before it.
     features: Option<u64>,
     /// SET_PROTOCOL_FEATURES.
     protocol_features: u64,
     /// Every write is durable before it completes. Shared with the workers.
     write_through: Arc<AtomicBool>,
     memory: Arc<Memory>,
-    /// The same, as the vrings see it.
+    /// The same memory, as the vrings use it.
     address_space: GuestMemoryAtomic<Memory>,
     /// SET_DEVICE_STATE_FD, until CHECK_DEVICE_STATE.
     transfer: Option<Transfer>,
-    /// SET_INFLIGHT_FD. It belongs to the connection: with the next one it comes again.
+    /// SET_INFLIGHT_FD. It belongs to the connection: the next one sends it again.
     inflight: Option<Area>,
     /// SET_LOG_BASE.
     log: Option<Arc<DirtyLog>>,
-    /// SET_LOG_FD: rings when the log is written.
+    /// SET_LOG_FD: signalled when the log is written.
     log_call: Option<Arc<File>>,
-    /// A ring has run since the disk was last let go.
+    /// A ring has run since the disk was last released.
     served: bool,
     vrings: Vec<Vring<D::Ring>>,
-    /// The channel for requests to the frontend, kept open as long as the connection. Nothing has
-    /// been asked for on it yet.
+    /// The channel for requests to the frontend, kept open as long as the connection. No request is
+    /// sent on it.
     requests: Option<OwnedFd>,
 }
 
 impl<D: Device> Session<D> {
-    /// A session in which no frontend has said anything yet.
+    /// A session without any message so far.
     ///
     /// # Panics
-    /// If no ring can be as large as `shape` says; the command line does not take such a size.
+    /// If no ring can have the size in `shape`. The command line refuses such a size.
     pub fn new(device: D, shape: &DiskShape) -> Self {
         let memory = Arc::new(Memory::empty());
         let address_space = GuestMemoryAtomic::from(Arc::clone(&memory));
@@ -164,7 +164,8 @@ impl<D: Device> Session<D> {
         }
     }
 
-    /// The frontend is gone: completes what is in flight on every ring, and forgets what it said.
+    /// The frontend is gone: completes the requests in flight on every ring, and resets the
+    /// session.
     pub fn disconnect(&mut self) {
         self.reset_rings();
         self.protocol_features = 0;
@@ -176,8 +177,7 @@ impl<D: Device> Session<D> {
         self.requests = None;
     }
 
-    /// Stops every ring, and puts rings and features back to what they were before anything was
-    /// said.
+    /// Stops every ring, and resets rings and features to their initial state.
     fn reset_rings(&mut self) {
         self.vrings.iter_mut().for_each(Vring::reset);
         self.features = None;
@@ -211,7 +211,7 @@ impl<D: Device> Session<D> {
             .ok_or(Refusal::NoSuchQueue { queue, num_queues })
     }
 
-    /// Starts the rings that can be served and are not, and pauses those that are and must not be.
+    /// Starts every ring that can be served, and pauses every ring that must not run.
     fn reconcile(&mut self) -> Result<()> {
         let logging = self.is_logging();
         if logging {
@@ -224,7 +224,7 @@ impl<D: Device> Session<D> {
             log: self.log.as_ref().filter(|_| logging),
             log_call: self.log_call.as_ref(),
         };
-        // Nothing may be written that the log should have and cannot.
+        // While logging is on, nothing may be written before there is a log.
         let ready = self.features.is_some() && logging == common.log.is_some();
         let all_enabled = !self.has(config::F_PROTOCOL_FEATURES);
         let chain_len_max = self.chain_len_max();
@@ -237,7 +237,7 @@ impl<D: Device> Session<D> {
                     let again = ring.inflight.as_ref().map_or(0, Tracker::unfinished_count);
                     if again > 0 {
                         let line = format_args!(
-                            "queue {queue}: {again} requests in flight are done again"
+                            "queue {queue}: repeating {again} requests that were in flight"
                         );
                         RINGS.say(Level::Info, line);
                     }
@@ -257,8 +257,8 @@ impl<D: Device> Session<D> {
         Ok(self.release_if_idle()?)
     }
 
-    /// How many descriptors of the ring a request may take: as many as the driver has been told, unless
-    /// it puts them into a table beside the ring, or does not know.
+    /// The most descriptors of the ring that a request may take: as the configuration says. 0 if
+    /// the driver puts them into a table beside the ring, or has not negotiated the limit.
     fn chain_len_max(&self) -> u32 {
         if self.has(config::F_SEG_MAX) && !self.has(config::F_INDIRECT_DESC) {
             self.config.chain_len_max()
@@ -267,7 +267,7 @@ impl<D: Device> Session<D> {
         }
     }
 
-    /// Decides anew whether writes must be durable before they complete.
+    /// Updates whether writes must be durable before they complete.
     fn update_write_through(&mut self) -> Result<()> {
         let write_through = !self.has(config::F_FLUSH) || !self.config.write_cache();
         let before = self.write_through.swap(write_through, Ordering::SeqCst);
@@ -276,7 +276,7 @@ impl<D: Device> Session<D> {
             WRITE_CACHE.say(Level::Info, format_args!("write cache {state}"));
         }
         if write_through && !before {
-            // From here on the guest sends no flush, also not for what it wrote earlier.
+            // From here on the guest sends no flush, not even for earlier writes.
             self.device.flush().map_err(Refusal::Flush)?;
         }
         Ok(())
@@ -286,24 +286,24 @@ impl<D: Device> Session<D> {
         DeviceState { write_cache: self.config.write_cache() }
     }
 
-    /// Takes on what a predecessor was told.
+    /// Adopts the state of a predecessor.
     fn adopt(&mut self, state: DeviceState) -> Result<()> {
         self.config.set_write_cache(state.write_cache);
         self.keep_state();
         self.update_write_through()
     }
 
-    /// Keeps what the guest has set for a successor.
+    /// Keeps the guest's settings for a successor.
     fn keep_state(&self) {
         if let Some(area) = &self.inflight {
             area.keep(self.state());
         }
     }
 
-    /// Has every ring use `memory`, after what is in flight on the old one is complete.
+    /// Makes every ring use `memory`, after the requests in flight on the old memory are complete.
     fn change_memory(&mut self, memory: Memory) -> Result<()> {
         self.vrings.iter_mut().for_each(Vring::pause);
-        // With the memory would go the sign that some of it was lost.
+        // Before the old memory goes, which knows whether some of it was lost.
         self.check_intact()?;
         self.set_memory(memory);
         self.reconcile()
@@ -314,33 +314,33 @@ impl<D: Device> Session<D> {
         self.memory = self.address_space.memory().into_inner();
     }
 
-    /// Kicks the rings whose frontend does not. False if there is none.
+    /// Kicks the rings whose frontend does not kick. False if there are none.
     pub fn poll_rings(&self) -> bool {
         self.vrings.iter().filter(|vring| vring.poll()).count() > 0
     }
 
-    /// A descriptor that becomes readable when a ring had to be given up; see [`Session::check`].
+    /// A descriptor that becomes readable when a ring was given up; see [`Session::check`].
     pub fn failure(&self) -> &EventFd {
         self.device.failure()
     }
 
-    /// Whether the session can go on after a ring was given up. A ring that the guest has spoilt is
-    /// the guest's concern. A frontend that shortens the file of its memory has ended the session.
+    /// Whether the session can continue after a ring was given up. If the guest has made its ring
+    /// invalid, it can. If the frontend has shortened the file of its memory, it cannot.
     pub fn check(&self) -> Result<(), impl std::error::Error + use<D>> {
-        // Only to be readable for the next time; that it is not now is no harm.
+        // Resets the event. It does not matter if it was reset already.
         _ = self.device.failure().read();
         self.check_intact()
     }
 }
 
-/// A driver that puts more descriptors into a ring than it has cannot do so, and some wait for ever for
-/// room. The frontend alone knows the size of its rings when it asks for the configuration space, so
-/// here it is too late.
+/// A request with more descriptors than the ring has does not fit, and some drivers wait for ever
+/// for room. When the frontend reads the configuration space only it knows the sizes of its rings,
+/// so the limit cannot be adapted.
 fn warn_of_long_chains(queue: usize, size: u16, chain_len_max: u32) {
     if u32::from(size) < chain_len_max {
         let line = format_args!(
-            "queue {queue}: a ring of {size} without indirect descriptors, and requests may have \
-             {chain_len_max}: the guest may wait for ever for longer ones to fit; start the daemon \
+            "queue {queue}: the ring has {size} descriptors, but a request may take {chain_len_max}; \
+             without indirect descriptors the guest may wait for ever for room; start the daemon \
              with --queue-size={size}, or leave indirect descriptors on"
         );
         RINGS.say(Level::Warn, line);
@@ -358,13 +358,13 @@ fn region_info(region: &VhostUserMemoryRegion) -> RegionInfo {
 
 impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
     fn set_owner(&mut self) -> Result<()> {
-        // The connection is the owner; a second claim changes nothing.
+        // The connection is the owner; another SET_OWNER changes nothing.
         Ok(())
     }
 
     fn reset_owner(&mut self) -> Result<()> {
-        // "No longer used"; the specification recommends to disable the rings or to ignore it.
-        // cloud-hypervisor has sent it for a device reset.
+        // Deprecated. The specification recommends to disable the rings or to ignore it; some
+        // versions of cloud-hypervisor send it to reset the device.
         self.reset();
         Ok(())
     }
@@ -392,7 +392,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         self.vrings.iter_mut().for_each(|vring| vring.set_event_idx(event_idx));
         log::debug!("features {features:#x}");
         if self.is_logging() && self.log.is_none() {
-            RINGS.say(Level::Info, format_args!("no ring is served before the dirty log has come"));
+            RINGS.say(Level::Info, format_args!("the rings start when the dirty log arrives"));
         }
         self.update_write_through()?;
         self.reconcile()
@@ -455,7 +455,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         log: u64,
     ) -> Result<()> {
         let addresses = RingAddresses { desc: descriptor, avail: available, used };
-        // Before there is any memory the addresses may come first.
+        // Without a memory table the addresses cannot be checked yet.
         if self.memory.regions().next().is_some()
             && let Some((part, address)) = addresses.outside(&self.memory)
         {
@@ -525,7 +525,8 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
     }
 
     fn set_backend_req_fd(&mut self, _requests: Backend) {
-        // The crate gives its descriptor to nobody, not to a successor either; see `keep_requests`.
+        // The crate does not give its descriptor away, so a successor could not get it. See
+        // `keep_requests`.
     }
 
     fn get_queue_num(&mut self) -> Result<u64> {
@@ -549,8 +550,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
 
     fn set_config(&mut self, offset: u32, data: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         let size = data.len();
-        // A driver that has not negotiated CONFIG_WCE must not write, and one that does changes
-        // nothing.
+        // A driver that has not negotiated CONFIG_WCE must not write. If it does, nothing changes.
         if self.has(config::F_CONFIG_WCE) {
             self.config.write(offset, data).ok_or(Refusal::ConfigRange { offset, size })?;
             self.keep_state();
@@ -558,7 +558,8 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         self.update_write_through()
     }
 
-    // The crate asks for these; it lets the first through without looking at what was negotiated.
+    // The crate requires these handlers. It passes the first one on without checking what was
+    // negotiated.
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
         Err(Refusal::NotOffered("GPU_SET_SOCKET").into())

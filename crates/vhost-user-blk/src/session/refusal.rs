@@ -1,4 +1,4 @@
-//! Why a message of the frontend is refused: what the log says when the connection ends.
+//! Why a message of the frontend is refused. The log gives the reason when the connection ends.
 
 use std::io;
 
@@ -35,11 +35,11 @@ pub(super) enum Refusal {
     Inflight(#[from] InflightError),
     #[error(transparent)]
     Log(#[from] LogError),
-    #[error("cannot let go of the disk: {0}")]
-    LetGo(io::Error),
+    #[error("cannot release the disk: {0}")]
+    Release(io::Error),
     #[error(transparent)]
     State(#[from] StateError),
-    #[error("device state: to be transferred only while no ring is running")]
+    #[error("device state: cannot be transferred while a ring is running")]
     StateWhileRunning,
     #[error("cannot make an in-flight area: {0}")]
     InflightFile(io::Error),

@@ -1,5 +1,5 @@
-//! A session as the messages that make it: what a daemon was told, so that a successor can be told
-//! the same (docs/architecture.md, "Upgrade").
+//! The messages that create a session, so that a successor can receive the same messages
+//! (docs/architecture.md, "Upgrade").
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd};
@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// Flags of a message's header: version 1 of the protocol, no reply asked for.
+/// Flags of a message's header: version 1 of the protocol, no reply requested.
 const VERSION: u32 = 1;
 
 /// A message of the frontend.
@@ -23,13 +23,13 @@ pub struct Message<F> {
 }
 
 impl<F> Message<F> {
-    /// A message without descriptors, of these numbers.
+    /// A message without descriptors, whose body is these numbers.
     pub fn new(request: FrontendReq, body: &[u64]) -> Self {
         let body = body.iter().flat_map(|number| number.to_ne_bytes()).collect();
         Message { request: request.into(), body, fds: Vec::new() }
     }
 
-    /// A message about a queue: its number, and another.
+    /// A message about a queue: the queue's number, and a value.
     pub fn state(request: FrontendReq, queue: u32, value: u32) -> Self {
         let body = [queue, value].map(u32::to_ne_bytes).concat();
         Message { request: request.into(), body, fds: Vec::new() }
@@ -54,7 +54,7 @@ impl<F: AsFd> Message<F> {
     }
 }
 
-/// Takes what the daemon has answered, if it has.
+/// Reads and discards the daemon's replies, if there are any.
 pub fn skip_replies(socket: &mut UnixStream) -> io::Result<()> {
     socket.set_nonblocking(true)?;
     loop {

@@ -693,5 +693,8 @@ fn a_state_is_transferred_between_the_two_messages_and_while_the_rings_rest() {
 
     let mut rig = Rig::running(WITH_PROTOCOL);
     let (_reader, writer) = pipe();
-    assert!(reason(rig.session.set_device_state_fd(SAVE, STOPPED, writer)).contains("no ring"));
+    assert!(
+        reason(rig.session.set_device_state_fd(SAVE, STOPPED, writer))
+            .contains("while a ring is running")
+    );
 }

@@ -1,8 +1,8 @@
-//! One ring as the frontend has set it up so far.
+//! One ring, as far as the frontend has set it up.
 //!
 //! Its state is a vring of the `vhost-user-backend` crate, with a `Queue` of `virtio-queue`. A
-//! worker that serves the ring gets a copy, and when it stops the queue is told where it was. What
-//! that crate does not keep, or does not give out again, is kept beside it.
+//! worker that serves the ring gets a copy. When the worker stops, its position is stored in the
+//! queue. What the crate does not keep, or has no getter for, is kept beside it.
 
 use std::fs::File;
 use std::io;
@@ -24,12 +24,12 @@ use crate::virtio::inflight::{Area, RingIndices, Tracker};
 use crate::virtio::notify::{CallFd, EventDescriptor, notifier};
 use crate::virtio::split_queue::indices;
 
-/// In the number of a queue: no descriptor comes with it, the ring is polled.
+/// Flag in the number of a queue: no descriptor comes with the message, the ring is polled.
 const NO_FD: u64 = 0x100;
 
 /// A ring that is being served.
 pub trait RunningRing {
-    /// Completes what is in flight and ends; returns the index of the next available entry.
+    /// Completes the requests in flight and ends; returns the index of the next available entry.
     fn stop(self) -> u16;
 }
 
@@ -56,22 +56,21 @@ impl RingAddresses {
     }
 }
 
-/// What the frontend said about one ring, and the worker that serves it, if it is being served.
+/// The frontend's settings for one ring, and the worker that serves it, if any.
 pub struct Vring<R> {
-    /// Of its queue the size, the next entry of the available ring (out of date while the ring
-    /// runs, and of no concern where there is an in-flight area, which knows better) and EVENT_IDX;
-    /// "ready" from SET_VRING_KICK to what stops the ring. Its addresses are those of the last
-    /// start.
+    /// These fields of its queue are used: the size; the next entry of the available ring (out of
+    /// date while the ring runs, and not used if there is an in-flight area, which knows better);
+    /// EVENT_IDX; "ready", from SET_VRING_KICK until the ring is stopped. The addresses are those
+    /// of the last start.
     state: VringMutex<GuestMemoryAtomic<Memory>>,
-    /// SET_VRING_NUM has come. (The queue of one that has no size has its largest.)
+    /// SET_VRING_NUM has come. (Before that, the queue has the largest size.)
     sized: bool,
-    /// Where the ring stands, in the terms in which the frontend says it: where that is for the
-    /// guest depends on the memory at the time.
+    /// The ring's addresses as the frontend sends them. The guest addresses depend on the memory
+    /// table at the time.
     pub addresses: Option<RingAddresses>,
-    /// The guest address under which the frontend wants the used ring logged
-    /// (`VHOST_VRING_F_LOG`).
+    /// The guest address at which to log the used ring (`VHOST_VRING_F_LOG`).
     pub log_address: Option<u64>,
-    /// The frontend does not kick: the ring is to be looked at again and again, so we do.
+    /// If the frontend does not kick, the session polls the ring by kicking it.
     polling: Option<EventNotifier>,
     /// Not in `state`, which has no getter for it.
     err: Option<EventNotifier>,
@@ -79,7 +78,7 @@ pub struct Vring<R> {
 }
 
 impl<R: RunningRing> Vring<R> {
-    /// A ring of which nothing is known, with `size_max` descriptors at most.
+    /// A ring without any settings, with at most `size_max` descriptors.
     pub fn new(
         memory: GuestMemoryAtomic<Memory>,
         size_max: u16,
@@ -95,7 +94,7 @@ impl<R: RunningRing> Vring<R> {
         })
     }
 
-    /// Stops the ring and forgets all that was said of it.
+    /// Stops the ring and forgets its settings.
     pub fn reset(&mut self) {
         self.stop();
         self.state.get_mut().get_queue_mut().reset();
@@ -112,7 +111,7 @@ impl<R: RunningRing> Vring<R> {
         self.state.get_ref().get_queue().state()
     }
 
-    /// Descriptors; 0 as long as it is not known.
+    /// Number of descriptors; 0 before SET_VRING_NUM.
     pub fn size(&self) -> u16 {
         if self.sized { self.queue().size } else { 0 }
     }
@@ -123,7 +122,7 @@ impl<R: RunningRing> Vring<R> {
         self.sized = true;
     }
 
-    /// Next entry of the available ring to be taken, as far as it is known.
+    /// Next entry of the available ring, as of the last stop.
     pub fn next_avail(&self) -> u16 {
         self.state.queue_next_avail()
     }
@@ -133,12 +132,12 @@ impl<R: RunningRing> Vring<R> {
         self.state.set_queue_next_avail(next_avail);
     }
 
-    /// Whether `VIRTIO_F_EVENT_IDX` was negotiated. For the next start.
+    /// Sets whether `VIRTIO_F_EVENT_IDX` was negotiated, for the next start.
     pub fn set_event_idx(&mut self, event_idx: bool) {
         self.state.set_queue_event_idx(event_idx);
     }
 
-    /// What SET_VRING_ENABLE said last.
+    /// The last SET_VRING_ENABLE.
     pub fn is_enabled(&self) -> bool {
         self.state.get_ref().is_enabled()
     }
@@ -153,8 +152,7 @@ impl<R: RunningRing> Vring<R> {
         self.running.is_some()
     }
 
-    /// Where the ring stands in guest memory, if all is known that it needs to run and all of it
-    /// lies in `memory`.
+    /// The ring with its guest addresses, if its settings are complete and it lies in `memory`.
     pub fn located(&self, memory: &Memory) -> Option<QueueState> {
         let (addresses, queue) = (self.addresses?, self.queue());
         if !self.sized || !queue.ready {
@@ -168,26 +166,27 @@ impl<R: RunningRing> Vring<R> {
         })
     }
 
-    /// Where the used ring is logged, if all is known that is needed to say so: where it was asked for,
-    /// else at its own place. (A frontend that wants the log at all wants all that changes.)
+    /// The guest address at which the used ring is logged: the one that the frontend has set, else
+    /// the ring's own. (A frontend that wants a log wants all changes in it.) `None` if neither is
+    /// known.
     pub fn logged_at(&self, memory: &Memory) -> Option<u64> {
         let own = || memory.vmm_va_to_gpa(self.addresses?.used).map(|at| at.0);
         self.log_address.or_else(own)
     }
 
-    /// What a worker needs to serve the ring, which [`Vring::located`] has found.
+    /// Everything that a worker needs to serve `ring`, which comes from [`Vring::located`].
     ///
     /// # Errors
-    /// If a descriptor cannot be had, or the in-flight area contradicts the ring.
+    /// If a descriptor cannot be duplicated, or the in-flight area contradicts the ring.
     pub fn start_with(
         &self,
         queue: usize,
         ring: QueueState,
         common: &StartCommon<'_>,
     ) -> io::Result<RingStart> {
-        let inflight = match (common.inflight, self.stand_at(&ring, common.memory)) {
+        let inflight = match (common.inflight, self.set_addresses(&ring, common.memory)) {
             (Some(area), Some(at)) => Some(area.recover(queue, at).map_err(io::Error::other)?),
-            // A ring that cannot be read is the guest's fault, and the worker's to give up.
+            // If the ring cannot be read, the worker gives it up.
             _ => None,
         };
         let vring = self.state.get_ref();
@@ -212,9 +211,9 @@ impl<R: RunningRing> Vring<R> {
         })
     }
 
-    /// Tells the queue where the ring is, and reads its indices; `None` if it is not aligned or not
+    /// Sets the queue's addresses and reads its indices. `None` if the ring is not aligned or not
     /// wholly in `memory`.
-    fn stand_at(&self, ring: &QueueState, memory: &Memory) -> Option<RingIndices> {
+    fn set_addresses(&self, ring: &QueueState, memory: &Memory) -> Option<RingIndices> {
         let QueueState { desc_table, avail_ring, used_ring, .. } = *ring;
         self.state.set_queue_info(desc_table, avail_ring, used_ring).ok()?;
         let vring = self.state.get_ref();
@@ -222,27 +221,26 @@ impl<R: RunningRing> Vring<R> {
         queue.is_valid(memory).then(|| indices(memory, queue).ok())?
     }
 
-    /// What the guest kicks.
+    /// The descriptor with which the guest kicks.
     fn kick(&self) -> Option<BorrowedFd<'_>> {
         let fd = self.state.get_ref().get_kick().as_ref()?.as_raw_fd();
-        // SAFETY: nobody else has the vring, and what closes its kick borrows `self` mutably.
+        // SAFETY: only `self` has the vring, and whatever closes its kick borrows `self` mutably.
         Some(unsafe { BorrowedFd::borrow_raw(fd) })
     }
 
-    /// What the guest is called by.
+    /// The descriptor that notifies the guest.
     fn call(&self) -> Option<BorrowedFd<'_>> {
         let fd = self.state.get_ref().get_call().as_ref()?.as_raw_fd();
         // SAFETY: as in `kick`.
         Some(unsafe { BorrowedFd::borrow_raw(fd) })
     }
 
-    /// The ring is served by `ring` from now on.
+    /// Records that `ring` serves the ring from now on.
     pub fn set_running(&mut self, ring: R) {
         self.running = Some(ring);
     }
 
-    /// Completes what is in flight and stops serving the ring; nothing that was set up is
-    /// forgotten.
+    /// Completes the requests in flight and stops serving the ring. All settings stay.
     pub fn pause(&mut self) {
         if let Some(ring) = self.running.take() {
             self.state.set_queue_next_avail(ring.stop());
@@ -258,16 +256,16 @@ impl<R: RunningRing> Vring<R> {
         self.polling = None;
     }
 
-    /// Stops a running ring because its set-up changes under it: a frontend that did not read the
-    /// base first, and will send the rest of a new set-up, SET_VRING_KICK last or nearly so. Until
-    /// then the ring must not be looked at.
+    /// Stops a running ring because its settings change. The frontend has not read the base first,
+    /// and will send the rest of the new settings, with SET_VRING_KICK at or near the end. Until
+    /// then the ring must not be read.
     pub fn stop_if_running(&mut self) {
         if self.is_running() {
             self.stop();
         }
     }
 
-    /// SET_VRING_KICK; `None` means that the frontend does not kick.
+    /// SET_VRING_KICK. `None`: the frontend does not kick.
     pub fn set_kick(&mut self, file: Option<File>) -> io::Result<()> {
         self.pause();
         let (kick, polling) = match file {
@@ -285,7 +283,7 @@ impl<R: RunningRing> Vring<R> {
         Ok(())
     }
 
-    /// The messages that set up ring `queue` as it is, but for its being enabled.
+    /// The messages that set up ring `queue` as it is, except that it is enabled.
     pub fn export(&self, queue: u32) -> impl Iterator<Item = Message<BorrowedFd<'_>>> {
         let state = self.queue();
         let size = self
@@ -310,12 +308,12 @@ impl<R: RunningRing> Vring<R> {
         size.into_iter().chain([base]).chain(addresses).chain(call).chain(kick).chain(err)
     }
 
-    /// In place of a frontend that does not kick, kicks. False if the frontend does it itself, or
-    /// the ring is not served.
+    /// Kicks in place of a frontend that does not. False if the frontend kicks itself, or the ring
+    /// is not served.
     pub fn poll(&self) -> bool {
         match (&self.polling, &self.running) {
             (Some(polling), Some(_)) => {
-                // Full is as good.
+                // If the counter is full, the worker wakes as well.
                 _ = polling.notify();
                 true
             }
@@ -323,8 +321,8 @@ impl<R: RunningRing> Vring<R> {
         }
     }
 
-    /// SET_VRING_CALL. The descriptor is signalled once: completions may have been published before
-    /// it was known. A running ring is paused; it signals when it starts again.
+    /// SET_VRING_CALL. The descriptor is signalled once, because completions may have been
+    /// published before it arrived. A running ring is paused, and signals when it starts again.
     pub fn set_call(&mut self, file: Option<File>) {
         let was_running = self.is_running();
         self.pause();
@@ -349,10 +347,10 @@ pub struct StartCommon<'a> {
     pub memory: &'a Arc<Memory>,
     /// See [`RingStart`].
     pub write_through: &'a Arc<AtomicBool>,
-    /// What the frontend keeps for the time after this process.
+    /// The in-flight area, which the frontend keeps beyond this process.
     pub inflight: Option<&'a Area>,
-    /// The dirty log, if it is to be kept.
+    /// The dirty log, if logging is on.
     pub log: Option<&'a Arc<DirtyLog>>,
-    /// Rings when the log is written.
+    /// Signalled when the log is written.
     pub log_call: Option<&'a Arc<File>>,
 }

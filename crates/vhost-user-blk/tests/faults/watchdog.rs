@@ -89,7 +89,7 @@ fn no_sign_of_life_comes_while_a_queue_is_stuck() {
 
     std::fs::write(go_on, "").unwrap();
     assert_eq!(stuck.wait::<512>(&memory), (0, sector(6)));
-    daemon.wait_line("queue-0 gets on again");
+    daemon.wait_line("queue-0 makes progress again");
     await_sign(&manager);
     daemon.terminate();
 }

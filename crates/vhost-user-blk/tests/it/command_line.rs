@@ -133,7 +133,7 @@ fn a_descriptor_that_is_no_fit_socket() {
     )
     .unwrap();
     let cases: [(OwnedFd, &str); 4] = [
-        (file.into(), "no socket"),
+        (file.into(), "not a socket"),
         (tcp.into(), "not a unix socket"),
         (datagram.into(), "not a stream socket"),
         (unconnected, "neither listens nor is connected"),

@@ -41,7 +41,7 @@ fn few_of(log: &str, text: &[&str], expected: usize, subject: &str, since: Insta
         log.lines().filter(|line| text.iter().any(|text| line.contains(text))).collect();
     let seconds = usize::try_from(since.elapsed().as_secs()).unwrap();
     assert!(lines.len() <= BURST + seconds + 1, "{} lines in {seconds} s", lines.len());
-    let at_the_end = format!(" more messages about {subject} were left out");
+    let at_the_end = format!(" more messages about {subject} were suppressed");
     let at_the_end = log.lines().find_map(|line| {
         line.strip_prefix("WARN ")?.strip_suffix(&at_the_end)?.parse::<usize>().ok()
     });

@@ -218,7 +218,7 @@ fn a_disk_that_has_changed_is_refused() {
     let arriving = Guest::waiting(&target);
     std::fs::rename(&cow, directory.path().join("elsewhere")).unwrap();
     let why = arriving.start_in_vain(&mut target);
-    assert!(why.contains("is not there any more"), "{why}");
+    assert!(why.contains("does not exist any more"), "{why}");
     assert!(!cow.exists(), "it was made anew");
 
     let arriving = Guest::waiting(&target);
@@ -245,7 +245,7 @@ fn a_disk_that_has_changed_is_refused() {
     frontend.need_reply = false;
     queue.start(&mut frontend, false);
     let why = target.wait_line("connection closed");
-    let expected = format!("has {} sectors; the frontend was told {}", 4 * SECTORS, 2 * SECTORS);
+    let expected = format!("changed from {} to {} sectors", 2 * SECTORS, 4 * SECTORS);
     assert!(why.contains(&expected), "{why}");
     target.terminate();
 }

@@ -70,7 +70,7 @@ fn a_manager_that_is_not_there_is_no_harm() {
     command.arg("--socket-path").arg(&socket).arg("--format=raw");
     command.arg("--blk-file").arg(image(directory.path()));
     let mut daemon = Daemon::spawn(command, socket);
-    daemon.wait_line("cannot tell the service manager");
+    daemon.wait_line("cannot notify the service manager");
     daemon.wait_line("listening");
     daemon.terminate();
 }

@@ -1,4 +1,4 @@
-//! The dirty log switched on and off, and when the disk is let go.
+//! The dirty log switched on and off, and when the disk is released.
 
 use super::*;
 

@@ -89,7 +89,8 @@ impl Request {
             client.set_read_timeout(Some(left))?;
             match client.read(&mut piece) {
                 Ok(0) => {
-                    return Self::decode(&bytes).ok_or_else(|| io::ErrorKind::InvalidData.into());
+                    return Self::decode(&bytes)
+                        .ok_or_else(|| invalid("not a command that this program knows"));
                 }
                 Ok(n) => bytes.extend(&piece[..n]),
                 // The kernel does not restart a read with a timeout after a signal.
@@ -97,7 +98,7 @@ impl Request {
                 Err(e) => return Err(e),
             }
         }
-        Err(io::ErrorKind::InvalidData.into())
+        Err(invalid("a request is longer than any command"))
     }
 
     /// Sends the request to the daemon at `socket` and waits for its answer.
@@ -115,6 +116,10 @@ impl Request {
             io::Error::new(io::ErrorKind::UnexpectedEof, "the daemon ended without an answer")
         })
     }
+}
+
+fn invalid(why: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why)
 }
 
 impl Upgrade {

@@ -460,8 +460,11 @@ impl<E: Env> Writing<'_, E> {
     /// 0, before the write is acknowledged. Once it returns, reads find the sectors in layer 0, and
     /// so does a process that opens the file after this one has died. A flush that begins later
     /// makes them durable. Several ranges are cheapest when sorted: those in one bitmap page share
-    /// a write. After an error some bits may have been set; each range can be retried alone.
-    pub fn written(&self, ranges: &[SectorRange]) -> Result<(), DiskError> {
+    /// a write. After an error some bits may have been set.
+    ///
+    /// The write has then ended: a flush that follows at once finds nothing in progress that would
+    /// keep it out of the journal.
+    pub fn written(self, ranges: &[SectorRange]) -> Result<(), DiskError> {
         self.disk.written(ranges)
     }
 }

@@ -129,7 +129,7 @@ impl<'a> Router<'a> {
 
     /// Plans to turn `segments` into zeros: holes where their space may be given
     /// back, else zeros that keep it. A file system that knows no such thing says
-    /// EOPNOTSUPP; then [`Self::plan_zeros_by_hand`]. A block device takes whole blocks
+    /// EOPNOTSUPP; then [`Self::plan_written_zeros`]. A block device takes whole blocks
     /// only: what is left at the edges is written, or with `discard`, which promises
     /// nothing, left as it is.
     pub fn plan_zero(&self, segments: &[Segment], discard: bool, plan: &mut Plan) {
@@ -150,7 +150,7 @@ impl<'a> Router<'a> {
     }
 
     /// Plans to write zeros to `segments`.
-    pub fn plan_zeros_by_hand(&self, segments: &[Segment], plan: &mut Plan) {
+    pub fn plan_written_zeros(&self, segments: &[Segment], plan: &mut Plan) {
         for segment in segments {
             plan_zeros(self.disk.write_at(segment.range), segment.range.len_bytes(), plan);
         }
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn zeros_by_hand_cover_the_range() {
+    fn written_zeros_cover_the_range() {
         let mut plan = Plan::default();
         plan_zeros(ByteOffset::new(4096), (64 << 10) * 3 + 512, &mut plan);
         assert_eq!(plan.len_bytes(), (64 << 10) * 3 + 512);

@@ -208,11 +208,25 @@ enum Work<'a> {
     /// The one that is offloaded, see [`OFFLOAD_MIN`].
     OffloadedRead,
     Write(SectorRange, Writing<'a>),
-    /// The ranges are being turned into zeros; whether by hand, which always
-    /// works.
-    Zero(Vec<Segment>, bool, Writing<'a>),
+    Zero(ZeroWork<'a>),
     /// A flush, for itself or for a write that must be durable.
     Commit,
+}
+
+/// Ranges that are being turned into zeros.
+struct ZeroWork<'a> {
+    segments: Vec<Segment>,
+    method: ZeroMethod,
+    writing: Writing<'a>,
+}
+
+/// How that is done.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ZeroMethod {
+    /// By fallocate(2), which not every file system can do.
+    Punch,
+    /// By writing zeros, which always works.
+    Written,
 }
 
 struct Worker<'a> {
@@ -443,7 +457,8 @@ impl<'a> Worker<'a> {
         };
         let writing = self.shared.disk.begin_write(hull);
         self.router.plan_zero(&segments, discard, &mut self.plan);
-        self.submit(InFlight { head, pending, work: Work::Zero(segments, false, writing) });
+        let work = Work::Zero(ZeroWork { segments, method: ZeroMethod::Punch, writing });
+        self.submit(InFlight { head, pending, work });
     }
 
     /// Starts what was planned. An empty plan is done already.
@@ -504,11 +519,13 @@ impl<'a> Worker<'a> {
         let InFlight { head, pending, work } = request;
         self.offloaded &= !matches!(work, Work::OffloadedRead);
         match (work, result) {
-            (Work::Zero(segments, false, writing), Err(e))
-                if e.raw_os_error() == Some(libc::EOPNOTSUPP) =>
+            (Work::Zero(zero), Err(e))
+                if zero.method == ZeroMethod::Punch
+                    && e.raw_os_error() == Some(libc::EOPNOTSUPP) =>
             {
-                self.router.plan_zeros_by_hand(&segments, &mut self.plan);
-                self.submit(InFlight { head, pending, work: Work::Zero(segments, true, writing) });
+                self.router.plan_written_zeros(&zero.segments, &mut self.plan);
+                let work = Work::Zero(ZeroWork { method: ZeroMethod::Written, ..zero });
+                self.submit(InFlight { head, pending, work });
             }
             // The kernel could not touch guest memory: a page was lost, as the processor would have seen by
             // SIGBUS.
@@ -527,7 +544,7 @@ impl<'a> Worker<'a> {
             (Work::Write(range, writing), Ok(())) => {
                 self.written(head, pending, writing, &[range]);
             }
-            (Work::Zero(mut segments, _, writing), Ok(())) => {
+            (Work::Zero(ZeroWork { mut segments, writing, .. }), Ok(())) => {
                 let ranges: Vec<_> = segments.iter().map(|s| s.range).collect();
                 self.written(head, pending, writing, &ranges);
                 segments.clear();
@@ -536,7 +553,7 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// The data stands in the COW file: says so to the disk, then to the guest.
+    /// The data is in the top file: tells the disk, then the guest.
     fn written(
         &mut self,
         head: Head,
@@ -549,8 +566,6 @@ impl<'a> Worker<'a> {
             log_limit::request_failed(self.start.queue, "write failed", &e);
             return self.answer(head, pending.failed());
         }
-        // Before the flush that may follow: a write under way keeps it out of the journal.
-        drop(writing);
         fault::reached("live-bit");
         if self.start.write_through.load(Ordering::Relaxed) {
             self.commit(head, pending);

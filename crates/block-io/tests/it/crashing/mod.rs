@@ -703,9 +703,8 @@ impl Run<'_> {
         self.model.begin(range, content);
         self.new_bits |= !disk.is_present(range).unwrap();
         let writing = disk.begin_write(range);
-        let written = || writing.written(&[range]).map_err(|err| err.to_string());
         if self.harness.fault == Some(Fault::BitmapBeforeData) {
-            written()?;
+            disk.begin_write(range).written(&[range]).map_err(|err| err.to_string())?;
             disk.flush().map_err(|err| err.to_string())?;
         }
         change(disk.layers()[0].file(), disk.write_at(range), &data)
@@ -713,7 +712,7 @@ impl Run<'_> {
         if self.harness.fault == Some(Fault::LiveBitAfterAck) {
             self.model.acknowledge(range);
         }
-        written()?;
+        writing.written(&[range]).map_err(|err| err.to_string())?;
         self.model.acknowledge(range);
         Ok(())
     }

@@ -29,15 +29,13 @@ use vm_memory::{
 
 pub use vm_memory::GuestAddress;
 
+use crate::guest_memory::PAGE_SIZE;
 use crate::guest_memory::sigbus::{Registration, SigbusError};
 
 /// Regions that one snapshot may hold. What QEMU calls memory slots: 509 is what the Linux kernel's
 /// KVM gives an x86 guest for its own use (512 less 3), and what vhost-user backends commonly
 /// answer to GET_MAX_MEM_SLOTS.
 pub const REGIONS_MAX: usize = 509;
-
-/// Pages of every file that is not on hugetlbfs.
-const PAGE_SIZE: u64 = 4096;
 
 /// A range of guest memory as the frontend describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

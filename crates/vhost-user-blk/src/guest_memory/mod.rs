@@ -2,3 +2,7 @@
 
 pub mod memory;
 pub mod sigbus;
+
+/// A page of the system, in bytes: of memory and of the page cache. The daemon refuses to start where
+/// it is another one.
+pub const PAGE_SIZE: u64 = 4096;

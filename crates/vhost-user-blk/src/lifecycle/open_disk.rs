@@ -7,7 +7,7 @@ use block_io::{CachePolicy, CowFormat, Disk, DiskOptions, Host, ImageError};
 use cow_format::{HeaderError, Sector, SectorCount, SectorRange};
 
 use crate::cli::{Cache, Format, Image, Options};
-use crate::datapath::route::PAGE;
+use crate::guest_memory::PAGE_SIZE;
 use crate::lifecycle::error::DaemonError;
 use crate::process::socket::PREDECESSOR_WAIT;
 
@@ -67,10 +67,10 @@ pub fn describe(disk: &Disk) {
     if let (Some(top), Some(start)) =
         (disk.layers().first(), SectorRange::new(Sector::new(0), SectorCount::new(0)))
         && top.file().direct().is_some()
-        && !disk.write_at(start).get().is_multiple_of(PAGE)
+        && !disk.write_at(start).get().is_multiple_of(PAGE_SIZE)
     {
         log::warn!(
-            "{}: --cow-cache=direct: the data does not begin at a multiple of {PAGE} bytes, as in old files of UML; \
+            "{}: --cow-cache=direct: the data does not begin at a multiple of {PAGE_SIZE} bytes, as in old files of UML; \
              writes go through the page cache",
             top.path().display()
         );

@@ -8,15 +8,14 @@ use std::sync::OnceLock;
 use block_io::ring::{IoEngine, NoUring, Ring};
 use nix::unistd::{SysconfVar, sysconf};
 
-/// Bytes of a memory page for which this program is written: those of x86-64.
-const PAGE: u64 = 4096;
+use crate::guest_memory::PAGE_SIZE;
 
 /// What the host lacks.
 #[derive(Debug, thiserror::Error)]
 pub enum RequirementError {
     /// Alignments and mappings assume one page size.
     #[error(
-        "the host's page size is {found} bytes, expected {PAGE}; this program supports x86-64 only"
+        "the host's page size is {found} bytes, expected {PAGE_SIZE}; this program supports x86-64 only"
     )]
     PageSize {
         /// Bytes; 0 if the system does not report it.
@@ -41,7 +40,7 @@ pub fn check_page_size() -> Result<(), RequirementError> {
 
 fn check_page(found: Option<libc::c_long>) -> Result<(), RequirementError> {
     match found.map(u64::try_from) {
-        Some(Ok(PAGE)) => Ok(()),
+        Some(Ok(PAGE_SIZE)) => Ok(()),
         Some(Ok(found)) => Err(RequirementError::PageSize { found }),
         // POSIX requires a system to report it.
         _ => Err(RequirementError::PageSize { found: 0 }),

@@ -131,7 +131,7 @@ impl Plan {
 
     /// The parts planned so far are done by kernel threads from the beginning, while the ring's
     /// owner does something else.
-    pub fn set_aside(&mut self) {
+    pub fn force_async(&mut self) {
         self.parts.iter_mut().for_each(|part| part.force_async = true);
     }
 

@@ -25,13 +25,13 @@ const HELD_UP: Duration = Duration::from_micros(500);
 /// io_uring: the queue stands still for a few percent of the time at most.
 const CAUTION: u32 = 20;
 
-/// The prompt writes of one queue.
+/// The inline writes of one queue.
 #[derive(Debug, Default)]
-pub struct PromptWrites {
+pub struct InlineWrites {
     cautious_until: Option<Instant>,
 }
 
-impl PromptWrites {
+impl InlineWrites {
     /// Writes `buffers`, in order, to `fd` at byte `at`, if that is likely to be
     /// quick. Whether all was written; if not, it is to be done again, and whoever
     /// does that finds out why.
@@ -71,30 +71,30 @@ mod tests {
 
     use super::*;
 
-    fn write(prompt: &mut PromptWrites, file: &std::fs::File, bytes: &[u8]) -> bool {
+    fn write(inline: &mut InlineWrites, file: &std::fs::File, bytes: &[u8]) -> bool {
         let iovec = |part: &[u8]| libc::iovec {
             iov_base: part.as_ptr().cast_mut().cast(),
             iov_len: part.len(),
         };
         let (head, tail) = bytes.split_at(bytes.len() / 3);
         // SAFETY: the slices live, and are only read.
-        unsafe { prompt.write(file.as_fd(), ByteOffset::new(512), &[iovec(head), iovec(tail)]) }
+        unsafe { inline.write(file.as_fd(), ByteOffset::new(512), &[iovec(head), iovec(tail)]) }
     }
 
     #[test]
     fn small_writes_are_done_and_others_left() {
         let file = tempfile::tempfile().unwrap();
-        let mut prompt = PromptWrites::default();
-        assert!(write(&mut prompt, &file, &[7; 1536]));
+        let mut inline = InlineWrites::default();
+        assert!(write(&mut inline, &file, &[7; 1536]));
         assert_eq!(file.metadata().unwrap().len(), 2048);
-        prompt.cautious_until = None;
-        assert!(!write(&mut prompt, &file, &[7; LEN_MAX + 1]), "too long");
+        inline.cautious_until = None;
+        assert!(!write(&mut inline, &file, &[7; LEN_MAX + 1]), "too long");
         assert!(
-            !write(&mut prompt, &std::fs::File::open("/dev/null").unwrap(), &[7; 512]),
+            !write(&mut inline, &std::fs::File::open("/dev/null").unwrap(), &[7; 512]),
             "failed"
         );
-        prompt.cautious_until = Some(Instant::now() + Duration::from_secs(3600));
-        assert!(!write(&mut prompt, &file, &[7; 512]), "after one that was held up");
+        inline.cautious_until = Some(Instant::now() + Duration::from_secs(3600));
+        assert!(!write(&mut inline, &file, &[7; 512]), "after one that was held up");
         assert_eq!(file.metadata().unwrap().len(), 2048);
     }
 }

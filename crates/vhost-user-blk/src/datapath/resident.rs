@@ -25,10 +25,13 @@ use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::{AccessFlags, geteuid};
 
 use crate::datapath::cold_stream::{ColdFile, ColdStreams};
+use crate::datapath::layer_files::cached_file;
+use crate::guest_memory::PAGE_SIZE;
 use crate::guest_memory::memory::Memory;
 use crate::guest_memory::sigbus::Registration;
 
-const PAGE: usize = 4096;
+#[expect(clippy::cast_possible_truncation)]
+const PAGE: usize = PAGE_SIZE as usize;
 
 /// Pages that one call of mincore asks about. It costs about a microsecond where
 /// they are not mapped yet.
@@ -67,11 +70,8 @@ impl Mappings {
     /// the kernel tells us. Where mapping fails the layer is read through
     /// io_uring, as ever.
     pub fn new(disk: &Disk) -> Self {
-        let map = |file: &block_io::storage::file::File| match file.direct() {
-            Some(_) => None,
-            None => Mapping::new(file.buffered()),
-        };
-        let layers = disk.layers().iter().map(|layer| map(layer.file())).collect();
+        let map = |layer| cached_file(layer).and_then(Mapping::new);
+        let layers = disk.layers().iter().map(map).collect();
         Self { layers, used: AtomicBool::new(false) }
     }
 
@@ -190,6 +190,16 @@ fn residency_is_told(fd: BorrowedFd<'_>, owner: u32) -> bool {
 /// nobody has touched yet.
 type Window = [u64; 2 + 2 * GROUPS];
 
+/// Bytes of a layer that were in the page cache a short time ago.
+pub struct ResidentRange<'a> {
+    /// Has all of them.
+    mapping: &'a Mapping,
+    /// The first one, in bytes from the start of the mapping.
+    start: usize,
+    /// How many.
+    len: usize,
+}
+
 /// One queue's view of the mappings.
 pub struct Resident<'a> {
     mappings: &'a Mappings,
@@ -240,7 +250,7 @@ impl<'a> Resident<'a> {
         self.streams.ahead().map(|(layer, at)| (layer, ByteOffset::new(at)))
     }
 
-    /// Whether [`Self::copy`] would find all of `len` bytes of `layer` at `at`.
+    /// Whether all of `len` bytes of `layer` at `at` are in the page cache.
     pub fn holds(&mut self, layer: LayerIndex, at: ByteOffset, len: u64) -> bool {
         let mappings = self.mappings;
         let Some(Some(mapping)) = mappings.layers.get(layer.get()) else { return false };
@@ -248,47 +258,57 @@ impl<'a> Resident<'a> {
         end <= mapping.cold.len && self.is_resident(mapping, layer, at.get(), end)
     }
 
-    /// Copies `len` bytes of `layer` at `at` to `buffers`, which are as long, if
-    /// all of them are in the page cache. False if they are not, or if the file
-    /// cannot be read in this way; the buffers' content is then undefined.
+    /// The `len` bytes of `layer` at `at`, to be copied, if all of them are in the page cache. None
+    /// also if the file cannot be read in this way, or if a copy would hide a cold stream from the
+    /// kernel.
     #[inline]
-    pub fn copy(
+    pub fn find(
         &mut self,
         layer: LayerIndex,
         at: ByteOffset,
         len: u64,
-        memory: &Memory,
-        buffers: &[libc::iovec],
-    ) -> bool {
+    ) -> Option<ResidentRange<'a>> {
         let mappings = self.mappings;
-        let Some(Some(mapping)) = mappings.layers.get(layer.get()) else { return false };
-        let Some(end) = at.get().checked_add(len) else { return false };
+        let mapping = mappings.layers.get(layer.get())?.as_ref()?;
+        let end = at.get().checked_add(len)?;
         if end > mapping.cold.len || mapping.registration.poisoned() {
-            return false;
+            return None;
         }
         let is_resident = |byte| mapping.residency(byte / PAGE as u64, 1) != 0;
         if self.streams.goes_on(layer, (at.get(), end), &mapping.cold, is_resident) {
-            return false;
+            return None;
         }
         if !self.is_resident(mapping, layer, at.get(), end) {
             self.streams.missed(layer, at.get(), end);
-            return false;
+            return None;
         }
         // Less than the mapping's length, which is a usize.
         #[expect(clippy::cast_possible_truncation)]
-        let mut from = at.get() as usize;
+        Some(ResidentRange { mapping, start: at.get() as usize, len: len as usize })
+    }
+
+    /// Copies `range` to `buffers`, as much as they hold. False if the file has been truncated; the
+    /// buffers' content is then undefined.
+    #[inline]
+    pub fn copy(
+        &mut self,
+        range: &ResidentRange<'a>,
+        memory: &Memory,
+        buffers: &[libc::iovec],
+    ) -> bool {
+        let ResidentRange { mapping, start: mut from, len: mut left } = *range;
         for buffer in buffers {
             if fault_injection::one_in(3) {
                 return false;
             }
-            // SAFETY: the buffers are `len` bytes in all, and `from` + `len` is
-            // within the mapping.
+            let len = buffer.iov_len.min(left);
+            // SAFETY: the range is inside of the mapping, and `left` bytes of it follow at `from`.
             let source = unsafe { mapping.map.start.as_ptr().cast::<u8>().add(from).cast_const() };
-            // SAFETY: as many bytes of the mapping follow there.
-            if !unsafe { memory.copy_to_host(buffer.iov_base.cast(), source, buffer.iov_len) } {
+            // SAFETY: `len` is at most `left`.
+            if !unsafe { memory.copy_to_host(buffer.iov_base.cast(), source, len) } {
                 return false;
             }
-            from += buffer.iov_len;
+            (from, left) = (from + len, left - len);
         }
         self.used = true;
         !mapping.registration.poisoned()
@@ -409,8 +429,8 @@ mod tests {
     fn copy(resident: &mut Resident<'_>, at: u64, len: u64) -> Option<Vec<u8>> {
         let memory = Memory::anonymous(&[(0, LEN), (1 << 20, LEN)]);
         let buffers = buffers(&memory, len);
-        let done = resident.copy(LayerIndex::TOP, ByteOffset::new(at), len, &memory, &buffers);
-        done.then(|| {
+        let range = resident.find(LayerIndex::TOP, ByteOffset::new(at), len)?;
+        resident.copy(&range, &memory, &buffers).then(|| {
             let mut found = vec![0; usize::try_from(len).unwrap()];
             let (head, tail) = found.split_at_mut(buffers[0].iov_len);
             memory.read(GuestAddress(0), head).unwrap();

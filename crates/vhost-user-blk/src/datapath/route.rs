@@ -1,18 +1,19 @@
 //! From a request's sectors to operations on files: the layer map's extents,
 //! cut out of guest memory.
-
-use std::os::fd::BorrowedFd;
+//!
+//! How the data of an extent gets into guest memory is decided in [`Router::read_path`], and carried
+//! out in [`Router::read_extent`]. One more way of reading is one more [`ReadPath`].
 
 use block_io::Disk;
 use block_io::DiskError;
-use block_io::Layer;
 use block_io::ring::{FileSlot, Plan};
 use block_io::storage::file::whole_blocks;
 use cow_format::{ByteOffset, Extent, LayerIndex, SectorRange};
 
 use crate::datapath::holes::Holes;
-use crate::datapath::inline_write::PromptWrites;
-use crate::datapath::resident::{Mappings, READ_MAX, Resident};
+use crate::datapath::inline_write::InlineWrites;
+use crate::datapath::layer_files::{LayerFiles, TOP, buffered_slot};
+use crate::datapath::resident::{Mappings, READ_MAX, Resident, ResidentRange};
 use crate::guest_memory::memory::Memory;
 use crate::virtio::request::Segment;
 
@@ -23,15 +24,13 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 /// Finds the file and the place for each piece of a request.
 pub struct Router<'a> {
     disk: &'a Disk,
+    files: LayerFiles<'a>,
     /// Used again from one extent to the next.
     piece: Vec<libc::iovec>,
     resident: Resident<'a>,
     holes: &'a Holes,
-    prompt: PromptWrites,
+    inline_writes: InlineWrites,
 }
-
-/// The top layer, buffered.
-const TOP: FileSlot = FileSlot(0);
 
 /// The most that is written through the page cache at once. The kernel makes one folio of as much as
 /// a write brings, and ext4 looks at every block of a folio for each later write into it: after
@@ -39,17 +38,36 @@ const TOP: FileSlot = FileSlot(0);
 /// 6 µs. That makes the large ones slower by 7 and 11 %.
 const PIECE: u64 = 256 << 10;
 
-/// A page of the page cache, in bytes.
-pub const PAGE: u64 = 4096;
+/// How the data of an extent gets into guest memory.
+enum ReadPath<'a> {
+    /// No file has any: the extent is zeros, or all of it is in a hole.
+    Zeros,
+    /// It is in the page cache. A thread of the kernel copies it, while this one does something else.
+    Offload(FilePlace),
+    /// It is in the page cache, and copied at once. Should that fail, the ring reads it from the file.
+    Copy(ResidentRange<'a>, FilePlace),
+    /// The ring reads it from the file.
+    Submit(FilePlace),
+}
 
-/// The buffered and the direct description of each layer stand side by side.
-const FILES_PER_LAYER: u32 = 2;
+/// Where an extent begins.
+#[derive(Clone, Copy)]
+struct FilePlace {
+    layer: LayerIndex,
+    at: ByteOffset,
+}
 
 impl<'a> Router<'a> {
     /// A router for one queue.
     pub fn new(disk: &'a Disk, mappings: &'a Mappings, holes: &'a Holes) -> Self {
-        let resident = Resident::new(mappings);
-        Self { disk, piece: Vec::new(), resident, holes, prompt: PromptWrites::default() }
+        Self {
+            disk,
+            files: LayerFiles::new(disk),
+            piece: Vec::new(),
+            resident: Resident::new(mappings),
+            holes,
+            inline_writes: InlineWrites::default(),
+        }
     }
 
     /// What this queue knows of the page cache.
@@ -57,10 +75,9 @@ impl<'a> Router<'a> {
         &mut self.resident
     }
 
-    /// The files in the order of the slots that the plans speak of.
-    pub fn files(&self) -> Vec<Option<BorrowedFd<'a>>> {
-        let files = self.disk.layers().iter().map(Layer::file);
-        files.flat_map(|f| [Some(f.buffered()), f.direct().map(|(fd, _)| fd)]).collect()
+    /// The files that the plans name.
+    pub fn files(&self) -> LayerFiles<'a> {
+        self.files
     }
 
     /// Plans the read of `range` into `buffers`, which are as long as it. What
@@ -79,34 +96,74 @@ impl<'a> Router<'a> {
     ) -> Result<(), DiskError> {
         let mut cursor = Cursor { left: buffers, skip: 0 };
         for extent in self.disk.extents(range)? {
-            match extent {
-                Extent::Data { layer, at, len } => {
-                    let piece = cursor.take(len, &mut self.piece);
-                    if self.holes.cover(layer, at, len) {
-                        zero(memory, piece);
-                    } else if offload && self.resident.holds(layer, at, len) {
-                        plan.read(slot(self.disk, layer, at, piece), at, piece);
-                        plan.set_aside();
-                    } else if len > READ_MAX || !self.resident.copy(layer, at, len, memory, piece) {
-                        plan.read(slot(self.disk, layer, at, piece), at, piece);
-                    }
-                }
-                Extent::Zero { len } => zero(memory, cursor.take(len, &mut self.piece)),
-            }
+            let (Extent::Data { len, .. } | Extent::Zero { len }) = extent;
+            let path = self.read_path(extent, offload);
+            self.read_extent(path, len, &mut cursor, memory, plan);
         }
         Ok(())
+    }
+
+    /// The first way that is open to an extent, from the cheapest on. With `offload` what is in the
+    /// page cache is not copied here.
+    #[inline]
+    fn read_path(&mut self, extent: Extent, offload: bool) -> ReadPath<'a> {
+        let Extent::Data { layer, at, len } = extent else { return ReadPath::Zeros };
+        let place = FilePlace { layer, at };
+        if self.holes.cover(layer, at, len) {
+            return ReadPath::Zeros;
+        }
+        if offload && self.resident.holds(layer, at, len) {
+            return ReadPath::Offload(place);
+        }
+        if len > READ_MAX {
+            return ReadPath::Submit(place);
+        }
+        match self.resident.find(layer, at, len) {
+            Some(range) => ReadPath::Copy(range, place),
+            None => ReadPath::Submit(place),
+        }
+    }
+
+    /// Goes that way with the next `len` bytes of the request.
+    #[inline]
+    fn read_extent(
+        &mut self,
+        path: ReadPath<'a>,
+        len: u64,
+        cursor: &mut Cursor<'_>,
+        memory: &Memory,
+        plan: &mut Plan,
+    ) {
+        let piece = cursor.take(len, &mut self.piece);
+        let files = self.files;
+        let mut submit = |FilePlace { layer, at }| {
+            plan.read(files.slot(layer, at, piece), at, piece);
+        };
+        match path {
+            ReadPath::Zeros => zero(memory, piece),
+            ReadPath::Submit(place) => submit(place),
+            ReadPath::Copy(range, place) => {
+                if !self.resident.copy(&range, memory, piece) {
+                    submit(place);
+                }
+            }
+            ReadPath::Offload(place) => {
+                submit(place);
+                plan.force_async();
+            }
+        }
     }
 
     /// The next place to be touched ahead of a cold stream, see [`Resident::ahead`].
     #[inline]
     pub fn ahead(&mut self) -> Option<(FileSlot, ByteOffset)> {
-        self.resident.ahead().map(|(layer, at)| (buffered(layer), at))
+        self.resident.ahead().map(|(layer, at)| (buffered_slot(layer), at))
     }
 
     /// Plans the write of `buffers` to `range`, which is as long as they.
     pub fn plan_write(&mut self, range: SectorRange, buffers: &[libc::iovec], plan: &mut Plan) {
         let at = self.disk.write_at(range);
-        let slot = write_slot(self.disk, at, range.len_bytes(), buffers);
+        let slot = self.files.write_slot(at, range.len_bytes(), buffers);
         if slot == TOP {
             plan_pieces(at, range.len_bytes(), buffers, &mut self.piece, plan);
         } else {
@@ -118,13 +175,12 @@ impl<'a> Router<'a> {
     /// whether it was done.
     ///
     /// # Safety
-    /// As for [`PromptWrites::write`].
-    pub unsafe fn write_promptly(&mut self, range: SectorRange, buffers: &[libc::iovec]) -> bool {
-        let file = self.disk.layers()[0].file();
+    /// As for [`InlineWrites::write`].
+    pub unsafe fn write_inline(&mut self, range: SectorRange, buffers: &[libc::iovec]) -> bool {
         // A disk is slower than a context switch.
-        file.direct().is_none()
-            // SAFETY: the caller vouches for the buffers.
-            && unsafe { self.prompt.write(file.buffered(), self.disk.write_at(range), buffers) }
+        let Some(file) = self.files.cached_top() else { return false };
+        // SAFETY: the caller vouches for the buffers.
+        unsafe { self.inline_writes.write(file, self.disk.write_at(range), buffers) }
     }
 
     /// Plans to turn `segments` into zeros: holes where their space may be given
@@ -154,41 +210,6 @@ impl<'a> Router<'a> {
         for segment in segments {
             plan_zeros(self.disk.write_at(segment.range), segment.range.len_bytes(), plan);
         }
-    }
-}
-
-/// The buffered description of a layer.
-#[inline]
-fn buffered(layer: LayerIndex) -> FileSlot {
-    // At most 64 layers and a base.
-    #[expect(clippy::cast_possible_truncation)]
-    FileSlot(layer.get() as u32 * FILES_PER_LAYER)
-}
-
-/// The description to use: the direct one where the alignment allows it.
-#[inline]
-fn slot(disk: &Disk, layer: LayerIndex, at: ByteOffset, buffers: &[libc::iovec]) -> FileSlot {
-    let buffered = buffered(layer);
-    let Some((_, align)) = disk.layers()[layer.get()].file().direct() else { return buffered };
-    let (memory, offset) = (u64::from(align.memory), u64::from(align.offset));
-    let aligned = at.get().is_multiple_of(offset)
-        && buffers.iter().all(|v| {
-            (v.iov_base.addr() as u64).is_multiple_of(memory)
-                && (v.iov_len as u64).is_multiple_of(offset)
-        });
-    if aligned { FileSlot(buffered.0 + 1) } else { buffered }
-}
-
-/// The description for a write of `len` bytes to the top: the direct one only for whole pages of the
-/// file. What fills a page in part goes through the page cache, and so does all else that does so. If
-/// of two neighbours in a page one went past the cache while the other is in it, the kernel could
-/// write the old content of the one over the new, and it lets the next sync fail.
-#[inline]
-fn write_slot(disk: &Disk, at: ByteOffset, len: u64, buffers: &[libc::iovec]) -> FileSlot {
-    if (at.get() | len).is_multiple_of(PAGE) {
-        slot(disk, LayerIndex::TOP, at, buffers)
-    } else {
-        TOP
     }
 }
 

@@ -278,7 +278,7 @@ impl<'a> Worker<'a> {
             queue.log(log.clone());
         }
         let router = Router::new(&shared.disk, &shared.mappings, &shared.holes);
-        let mut ring = shared.engine.ring(usize::from(depth), &router.files())?;
+        let mut ring = shared.engine.ring(usize::from(depth), &router.files().descriptors())?;
         let kick = Kick::new(start.kick.fd())?;
         ring.watch(start.kick.fd(), KICK)?;
         ring.watch(stop.fd(), STOP)?;
@@ -435,7 +435,7 @@ impl<'a> Worker<'a> {
         let request = InFlight { head, pending, work: Work::Write(range, writing) };
         let data = self.iovecs.data();
         // SAFETY: as in `submit`.
-        if unsafe { self.router.write_promptly(range, data) } {
+        if unsafe { self.router.write_inline(range, data) } {
             return self.completed(request, Ok(()));
         }
         self.router.plan_write(range, data, &mut self.plan);

@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_always_ready_is_no_bell() {
+    fn what_is_always_ready_is_no_kick_descriptor() {
         let null = std::fs::File::open("/dev/null").unwrap();
         for file in [tempfile::tempfile().unwrap(), null] {
             let error = Kick::new(file.as_fd()).unwrap_err().to_string();

@@ -109,7 +109,7 @@ fn a_batch_of_endless_reads_is_cut_off() {
 
 /// While a long read is copied by a thread of the kernel the next is copied here.
 #[test]
-fn one_of_several_long_reads_is_lent() {
+fn one_of_several_long_reads_is_offloaded() {
     const LEN: u32 = 256 << 10;
     let mut image = tempfile::NamedTempFile::new().unwrap();
     let content = |request: u32| vec![u8::try_from(request).unwrap() + 1; LEN as usize];

@@ -55,17 +55,17 @@ const STRANGERS_MAX: u32 = 4096;
 
 /// What counts about a file.
 #[derive(Clone, Copy, Debug)]
-pub struct ColdFile {
+pub(crate) struct ColdFile {
     /// Its length in bytes, rounded up to pages.
-    pub len: u64,
+    pub(crate) len: u64,
     /// How far the kernel reads ahead in it, in bytes.
-    pub readahead: u64,
+    pub(crate) readahead: u64,
 }
 
 impl ColdFile {
     /// A file on device `dev` (as of `st_dev`). A host may set for each of its devices
     /// how far the kernel reads ahead.
-    pub fn new(dev: u64, len: u64) -> Self {
+    pub(crate) fn new(dev: u64, len: u64) -> Self {
         let (major, minor) = (libc::major(dev), libc::minor(dev));
         let readahead = [
             format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"),
@@ -115,7 +115,7 @@ impl Stream {
 
 /// The cold streams of a queue.
 #[derive(Debug, Default)]
-pub struct ColdStreams {
+pub(crate) struct ColdStreams {
     /// The one that went on last is the first.
     streams: [Option<Stream>; STREAMS],
     /// There may be one.
@@ -126,7 +126,7 @@ pub struct ColdStreams {
 impl ColdStreams {
     /// A read of `at..end` was not wholly in the page cache.
     #[inline]
-    pub fn missed(&mut self, layer: LayerIndex, at: u64, end: u64) {
+    pub(crate) fn missed(&mut self, layer: LayerIndex, at: u64, end: u64) {
         if self.find(layer, at).is_none() {
             self.begin(Stream { layer, next: end, run: 0, touched: 0, target: 0 });
         }
@@ -150,7 +150,7 @@ impl ColdStreams {
     /// it goes on with a stream; `is_resident` says whether a byte of the file is in
     /// the page cache, false past its end.
     #[inline]
-    pub fn goes_on(
+    pub(crate) fn goes_on(
         &mut self,
         layer: LayerIndex,
         (at, end): (u64, u64),
@@ -190,7 +190,7 @@ impl ColdStreams {
 
     /// The next byte to be touched for the stream that went on last, if there is one.
     #[inline]
-    pub fn ahead(&mut self) -> Option<(LayerIndex, u64)> {
+    pub(crate) fn ahead(&mut self) -> Option<(LayerIndex, u64)> {
         let stream = self.streams[0].as_mut()?;
         let at = stream.touched;
         if at >= stream.target {

@@ -17,7 +17,7 @@ const STRETCHES_MAX: usize = 1024;
 
 /// Where the last layer of a disk has holes.
 #[derive(Debug)]
-pub struct Holes {
+pub(crate) struct Holes {
     layer: usize,
     /// In bytes of the file, ascending.
     ranges: Vec<Range<u64>>,
@@ -25,7 +25,7 @@ pub struct Holes {
 
 impl Holes {
     /// Looks for the holes of the last layer, if nobody writes to it.
-    pub fn new(disk: &Disk) -> Self {
+    pub(crate) fn new(disk: &Disk) -> Self {
         let layer = disk.layers().len().saturating_sub(1);
         let ranges = match disk.layers().get(layer) {
             Some(last) if layer > 0 || disk.read_only() => find(last.file()),
@@ -35,7 +35,7 @@ impl Holes {
     }
 
     /// Whether `len` bytes of `layer` at `at` are in one hole.
-    pub fn cover(&self, layer: LayerIndex, at: ByteOffset, len: u64) -> bool {
+    pub(crate) fn cover(&self, layer: LayerIndex, at: ByteOffset, len: u64) -> bool {
         let after = self.ranges.partition_point(|hole| hole.start <= at.get());
         let hole = after.checked_sub(1).and_then(|before| self.ranges.get(before));
         layer.get() == self.layer

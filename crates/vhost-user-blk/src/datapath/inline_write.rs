@@ -27,7 +27,7 @@ const CAUTION: u32 = 20;
 
 /// The inline writes of one queue.
 #[derive(Debug, Default)]
-pub struct InlineWrites {
+pub(crate) struct InlineWrites {
     cautious_until: Option<Instant>,
 }
 
@@ -39,7 +39,7 @@ impl InlineWrites {
     /// # Safety
     /// The buffers are memory that stays mapped during the call; no reference to
     /// them exists.
-    pub unsafe fn write(
+    pub(crate) unsafe fn write(
         &mut self,
         fd: BorrowedFd<'_>,
         at: ByteOffset,

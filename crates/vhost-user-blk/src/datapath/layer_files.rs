@@ -16,25 +16,25 @@ use cow_format::{ByteOffset, LayerIndex};
 use crate::guest_memory::PAGE_SIZE;
 
 /// The top layer, buffered.
-pub const TOP: FileSlot = FileSlot(0);
+pub(crate) const TOP: FileSlot = FileSlot(0);
 
 /// The buffered and the direct description of each layer stand side by side.
 const FILES_PER_LAYER: u32 = 2;
 
 /// The files of a disk, in the order of their slots.
 #[derive(Clone, Copy)]
-pub struct LayerFiles<'a> {
+pub(crate) struct LayerFiles<'a> {
     disk: &'a Disk,
 }
 
 impl<'a> LayerFiles<'a> {
     /// The files of `disk`.
-    pub fn new(disk: &'a Disk) -> Self {
+    pub(crate) fn new(disk: &'a Disk) -> Self {
         Self { disk }
     }
 
     /// The descriptors in the order of their slots.
-    pub fn descriptors(self) -> Vec<Option<BorrowedFd<'a>>> {
+    pub(crate) fn descriptors(self) -> Vec<Option<BorrowedFd<'a>>> {
         let files = self.disk.layers().iter().map(Layer::file);
         files.flat_map(|f| [Some(f.buffered()), f.direct().map(|(fd, _)| fd)]).collect()
     }
@@ -42,7 +42,12 @@ impl<'a> LayerFiles<'a> {
     /// The slot for a read of `layer` at `at` into `buffers`, or for a write to it: the direct
     /// description where the alignment allows it.
     #[inline]
-    pub fn slot(self, layer: LayerIndex, at: ByteOffset, buffers: &[libc::iovec]) -> FileSlot {
+    pub(crate) fn slot(
+        self,
+        layer: LayerIndex,
+        at: ByteOffset,
+        buffers: &[libc::iovec],
+    ) -> FileSlot {
         let buffered = buffered_slot(layer);
         let layer = &self.disk.layers()[layer.get()];
         let Some((_, align)) = layer.file().direct() else { return buffered };
@@ -60,7 +65,7 @@ impl<'a> LayerFiles<'a> {
     /// writes. If one of two neighbours in a page bypassed the cache while the other is in it, the
     /// kernel could write the old content of the one over the new, and it fails the next sync.
     #[inline]
-    pub fn write_slot(self, at: ByteOffset, len: u64, buffers: &[libc::iovec]) -> FileSlot {
+    pub(crate) fn write_slot(self, at: ByteOffset, len: u64, buffers: &[libc::iovec]) -> FileSlot {
         if (at.get() | len).is_multiple_of(PAGE_SIZE) {
             self.slot(LayerIndex::TOP, at, buffers)
         } else {
@@ -70,7 +75,7 @@ impl<'a> LayerFiles<'a> {
 
     /// [`cached_file`] of the top.
     #[inline]
-    pub fn cached_top(self) -> Option<BorrowedFd<'a>> {
+    pub(crate) fn cached_top(self) -> Option<BorrowedFd<'a>> {
         cached_file(&self.disk.layers()[0])
     }
 }
@@ -78,14 +83,14 @@ impl<'a> LayerFiles<'a> {
 /// The file of a layer that is used through the page cache only. Only such a file is mapped, or
 /// written to without the ring.
 #[inline]
-pub fn cached_file(layer: &Layer<File>) -> Option<BorrowedFd<'_>> {
+pub(crate) fn cached_file(layer: &Layer<File>) -> Option<BorrowedFd<'_>> {
     let file = layer.file();
     file.direct().is_none().then(|| file.buffered())
 }
 
 /// The slot of a layer's buffered description.
 #[inline]
-pub fn buffered_slot(layer: LayerIndex) -> FileSlot {
+pub(crate) fn buffered_slot(layer: LayerIndex) -> FileSlot {
     // At most 64 layers and a base.
     #[expect(clippy::cast_possible_truncation)]
     FileSlot(layer.get() as u32 * FILES_PER_LAYER)

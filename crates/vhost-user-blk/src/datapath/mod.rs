@@ -1,10 +1,10 @@
 //! The data path: one thread for each queue takes requests and moves their data.
 
-pub mod cold_stream;
-pub mod holes;
-pub mod inline_write;
-pub mod layer_files;
-pub mod resident;
-pub mod route;
-pub mod spin;
-pub mod worker;
+pub(crate) mod cold_stream;
+pub(crate) mod holes;
+pub(crate) mod inline_write;
+pub(crate) mod layer_files;
+pub(crate) mod resident;
+pub(crate) mod route;
+pub(crate) mod spin;
+pub(crate) mod worker;

@@ -56,10 +56,10 @@ const FRESH_NS: u64 = 250_000_000;
 
 /// The longest read that is copied: some 200 microseconds, in which the queue does
 /// nothing else. Up to there it is up to twice as fast as the kernel's copy.
-pub const READ_MAX: u64 = 4 << 20;
+pub(crate) const READ_MAX: u64 = 4 << 20;
 
 /// The layers of a disk, mapped; shared by its queues.
-pub struct Mappings {
+pub(crate) struct Mappings {
     layers: Vec<Option<Mapping>>,
     /// Some queue has copied from them lately.
     used: AtomicBool,
@@ -69,7 +69,7 @@ impl Mappings {
     /// Maps every layer that is read through the page cache and whose residency
     /// the kernel tells us. Where mapping fails the layer is read through
     /// io_uring, as ever.
-    pub fn new(disk: &Disk) -> Self {
+    pub(crate) fn new(disk: &Disk) -> Self {
         let map = |layer| cached_file(layer).and_then(Mapping::new);
         let layers = disk.layers().iter().map(map).collect();
         Self { layers, used: AtomicBool::new(false) }
@@ -78,7 +78,7 @@ impl Mappings {
     /// Lets go of the mapped pages if nobody has used any since the last call:
     /// they count as the daemon's memory. The page cache stays as it is. Whether
     /// that was done.
-    pub fn forget_unused(&self) -> bool {
+    pub(crate) fn forget_unused(&self) -> bool {
         if self.used.swap(false, Ordering::Relaxed) {
             return false;
         }
@@ -191,7 +191,7 @@ fn residency_is_told(fd: BorrowedFd<'_>, owner: u32) -> bool {
 type Window = [u64; 2 + 2 * GROUPS];
 
 /// Bytes of a layer that were in the page cache a short time ago.
-pub struct ResidentRange<'a> {
+pub(crate) struct ResidentRange<'a> {
     /// Has all of them.
     mapping: &'a Mapping,
     /// The first one, in bytes from the start of the mapping.
@@ -201,7 +201,7 @@ pub struct ResidentRange<'a> {
 }
 
 /// One queue's view of the mappings.
-pub struct Resident<'a> {
+pub(crate) struct Resident<'a> {
     mappings: &'a Mappings,
     windows: Vec<Window>,
     epoch: Instant,
@@ -214,7 +214,7 @@ pub struct Resident<'a> {
 
 impl<'a> Resident<'a> {
     /// A view that knows nothing yet.
-    pub fn new(mappings: &'a Mappings) -> Self {
+    pub(crate) fn new(mappings: &'a Mappings) -> Self {
         let windows = if mappings.layers.iter().any(Option::is_some) { WINDOWS } else { 0 };
         Self {
             mappings,
@@ -227,14 +227,14 @@ impl<'a> Resident<'a> {
     }
 
     /// Looks at the clock: what is known ages.
-    pub fn tick(&mut self) {
+    pub(crate) fn tick(&mut self) {
         self.now = u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX);
     }
 
     /// To be called before the queue sleeps: whether it has used the mappings
     /// since the last time, so that [`Mappings::forget_unused`] should be called
     /// after a while.
-    pub fn rested(&mut self) -> bool {
+    pub(crate) fn rested(&mut self) -> bool {
         let used = std::mem::take(&mut self.used);
         // Looked at first: a store would take the cache line from other queues.
         if used && !self.mappings.used.load(Ordering::Relaxed) {
@@ -246,12 +246,12 @@ impl<'a> Resident<'a> {
     /// The next byte of a layer that is to be read so that the kernel reads ahead of a
     /// cold stream, if there is one; what it is does not matter.
     #[inline]
-    pub fn ahead(&mut self) -> Option<(LayerIndex, ByteOffset)> {
+    pub(crate) fn ahead(&mut self) -> Option<(LayerIndex, ByteOffset)> {
         self.streams.ahead().map(|(layer, at)| (layer, ByteOffset::new(at)))
     }
 
     /// Whether all of `len` bytes of `layer` at `at` are in the page cache.
-    pub fn holds(&mut self, layer: LayerIndex, at: ByteOffset, len: u64) -> bool {
+    pub(crate) fn holds(&mut self, layer: LayerIndex, at: ByteOffset, len: u64) -> bool {
         let mappings = self.mappings;
         let Some(Some(mapping)) = mappings.layers.get(layer.get()) else { return false };
         let Some(end) = at.get().checked_add(len) else { return false };
@@ -262,7 +262,7 @@ impl<'a> Resident<'a> {
     /// also if the file cannot be read in this way, or if a copy would hide a cold stream from the
     /// kernel.
     #[inline]
-    pub fn find(
+    pub(crate) fn find(
         &mut self,
         layer: LayerIndex,
         at: ByteOffset,
@@ -290,7 +290,7 @@ impl<'a> Resident<'a> {
     /// Copies `range` to `buffers`, as much as they hold. False if the file has been truncated; the
     /// buffers' content is then undefined.
     #[inline]
-    pub fn copy(
+    pub(crate) fn copy(
         &mut self,
         range: &ResidentRange<'a>,
         memory: &Memory,

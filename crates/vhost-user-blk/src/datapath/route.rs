@@ -22,7 +22,7 @@ use crate::virtio::request::Segment;
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Finds the file and the place for each piece of a request.
-pub struct Router<'a> {
+pub(crate) struct Router<'a> {
     disk: &'a Disk,
     files: LayerFiles<'a>,
     /// Used again from one extent to the next.
@@ -59,7 +59,7 @@ struct FilePlace {
 
 impl<'a> Router<'a> {
     /// A router for one queue.
-    pub fn new(disk: &'a Disk, mappings: &'a Mappings, holes: &'a Holes) -> Self {
+    pub(crate) fn new(disk: &'a Disk, mappings: &'a Mappings, holes: &'a Holes) -> Self {
         Self {
             disk,
             files: LayerFiles::new(disk),
@@ -71,12 +71,12 @@ impl<'a> Router<'a> {
     }
 
     /// What this queue knows of the page cache.
-    pub fn resident(&mut self) -> &mut Resident<'a> {
+    pub(crate) fn resident(&mut self) -> &mut Resident<'a> {
         &mut self.resident
     }
 
     /// The files that the plans name.
-    pub fn files(&self) -> LayerFiles<'a> {
+    pub(crate) fn files(&self) -> LayerFiles<'a> {
         self.files
     }
 
@@ -86,7 +86,7 @@ impl<'a> Router<'a> {
     ///
     /// # Errors
     /// The bitmaps do not say where the range stands; nothing is planned then.
-    pub fn plan_read(
+    pub(crate) fn plan_read(
         &mut self,
         range: SectorRange,
         memory: &Memory,
@@ -156,12 +156,17 @@ impl<'a> Router<'a> {
 
     /// The next place to be touched ahead of a cold stream, see [`Resident::ahead`].
     #[inline]
-    pub fn ahead(&mut self) -> Option<(FileSlot, ByteOffset)> {
+    pub(crate) fn ahead(&mut self) -> Option<(FileSlot, ByteOffset)> {
         self.resident.ahead().map(|(layer, at)| (buffered_slot(layer), at))
     }
 
     /// Plans the write of `buffers` to `range`, which is as long as they.
-    pub fn plan_write(&mut self, range: SectorRange, buffers: &[libc::iovec], plan: &mut Plan) {
+    pub(crate) fn plan_write(
+        &mut self,
+        range: SectorRange,
+        buffers: &[libc::iovec],
+        plan: &mut Plan,
+    ) {
         let at = self.disk.write_at(range);
         let slot = self.files.write_slot(at, range.len_bytes(), buffers);
         if slot == TOP {
@@ -176,7 +181,11 @@ impl<'a> Router<'a> {
     ///
     /// # Safety
     /// As for [`InlineWrites::write`].
-    pub unsafe fn write_inline(&mut self, range: SectorRange, buffers: &[libc::iovec]) -> bool {
+    pub(crate) unsafe fn write_inline(
+        &mut self,
+        range: SectorRange,
+        buffers: &[libc::iovec],
+    ) -> bool {
         // A disk is slower than a context switch.
         let Some(file) = self.files.cached_top() else { return false };
         // SAFETY: the caller vouches for the buffers.
@@ -188,7 +197,7 @@ impl<'a> Router<'a> {
     /// EOPNOTSUPP; then [`Self::plan_written_zeros`]. A block device takes whole blocks
     /// only: what is left at the edges is written, or with `discard`, which promises
     /// nothing, left as it is.
-    pub fn plan_zero(&self, segments: &[Segment], discard: bool, plan: &mut Plan) {
+    pub(crate) fn plan_zero(&self, segments: &[Segment], discard: bool, plan: &mut Plan) {
         for segment in segments {
             let (at, len) = (self.disk.write_at(segment.range), segment.range.len_bytes());
             let blocks = whole_blocks(at, len, self.disk.logical_block());
@@ -206,7 +215,7 @@ impl<'a> Router<'a> {
     }
 
     /// Plans to write zeros to `segments`.
-    pub fn plan_written_zeros(&self, segments: &[Segment], plan: &mut Plan) {
+    pub(crate) fn plan_written_zeros(&self, segments: &[Segment], plan: &mut Plan) {
         for segment in segments {
             plan_zeros(self.disk.write_at(segment.range), segment.range.len_bytes(), plan);
         }

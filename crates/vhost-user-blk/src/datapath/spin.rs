@@ -13,7 +13,7 @@
 use std::time::{Duration, Instant};
 
 /// The limit if the user sets none, in microseconds: as KVM's halt polling.
-pub const POLL_US: u32 = 200;
+pub(crate) const POLL_US: u32 = 200;
 
 /// Never longer than this for the disk: longer than a page cache or a fast disk takes,
 /// shorter than a flush.
@@ -28,7 +28,7 @@ const TURNS_PER_CLOCK: u32 = 16;
 
 /// What a dry queue waits for.
 #[derive(Clone, Copy, Debug)]
-pub enum For {
+pub(crate) enum For {
     /// The guest's next request: nothing is in flight.
     Guest,
     /// The end of what is in flight, or more requests.
@@ -37,20 +37,20 @@ pub enum For {
 
 /// The spinning of one queue.
 #[derive(Debug)]
-pub struct Spin {
+pub(crate) struct Spin {
     guest: Adaptive,
     disk: Adaptive,
 }
 
 impl Spin {
     /// Spins for at most `limit`, and at first not at all; zero turns spinning off.
-    pub fn new(limit: Duration) -> Self {
+    pub(crate) fn new(limit: Duration) -> Self {
         Self { guest: Adaptive::new(limit), disk: Adaptive::new(limit.min(DISK_MAX)) }
     }
 
     /// Calls `ready` again and again, for the present time at most, until it
     /// says true; what it said last.
-    pub fn until(&self, wait: For, mut ready: impl FnMut() -> bool) -> bool {
+    pub(crate) fn until(&self, wait: For, mut ready: impl FnMut() -> bool) -> bool {
         let longest = match wait {
             For::Guest => self.guest.now,
             For::Disk => self.disk.now,
@@ -75,7 +75,7 @@ impl Spin {
     }
 
     /// Learns from one sleep of length `slept` that followed a spin in vain.
-    pub fn slept(&mut self, wait: For, slept: Duration) {
+    pub(crate) fn slept(&mut self, wait: For, slept: Duration) {
         match wait {
             For::Guest => self.guest.slept(slept),
             For::Disk => self.disk.slept(slept),

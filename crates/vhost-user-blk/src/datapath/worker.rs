@@ -73,49 +73,49 @@ const TIDY: Watch = Watch(3);
 const TIDY_AFTER: Duration = Duration::from_secs(2);
 
 /// What all queues of the device share.
-pub struct Shared {
+pub(crate) struct Shared {
     /// The disk.
-    pub disk: Arc<Disk>,
+    pub(crate) disk: Arc<Disk>,
     /// Its layers as they are read without system calls.
-    pub mappings: Mappings,
+    pub(crate) mappings: Mappings,
     /// What of its base is a hole.
-    pub holes: Holes,
+    pub(crate) holes: Holes,
     /// Flushes it.
-    pub committer: Committer,
+    pub(crate) committer: Committer,
     /// The answer to GET_ID.
-    pub serial: [u8; ID_LEN],
+    pub(crate) serial: [u8; ID_LEN],
     /// What requests are checked against.
-    pub limits: ParseLimits,
+    pub(crate) limits: ParseLimits,
     /// The longest time that a dry queue spins before it sleeps.
-    pub poll: Duration,
+    pub(crate) poll: Duration,
     /// Who does the I/O.
-    pub engine: Arc<Engine>,
+    pub(crate) engine: Arc<Engine>,
     /// Signalled when a queue had to give up its ring.
-    pub failure: Arc<EventFd>,
+    pub(crate) failure: Arc<EventFd>,
 }
 
 /// A ring that is ready to be served.
 pub struct RingStart {
     /// The number of the queue.
-    pub queue: usize,
+    pub(crate) queue: usize,
     /// Guest memory.
-    pub memory: Arc<Memory>,
+    pub(crate) memory: Arc<Memory>,
     /// The ring as it was set up: its place in that memory, not checked, and the first entry of the
     /// available ring to take.
-    pub state: QueueState,
+    pub(crate) state: QueueState,
     /// Every write is durable before it completes: no FLUSH was negotiated, or
     /// the guest has turned the write cache off.
-    pub write_through: Arc<AtomicBool>,
+    pub(crate) write_through: Arc<AtomicBool>,
     /// The guest rings it: an eventfd or a pipe.
-    pub kick: EventConsumer,
+    pub(crate) kick: EventConsumer,
     /// Rings the guest: an eventfd or a pipe.
-    pub call: Option<EventNotifier>,
+    pub(crate) call: Option<EventNotifier>,
     /// Tells the frontend that the ring was given up.
-    pub err: Option<EventNotifier>,
+    pub(crate) err: Option<EventNotifier>,
     /// Where to keep what is in flight, and what a predecessor left there.
-    pub inflight: Option<Tracker>,
+    pub(crate) inflight: Option<Tracker>,
     /// Where to mark what is written into guest memory.
-    pub log: Option<RingLog>,
+    pub(crate) log: Option<RingLog>,
 }
 
 /// A queue that is being served.
@@ -130,7 +130,7 @@ pub struct WorkerHandle {
 /// # Errors
 /// What the system says to the eventfd or the thread. A ring that cannot be
 /// used is no error here: it is given up, and [`Shared::failure`] signalled.
-pub fn spawn(mut start: RingStart, shared: Arc<Shared>) -> io::Result<WorkerHandle> {
+pub(crate) fn spawn(mut start: RingStart, shared: Arc<Shared>) -> io::Result<WorkerHandle> {
     let stop = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
     let theirs = Arc::clone(&stop);
     let inflight = start.inflight.take();
@@ -147,7 +147,7 @@ pub fn spawn(mut start: RingStart, shared: Arc<Shared>) -> io::Result<WorkerHand
 impl WorkerHandle {
     /// Takes no more requests, answers those in flight, and says which entry of
     /// the available ring comes next.
-    pub fn stop(self) -> u16 {
+    pub(crate) fn stop(self) -> u16 {
         // It cannot fail: the counter starts at 0.
         _ = self.stop.write(1);
         // The profile has panics abort: nobody is left to see the 0.

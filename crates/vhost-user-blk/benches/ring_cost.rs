@@ -18,6 +18,7 @@ use testkit::driver::{Driver, GuestMemory, Layout};
 use testkit::memory::memfd;
 use testkit::request::{HEADER_LEN, IN, header};
 use vhost_user_blk::guest_memory::memory::{GuestAddress, Memory, RegionInfo};
+use vhost_user_blk::virtio::device_queue::DeviceQueue;
 use vhost_user_blk::virtio::request::{IoVecs, ParseLimits, Parsed, parse};
 use vhost_user_blk::virtio::split_queue::SplitQueue;
 use virtio_queue::QueueState;

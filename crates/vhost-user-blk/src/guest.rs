@@ -9,7 +9,8 @@ use testkit::driver::{Driver, GuestMemory, Layout};
 use virtio_queue::QueueState;
 
 use crate::guest_memory::memory::{GuestAddress, Memory};
-use crate::virtio::split_queue::{QUEUE_SIZE_MAX, SplitQueue};
+use crate::virtio::device_queue::QUEUE_SIZE_MAX;
+use crate::virtio::split_queue::SplitQueue;
 
 impl GuestMemory for Memory {
     fn write_guest(&self, address: u64, bytes: &[u8]) {

@@ -34,13 +34,14 @@ use crate::guest_memory::memory::Memory;
 use crate::process::log_limit::{self, RINGS};
 use crate::process::requirements::Engine;
 use crate::process::watchdog;
+use crate::virtio::device_queue::DeviceQueue;
 use crate::virtio::dirty_log::RingLog;
 use crate::virtio::inflight::Tracker;
 use crate::virtio::notify::{CallFd, EventDescriptor, Kick};
 use crate::virtio::request::{
     Fault, ID_LEN, IoVecs, Operation, ParseLimits, Parsed, Pending, Reply, Segment, parse,
 };
-use crate::virtio::split_queue::{Head, SplitQueue};
+use crate::virtio::split_queue::{RingError, SplitQueue};
 
 /// Requests taken in one turn: enough to share a system call and a
 /// notification among many, few enough that the first is not held up by the
@@ -163,13 +164,28 @@ fn serve(
     pulse: &Pulse,
 ) -> u16 {
     pulse.beat();
-    match Worker::new(start, inflight, shared, stop, pulse) {
+    let worker = split_queue(start, inflight)
+        .map_err(Box::<dyn std::error::Error>::from)
+        .and_then(|queue| Ok(Worker::new(start, queue, shared, stop, pulse)?));
+    match worker {
         Ok(worker) => worker.run(),
         Err(e) => {
             give_up(start, shared, e.as_ref());
             start.state.next_avail
         }
     }
+}
+
+/// The ring in guest memory, with what is kept of it elsewhere.
+fn split_queue(start: &RingStart, inflight: Option<Tracker>) -> Result<SplitQueue, RingError> {
+    let mut queue = SplitQueue::new(Arc::clone(&start.memory), start.state)?;
+    if let Some(inflight) = inflight {
+        queue.track(inflight);
+    }
+    if let Some(log) = &start.log {
+        queue.log(log.clone());
+    }
+    Ok(queue)
 }
 
 /// Tells everyone that the ring is not served any more.
@@ -196,8 +212,8 @@ fn log_refused(queue: usize, fault: Option<Fault>) {
 }
 
 /// A request between its descriptor chain and its answer.
-struct InFlight<'a> {
-    head: Head,
+struct InFlight<'a, H> {
+    head: H,
     pending: Pending,
     work: Work<'a>,
 }
@@ -229,11 +245,11 @@ enum ZeroMethod {
     Written,
 }
 
-struct Worker<'a> {
+struct Worker<'a, Q: DeviceQueue> {
     // First, so that it is dropped first: it waits until the kernel has let go
     // of guest memory, which `queue` keeps.
-    ring: Ring<InFlight<'a>>,
-    queue: SplitQueue,
+    ring: Ring<InFlight<'a, Q::Head>>,
+    queue: Q,
     start: &'a RingStart,
     shared: &'a Shared,
     router: Router<'a>,
@@ -242,7 +258,7 @@ struct Worker<'a> {
     /// Requests that are in flight at most.
     depth: u16,
     /// Requests that wait for the committer; the tag is the place.
-    committing: Vec<Option<InFlight<'a>>>,
+    committing: Vec<Option<InFlight<'a, Q::Head>>>,
     uncommitted: Vec<u32>,
     spin: Spin,
     pulse: &'a Pulse,
@@ -261,22 +277,15 @@ struct Worker<'a> {
     segments: Vec<Vec<Segment>>,
 }
 
-impl<'a> Worker<'a> {
+impl<'a, Q: DeviceQueue> Worker<'a, Q> {
     fn new(
         start: &'a RingStart,
-        inflight: Option<Tracker>,
+        queue: Q,
         shared: &'a Shared,
         stop: &'a EventFd,
         pulse: &'a Pulse,
-    ) -> Result<Self, Box<dyn std::error::Error>> {
+    ) -> io::Result<Self> {
         let depth = start.state.size.min(IN_FLIGHT_MAX);
-        let mut queue = SplitQueue::new(Arc::clone(&start.memory), start.state)?;
-        if let Some(inflight) = inflight {
-            queue.track(inflight);
-        }
-        if let Some(log) = &start.log {
-            queue.log(log.clone());
-        }
         let router = Router::new(&shared.disk, &shared.mappings, &shared.holes);
         let mut ring = shared.engine.ring(usize::from(depth), &router.files().descriptors())?;
         let kick = Kick::new(start.kick.fd())?;
@@ -377,7 +386,7 @@ impl<'a> Worker<'a> {
         true
     }
 
-    fn begin(&mut self, head: Head) {
+    fn begin(&mut self, head: Q::Head) {
         let chain = self.queue.chain(&head);
         let request = match parse(&self.start.memory, chain, &self.shared.limits, &mut self.iovecs)
         {
@@ -403,7 +412,7 @@ impl<'a> Worker<'a> {
         }
     }
 
-    fn read(&mut self, head: Head, pending: Pending, range: SectorRange) {
+    fn read(&mut self, head: Q::Head, pending: Pending, range: SectorRange) {
         self.batch_bytes += range.len_bytes();
         let memory = &self.start.memory;
         // With nothing else to copy it would only take longer.
@@ -427,7 +436,7 @@ impl<'a> Worker<'a> {
         }
     }
 
-    fn write(&mut self, head: Head, pending: Pending, range: SectorRange) {
+    fn write(&mut self, head: Q::Head, pending: Pending, range: SectorRange) {
         if self.shared.disk.is_failed() {
             return self.answer(head, pending.failed());
         }
@@ -442,7 +451,7 @@ impl<'a> Worker<'a> {
         self.submit(request);
     }
 
-    fn zero(&mut self, head: Head, pending: Pending, discard: bool) {
+    fn zero(&mut self, head: Q::Head, pending: Pending, discard: bool) {
         if self.shared.disk.is_failed() {
             return self.answer(head, pending.failed());
         }
@@ -462,7 +471,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Starts what was planned. An empty plan is done already.
-    fn submit(&mut self, request: InFlight<'a>) {
+    fn submit(&mut self, request: InFlight<'a, Q::Head>) {
         if self.plan.is_empty() {
             return self.completed(request, Ok(()));
         }
@@ -515,7 +524,7 @@ impl<'a> Worker<'a> {
     }
 
     /// The data of a request has been moved, or could not be.
-    fn completed(&mut self, request: InFlight<'a>, result: io::Result<()>) {
+    fn completed(&mut self, request: InFlight<'a, Q::Head>, result: io::Result<()>) {
         let InFlight { head, pending, work } = request;
         self.offloaded &= !matches!(work, Work::OffloadedRead);
         match (work, result) {
@@ -556,7 +565,7 @@ impl<'a> Worker<'a> {
     /// The data is in the top file: tells the disk, then the guest.
     fn written(
         &mut self,
-        head: Head,
+        head: Q::Head,
         pending: Pending,
         writing: Writing<'a>,
         ranges: &[SectorRange],
@@ -575,7 +584,7 @@ impl<'a> Worker<'a> {
     }
 
     /// Answers after everything that was acknowledged so far is durable.
-    fn commit(&mut self, head: Head, pending: Pending) {
+    fn commit(&mut self, head: Q::Head, pending: Pending) {
         let Some(tag) = self.uncommitted.pop() else {
             // As in `submit`: there are as many places as requests.
             return self.answer(head, pending.failed());
@@ -604,7 +613,7 @@ impl<'a> Worker<'a> {
         self.answers = answers;
     }
 
-    fn answer(&mut self, head: Head, reply: Reply) {
+    fn answer(&mut self, head: Q::Head, reply: Reply) {
         let status = reply.status_at();
         let written = reply.finish(&self.start.memory);
         fault::reached("status");

@@ -18,7 +18,7 @@ use virtio_bindings::virtio_blk::{
 use self::stream::Stream;
 use crate::guest_memory::memory::{GuestAddress, Memory, NotWritable, OutsideMemory};
 use crate::virtio::config;
-use crate::virtio::split_queue::{Chain, ChainError};
+use crate::virtio::device_queue::{ChainError, Descriptor};
 
 /// Data iovecs of one request: what one system call takes (IOV_MAX).
 pub const IOVECS_MAX: usize = 1024;
@@ -358,7 +358,7 @@ impl Reply {
 #[inline]
 pub fn parse(
     memory: &Memory,
-    chain: Chain<'_>,
+    chain: impl Iterator<Item = Result<Descriptor, ChainError>>,
     limits: &ParseLimits,
     iovecs: &mut IoVecs,
 ) -> Parsed {

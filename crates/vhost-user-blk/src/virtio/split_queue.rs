@@ -9,9 +9,7 @@
 //! and checked in the copy. What cannot be answered by failing one request, because it says nothing
 //! about any request, is a [`RingError`], after which the ring is to be left alone.
 //!
-//! The way of a request: [`SplitQueue::pop`] gives a [`Head`], [`SplitQueue::chain`] walks its
-//! descriptors, [`SplitQueue::push`] consumes the head; [`SplitQueue::publish`] shows the guest all
-//! that was pushed since the last time.
+//! The path of a request through it: [`DeviceQueue`].
 
 mod chain;
 
@@ -25,17 +23,12 @@ use virtio_bindings::virtio_ring::{
 use virtio_queue::desc::split::VirtqUsedElem;
 use virtio_queue::{Queue, QueueState, QueueT};
 
-use self::chain::DESCRIPTOR_SIZE;
+use self::chain::{Chain, DESCRIPTOR_SIZE};
 use crate::fault;
 use crate::guest_memory::memory::{GuestAddress, Loss, Memory};
+use crate::virtio::device_queue::{ChainError, Descriptor, DeviceQueue, QUEUE_SIZE_MAX};
 use crate::virtio::dirty_log::RingLog;
 use crate::virtio::inflight::{RingIndices, Tracker};
-
-pub use chain::{CHAIN_DESCRIPTORS_MAX, Chain, ChainError, Descriptor};
-
-/// Largest queue (virtio 1.3, 2.7): what 16-bit indices can tell full from empty. (The
-/// `virtio-queue` crate does not export its own constant.)
-pub const QUEUE_SIZE_MAX: u16 = 32768;
 
 /// The guest need not kick.
 const NO_NOTIFY: u16 = short(VRING_USED_F_NO_NOTIFY);
@@ -132,7 +125,7 @@ pub enum RingError {
 }
 
 /// The first descriptor of a request that the guest made available and that is not answered yet.
-/// Only [`SplitQueue::push`] consumes it.
+/// Only [`DeviceQueue::push`] consumes it.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "a head that is not pushed is a request that the guest waits for in vain"]
 pub struct Head(u16);
@@ -228,16 +221,6 @@ impl SplitQueue {
         self.log = Some(log);
     }
 
-    /// Marks what may have been written for a request: its device-writable buffers and the status. To
-    /// be called when all of that is there. (What the kernel writes marks nothing itself, and the
-    /// guest leaves the descriptors alone until it gets the answer.)
-    #[inline]
-    pub fn mark_buffers(&self, head: &Head, status: Option<GuestAddress>) {
-        if let Some(log) = &self.log {
-            self.mark_chain(log, head, status);
-        }
-    }
-
     #[cold]
     fn mark_chain(&self, log: &RingLog, head: &Head, status: Option<GuestAddress>) {
         if let Some(status) = status {
@@ -269,9 +252,65 @@ impl SplitQueue {
         }
     }
 
-    /// Takes the next request that the guest made available.
+    /// The next request that a predecessor did not answer. There are as many as descriptors at
+    /// most.
+    fn unfinished(&mut self) -> Option<Head> {
+        let head = self.inflight.as_mut()?.unfinished()?;
+        self.in_flight += 1;
+        fault::reached("resubmit");
+        Some(Head(head))
+    }
+
+    /// Reads `avail.idx` again. True: there is something to take.
     #[inline]
-    pub fn pop(&mut self) -> Result<Option<Head>, RingError> {
+    fn look(&mut self) -> Result<bool, RingError> {
+        // Acquire: the entries and descriptors before the index are read after it.
+        let found = load(self.avail_ptr(1), Ordering::Acquire);
+        let ahead = found.wrapping_sub(self.next_avail);
+        if ahead > self.size {
+            return Err(RingError::AvailIndex { found, next: self.next_avail, size: self.size });
+        }
+        self.seen_avail = found;
+        Ok(ahead != 0)
+    }
+
+    /// `used.idx` as the guest sees it.
+    pub fn used_idx(&self) -> u16 {
+        self.published
+    }
+
+    /// 16-bit field `index` of the available ring: flags, idx, `size` entries, used_event.
+    #[inline]
+    fn avail_ptr(&self, index: usize) -> *mut u16 {
+        debug_assert!(index <= 2 + usize::from(self.size));
+        // SAFETY: the part has 3 + size fields, all inside the mapping.
+        unsafe { self.avail.cast::<u16>().add(index).cast_mut() }
+    }
+
+    #[inline]
+    fn used_flags_ptr(&self) -> *mut u16 {
+        self.used.cast()
+    }
+
+    #[inline]
+    fn used_idx_ptr(&self) -> *mut u16 {
+        // SAFETY: the part has at least 6 bytes.
+        unsafe { self.used.add(2).cast() }
+    }
+
+    #[inline]
+    fn avail_event_ptr(&self) -> *mut u16 {
+        // SAFETY: the part has 6 bytes and 8 for each entry; this field is the last 2 of them.
+        unsafe { self.used.add(used_offset(self.size.into())).cast() }
+    }
+}
+
+impl DeviceQueue for SplitQueue {
+    type Head = Head;
+    type Error = RingError;
+
+    #[inline]
+    fn pop(&mut self) -> Result<Option<Head>, RingError> {
         if self.next_avail == self.seen_avail {
             if let Some(head) = self.unfinished() {
                 return Ok(Some(head));
@@ -299,48 +338,29 @@ impl SplitQueue {
         Ok(Some(Head(head)))
     }
 
-    /// The next request that a predecessor did not answer. There are as many as descriptors at
-    /// most.
-    fn unfinished(&mut self) -> Option<Head> {
-        let head = self.inflight.as_mut()?.unfinished()?;
-        self.in_flight += 1;
-        fault::reached("resubmit");
-        Some(Head(head))
-    }
-
-    /// Reads `avail.idx` again. True: there is something to take.
     #[inline]
-    fn look(&mut self) -> Result<bool, RingError> {
-        // Acquire: the entries and descriptors before the index are read after it.
-        let found = load(self.avail_ptr(1), Ordering::Acquire);
-        let ahead = found.wrapping_sub(self.next_avail);
-        if ahead > self.size {
-            return Err(RingError::AvailIndex { found, next: self.next_avail, size: self.size });
-        }
-        self.seen_avail = found;
-        Ok(ahead != 0)
-    }
-
-    /// Whether [`SplitQueue::pop`] would not answer `Ok(None)`. For a worker that spins.
-    #[inline]
-    pub fn has_work(&self) -> bool {
+    fn has_work(&self) -> bool {
         self.next_avail != self.seen_avail
             || load(self.avail_ptr(1), Ordering::Relaxed) != self.next_avail
             || self.inflight.as_ref().is_some_and(|inflight| inflight.unfinished_count() > 0)
     }
 
-    /// The descriptors of a request. Walk it once: the guest may change it between two walks.
     #[inline]
-    pub fn chain(&self, head: &Head) -> Chain<'_> {
+    fn chain(&self, head: &Self::Head) -> impl Iterator<Item = Result<Descriptor, ChainError>> {
         // SAFETY: the table was resolved in `new`: as many descriptors as the ring has entries, inside
         // of a mapping that `memory` keeps.
         unsafe { Chain::new(&self.memory, self.desc, self.size, head.0) }
     }
 
-    /// Answers a request: `written` is what the device wrote into its device-writable buffers, in
-    /// bytes from their start. The guest sees it after the next [`SplitQueue::publish`].
     #[inline]
-    pub fn push(&mut self, head: Head, written: u32) {
+    fn mark_buffers(&self, head: &Head, status: Option<GuestAddress>) {
+        if let Some(log) = &self.log {
+            self.mark_chain(log, head, status);
+        }
+    }
+
+    #[inline]
+    fn push(&mut self, head: Head, written: u32) {
         let entry = usize::from(self.next_used & (self.size - 1));
         // SAFETY: `used` holds 4 bytes and `size` elements of 8, 4-byte aligned, inside the
         // mapping.
@@ -359,10 +379,8 @@ impl SplitQueue {
         self.in_flight = self.in_flight.saturating_sub(1);
     }
 
-    /// Shows the guest what was pushed since the last time, and says whether it wants to be
-    /// notified of that.
     #[inline]
-    pub fn publish(&mut self) -> bool {
+    fn publish(&mut self) -> bool {
         let (old, new) = (self.published, self.next_used);
         if old == new {
             return false;
@@ -389,10 +407,9 @@ impl SplitQueue {
         }
     }
 
-    /// Asks the guest not to kick. A hint; with EVENT_IDX there is nothing to say, since
-    /// `avail_event` stays behind.
+    /// With EVENT_IDX there is nothing to do, since `avail_event` stays behind.
     #[inline]
-    pub fn disable_notifications(&mut self) {
+    fn disable_notifications(&mut self) {
         if !self.event_idx && !self.quiet {
             self.quiet = true;
             store(self.used_flags_ptr(), NO_NOTIFY, Ordering::Relaxed);
@@ -400,10 +417,8 @@ impl SplitQueue {
         }
     }
 
-    /// Asks the guest to kick for the next request it makes available. True: there is one already,
-    /// for which no kick may come; look before you sleep.
     #[inline]
-    pub fn enable_notifications(&mut self) -> bool {
+    fn enable_notifications(&mut self) -> bool {
         if self.event_idx {
             // Not `avail.idx`: what was made available since is to be noticed below.
             store(self.avail_event_ptr(), self.next_avail, Ordering::Relaxed);
@@ -419,60 +434,25 @@ impl SplitQueue {
         self.has_work()
     }
 
-    /// The next entry of the available ring that would be taken: where a successor goes on.
-    pub fn next_avail(&self) -> u16 {
+    fn next_avail(&self) -> u16 {
         self.next_avail
     }
 
-    /// `used.idx` as the guest sees it.
-    pub fn used_idx(&self) -> u16 {
-        self.published
-    }
-
-    /// Requests that were popped and are not pushed.
-    pub fn in_flight(&self) -> u16 {
+    fn in_flight(&self) -> u16 {
         self.in_flight
     }
 
-    /// Whether a page of what the ring stands in, of the account of what is in flight, or of the log
-    /// was lost: nothing read from it may be published.
     #[inline]
-    pub fn poisoned(&self) -> bool {
+    fn poisoned(&self) -> bool {
         self.memory.poisoned()
             || self.inflight.as_ref().is_some_and(Tracker::poisoned)
             || self.log.as_ref().is_some_and(|log| log.log.poisoned())
     }
 
-    /// What became of it.
-    pub fn loss(&self) -> Option<Loss> {
+    fn loss(&self) -> Option<Loss> {
         let inflight = || self.inflight.as_ref().and_then(Tracker::loss);
         let log = || self.log.as_ref().and_then(|log| log.log.loss());
         self.memory.loss().or_else(inflight).or_else(log)
-    }
-
-    /// 16-bit field `index` of the available ring: flags, idx, `size` entries, used_event.
-    #[inline]
-    fn avail_ptr(&self, index: usize) -> *mut u16 {
-        debug_assert!(index <= 2 + usize::from(self.size));
-        // SAFETY: the part has 3 + size fields, all inside the mapping.
-        unsafe { self.avail.cast::<u16>().add(index).cast_mut() }
-    }
-
-    #[inline]
-    fn used_flags_ptr(&self) -> *mut u16 {
-        self.used.cast()
-    }
-
-    #[inline]
-    fn used_idx_ptr(&self) -> *mut u16 {
-        // SAFETY: the part has at least 6 bytes.
-        unsafe { self.used.add(2).cast() }
-    }
-
-    #[inline]
-    fn avail_event_ptr(&self) -> *mut u16 {
-        // SAFETY: the part has 6 bytes and 8 for each entry; this field is the last 2 of them.
-        unsafe { self.used.add(used_offset(self.size.into())).cast() }
     }
 }
 

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::fault::crash::crash_after;
 use crate::guest::Guest;
+use crate::virtio::device_queue::DeviceQueue;
 use crate::virtio::split_queue::{Head, SplitQueue, indices};
 
 const SIZE: u16 = 8;

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::guest_memory::memory::{GuestAddress, Memory, volatile_read};
 use crate::virtio::config;
-use crate::virtio::split_queue::{Chain, ChainError, Descriptor};
+use crate::virtio::device_queue::{ChainError, Descriptor};
 
 /// Bytes of a segment of a discard or write-zeroes request.
 const SEGMENT_LEN: usize = size_of::<virtio_blk_discard_write_zeroes>();
@@ -38,7 +38,7 @@ impl Stream {
     #[inline]
     pub(super) fn gather(
         memory: &Memory,
-        chain: Chain<'_>,
+        chain: impl Iterator<Item = Result<Descriptor, ChainError>>,
         iovecs: &mut IoVecs,
     ) -> Result<Self, ChainError> {
         let mut stream = Self::default();

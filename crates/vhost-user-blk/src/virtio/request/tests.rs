@@ -1,6 +1,7 @@
 use super::*;
 use crate::guest::{BORDER, DATA, Desc, END, Guest, INDIRECT, NEXT, WRITE};
 use crate::virtio::config;
+use crate::virtio::device_queue::DeviceQueue;
 use cow_format::Sector;
 use testkit::request::{DISCARD, FLUSH, GET_ID, IN, OUT, WRITE_ZEROES, segment};
 

@@ -4,57 +4,11 @@
 use virtio_queue::desc::split::Descriptor as RawDescriptor;
 
 use crate::guest_memory::memory::{GuestAddress, Memory, OutsideMemory, volatile_read_u64};
-
-/// Descriptors of one request, direct and indirect together. As many as one system call takes
-/// iovecs (IOV_MAX); the specification lets a device have "a reasonable limit" (2.7.4.1), and
-/// drivers keep to `seg_max` + 2.
-pub const CHAIN_DESCRIPTORS_MAX: u16 = 1024;
+use crate::virtio::device_queue::{CHAIN_DESCRIPTORS_MAX, ChainError, Descriptor};
 
 /// Bytes of a descriptor in its table.
 pub(super) const DESCRIPTOR_SIZE: u32 = 16;
 const _: () = assert!(size_of::<RawDescriptor>() == DESCRIPTOR_SIZE as usize);
-
-/// One buffer of a request. Nothing about it is checked but the shape of the chain it is in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Descriptor {
-    /// Guest address of its first byte.
-    pub address: GuestAddress,
-    /// Its length in bytes. The guest may say 0.
-    pub len: u32,
-    /// The device writes it; else it reads it.
-    pub writable: bool,
-}
-
-/// A chain whose buffers cannot be known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ChainError {
-    /// A NEXT that leads out of its table.
-    #[error("next descriptor {next}, the table has {len}")]
-    Next {
-        /// What the guest wrote.
-        next: u16,
-        /// Entries of the table.
-        len: u32,
-    },
-    /// More than [`CHAIN_DESCRIPTORS_MAX`] descriptors, as a loop has.
-    #[error("more than {CHAIN_DESCRIPTORS_MAX} descriptors: a loop, or a chain too long")]
-    TooLong,
-    /// INDIRECT in an indirect table.
-    #[error("indirect descriptor in an indirect table")]
-    NestedIndirect,
-    /// INDIRECT together with NEXT.
-    #[error("descriptor is indirect and has a next one")]
-    IndirectNext,
-    /// The length of an indirect table is 0 or no multiple of 16.
-    #[error("indirect table of {len} bytes")]
-    IndirectLength {
-        /// What the guest wrote.
-        len: u32,
-    },
-    /// The descriptor to read is not in guest memory.
-    #[error("indirect table: {0}")]
-    IndirectOutside(OutsideMemory),
-}
 
 /// A table of descriptors.
 #[derive(Clone, Copy, Debug)]
@@ -68,7 +22,7 @@ enum Table {
 /// Walks the descriptors of a request, copying each once. Ends after the last one or after an
 /// error.
 #[derive(Debug)]
-pub struct Chain<'a> {
+pub(crate) struct Chain<'a> {
     memory: &'a Memory,
     table: Table,
     /// Entries of `table`.

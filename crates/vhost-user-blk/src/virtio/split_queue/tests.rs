@@ -1,6 +1,7 @@
 use super::*;
 use crate::guest::{BORDER, DATA, Desc, END, Guest, INDIRECT, NEXT, RING, WRITE};
 use crate::guest_memory::memory::OutsideMemory;
+use crate::virtio::device_queue::CHAIN_DESCRIPTORS_MAX;
 
 mod differential;
 mod logged;

@@ -91,7 +91,7 @@ struct Sent {
 }
 
 struct Lane<'a> {
-    worker: Worker<'a>,
+    worker: Worker<'a, SplitQueue>,
     guest: Guest,
     slots: Vec<Option<Sent>>,
     /// `used.idx` as far as the answers were looked at.
@@ -292,7 +292,8 @@ fn play(setting: Setting, seed: u64) -> [[u64; 2]; 16] {
     };
     {
         let lane = |(guest, start)| Lane {
-            worker: Worker::new(start, None, &shared, &stop, &pulse).unwrap(),
+            worker: Worker::new(start, split_queue(start, None).unwrap(), &shared, &stop, &pulse)
+                .unwrap(),
             guest,
             slots: (0..SLOTS).map(|_| None).collect(),
             seen: 0,

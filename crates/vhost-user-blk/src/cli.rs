@@ -16,8 +16,8 @@ use crate::datapath::spin;
 use crate::process::control::{Request, Upgrade};
 use crate::process::socket::Endpoint;
 use crate::process::systemd;
+use crate::virtio::device_queue::QUEUE_SIZE_MAX;
 use crate::virtio::request::ID_LEN;
-use crate::virtio::split_queue::QUEUE_SIZE_MAX;
 
 /// Most queues: a message that passes a queue's descriptor names the queue in eight bits.
 const QUEUES_MAX: u16 = 256;

@@ -23,7 +23,7 @@ use crate::virtio::device_queue::{ChainError, Descriptor};
 /// Data iovecs of one request: what one system call takes (IOV_MAX).
 pub const IOVECS_MAX: usize = 1024;
 
-/// Length of the answer to GET_ID in bytes.
+/// Length of the answer to GET_ID, the serial number, in bytes (virtio 1.3, 5.2.6).
 pub const ID_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
 
 /// Type, reserved, sector: what stands before the data.

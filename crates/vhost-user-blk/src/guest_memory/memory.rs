@@ -35,7 +35,7 @@ use crate::guest_memory::sigbus::{Registration, SigbusError};
 /// Regions that one snapshot may hold. What QEMU calls memory slots: 509 is what the Linux kernel's
 /// KVM gives an x86 guest for its own use (512 less 3), and what vhost-user backends commonly
 /// answer to GET_MAX_MEM_SLOTS.
-pub const REGIONS_MAX: usize = 509;
+pub(crate) const REGIONS_MAX: usize = 509;
 
 /// A range of guest memory as the frontend describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +60,7 @@ impl fmt::Display for RegionInfo {
 /// Why a new snapshot could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// More than [`REGIONS_MAX`] regions.
+    /// More regions than `REGIONS_MAX`.
     #[error("memory table is full: {REGIONS_MAX} regions are the limit")]
     TooManyRegions,
     /// A size of 0.
@@ -237,7 +237,7 @@ impl fmt::Debug for Memory {
 
 impl Memory {
     /// A snapshot without any memory.
-    pub fn empty() -> Self {
+    pub(crate) fn empty() -> Self {
         Self::new(GuestRegionCollection::default())
     }
 
@@ -251,14 +251,14 @@ impl Memory {
     }
 
     /// This snapshot and one more region (ADD_MEM_REG). What is mapped already stays where it is.
-    pub fn with_region(&self, info: RegionInfo, file: File) -> Result<Self, MemoryError> {
+    pub(crate) fn with_region(&self, info: RegionInfo, file: File) -> Result<Self, MemoryError> {
         self.check(info)?;
         self.insert(Region::map(info, file)?)
     }
 
     /// This snapshot without the region of this guest address, size and frontend address
     /// (REM_MEM_REG; the offset is not compared, since frontends leave it out).
-    pub fn without_region(&self, info: RegionInfo) -> Result<Self, MemoryError> {
+    pub(crate) fn without_region(&self, info: RegionInfo) -> Result<Self, MemoryError> {
         let RegionInfo { guest_address, size, vmm_address, .. } = info;
         let removed = self.regions.remove_region(GuestAddress(guest_address), size).ok();
         let (regions, _) = removed
@@ -268,12 +268,12 @@ impl Memory {
     }
 
     /// The regions, ordered by guest address.
-    pub fn regions(&self) -> impl Iterator<Item = RegionInfo> + '_ {
+    pub(crate) fn regions(&self) -> impl Iterator<Item = RegionInfo> + '_ {
         self.regions.iter().map(|region| region.info)
     }
 
     /// The regions and their files.
-    pub fn files(&self) -> impl Iterator<Item = (RegionInfo, &File)> + '_ {
+    pub(crate) fn files(&self) -> impl Iterator<Item = (RegionInfo, &File)> + '_ {
         self.regions
             .iter()
             .filter_map(|region| Some((region.info, region.mapping.file_offset()?.file())))
@@ -282,21 +282,21 @@ impl Memory {
     /// Whether a page of this memory was lost, as [`Memory::loss`] says: nothing read from it since
     /// then may be trusted, and the session must end.
     #[inline]
-    pub fn poisoned(&self) -> bool {
+    pub(crate) fn poisoned(&self) -> bool {
         self.regions
             .iter()
             .any(|region| region.registration.as_ref().is_some_and(Registration::poisoned))
     }
 
     /// What became of the page, if this memory is [`Memory::poisoned`].
-    pub fn loss(&self) -> Option<Loss> {
+    pub(crate) fn loss(&self) -> Option<Loss> {
         let lost =
             |region: &&Region| region.registration.as_ref().is_some_and(Registration::poisoned);
         self.regions.iter().find(lost).map(|region| region.loss())
     }
 
     /// Where an address of the frontend's own address space is in the guest's (SET_VRING_ADDR).
-    pub fn vmm_va_to_gpa(&self, vmm_address: u64) -> Option<GuestAddress> {
+    pub(crate) fn vmm_va_to_gpa(&self, vmm_address: u64) -> Option<GuestAddress> {
         self.regions.iter().find_map(|region| {
             let offset = vmm_address.checked_sub(region.info.vmm_address)?;
             (offset < region.info.size).then(|| GuestAddress(region.info.guest_address + offset))
@@ -309,7 +309,7 @@ impl Memory {
     ///
     /// The pointers are good for as long as this snapshot lives.
     #[inline]
-    pub fn host_ranges(
+    pub(crate) fn host_ranges(
         &self,
         address: GuestAddress,
         len: u64,
@@ -334,7 +334,11 @@ impl Memory {
     /// # Errors
     /// [`NotWritable::ReadOnly`]
     #[inline]
-    pub fn check_writable(&self, address: GuestAddress, len: u64) -> Result<(), NotWritable> {
+    pub(crate) fn check_writable(
+        &self,
+        address: GuestAddress,
+        len: u64,
+    ) -> Result<(), NotWritable> {
         if self.has_read_only { self.look_for_read_only(address.0, len) } else { Ok(()) }
     }
 
@@ -351,14 +355,14 @@ impl Memory {
     /// The host memory behind `len` bytes at `address`, if one region holds them all. It may be such
     /// that can only be read.
     #[inline]
-    pub fn contiguous(&self, address: GuestAddress, len: u64) -> Option<*const u8> {
+    pub(crate) fn contiguous(&self, address: GuestAddress, len: u64) -> Option<*const u8> {
         let (host, available) = self.lookup(address.0)?;
         (len <= available).then_some(host.cast_const())
     }
 
     /// The same, to be written.
     #[inline]
-    pub fn contiguous_mut(&self, address: GuestAddress, len: u64) -> Option<*mut u8> {
+    pub(crate) fn contiguous_mut(&self, address: GuestAddress, len: u64) -> Option<*mut u8> {
         self.check_writable(address, len).ok()?;
         let (host, available) = self.lookup(address.0)?;
         (len <= available).then_some(host)
@@ -380,7 +384,7 @@ impl Memory {
     /// Copies `from` into guest memory at `address`. All or nothing: a range that cannot be written
     /// as a whole stays untouched.
     ///
-    /// With [`Memory::write_host`] this is the way of all that the processor, not the kernel,
+    /// With `Memory::write_host` this is the way of all that the processor, not the kernel,
     /// writes into buffers.
     #[inline]
     pub fn write(&self, address: GuestAddress, from: &[u8]) -> Result<(), NotWritable> {
@@ -401,7 +405,7 @@ impl Memory {
 
     /// Copies `from` to host memory that came from [`Memory::host_ranges`] of this snapshot. False,
     /// and nothing is written, if it is not inside it or may only be read.
-    pub fn write_host(&self, host: *mut u8, from: &[u8]) -> bool {
+    pub(crate) fn write_host(&self, host: *mut u8, from: &[u8]) -> bool {
         let place = self.inside(host, from.len());
         if let Some(place) = place {
             // SAFETY: as many bytes are left of the region, whose mapping `self` keeps.
@@ -412,7 +416,7 @@ impl Memory {
 
     /// Fills `len` bytes of host memory that came from [`Memory::host_ranges`] of this snapshot with
     /// zeros. False, and nothing is written, if they are not inside it or may only be read.
-    pub fn zero_host(&self, host: *mut u8, len: usize) -> bool {
+    pub(crate) fn zero_host(&self, host: *mut u8, len: usize) -> bool {
         let place = self.inside(host, len);
         if let Some(place) = place {
             // SAFETY: as in `write_host`. Not volatile, as it may be long and its order is of no
@@ -429,7 +433,7 @@ impl Memory {
     /// `from` is valid for reads of `len` bytes, by whoever else they may be written meanwhile, and
     /// lies outside of guest memory.
     #[inline]
-    pub unsafe fn copy_to_host(&self, host: *mut u8, from: *const u8, len: usize) -> bool {
+    pub(crate) unsafe fn copy_to_host(&self, host: *mut u8, from: *const u8, len: usize) -> bool {
         let place = self.inside(host, len);
         if let Some(place) = place {
             // SAFETY: as in `zero_host`, and the caller's promise.
@@ -537,7 +541,7 @@ impl Memory {
 }
 
 /// For the `virtio-queue` crate, which looks at rings while they are set up; requests take the way
-/// of [`Memory::host_ranges`].
+/// of `Memory::host_ranges`.
 impl GuestMemory for Memory {
     type PhysicalMemory = GuestRegionCollection<Region>;
     type Bitmap = ();

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// Mappings that can be registered at one time: the memory regions of one session (509) twice,
 /// because a new snapshot is built before the old one goes, and the files of a chain of layers.
-pub const MAPPINGS_MAX: usize = 2048;
+pub(crate) const MAPPINGS_MAX: usize = 2048;
 
 /// Why a mapping was not registered.
 #[derive(Debug, thiserror::Error)]
@@ -80,7 +80,7 @@ static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
 /// A mapping that the handler knows. Dropping it takes the mapping out; do so before the memory is
 /// unmapped.
 #[derive(Debug)]
-pub struct Registration {
+pub(crate) struct Registration {
     slot: usize,
 }
 
@@ -92,7 +92,7 @@ impl Registration {
     /// The range must be a mapping of a file that this process made and that stays until the
     /// `Registration` is dropped; nothing else may rely on what its pages hold after they were lost to
     /// a shortened file.
-    pub unsafe fn new(start: *mut u8, len: usize, page: usize) -> Result<Self, SigbusError> {
+    pub(crate) unsafe fn new(start: *mut u8, len: usize, page: usize) -> Result<Self, SigbusError> {
         install()?;
         let free = |slot: &Slot| {
             slot.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()
@@ -110,7 +110,7 @@ impl Registration {
     /// Whether a page of the mapping was lost, so that what was read from it may be zeros and what
     /// was written to it may have gone nowhere. Stays true.
     #[inline]
-    pub fn poisoned(&self) -> bool {
+    pub(crate) fn poisoned(&self) -> bool {
         ANY_POISONED.load(Ordering::Acquire) && SLOTS[self.slot].poisoned.load(Ordering::Acquire)
     }
 }

@@ -9,7 +9,7 @@ use zerocopy::{Immutable, IntoBytes};
 
 /// The largest part of a configuration space that vhost-user can ask for, in bytes (vhost-user
 /// specification, "Virtio device config space").
-pub const CONFIG_SPACE_LEN: u32 = 256;
+pub(crate) const CONFIG_SPACE_LEN: u32 = 256;
 /// cloud-hypervisor names the first byte of the device's own space by its place in a virtio-mmio
 /// register file, 0x100. Everything there lies past [`CONFIG_SPACE_LEN`], so the two cannot be
 /// confused.
@@ -23,30 +23,30 @@ const SECTOR_LEN: u32 = 512;
 
 /// Most data segments in a request. With header and status that makes 128 descriptors: the default
 /// ring of QEMU and cloud-hypervisor, which a chain must not exceed when INDIRECT_DESC is off.
-pub const SEGMENTS_MAX: u16 = 126;
+pub(crate) const SEGMENTS_MAX: u16 = 126;
 /// Most sectors in one segment of a DISCARD: 1 GiB. Bounds how long one request can keep a queue
 /// busy, and is large enough for a whole disk to be trimmed in few requests.
-pub const DISCARD_SECTORS_MAX: u32 = 1 << 21;
+pub(crate) const DISCARD_SECTORS_MAX: u32 = 1 << 21;
 /// Most sectors in one segment of a WRITE_ZEROES: 64 MiB. Smaller than for DISCARD because where the
 /// file system cannot zero a range by itself the zeros are written.
-pub const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 17;
+pub(crate) const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 17;
 /// Most segments in one DISCARD or WRITE_ZEROES: 512 bytes of segments.
-pub const RANGES_MAX: u32 = 32;
+pub(crate) const RANGES_MAX: u32 = 32;
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`: not a virtio feature, but travels among them.
-pub const F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+pub(crate) const F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 /// `VHOST_F_LOG_ALL`: what is written into guest memory is logged. No virtio feature either.
-pub const F_LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
+pub(crate) const F_LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 /// `VIRTIO_BLK_F_FLUSH`.
-pub const F_FLUSH: u64 = 1 << blk::VIRTIO_BLK_F_FLUSH;
+pub(crate) const F_FLUSH: u64 = 1 << blk::VIRTIO_BLK_F_FLUSH;
 /// `VIRTIO_BLK_F_CONFIG_WCE`.
-pub const F_CONFIG_WCE: u64 = 1 << blk::VIRTIO_BLK_F_CONFIG_WCE;
+pub(crate) const F_CONFIG_WCE: u64 = 1 << blk::VIRTIO_BLK_F_CONFIG_WCE;
 /// `VIRTIO_BLK_F_SEG_MAX`.
-pub const F_SEG_MAX: u64 = 1 << blk::VIRTIO_BLK_F_SEG_MAX;
+pub(crate) const F_SEG_MAX: u64 = 1 << blk::VIRTIO_BLK_F_SEG_MAX;
 /// `VIRTIO_F_INDIRECT_DESC`.
-pub const F_INDIRECT_DESC: u64 = 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+pub(crate) const F_INDIRECT_DESC: u64 = 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 /// `VIRTIO_F_EVENT_IDX`.
-pub const F_EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+pub(crate) const F_EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 const F_COMMON: u64 = F_PROTOCOL_FEATURES
     | F_LOG_ALL
@@ -64,7 +64,7 @@ const F_READ_ONLY: u64 = 1 << blk::VIRTIO_BLK_F_RO;
 
 /// The features of a disk: what writes and discards is not offered for a read-only one.
 #[must_use]
-pub fn features(read_only: bool) -> u64 {
+pub(crate) fn features(read_only: bool) -> u64 {
     F_COMMON | if read_only { F_READ_ONLY } else { F_WRITABLE }
 }
 
@@ -107,28 +107,28 @@ const WCE_OFFSET: u32 = 32;
 #[derive(Clone, Copy, Debug)]
 pub struct DiskShape {
     /// 512-byte sectors.
-    pub capacity: u64,
+    pub(crate) capacity: u64,
     /// Queues offered.
-    pub num_queues: u16,
+    pub(crate) num_queues: u16,
     /// Largest ring accepted, in descriptors.
-    pub queue_size_max: u16,
+    pub(crate) queue_size_max: u16,
     /// No request may change the disk.
-    pub read_only: bool,
+    pub(crate) read_only: bool,
     /// Logical block in bytes, a power of two: what every address and length of a request is a
     /// multiple of. Those of a driver that does not care (firmware) are served all the same.
-    pub logical_block: u32,
+    pub(crate) logical_block: u32,
 }
 
 /// The configuration space of the device.
 #[derive(Clone)]
-pub struct DeviceConfig {
+pub(crate) struct DeviceConfig {
     raw: RawConfig,
 }
 
 impl DeviceConfig {
     /// The space as it is after a reset: write cache on.
     #[must_use]
-    pub fn new(shape: &DiskShape) -> Self {
+    pub(crate) fn new(shape: &DiskShape) -> Self {
         let seg_max = SEGMENTS_MAX.min(shape.queue_size_max.saturating_sub(2).max(1));
         let ranges = if shape.read_only { 0 } else { RANGES_MAX };
         let physical = shape.logical_block.max(PHYSICAL_BLOCK_LEN);
@@ -166,7 +166,7 @@ impl DeviceConfig {
     /// `size` bytes from `offset`. What lies past the structure reads as zeros, so that a driver
     /// that knows a longer one sees its features absent. `None` if the range leaves the space.
     #[must_use]
-    pub fn read(&self, offset: u32, size: u32) -> Option<Vec<u8>> {
+    pub(crate) fn read(&self, offset: u32, size: u32) -> Option<Vec<u8>> {
         let offset = space_offset(offset, size)?;
         let bytes = self.raw.as_bytes();
         let start = usize::try_from(offset).ok()?;
@@ -181,7 +181,7 @@ impl DeviceConfig {
     /// A write by the driver. Only the write cache byte can change; a write to any other is without
     /// effect, as on hardware. `None` if the range leaves the space, otherwise whether the byte was
     /// written.
-    pub fn write(&mut self, offset: u32, data: &[u8]) -> Option<bool> {
+    pub(crate) fn write(&mut self, offset: u32, data: &[u8]) -> Option<bool> {
         let offset = space_offset(offset, u32::try_from(data.len()).ok()?)?;
         let wce = WCE_OFFSET.checked_sub(offset).and_then(|at| data.get(usize::try_from(at).ok()?));
         if let Some(&wce) = wce {
@@ -192,18 +192,18 @@ impl DeviceConfig {
 
     /// Descriptors of the longest request that the driver may make: data, header and status.
     #[must_use]
-    pub fn chain_len_max(&self) -> u32 {
+    pub(crate) fn chain_len_max(&self) -> u32 {
         self.raw.seg_max.get() + 2
     }
 
     /// Whether writes may stay in the host's cache until a flush.
     #[must_use]
-    pub fn write_cache(&self) -> bool {
+    pub(crate) fn write_cache(&self) -> bool {
         self.raw.wce != 0
     }
 
     /// Switches the write cache.
-    pub fn set_write_cache(&mut self, on: bool) {
+    pub(crate) fn set_write_cache(&mut self, on: bool) {
         self.raw.wce = u8::from(on);
     }
 }

@@ -16,18 +16,18 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 const MAGIC: [u8; 8] = *b"VUBSTAT1";
 
 /// Bytes of an encoded state.
-pub const STATE_LEN: usize = 16;
+pub(crate) const STATE_LEN: usize = 16;
 
 /// State of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceState {
-    /// See [`crate::virtio::config::DeviceConfig::write_cache`].
+    /// The field `write_cache` of the configuration space.
     pub write_cache: bool,
 }
 
 /// A state that cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum StateError {
+pub(crate) enum StateError {
     /// It is of another device, or damaged.
     #[error("device state of {len} bytes: not one of vhost-user-blk, or of another version")]
     Unknown {
@@ -49,7 +49,7 @@ pub enum StateError {
 
 impl DeviceState {
     /// As it is stored.
-    pub fn encode(self) -> [u8; STATE_LEN] {
+    pub(crate) fn encode(self) -> [u8; STATE_LEN] {
         let mut bytes = [0; STATE_LEN];
         bytes[..MAGIC.len()].copy_from_slice(&MAGIC);
         bytes[MAGIC.len()] = self.write_cache.into();
@@ -60,7 +60,7 @@ impl DeviceState {
     ///
     /// # Errors
     /// [`StateError::Unknown`]
-    pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, StateError> {
         [true, false]
             .map(|write_cache| DeviceState { write_cache })
             .into_iter()
@@ -72,7 +72,7 @@ impl DeviceState {
     ///
     /// # Errors
     /// [`StateError::Io`]
-    pub fn save(self, mut pipe: File) -> Result<(), StateError> {
+    pub(crate) fn save(self, mut pipe: File) -> Result<(), StateError> {
         never_wait(&pipe)
             .and_then(|()| pipe.write_all(&self.encode()))
             .map_err(|source| StateError::Io { what: "write", source })
@@ -83,7 +83,7 @@ impl DeviceState {
     ///
     /// # Errors
     /// [`StateError`]
-    pub fn load(pipe: File) -> Result<Option<Self>, StateError> {
+    pub(crate) fn load(pipe: File) -> Result<Option<Self>, StateError> {
         let mut bytes = Vec::new();
         never_wait(&pipe)
             .and_then(|()| pipe.take(STATE_LEN as u64 + 1).read_to_end(&mut bytes))

@@ -17,11 +17,11 @@ use crate::guest_memory::memory::{
 use crate::virtio::notify::CallFd;
 
 /// Bytes of guest memory for which one bit stands (`VHOST_LOG_PAGE`).
-pub const PAGE_LEN: u64 = 4096;
+pub(crate) const PAGE_LEN: u64 = 4096;
 
 /// A log that cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum LogError {
+pub(crate) enum LogError {
     /// It has no bit for something that the daemon may write.
     #[error(
         "dirty log of {found} bytes; {needed} are needed for guest memory up to {end:#x}, one bit \
@@ -45,7 +45,7 @@ pub enum LogError {
 
 /// A mapped log.
 #[derive(Debug)]
-pub struct DirtyLog {
+pub(crate) struct DirtyLog {
     /// Its bytes, from address 0.
     bytes: Memory,
     /// How many.
@@ -57,7 +57,7 @@ impl DirtyLog {
     ///
     /// # Errors
     /// [`LogError::Memory`]
-    pub fn map(len: u64, offset: u64, file: File) -> Result<Self, LogError> {
+    pub(crate) fn map(len: u64, offset: u64, file: File) -> Result<Self, LogError> {
         let region =
             RegionInfo { guest_address: 0, size: len, vmm_address: 0, file_offset: offset };
         let bytes = Memory::empty().with_region(region, file)?;
@@ -69,7 +69,7 @@ impl DirtyLog {
     ///
     /// # Errors
     /// [`LogError::TooSmall`]
-    pub fn check(&self, end: u64) -> Result<(), LogError> {
+    pub(crate) fn check(&self, end: u64) -> Result<(), LogError> {
         let needed = end.div_ceil(PAGE_LEN).div_ceil(8);
         if needed > self.len {
             return Err(LogError::TooSmall { found: self.len, needed, end });
@@ -79,7 +79,7 @@ impl DirtyLog {
 
     /// Marks the pages of `len` bytes at the guest address `address`, which were written before. Pages
     /// without a bit are left out.
-    pub fn mark(&self, address: u64, len: u64) {
+    pub(crate) fn mark(&self, address: u64, len: u64) {
         let Some(last) = len.checked_sub(1).and_then(|rest| address.checked_add(rest)) else {
             return;
         };
@@ -100,36 +100,36 @@ impl DirtyLog {
 
     /// Whether a page of its file was lost, and so maybe marks.
     #[inline]
-    pub fn poisoned(&self) -> bool {
+    pub(crate) fn poisoned(&self) -> bool {
         self.bytes.poisoned()
     }
 
     /// What became of it.
-    pub fn loss(&self) -> Option<Loss> {
+    pub(crate) fn loss(&self) -> Option<Loss> {
         self.bytes.loss()
     }
 }
 
 /// The log as one ring uses it.
 #[derive(Clone, Debug)]
-pub struct RingLog {
+pub(crate) struct RingLog {
     /// What all rings share.
-    pub log: Arc<DirtyLog>,
+    pub(crate) log: Arc<DirtyLog>,
     /// The guest address under which the used ring is marked.
-    pub used: u64,
+    pub(crate) used: u64,
     /// Rings when there are new marks (SET_LOG_FD).
-    pub call: Option<Arc<File>>,
+    pub(crate) call: Option<Arc<File>>,
 }
 
 impl RingLog {
     /// Marks `len` bytes at `offset` of the used ring.
-    pub fn mark_used(&self, offset: usize, len: usize) {
+    pub(crate) fn mark_used(&self, offset: usize, len: usize) {
         // The log holds the whole used ring, so this is inside.
         self.log.mark(self.used.saturating_add(offset as u64), len as u64);
     }
 
     /// Tells the frontend, if it wants to be told, that there are new marks.
-    pub fn announce(&self) {
+    pub(crate) fn announce(&self) {
         if let Some(call) = &self.call {
             CallFd::new(call.as_fd()).signal();
         }

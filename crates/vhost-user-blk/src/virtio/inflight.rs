@@ -66,7 +66,7 @@ const _: () = assert!(size_of::<RawDescriptor>() == 16);
 
 /// An area that cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum InflightError {
+pub(crate) enum InflightError {
     /// A number of queues that the device does not have.
     #[error("in-flight area for {found} queues; expected 1 to {max}")]
     NumQueues {
@@ -181,21 +181,21 @@ pub enum InflightError {
 
 /// What a frontend says about an area.
 #[derive(Clone, Copy, Debug)]
-pub struct AreaInfo {
+pub(crate) struct AreaInfo {
     /// Length in bytes.
-    pub size: u64,
+    pub(crate) size: u64,
     /// Where it begins in its file, in bytes.
-    pub offset: u64,
+    pub(crate) offset: u64,
     /// Queues it is for.
-    pub num_queues: u16,
+    pub(crate) num_queues: u16,
     /// Descriptors of each queue.
-    pub queue_size: u16,
+    pub(crate) queue_size: u16,
 }
 
 impl AreaInfo {
     /// The area for `num_queues` queues of `queue_size` descriptors and the state of the device, at
     /// the beginning of a file.
-    pub fn new(num_queues: u16, queue_size: u16) -> Self {
+    pub(crate) fn new(num_queues: u16, queue_size: u16) -> Self {
         let size = queues_len(num_queues, queue_size) + STATE_ROOM;
         AreaInfo { size, offset: 0, num_queues, queue_size }
     }
@@ -204,7 +204,11 @@ impl AreaInfo {
     ///
     /// # Errors
     /// [`InflightError`] with the number that is wrong.
-    pub fn check(&self, num_queues_max: usize, queue_size_max: u16) -> Result<(), InflightError> {
+    pub(crate) fn check(
+        &self,
+        num_queues_max: usize,
+        queue_size_max: u16,
+    ) -> Result<(), InflightError> {
         let AreaInfo { size, offset, num_queues, queue_size } = *self;
         if num_queues == 0 || usize::from(num_queues) > num_queues_max {
             return Err(InflightError::NumQueues { found: num_queues, max: num_queues_max });
@@ -226,7 +230,7 @@ impl AreaInfo {
     ///
     /// # Errors
     /// What the system says.
-    pub fn create(&self) -> io::Result<File> {
+    pub(crate) fn create(&self) -> io::Result<File> {
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let file = File::from(memfd_create(c"vhost-user-inflight", flags)?);
         file.set_len(self.size)?;
@@ -248,18 +252,18 @@ fn stride(queue_size: u16) -> u64 {
 
 /// Where a ring stands, read from the ring.
 #[derive(Clone, Copy, Debug)]
-pub struct RingIndices {
+pub(crate) struct RingIndices {
     /// Descriptors of the ring.
-    pub size: u16,
+    pub(crate) size: u16,
     /// `avail.idx`
-    pub avail: u16,
+    pub(crate) avail: u16,
     /// `used.idx`
-    pub used: u16,
+    pub(crate) used: u16,
 }
 
 /// A mapped area.
 #[derive(Debug)]
-pub struct Area {
+pub(crate) struct Area {
     memory: Arc<Memory>,
     num_queues: u16,
     queue_size: u16,
@@ -270,7 +274,7 @@ impl Area {
     ///
     /// # Errors
     /// [`InflightError::Memory`]
-    pub fn map(info: &AreaInfo, file: File) -> Result<Self, InflightError> {
+    pub(crate) fn map(info: &AreaInfo, file: File) -> Result<Self, InflightError> {
         let region = RegionInfo {
             guest_address: 0,
             size: info.size,
@@ -284,7 +288,7 @@ impl Area {
     }
 
     /// What a successor needs to map it.
-    pub fn export(&self) -> Option<(AreaInfo, &File)> {
+    pub(crate) fn export(&self) -> Option<(AreaInfo, &File)> {
         let (region, file) = self.memory.files().next()?;
         let (num_queues, queue_size) = (self.num_queues, self.queue_size);
         Some((
@@ -295,7 +299,7 @@ impl Area {
 
     /// Forgets everything: the device was reset. (A frontend can say that its area is much longer than
     /// it has to be; what is behind it stays.)
-    pub fn clear(&self) {
+    pub(crate) fn clear(&self) {
         let area = self.memory.regions().next().map_or(0, |region| region.size);
         let len = area.min(queues_len(self.num_queues, self.queue_size) + STATE_ROOM);
         if let (Some(start), Ok(len)) =
@@ -306,13 +310,13 @@ impl Area {
     }
 
     /// Keeps the state of the device for a successor, if the area has room for it.
-    pub fn keep(&self, state: DeviceState) {
+    pub(crate) fn keep(&self, state: DeviceState) {
         // One that was made elsewhere may have none.
         let _ = self.memory.write(self.state_at(), &state.encode());
     }
 
     /// The state that a predecessor kept.
-    pub fn kept(&self) -> Option<DeviceState> {
+    pub(crate) fn kept(&self) -> Option<DeviceState> {
         let mut bytes = [0; STATE_LEN];
         self.memory.read(self.state_at(), &mut bytes).ok()?;
         DeviceState::decode(&bytes).ok()
@@ -323,7 +327,7 @@ impl Area {
     }
 
     /// What became of it, if a page of its file was lost.
-    pub fn loss(&self) -> Option<Loss> {
+    pub(crate) fn loss(&self) -> Option<Loss> {
         self.memory.loss()
     }
 
@@ -332,7 +336,11 @@ impl Area {
     ///
     /// # Errors
     /// [`InflightError`] that says what contradicts what.
-    pub fn recover(&self, queue: usize, ring: RingIndices) -> Result<Tracker, InflightError> {
+    pub(crate) fn recover(
+        &self,
+        queue: usize,
+        ring: RingIndices,
+    ) -> Result<Tracker, InflightError> {
         let desc_num = self.queue_size;
         let part = u64::try_from(queue)
             .ok()
@@ -364,7 +372,7 @@ impl Area {
 
 /// The part of the area that belongs to one queue, kept up to date while the ring is served.
 #[derive(Debug)]
-pub struct Tracker {
+pub(crate) struct Tracker {
     memory: Arc<Memory>,
     /// Begins with a [`RawHeader`] and `desc_num` [`RawDescriptor`]s, inside `memory`.
     start: *mut u8,
@@ -490,34 +498,34 @@ impl Tracker {
     }
 
     /// The first entry of the available ring that was not fetched.
-    pub fn next_avail(&self) -> u16 {
+    pub(crate) fn next_avail(&self) -> u16 {
         self.next_avail
     }
 
     /// Whether a page of the area's file was lost.
     #[inline]
-    pub fn poisoned(&self) -> bool {
+    pub(crate) fn poisoned(&self) -> bool {
         self.memory.poisoned()
     }
 
     /// What became of it.
-    pub fn loss(&self) -> Option<Loss> {
+    pub(crate) fn loss(&self) -> Option<Loss> {
         self.memory.loss()
     }
 
     /// The next request that is to be done again.
-    pub fn unfinished(&mut self) -> Option<u16> {
+    pub(crate) fn unfinished(&mut self) -> Option<u16> {
         self.unfinished.pop()
     }
 
     /// How many requests are left to be done again.
-    pub fn unfinished_count(&self) -> usize {
+    pub(crate) fn unfinished_count(&self) -> usize {
         self.unfinished.len()
     }
 
     /// A request was fetched. False: the descriptor is in flight already, or there is none such.
     #[inline]
-    pub fn fetched(&mut self, head: u16) -> bool {
+    pub(crate) fn fetched(&mut self, head: u16) -> bool {
         let Some(descriptor) = self.descriptors().get(usize::from(head)) else { return false };
         if descriptor.inflight.load(Ordering::Relaxed) != 0 {
             return false;
@@ -532,7 +540,7 @@ impl Tracker {
 
     /// A request was answered; the guest does not see it yet.
     #[inline]
-    pub fn answered(&mut self, head: u16) {
+    pub(crate) fn answered(&mut self, head: u16) {
         let Some(descriptor) = self.descriptors().get(usize::from(head)) else { return };
         let header = self.header();
         let before = header.last_batch_head.load(Ordering::Relaxed);
@@ -545,7 +553,7 @@ impl Tracker {
 
     /// The guest was shown everything that was answered: the ring's `used.idx` is `used_idx`.
     #[inline]
-    pub fn published(&mut self, used_idx: u16) {
+    pub(crate) fn published(&mut self, used_idx: u16) {
         for &head in &self.batch {
             if let Some(descriptor) = self.descriptors().get(usize::from(head)) {
                 descriptor.inflight.store(0, Ordering::Release);

@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 const PIPE_READ_LEN: usize = 512;
 
 /// The descriptor of an event, which the crate's types give out by number only.
-pub trait EventDescriptor {
+pub(crate) trait EventDescriptor {
     /// The descriptor.
     fn fd(&self) -> BorrowedFd<'_>;
 }
@@ -50,14 +50,14 @@ impl EventDescriptor for EventFd {
 }
 
 /// A notifier of ours behind a descriptor that came in a message.
-pub fn notifier(file: File) -> EventNotifier {
+pub(crate) fn notifier(file: File) -> EventNotifier {
     // SAFETY: `file` owns the descriptor and gives it up.
     unsafe { EventNotifier::from_raw_fd(file.into_raw_fd()) }
 }
 
 /// The guest's kick descriptor.
 #[derive(Debug)]
-pub struct Kick<'a> {
+pub(crate) struct Kick<'a> {
     fd: BorrowedFd<'a>,
     is_pipe: bool,
 }
@@ -66,7 +66,7 @@ impl<'a> Kick<'a> {
     /// # Errors
     /// What fstat(2) says; or the descriptor is of a kind that cannot be waited for. A regular
     /// file, say, or /dev/null, is ready at any time, and its queue would never sleep.
-    pub fn new(fd: BorrowedFd<'a>) -> io::Result<Self> {
+    pub(crate) fn new(fd: BorrowedFd<'a>) -> io::Result<Self> {
         if let Err(e) = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?.add(fd, EpollEvent::empty()) {
             let what = "the kick descriptor cannot be waited for (expected an eventfd or a pipe)";
             return Err(io::Error::other(format!("{what}: {e}")));
@@ -77,7 +77,7 @@ impl<'a> Kick<'a> {
 
     /// To be called once the descriptor is known to be signalled. An eventfd only counts
     /// on, which costs nothing; a pipe would fill up.
-    pub fn consume(&self) {
+    pub(crate) fn consume(&self) {
         if self.is_pipe && is_ready(self.fd, PollFlags::POLLIN) {
             _ = read(self.fd, &mut [0; PIPE_READ_LEN]);
         }
@@ -86,7 +86,7 @@ impl<'a> Kick<'a> {
 
 /// Our call descriptor.
 #[derive(Debug)]
-pub struct CallFd<'a> {
+pub(crate) struct CallFd<'a> {
     fd: BorrowedFd<'a>,
     /// A write never waits: the description is non-blocking.
     never_waits: bool,
@@ -94,14 +94,14 @@ pub struct CallFd<'a> {
 
 impl<'a> CallFd<'a> {
     /// The call descriptor `fd`.
-    pub fn new(fd: BorrowedFd<'a>) -> Self {
+    pub(crate) fn new(fd: BorrowedFd<'a>) -> Self {
         let flags = fcntl(fd, FcntlArg::F_GETFL).map_or(OFlag::empty(), OFlag::from_bits_truncate);
         Self { fd, never_waits: flags.contains(OFlag::O_NONBLOCK) }
     }
 
     /// Signals it. One that is full is signalled already; a frontend that leaves it full
     /// must not hold up the queue.
-    pub fn signal(&self) {
+    pub(crate) fn signal(&self) {
         if !self.never_waits && !is_ready(self.fd, PollFlags::POLLOUT) {
             return;
         }

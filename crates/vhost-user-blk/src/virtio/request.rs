@@ -21,10 +21,10 @@ use crate::virtio::config;
 use crate::virtio::device_queue::{ChainError, Descriptor};
 
 /// Data iovecs of one request: what one system call takes (IOV_MAX).
-pub const IOVECS_MAX: usize = 1024;
+pub(crate) const IOVECS_MAX: usize = 1024;
 
 /// Length of the answer to GET_ID, the serial number, in bytes (virtio 1.3, 5.2.6).
-pub const ID_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
+pub(crate) const ID_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
 
 /// Type, reserved, sector: what stands before the data.
 const HEADER_LEN: usize = size_of::<virtio_blk_outhdr>();
@@ -32,7 +32,7 @@ const HEADER_LEN: usize = size_of::<virtio_blk_outhdr>();
 /// Segments of one DISCARD or WRITE_ZEROES.
 const RANGES_MAX: usize = config::RANGES_MAX as usize;
 
-/// What a request is checked against, besides the limits that the [`config`] offers.
+/// What a request is checked against, besides the limits that the `config` module offers.
 #[derive(Clone, Copy, Debug)]
 pub struct ParseLimits {
     /// Size of the disk.
@@ -50,21 +50,21 @@ pub enum Operation {
     Out(SectorRange),
     /// Make what was written durable.
     Flush,
-    /// Let go of the sectors of [`IoVecs::segments`].
+    /// Let go of the sectors of `IoVecs::segments`.
     Discard,
-    /// Make the sectors of [`IoVecs::segments`] read as zeros.
+    /// Make the sectors of `IoVecs::segments` read as zeros.
     WriteZeroes,
-    /// Put the serial number into the iovecs: [`Pending::answer_id`].
+    /// Put the serial number into the iovecs: `Pending::answer_id`.
     GetId,
 }
 
 /// One range of a discard or write-zeroes request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
+pub(crate) struct Segment {
     /// Its sectors; there may be none.
-    pub range: SectorRange,
+    pub(crate) range: SectorRange,
     /// The space may be given back (write-zeroes only).
-    pub unmap: bool,
+    pub(crate) unmap: bool,
 }
 
 /// Why a request is refused.
@@ -94,7 +94,7 @@ pub enum Fault {
     /// A buffer for the device to write that it cannot write.
     #[error(transparent)]
     NotWritable(#[from] NotWritable),
-    /// More than [`IOVECS_MAX`] pieces of memory.
+    /// More than `IOVECS_MAX` pieces of memory.
     #[error("more than {IOVECS_MAX} pieces of memory")]
     Pieces,
     /// More bytes than 2^32 - 1.
@@ -151,7 +151,7 @@ impl Fault {
 
     /// Whether the guest may have done nothing wrong: it has memory that the frontend does not share,
     /// or not for writing.
-    pub fn is_of_shared_memory(self) -> bool {
+    pub(crate) fn is_of_shared_memory(self) -> bool {
         matches!(
             self,
             Self::Outside(_) | Self::NotWritable(_) | Self::Chain(ChainError::IndirectOutside(_))
@@ -162,7 +162,7 @@ impl Fault {
 /// The status byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Status {
+pub(crate) enum Status {
     /// VIRTIO_BLK_S_OK
     Ok = byte(VIRTIO_BLK_S_OK),
     /// VIRTIO_BLK_S_IOERR
@@ -208,7 +208,7 @@ impl IoVecs {
     }
 
     /// The ranges of DISCARD and WRITE_ZEROES.
-    pub fn segments(&self) -> &[Segment] {
+    pub(crate) fn segments(&self) -> &[Segment] {
         &self.segments
     }
 
@@ -288,13 +288,13 @@ impl Pending {
     }
 
     /// It failed. What was written of its data is not said, since it is not known.
-    pub fn failed(self) -> Reply {
+    pub(crate) fn failed(self) -> Reply {
         self.reply(Status::IoError, 0)
     }
 
     /// Carries out GET_ID: as much of `id` as there is room for. `iovecs` and `memory` are the ones
     /// it was parsed with.
-    pub fn answer_id(self, memory: &Memory, iovecs: &IoVecs, id: &[u8; ID_LEN]) -> Reply {
+    pub(crate) fn answer_id(self, memory: &Memory, iovecs: &IoVecs, id: &[u8; ID_LEN]) -> Reply {
         let mut rest = id.as_slice();
         let mut filled = 0;
         for iovec in iovecs.data() {
@@ -332,7 +332,7 @@ impl Reply {
 
     /// Where the status byte goes; `None` if it has no place.
     #[inline]
-    pub fn status_at(&self) -> Option<GuestAddress> {
+    pub(crate) fn status_at(&self) -> Option<GuestAddress> {
         self.status_at
     }
 

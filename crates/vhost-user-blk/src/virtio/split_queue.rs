@@ -206,7 +206,7 @@ impl SplitQueue {
 
     /// Keeps account of what is in flight from here on. What a predecessor left unfinished is
     /// popped first. To be called before anything else is done with the ring.
-    pub fn track(&mut self, inflight: Tracker) {
+    pub(crate) fn track(&mut self, inflight: Tracker) {
         self.next_avail = inflight.next_avail();
         self.seen_avail = self.next_avail;
         self.inflight = Some(inflight);
@@ -215,7 +215,7 @@ impl SplitQueue {
     /// Marks from here on what is written into guest memory; of the used ring also what was written
     /// before, for a predecessor may have died between a store and its mark. To be called before
     /// anything else is done with the ring.
-    pub fn log(&mut self, log: RingLog) {
+    pub(crate) fn log(&mut self, log: RingLog) {
         log.mark_used(0, used_ring_len(self.size));
         log.announce();
         self.log = Some(log);
@@ -275,7 +275,8 @@ impl SplitQueue {
     }
 
     /// `used.idx` as the guest sees it.
-    pub fn used_idx(&self) -> u16 {
+    #[cfg(test)]
+    pub(crate) fn used_idx(&self) -> u16 {
         self.published
     }
 
@@ -465,7 +466,7 @@ const fn used_offset(index: usize) -> usize {
 
 /// Length of a used ring of `size` entries, in bytes. The event field is counted in even when
 /// EVENT_IDX is off, as section 2.7 does.
-pub fn used_ring_len(size: u16) -> usize {
+pub(crate) fn used_ring_len(size: u16) -> usize {
     used_offset(size.into()) + FIELD_LEN
 }
 
@@ -483,7 +484,7 @@ fn desc_table_len(size: u16) -> usize {
 ///
 /// # Errors
 /// If it cannot be read.
-pub fn indices(memory: &Memory, queue: &Queue) -> Result<RingIndices, virtio_queue::Error> {
+pub(crate) fn indices(memory: &Memory, queue: &Queue) -> Result<RingIndices, virtio_queue::Error> {
     Ok(RingIndices {
         size: queue.size(),
         avail: queue.avail_idx(memory, Ordering::Acquire)?.0,

@@ -117,6 +117,9 @@ pub enum MemoryError {
     /// The mapping could not be guarded against SIGBUS.
     #[error(transparent)]
     Sigbus(#[from] SigbusError),
+    /// It has to be written, and the frontend shares it for reading only.
+    #[error(transparent)]
+    NotWritable(#[from] NotWritable),
     /// The region to be removed is not there.
     #[error("no memory region ({0}) to remove")]
     NoSuchRegion(RegionInfo),
@@ -248,6 +251,16 @@ impl Memory {
         regions
             .into_iter()
             .try_fold(Self::empty(), |memory, (info, file)| memory.with_region(info, file))
+    }
+
+    /// Not the guest's memory but `len` bytes of `file` at `file_offset`, which the frontend shares as
+    /// well (the in-flight area, the dirty log). Addresses count from their first byte, and all of them
+    /// can be written.
+    pub(crate) fn of_file(file: File, file_offset: u64, len: u64) -> Result<Self, MemoryError> {
+        let region = RegionInfo { guest_address: 0, size: len, vmm_address: 0, file_offset };
+        let memory = Self::empty().with_region(region, file)?;
+        memory.check_writable(GuestAddress(0), len)?;
+        Ok(memory)
     }
 
     /// This snapshot and one more region (ADD_MEM_REG). What is mapped already stays where it is.

@@ -11,9 +11,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use crate::guest_memory::memory::{
-    GuestAddress, Loss, Memory, MemoryError, NotWritable, RegionInfo,
-};
+use crate::guest_memory::memory::{GuestAddress, Loss, Memory, MemoryError};
 use crate::virtio::notify::CallFd;
 
 /// Bytes of guest memory for which one bit stands (`VHOST_LOG_PAGE`).
@@ -35,12 +33,9 @@ pub(crate) enum LogError {
         /// The first guest address for which it needs no bit.
         end: u64,
     },
-    /// It cannot be mapped: too short, not a file, and the like.
+    /// It cannot be mapped to be written: too short, not a file, and the like.
     #[error("dirty log: {0}")]
     Memory(#[from] MemoryError),
-    /// It may only be read.
-    #[error("dirty log: {0}")]
-    NotWritable(#[from] NotWritable),
 }
 
 /// A mapped log.
@@ -58,11 +53,7 @@ impl DirtyLog {
     /// # Errors
     /// [`LogError::Memory`]
     pub(crate) fn map(len: u64, offset: u64, file: File) -> Result<Self, LogError> {
-        let region =
-            RegionInfo { guest_address: 0, size: len, vmm_address: 0, file_offset: offset };
-        let bytes = Memory::empty().with_region(region, file)?;
-        bytes.check_writable(GuestAddress(0), len)?;
-        Ok(DirtyLog { bytes, len })
+        Ok(DirtyLog { bytes: Memory::of_file(file, offset, len)?, len })
     }
 
     /// Whether every page below the guest address `end` has a bit.

@@ -26,9 +26,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::fault;
-use crate::guest_memory::memory::{
-    GuestAddress, Loss, Memory, MemoryError, NotWritable, RegionInfo,
-};
+use crate::guest_memory::memory::{GuestAddress, Loss, Memory, MemoryError};
 use crate::virtio::device_state::{DeviceState, STATE_LEN};
 
 /// The version of the layout.
@@ -103,12 +101,9 @@ pub(crate) enum InflightError {
         /// What the frontend said.
         found: u64,
     },
-    /// It cannot be mapped: too short, not a file, and the like.
+    /// It cannot be mapped to be written: too short, not a file, and the like.
     #[error("in-flight area: {0}")]
     Memory(#[from] MemoryError),
-    /// It may only be read.
-    #[error("in-flight area: {0}")]
-    NotWritable(#[from] NotWritable),
     /// A ring for which it has no part.
     #[error("the in-flight area has {num_queues} queues")]
     NoSuchQueue {
@@ -275,14 +270,7 @@ impl Area {
     /// # Errors
     /// [`InflightError::Memory`]
     pub(crate) fn map(info: &AreaInfo, file: File) -> Result<Self, InflightError> {
-        let region = RegionInfo {
-            guest_address: 0,
-            size: info.size,
-            vmm_address: 0,
-            file_offset: info.offset,
-        };
-        let memory = Memory::empty().with_region(region, file)?;
-        memory.check_writable(GuestAddress(0), info.size)?;
+        let memory = Memory::of_file(file, info.offset, info.size)?;
         let (num_queues, queue_size) = (info.num_queues, info.queue_size);
         Ok(Area { memory: Arc::new(memory), num_queues, queue_size })
     }

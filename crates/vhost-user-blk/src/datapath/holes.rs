@@ -1,7 +1,7 @@
 //! The holes of a sparse base, so that reading one asks no file at all.
 //!
 //! Without this the kernel would put a page of zeros into its cache for each
-//! page of a hole that a guest reads. Nobody writes a base while it is in use, so
+//! page of a hole that a guest reads. A base never changes while a disk uses it, so
 //! its holes stay what they were at the opening.
 
 use std::ops::Range;
@@ -24,7 +24,7 @@ pub(crate) struct Holes {
 }
 
 impl Holes {
-    /// Looks for the holes of the last layer, if nobody writes to it.
+    /// Looks for the holes of the last layer, unless this disk writes to it.
     pub(crate) fn new(disk: &Disk) -> Self {
         let layer = disk.layers().len().saturating_sub(1);
         let ranges = match disk.layers().get(layer) {
@@ -43,8 +43,8 @@ impl Holes {
     }
 }
 
-/// The holes before, between and after the first stretches of data. A file that
-/// cannot be asked has none that we know of.
+/// The holes before, between and after the first stretches of data. None for a file system that
+/// does not report them.
 fn find(file: &impl Storage) -> Vec<Range<u64>> {
     let Ok(len) = file.len() else { return Vec::new() };
     let (mut ranges, mut at) = (Vec::new(), 0);

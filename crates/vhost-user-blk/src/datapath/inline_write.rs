@@ -1,11 +1,10 @@
-//! A small write into the page cache is done by the queue's own thread.
+//! Small writes into the page cache, done by the worker itself.
 //!
-//! io_uring leaves every buffered write to a kernel thread, which takes as long for
-//! it, costs two context switches when nothing else is going on, and fights with
-//! the queue's thread over the inode's lock, since each first write sets a bit in
-//! the same file. The price of doing it here is that the queue stands still as long
-//! as the kernel makes the writer wait, because too much memory is dirty, say. So
-//! after one write that took long the next ones go through io_uring, for a while.
+//! io_uring leaves every buffered write to a kernel thread. That thread takes as long for it, costs
+//! two context switches on an idle queue, and competes with the worker for the inode's lock, since
+//! each first write of a sector sets a bit in the same file. The price of writing here is that the
+//! queue waits whenever the kernel makes a writer wait, for example because too much memory is
+//! dirty. So after a write that took long, the next ones go through io_uring for a while.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -17,12 +16,12 @@ use cow_format::ByteOffset;
 /// came with it wait for some 100 microseconds.
 const LEN_MAX: usize = 32 << 10;
 
-/// A write that took longer than this was held up: copying takes a few
-/// microseconds, a context switch to somebody else and back tens.
+/// A write that took longer than this was held up: copying takes a few microseconds, a context
+/// switch to another thread and back takes tens.
 const HELD_UP: Duration = Duration::from_micros(500);
 
-/// How many times as long as the last one was held up writes are then left to
-/// io_uring: the queue stands still for a few percent of the time at most.
+/// For how many times the duration of a held up write the next writes go through io_uring: the
+/// queue waits for a few percent of the time at most.
 const CAUTION: u32 = 20;
 
 /// The inline writes of one queue.
@@ -32,9 +31,9 @@ pub(crate) struct InlineWrites {
 }
 
 impl InlineWrites {
-    /// Writes `buffers`, in order, to `fd` at byte `at`, if that is likely to be
-    /// quick. Whether all was written; if not, it is to be done again, and whoever
-    /// does that finds out why.
+    /// Writes `buffers`, in order, to `fd` at byte `at`, if that is likely to be quick. False if
+    /// not all was written: then the caller writes all of it through the ring, which reports the
+    /// error if there is one.
     ///
     /// # Safety
     /// The buffers are memory that stays mapped during the call; no reference to

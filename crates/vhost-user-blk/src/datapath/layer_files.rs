@@ -1,9 +1,9 @@
 //! The layers of a disk as files of the ring: which descriptor is used for what.
 //!
-//! All of the data path that takes a layer for a file whose bytes are those of the disk begins here:
-//! the ring's list of files, the slot of each operation, and the one descriptor that may be mapped or
-//! written to directly. A layer of another kind is told apart here; how it is read then is decided
-//! beside the other ways (`ReadPath` in `route.rs`).
+//! All of the data path that takes a layer for a file whose bytes are those of the disk begins
+//! here: the ring's list of files, the slot of each operation, and the one descriptor that may be
+//! mapped or written to directly. A layer of another kind is told apart here; how it is read then
+//! is decided beside the other ways (`ReadPath` in `route.rs`).
 
 use std::os::fd::BorrowedFd;
 
@@ -60,8 +60,8 @@ impl<'a> LayerFiles<'a> {
         if aligned { FileSlot(buffered.0 + 1) } else { buffered }
     }
 
-    /// The slot for a write of `len` bytes to the top: the direct description only for whole pages of
-    /// the file. A write of part of a page goes through the page cache, and so do all other such
+    /// The slot for a write of `len` bytes to the top: the direct description only for whole pages
+    /// of the file. A write of part of a page goes through the page cache, and so do all other such
     /// writes. If one of two neighbours in a page bypassed the cache while the other is in it, the
     /// kernel could write the old content of the one over the new, and it fails the next sync.
     #[inline]

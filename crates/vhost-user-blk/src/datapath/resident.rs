@@ -6,10 +6,9 @@
 //! said a short time ago. A page that was evicted since then costs one fault, no
 //! more; a page that came in since then is read through io_uring once more.
 //!
-//! Somebody may shorten a mapped file, or its disk may fail: touching the page is
-//! then SIGBUS, which [`crate::guest_memory::sigbus`] turns into a flag. The flag is looked at
-//! after each copy; a file that has it set is never read in this way again, and
-//! io_uring finds out what is wrong.
+//! A mapped file can be truncated, or its disk can fail. Touching the page then raises SIGBUS,
+//! whose handler ([`crate::guest_memory::sigbus`]) poisons the mapping. That is checked after each
+//! copy. A poisoned mapping is never used again, and reads through io_uring report the error.
 
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -66,18 +65,16 @@ pub(crate) struct Mappings {
 }
 
 impl Mappings {
-    /// Maps every layer that is read through the page cache and whose residency
-    /// the kernel tells us. Where mapping fails the layer is read through
-    /// io_uring, as ever.
+    /// Maps every layer that is read through the page cache and whose residency the kernel reports.
+    /// A layer that cannot be mapped is read through io_uring.
     pub(crate) fn new(disk: &Disk) -> Self {
         let map = |layer| cached_file(layer).and_then(Mapping::new);
         let layers = disk.layers().iter().map(map).collect();
         Self { layers, used: AtomicBool::new(false) }
     }
 
-    /// Lets go of the mapped pages if nobody has used any since the last call:
-    /// they count as the daemon's memory. The page cache stays as it is. Whether
-    /// that was done.
+    /// Releases the mapped pages if no queue has used any since the last call: they count as the
+    /// daemon's memory. The page cache stays as it is. True if they were released.
     pub(crate) fn forget_unused(&self) -> bool {
         if self.used.swap(false, Ordering::Relaxed) {
             return false;
@@ -125,7 +122,7 @@ impl Map {
 
 impl Drop for Map {
     fn drop(&mut self) {
-        // SAFETY: made in `new`, and nobody copies from it any more.
+        // SAFETY: made in `new`; a copy borrows it, so no copy is in progress.
         _ = unsafe { munmap(self.start, self.len) };
     }
 }
@@ -174,8 +171,8 @@ impl Mapping {
     }
 }
 
-/// mincore(2) says "resident" of every page to those who could not write the
-/// file anyway, so as not to tell what others read.
+/// Whether mincore(2) answers truthfully. To a process that could not write the file it reports
+/// every page as resident, so as not to reveal what others read.
 fn residency_is_told(fd: BorrowedFd<'_>, owner: u32) -> bool {
     let euid = geteuid();
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
@@ -186,8 +183,7 @@ fn residency_is_told(fd: BorrowedFd<'_>, owner: u32) -> bool {
 
 /// What is known of a window: its tag (layer and number; 0 for none), since when,
 /// and for each group the pages that were asked about and those of them that are
-/// in the page cache. Plain numbers, so that a table of them is memory that
-/// nobody has touched yet.
+/// in the page cache. Plain numbers, so that a new table is untouched zero pages.
 type Window = [u64; 2 + 2 * GROUPS];
 
 /// Bytes of a layer that were in the page cache a short time ago.

@@ -1,8 +1,8 @@
 //! From a request's sectors to operations on files: the layer map's extents,
 //! cut out of guest memory.
 //!
-//! How the data of an extent gets into guest memory is decided in [`Router::read_path`], and carried
-//! out in [`Router::read_extent`]. One more way of reading is one more [`ReadPath`].
+//! How the data of an extent gets into guest memory is decided in [`Router::read_path`], and
+//! carried out in [`Router::read_extent`]. One more way of reading is one more [`ReadPath`].
 
 use block_io::Disk;
 use block_io::DiskError;
@@ -32,19 +32,21 @@ pub(crate) struct Router<'a> {
     inline_writes: InlineWrites,
 }
 
-/// The most that is written through the page cache at once. The kernel makes one folio of as much as
-/// a write brings, and ext4 looks at every block of a folio for each later write into it: after
-/// writes of 1 MiB random ones of 4 KiB take 24 µs each, after writes of 256 KiB 8 µs, of 128 KiB
-/// 6 µs. That makes the large ones slower by 7 and 11 %.
+/// The most that is written through the page cache at once. The kernel makes one folio of as much
+/// as a write brings, and ext4 looks at every block of a folio for each later write into it: after
+/// writes of 1 MiB random ones of 4 KiB take 24 µs each, after writes of 256 KiB 8 µs, of 128 KiB 6
+/// µs. That makes the large ones slower by 7 and 11 %.
 const PIECE: u64 = 256 << 10;
 
 /// How the data of an extent gets into guest memory.
 enum ReadPath<'a> {
     /// No file has any: the extent is zeros, or all of it is in a hole.
     Zeros,
-    /// It is in the page cache. A thread of the kernel copies it, while this one does something else.
+    /// It is in the page cache. A thread of the kernel copies it, while this one does something
+    /// else.
     Offload(FilePlace),
-    /// It is in the page cache, and copied at once. Should that fail, the ring reads it from the file.
+    /// It is in the page cache, and copied at once. Should that fail, the ring reads it from the
+    /// file.
     Copy(ResidentRange<'a>, FilePlace),
     /// The ring reads it from the file.
     Submit(FilePlace),
@@ -80,12 +82,12 @@ impl<'a> Router<'a> {
         self.files
     }
 
-    /// Plans the read of `range` into `buffers`, which are as long as it. What
-    /// no file holds, or what the page cache does, is filled in at once; with `offload` what the
-    /// page cache holds is planned to be copied by a thread of the kernel.
+    /// Plans the read of `range` into `buffers`, which have its length. Zeros and what is in the
+    /// page cache are filled in at once; with `offload`, a kernel thread is planned to copy what is
+    /// in the page cache.
     ///
     /// # Errors
-    /// The bitmaps do not say where the range stands; nothing is planned then.
+    /// The bitmaps could not be read, so nothing is planned.
     pub(crate) fn plan_read(
         &mut self,
         range: SectorRange,

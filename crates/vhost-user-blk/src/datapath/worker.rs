@@ -1,6 +1,6 @@
-//! One thread for each queue: takes requests from the ring, asks the disk's
-//! layer map where their data stands, has io_uring (or, where that is refused, threads)
-//! move it between the files and guest memory, and puts the answers into the used ring.
+//! One thread for each queue. It pops requests from the ring, asks the disk's layer map where their
+//! data is, has io_uring (or threads, where io_uring is refused) move it between the files and
+//! guest memory, and pushes the answers into the used ring.
 //!
 //! This is the only place where virtio and the layers meet. A turn of the loop
 //! takes a batch of requests, hands it to the kernel with one system call,
@@ -51,10 +51,10 @@ const BATCH_MAX: usize = 32;
 /// in the ring. No disk gets faster by more, and each takes some hundred bytes here.
 const IN_FLIGHT_MAX: u16 = 1024;
 
-/// And so many bytes to read, after which no more is taken: a guest can make a request of 4 GiB by
-/// naming one piece of its memory many times, and holes and what is in the page cache are copied here.
-/// Whoever stops the ring waits for that. As much as [`BATCH_MAX`] of the longest requests that
-/// guests really send.
+/// Bytes to read after which a turn takes no more requests. A guest can make a request of 4 GiB by
+/// naming one piece of its memory many times. The worker itself zeroes holes and copies what is in
+/// the page cache, and stopping the ring waits for that. As much as [`BATCH_MAX`] of the longest
+/// requests that guests really send.
 const BATCH_BYTES_MAX: u64 = 64 << 20;
 
 /// The stack of a worker, in bytes. Its data is on the heap.
@@ -151,7 +151,7 @@ impl WorkerHandle {
     pub(crate) fn stop(self) -> u16 {
         // It cannot fail: the counter starts at 0.
         _ = self.stop.write(1);
-        // The profile has panics abort: nobody is left to see the 0.
+        // A panic aborts the process in every profile that is shipped, so the 0 is never seen.
         self.thread.join().unwrap_or(0)
     }
 }
@@ -176,7 +176,7 @@ fn serve(
     }
 }
 
-/// The ring in guest memory, with what is kept of it elsewhere.
+/// The ring in guest memory, with its in-flight area and its dirty log.
 fn split_queue(start: &RingStart, inflight: Option<Tracker>) -> Result<SplitQueue, RingError> {
     let mut queue = SplitQueue::new(Arc::clone(&start.memory), start.state)?;
     if let Some(inflight) = inflight {
@@ -188,7 +188,7 @@ fn split_queue(start: &RingStart, inflight: Option<Tracker>) -> Result<SplitQueu
     Ok(queue)
 }
 
-/// Tells everyone that the ring is not served any more.
+/// Logs that the ring is no longer served, and signals it to the frontend and the session.
 fn give_up(start: &RingStart, shared: &Shared, why: &dyn std::fmt::Display) {
     let line = format_args!("queue {}: {why}; the ring is stopped", start.queue);
     RINGS.say(log::Level::Error, line);
@@ -198,8 +198,8 @@ fn give_up(start: &RingStart, shared: &Shared, why: &dyn std::fmt::Display) {
     _ = shared.failure.write(1);
 }
 
-/// Says why a request was not even begun. What a guest does wrong is of interest to who looks for it.
-/// But one that does nothing wrong may have memory that we know nothing of.
+/// Logs why a request was refused. A guest's own fault is a debug message. A guest that does
+/// nothing wrong may have memory that the frontend does not share, which the operator can change.
 #[cold]
 fn log_refused(queue: usize, fault: Option<Fault>) {
     match fault {
@@ -246,8 +246,8 @@ enum ZeroMethod {
 }
 
 struct Worker<'a, Q: DeviceQueue> {
-    // First, so that it is dropped first: it waits until the kernel has let go
-    // of guest memory, which `queue` keeps.
+    // First, so that it is dropped first: it waits until the kernel has completed all operations on
+    // guest memory, which `queue` keeps mapped.
     ring: Ring<InFlight<'a, Q::Head>>,
     queue: Q,
     start: &'a RingStart,
@@ -505,8 +505,8 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
         busy
     }
 
-    /// The kernel refuses to wake this thread for something. What was begun is completed all the
-    /// same: that needs no waking, but for a flush, which is then waited for here.
+    /// The kernel refuses to wake this thread for something. Requests that were begun are completed
+    /// all the same: that needs no waking, except for a flush, for which this waits.
     #[cold]
     fn lost(&mut self, watch: Watch, e: &io::Error) {
         let what = match watch {
@@ -536,8 +536,8 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
                 let work = Work::Zero(ZeroWork { method: ZeroMethod::Written, ..zero });
                 self.submit(InFlight { head, pending, work });
             }
-            // The kernel could not touch guest memory: a page was lost, as the processor would have seen by
-            // SIGBUS.
+            // The kernel could not touch guest memory: a page was lost, for which the processor
+            // would have raised SIGBUS.
             (_, Err(e)) if e.raw_os_error() == Some(libc::EFAULT) => {
                 let why = format_args!("the frontend's memory cannot be used: {e}");
                 log_limit::request_failed(self.start.queue, "I/O failed", &why);
@@ -621,8 +621,8 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
         self.queue.push(head, written);
     }
 
-    /// Shows the guest the answers, unless its memory has gone: then nothing
-    /// that was read from it can be trusted.
+    /// Shows the guest the answers, unless its memory is poisoned: then nothing that was read from
+    /// it can be trusted.
     fn publish(&mut self) {
         if self.queue.poisoned() {
             if self.open

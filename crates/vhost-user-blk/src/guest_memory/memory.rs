@@ -222,7 +222,8 @@ pub struct Memory {
     /// Ordered by guest address, like `spans`; kept for their mappings.
     regions: GuestRegionCollection<Region>,
     spans: Box<[Span]>,
-    /// Some of the spans may only be read: seldom, so that all others need not be asked.
+    /// Some of the spans are read-only. That is rare, and without any the spans need not be
+    /// checked.
     has_read_only: bool,
 }
 
@@ -253,9 +254,9 @@ impl Memory {
             .try_fold(Self::empty(), |memory, (info, file)| memory.with_region(info, file))
     }
 
-    /// Not the guest's memory but `len` bytes of `file` at `file_offset`, which the frontend shares as
-    /// well (the in-flight area, the dirty log). Addresses count from their first byte, and all of them
-    /// can be written.
+    /// Not the guest's memory but `len` bytes of `file` at `file_offset`, which the frontend shares
+    /// as well (the in-flight area, the dirty log). Addresses count from their first byte, and all
+    /// of them can be written.
     pub(crate) fn of_file(file: File, file_offset: u64, len: u64) -> Result<Self, MemoryError> {
         let region = RegionInfo { guest_address: 0, size: len, vmm_address: 0, file_offset };
         let memory = Self::empty().with_region(region, file)?;
@@ -365,8 +366,8 @@ impl Memory {
         Ok(())
     }
 
-    /// The host memory behind `len` bytes at `address`, if one region holds them all. It may be such
-    /// that can only be read.
+    /// The host memory behind `len` bytes at `address`, if one region holds them all. It may be
+    /// such that can only be read.
     #[inline]
     pub(crate) fn contiguous(&self, address: GuestAddress, len: u64) -> Option<*const u8> {
         let (host, available) = self.lookup(address.0)?;
@@ -397,8 +398,8 @@ impl Memory {
     /// Copies `from` into guest memory at `address`. All or nothing: a range that cannot be written
     /// as a whole stays untouched.
     ///
-    /// With `Memory::write_host` this is the way of all that the processor, not the kernel,
-    /// writes into buffers.
+    /// All that the processor, not the kernel, writes into buffers goes through this and
+    /// `Memory::write_host`.
     #[inline]
     pub fn write(&self, address: GuestAddress, from: &[u8]) -> Result<(), NotWritable> {
         let len = from.len() as u64;
@@ -427,8 +428,8 @@ impl Memory {
         place.is_some()
     }
 
-    /// Fills `len` bytes of host memory that came from [`Memory::host_ranges`] of this snapshot with
-    /// zeros. False, and nothing is written, if they are not inside it or may only be read.
+    /// Fills `len` bytes of host memory that came from [`Memory::host_ranges`] of this snapshot
+    /// with zeros. False, and nothing is written, if they are not inside it or may only be read.
     pub(crate) fn zero_host(&self, host: *mut u8, len: usize) -> bool {
         let place = self.inside(host, len);
         if let Some(place) = place {
@@ -443,8 +444,8 @@ impl Memory {
     /// snapshot. False, and nothing is written, if they are not inside it or may only be read.
     ///
     /// # Safety
-    /// `from` is valid for reads of `len` bytes, by whoever else they may be written meanwhile, and
-    /// lies outside of guest memory.
+    /// `from` is valid for reads of `len` bytes and lies outside of guest memory. Others may write
+    /// the bytes meanwhile.
     #[inline]
     pub(crate) unsafe fn copy_to_host(&self, host: *mut u8, from: *const u8, len: usize) -> bool {
         let place = self.inside(host, len);
@@ -645,7 +646,7 @@ impl Region {
         Ok(Self { info, host, registration: Some(registration), read_only, mapping })
     }
 
-    /// What became of a lost page: the file's length tells.
+    /// Why a page was lost, by the length of the file.
     fn loss(&self) -> Loss {
         let region = self.info;
         let file = self.mapping.file_offset().map(FileOffset::file);

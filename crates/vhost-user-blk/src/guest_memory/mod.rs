@@ -3,6 +3,6 @@
 pub mod memory;
 pub(crate) mod sigbus;
 
-/// A page of the system, in bytes: of memory and of the page cache. The daemon refuses to start where
-/// it is another one.
+/// A page of the system, in bytes: of memory and of the page cache. The daemon refuses to start
+/// where it is another one.
 pub(crate) const PAGE_SIZE: u64 = 4096;

@@ -90,8 +90,8 @@ impl Registration {
     ///
     /// # Safety
     /// The range must be a mapping of a file that this process made and that stays until the
-    /// `Registration` is dropped; nothing else may rely on what its pages hold after they were lost to
-    /// a shortened file.
+    /// `Registration` is dropped; nothing else may rely on what its pages hold after they were lost
+    /// to a shortened file.
     pub(crate) unsafe fn new(start: *mut u8, len: usize, page: usize) -> Result<Self, SigbusError> {
         install()?;
         let free = |slot: &Slot| {

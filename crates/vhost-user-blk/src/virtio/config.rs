@@ -27,8 +27,8 @@ pub(crate) const SEGMENTS_MAX: u16 = 126;
 /// Most sectors in one segment of a DISCARD: 1 GiB. Bounds how long one request can keep a queue
 /// busy, and is large enough for a whole disk to be trimmed in few requests.
 pub(crate) const DISCARD_SECTORS_MAX: u32 = 1 << 21;
-/// Most sectors in one segment of a WRITE_ZEROES: 64 MiB. Smaller than for DISCARD because where the
-/// file system cannot zero a range by itself the zeros are written.
+/// Most sectors in one segment of a WRITE_ZEROES: 64 MiB. Smaller than for DISCARD because where
+/// the file system cannot zero a range by itself the zeros are written.
 pub(crate) const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 17;
 /// Most segments in one DISCARD or WRITE_ZEROES: 512 bytes of segments.
 pub(crate) const RANGES_MAX: u32 = 32;

@@ -16,15 +16,15 @@ pub const CHAIN_DESCRIPTORS_MAX: u16 = 1024;
 /// The device's end of a started virtqueue.
 ///
 /// The path of a request: [`pop`](Self::pop) gives its head, [`chain`](Self::chain) walks its
-/// descriptors, [`push`](Self::push) consumes the head; [`publish`](Self::publish) shows the guest all
-/// that was pushed since the last time.
+/// descriptors, [`push`](Self::push) consumes the head; [`publish`](Self::publish) shows the guest
+/// all that was pushed since the last time.
 pub trait DeviceQueue {
     /// A request that the guest made available and that is not answered yet. Only
     /// [`push`](Self::push) consumes it.
     type Head;
 
-    /// Why the ring can no longer be trusted. It says nothing about any one request, so it cannot be
-    /// answered by failing one.
+    /// Why the ring can no longer be trusted. It says nothing about any one request, so it cannot
+    /// be answered by failing one.
     type Error: Display;
 
     /// Takes the next request that the guest made available.

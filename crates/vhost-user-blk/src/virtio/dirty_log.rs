@@ -68,8 +68,8 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Marks the pages of `len` bytes at the guest address `address`, which were written before. Pages
-    /// without a bit are left out.
+    /// Marks the pages of `len` bytes at the guest address `address`, which were written before.
+    /// Pages without a bit are left out.
     pub(crate) fn mark(&self, address: u64, len: u64) {
         let Some(last) = len.checked_sub(1).and_then(|rest| address.checked_add(rest)) else {
             return;
@@ -83,7 +83,7 @@ impl DirtyLog {
                 // SAFETY: a byte of the mapping, which `bytes` keeps; all accesses to it from here
                 // are atomic, and the frontend deserves what it reads if its own are not.
                 let place = unsafe { AtomicU8::from_ptr(place) };
-                // Release: whoever finds the bit finds the data.
+                // Release: a frontend that finds the bit finds the data.
                 place.fetch_or(bits, Ordering::Release);
             }
         }
@@ -119,7 +119,7 @@ impl RingLog {
         self.log.mark(self.used.saturating_add(offset as u64), len as u64);
     }
 
-    /// Tells the frontend, if it wants to be told, that there are new marks.
+    /// Signals new marks to the frontend, if it has asked for that.
     pub(crate) fn announce(&self) {
         if let Some(call) = &self.call {
             CallFd::new(call.as_fd()).signal();

@@ -1,4 +1,4 @@
-//! The in-flight area: what is being done for the guest, in memory that outlives this process.
+//! The in-flight area: the requests in flight, recorded in memory that outlives this process.
 //!
 //! Layout and order of the stores are those of the vhost-user specification, section "Inflight I/O
 //! tracking", for split rings. (The struct in the `vhost` crate has the wrong size.) The frontend
@@ -13,8 +13,8 @@
 //!   heads are linked from `last_batch_head`.
 //!
 //! The process may be killed between any two stores, so each is a release: none moves before an
-//! earlier one. The other side may write anything into the area at any time; what is read from it is
-//! checked in the copy.
+//! earlier one. The other side may write anything into the area at any time; what is read from it
+//! is checked in the copy.
 
 use std::fs::File;
 use std::io;
@@ -36,7 +36,7 @@ const VERSION: u16 = 1;
 const ALIGN: u64 = 64;
 
 /// Behind the parts of the queues, in an area that was made here, is room for a [`DeviceState`], in
-/// bytes. The specification knows nothing of it; a frontend keeps what it was given.
+/// bytes. The specification does not have it, but a frontend keeps the whole area.
 const STATE_ROOM: u64 = ALIGN;
 
 /// `QueueRegionSplit` without its descriptors; host-endian. All zeros: not initialised.
@@ -245,7 +245,7 @@ fn stride(queue_size: u16) -> u64 {
     (16 + 16 * u64::from(queue_size)).next_multiple_of(ALIGN)
 }
 
-/// Where a ring stands, read from the ring.
+/// The indices of a ring, read from the ring.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RingIndices {
     /// Descriptors of the ring.
@@ -285,8 +285,8 @@ impl Area {
         ))
     }
 
-    /// Forgets everything: the device was reset. (A frontend can say that its area is much longer than
-    /// it has to be; what is behind it stays.)
+    /// Forgets everything: the device was reset. (A frontend can say that its area is much longer
+    /// than it has to be; what is behind it stays.)
     pub(crate) fn clear(&self) {
         let area = self.memory.regions().next().map_or(0, |region| region.size);
         let len = area.min(queues_len(self.num_queues, self.queue_size) + STATE_ROOM);
@@ -511,7 +511,8 @@ impl Tracker {
         self.unfinished.len()
     }
 
-    /// A request was fetched. False: the descriptor is in flight already, or there is none such.
+    /// A request was fetched. False: the descriptor is in flight already, or the area has none of
+    /// this number.
     #[inline]
     pub(crate) fn fetched(&mut self, head: u16) -> bool {
         let Some(descriptor) = self.descriptors().get(usize::from(head)) else { return false };

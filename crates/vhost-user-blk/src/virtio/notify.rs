@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_call_descriptor_holds_nobody_up() {
+    fn a_full_call_descriptor_does_not_block() {
         for flags in [EfdFlags::empty(), EfdFlags::EFD_NONBLOCK] {
             let event = EventFd::from_flags(flags).unwrap();
             event.write(u64::MAX - 1).unwrap();

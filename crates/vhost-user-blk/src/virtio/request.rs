@@ -26,7 +26,7 @@ pub(crate) const IOVECS_MAX: usize = 1024;
 /// Length of the answer to GET_ID, the serial number, in bytes (virtio 1.3, 5.2.6).
 pub(crate) const ID_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
 
-/// Type, reserved, sector: what stands before the data.
+/// Type, reserved, sector: what comes before the data.
 const HEADER_LEN: usize = size_of::<virtio_blk_outhdr>();
 
 /// Segments of one DISCARD or WRITE_ZEROES.
@@ -41,7 +41,7 @@ pub struct ParseLimits {
     pub read_only: bool,
 }
 
-/// What a request asks for. Where its data is stands in the [`IoVecs`] it was parsed into.
+/// What a request asks for. The [`IoVecs`] that it was parsed into say where its data is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// Read these sectors into the iovecs, whose lengths add up to them.
@@ -50,7 +50,7 @@ pub enum Operation {
     Out(SectorRange),
     /// Make what was written durable.
     Flush,
-    /// Let go of the sectors of `IoVecs::segments`.
+    /// The guest no longer needs the sectors of `IoVecs::segments`.
     Discard,
     /// Make the sectors of `IoVecs::segments` read as zeros.
     WriteZeroes,
@@ -149,8 +149,8 @@ impl Fault {
         }
     }
 
-    /// Whether the guest may have done nothing wrong: it has memory that the frontend does not share,
-    /// or not for writing.
+    /// Whether the guest may have done nothing wrong: it has memory that the frontend does not
+    /// share, or not for writing.
     pub(crate) fn is_of_shared_memory(self) -> bool {
         matches!(
             self,

@@ -348,8 +348,8 @@ impl DeviceQueue for SplitQueue {
 
     #[inline]
     fn chain(&self, head: &Self::Head) -> impl Iterator<Item = Result<Descriptor, ChainError>> {
-        // SAFETY: the table was resolved in `new`: as many descriptors as the ring has entries, inside
-        // of a mapping that `memory` keeps.
+        // SAFETY: the table was resolved in `new`: as many descriptors as the ring has entries,
+        // inside of a mapping that `memory` keeps.
         unsafe { Chain::new(&self.memory, self.desc, self.size, head.0) }
     }
 
@@ -480,7 +480,7 @@ fn desc_table_len(size: u16) -> usize {
     DESCRIPTOR_SIZE as usize * usize::from(size)
 }
 
-/// Reads where the ring of `queue` stands.
+/// Reads the indices of the ring of `queue`.
 ///
 /// # Errors
 /// If it cannot be read.
@@ -523,14 +523,14 @@ impl RingError {
 }
 
 /// Resolves a part of the ring, at an address that is aligned. (`Queue::is_valid` looks for it in
-/// guest memory too, and takes one that goes over the border of two regions.) It may be such that can
-/// only be read.
+/// guest memory too, and takes one that goes over the border of two regions.) It may be such that
+/// can only be read.
 fn place(memory: &Memory, part: Part, address: u64, len: usize) -> Result<*mut u8, RingError> {
     let len = len as u64;
     let outside = RingError::Place { part: part.0, address, len };
     let host = memory.contiguous(GuestAddress(address), len).ok_or(outside)?;
-    // A region may begin anywhere, so the host's address counts as well: the accesses here need up to
-    // 4 (descriptors are read at any alignment).
+    // A region may begin anywhere, so the host's address counts as well: the accesses here need up
+    // to 4 (descriptors are read at any alignment).
     if !host.addr().is_multiple_of(part.1.min(VRING_USED_ALIGN_SIZE) as usize) {
         return Err(RingError::alignment(part, address));
     }

@@ -142,7 +142,8 @@ fn one_of_several_long_reads_is_offloaded() {
         worker.begin(head);
         (worker.offloaded, worker.queue.in_flight())
     };
-    // Nobody looks whether it has come back; so the second is copied, and so would the last be anyway.
+    // Nobody looks whether it has come back; so the second is copied, and so would the last be
+    // anyway.
     assert_eq!(begin_next(), (true, 1));
     assert_eq!(begin_next(), (true, 1));
     while guest.used_idx() < 3 {

@@ -148,7 +148,7 @@ impl Stream {
                 towards_disk?;
                 Ok((Operation::Out(limits.data(sector, read)?), 0))
             }
-            // A driver should not add data (5.2.6.1); nobody looks at it.
+            // A driver should not add data (5.2.6.1); it is ignored.
             VIRTIO_BLK_T_FLUSH => Ok((Operation::Flush, 0)),
             VIRTIO_BLK_T_GET_ID => {
                 towards_guest?;

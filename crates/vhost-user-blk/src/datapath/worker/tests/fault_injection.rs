@@ -1,5 +1,6 @@
-//! Workers on a bad day: their I/O is begun and completed in any order, comes up short and fails (see
-//! `block_io::fault_injection`), and after each answer every sector that it is about is compared with a model.
+//! Workers with fault injection (`block_io::fault_injection`): their I/O is begun and completed in
+//! any order, comes up short and fails. After each answer every sector of the request is compared
+//! with a model.
 //!
 //! One thread takes the turns of all workers, so that a seed plays a failure again: `TEST_SEED=n`.
 
@@ -322,8 +323,8 @@ fn play(setting: Setting, seed: u64) -> [[u64; 2]; 16] {
     answers
 }
 
-/// Takes what can be taken out of the page cache, as when memory is short: what a queue believes to be
-/// there is not, and streams begin cold.
+/// Takes what can be taken out of the page cache, as when memory is short: what a queue believes to
+/// be there is not, and streams begin cold.
 fn evict(disk: &Disk) {
     for layer in disk.layers() {
         let all = PosixFadviseAdvice::POSIX_FADV_DONTNEED;

@@ -1,7 +1,7 @@
 //! A vhost-user-blk frontend without a guest.
 //!
-//! [`device`] connects to a backend and gives [`queue`]s; [`load`] drives them with a [`job`] and
-//! checks what it reads against a [`model`]. A test that wants its own requests uses a queue by
+//! [`driver::device`] connects to a backend and gives [`driver::queue`]s; [`load`] drives them with a [`load::job`] and
+//! checks what it reads against a [`load::model`]. A test that wants its own requests uses a queue by
 //! itself:
 //!
 //! ```no_run

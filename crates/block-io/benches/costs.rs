@@ -7,11 +7,9 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use block_io::CowFormat;
-use block_io::Disk;
-use block_io::DiskOptions;
 use block_io::image::{CreateOptions, create_cow};
 use block_io::storage::file::Host;
+use block_io::{CowFormat, Disk, DiskOptions};
 use cow_format::{Sector, SectorCount, SectorRange};
 
 /// Sectors in 4 KiB.

@@ -4,11 +4,10 @@ use std::io;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-use block_io::Host;
-use block_io::ImageError;
 use block_io::image::ChangeError;
 use block_io::ops::{Holes, OpError, Progress};
 use block_io::storage::{Access, Env, LockKind, Storage};
+use block_io::{Host, ImageError};
 use cow_format::ByteOffset;
 
 use crate::error::CowError;

@@ -4,10 +4,9 @@
 use std::io;
 use std::path::PathBuf;
 
-use block_io::DiskError;
-use block_io::ImageError;
 use block_io::image::ChangeError;
 use block_io::ops::OpError;
+use block_io::{DiskError, ImageError};
 use cow_format::identity::{Doubt, IdentityError};
 
 use crate::delta::DeltaError;

@@ -7,14 +7,11 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use block_io::CowFormat;
-use block_io::Disk;
-use block_io::DiskOptions;
-use block_io::ImageError;
 use block_io::image::{BaseOptions, CreateOptions, Proof, create_cow, rebind, resize, snapshot};
 use block_io::ops::inspect::inspect;
 use block_io::ops::{Copying, merge_in_place, rebase, rebase_unsafe};
 use block_io::storage::file::Host;
+use block_io::{CowFormat, Disk, DiskOptions, ImageError};
 use cow_format::Header;
 use cow_format::header::{Backing, BackingFormat, NativeHeader};
 use cow_format::identity::{BackingIdentity, Doubt, IdentityError, Witness};

@@ -2,10 +2,9 @@
 
 use std::fs;
 
-use block_io::Disk;
-use block_io::DiskOptions;
 use block_io::storage::file::{Host, whole_blocks};
 use block_io::storage::{Access, Env, Storage};
+use block_io::{Disk, DiskOptions};
 use cow_format::ByteOffset;
 use testkit::loop_device::LoopDevice;
 

@@ -4,15 +4,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use block_io::CowFormat;
-use block_io::Disk;
-use block_io::DiskOptions;
-use block_io::ImageError;
 use block_io::image::{
     BaseOptions, CHAIN_DEPTH_MAX, ChangeError, CreateOptions, Proof, create_cow, rebind, resize,
     snapshot,
 };
 use block_io::storage::file::Host;
+use block_io::{CowFormat, Disk, DiskOptions, ImageError};
 use cow_format::header::{Backing, BackingFormat, NativeHeader};
 use cow_format::{Header, Sector, SectorCount, SectorRange};
 

@@ -4,12 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use block_io::CowFormat;
-use block_io::Disk;
-use block_io::DiskOptions;
-use block_io::ImageError;
 use block_io::image::{CreateOptions, create_cow};
 use block_io::storage::file::Host;
+use block_io::{CowFormat, Disk, DiskOptions, ImageError};
 use cow_format::{Extent, Sector, SectorCount, SectorRange};
 
 const FORMATS: [CowFormat; 2] = [CowFormat::Uml, CowFormat::Native];

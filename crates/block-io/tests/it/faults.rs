@@ -5,17 +5,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
-use block_io::CachePolicy;
-use block_io::Committer;
-use block_io::CowFormat;
-use block_io::Disk;
-use block_io::DiskError;
-use block_io::DiskOptions;
-use block_io::Waiter;
 use block_io::image::{CreateOptions, create_cow};
 use block_io::storage::file::Host;
 use block_io::storage::{Env, Storage};
 use block_io::testing::sim::{Choices, Operation, Sim, Verdict};
+use block_io::{CachePolicy, Committer, CowFormat, Disk, DiskError, DiskOptions, Waiter};
 use cow_format::{ByteOffset, Sector, SectorCount, SectorRange};
 
 const FORMATS: [CowFormat; 2] = [CowFormat::Uml, CowFormat::Native];

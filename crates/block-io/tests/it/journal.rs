@@ -5,13 +5,11 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use block_io::Disk;
-use block_io::DiskOptions;
-use block_io::ImageError;
 use block_io::image::resize;
 use block_io::ops::check::{Checked, check};
 use block_io::storage::Storage;
 use block_io::storage::file::Host;
+use block_io::{Disk, DiskOptions, ImageError};
 use cow_format::check::Finding;
 use cow_format::{ByteOffset, Sector, SectorCount, SectorRange};
 

@@ -6,15 +6,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
-use block_io::CowFormat;
-use block_io::Disk;
-use block_io::DiskError;
-use block_io::DiskOptions;
-use block_io::Host;
 use block_io::image::{CreateOptions, create_cow, snapshot};
 use block_io::ops::reset;
 use block_io::storage::{Access, Env, Storage};
 use block_io::testing::sim::{Choices, Operation, Sim, Verdict};
+use block_io::{CowFormat, Disk, DiskError, DiskOptions, Host};
 use cow_format::{
     BITMAP_PAGE_LEN, ByteOffset, Geometry, HEADER_PREFIX_LEN, Header, PAGE_SECTORS, Sector,
     SectorCount, SectorRange,

@@ -3,14 +3,12 @@
 
 use std::path::Path;
 
-use block_io::CowFormat;
-use block_io::Disk;
-use block_io::DiskOptions;
 use block_io::image::{CreateOptions, create_cow};
 use block_io::ops::check::check;
 use block_io::ops::{Copying, Holes, merge_to};
 use block_io::storage::{Access, Env, Storage};
 use block_io::testing::sim::Sim;
+use block_io::{CowFormat, Disk, DiskOptions};
 use cow_format::{ByteOffset, Sector, SectorCount, SectorRange};
 
 const SECTORS: u64 = 100;

@@ -6,14 +6,12 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
-use block_io::CowFormat;
-use block_io::Disk;
-use block_io::DiskOptions;
 use block_io::image::{CreateOptions, ImageError, create_cow, snapshot};
 use block_io::ops::check::check;
 use block_io::ops::{Copying, merge_in_place};
 use block_io::storage::{Access, Env, Storage};
 use block_io::testing::sim::{Choices, CrashKind, Operation, Sim, Verdict};
+use block_io::{CowFormat, Disk, DiskOptions};
 use cow_format::identity::IdentityError;
 use cow_format::{ByteOffset, Sector, SectorCount, SectorRange};
 

@@ -5,12 +5,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use block_io::CowFormat;
-use block_io::Disk;
-use block_io::DiskOptions;
 use block_io::image::{CreateOptions, create_cow, resize, snapshot};
 use block_io::storage::{Env, Storage};
 use block_io::testing::sim::{Choices, Sim};
+use block_io::{CowFormat, Disk, DiskOptions};
 use cow_format::{ByteOffset, Sector, SectorCount, SectorRange};
 
 /// A base that is no whole number of sectors, of more than one bitmap page.

@@ -2,13 +2,11 @@
 
 use std::path::Path;
 
-use block_io::CowFormat;
-use block_io::Disk;
-use block_io::DiskOptions;
 use block_io::image::{BaseOptions, CreateOptions, create_cow};
 use block_io::ops::{Copying, convert_to_cow, convert_to_raw, rebase, reset};
 use block_io::storage::{Env, Storage};
 use block_io::testing::sim::{Choices, CrashKind, Sim};
+use block_io::{CowFormat, Disk, DiskOptions};
 use cow_format::header::BackingFormat;
 use cow_format::{ByteOffset, Sector, SectorCount, SectorRange};
 

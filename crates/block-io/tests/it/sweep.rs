@@ -4,12 +4,10 @@
 use std::path::Path;
 use std::time::Duration;
 
-use block_io::CowFormat;
-use block_io::Disk;
-use block_io::DiskOptions;
 use block_io::image::{CreateOptions, create_cow};
 use block_io::storage::{Env, Storage};
 use block_io::testing::sim::{Choices, Operation, Sim};
+use block_io::{CowFormat, Disk, DiskOptions};
 use cow_format::{ByteOffset, Sector, SectorCount, SectorRange};
 
 const BASE: &str = "/base";

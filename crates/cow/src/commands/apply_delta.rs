@@ -5,11 +5,10 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use block_io::CowFormat;
-use block_io::Host;
 use block_io::image::{BaseOptions, CreateOptions};
 use block_io::ops::inspect::{Content, inspect};
 use block_io::ops::{CowWriter, OpError};
+use block_io::{CowFormat, Host};
 use cow_format::Header as CowHeader;
 use cow_format::identity::{ActualIdentity, BackingIdentity, Verdict};
 

@@ -3,11 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use block_io::Host;
-use block_io::ImageError;
 use block_io::ops::OpError;
 use block_io::ops::check::{Checked, check};
 use block_io::ops::inspect::{Content, Inspection, inspect};
+use block_io::{Host, ImageError};
 use cow_format::HeaderError;
 use cow_format::check::Severity;
 use cow_format::header::BackingFormat;

@@ -3,13 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use block_io::CowFormat;
-use block_io::Disk;
-use block_io::DiskOptions;
-use block_io::Host;
 use block_io::image::{BaseOptions, CreateOptions};
 use block_io::ops;
 use block_io::ops::walk::Image;
+use block_io::{CowFormat, Disk, DiskOptions, Host};
 use cow_format::header::BackingFormat;
 
 use crate::base::BaseArgs;

@@ -3,10 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use block_io::CowFormat;
-use block_io::Host;
 use block_io::image::{CreateOptions, create_cow};
 use block_io::ops;
+use block_io::{CowFormat, Host};
 use clap::ValueEnum;
 
 use crate::base::{BaseArgs, warn_of_base};

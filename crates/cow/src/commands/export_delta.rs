@@ -5,12 +5,10 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use block_io::Disk;
-use block_io::DiskOptions;
-use block_io::Host;
 use block_io::ops::inspect::{BackingFacts, inspect};
 use block_io::ops::{Holes, OpError, Output, threads};
 use block_io::storage::Storage;
+use block_io::{Disk, DiskOptions, Host};
 use cow_format::{ByteOffset, Extent, SECTOR_SIZE};
 
 use crate::delta::{Header, RECORD_MAX, Record, Writer};

@@ -3,11 +3,10 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use block_io::CowFormat;
-use block_io::Host;
 use block_io::image::{BaseOptions, CreateOptions, create_cow};
 use block_io::ops;
 use block_io::ops::inspect::{Content, inspect};
+use block_io::{CowFormat, Host};
 use cow_format::Header;
 use cow_format::header::{BackingFormat, NativeState};
 

@@ -4,9 +4,8 @@ use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use block_io::Disk;
-use block_io::DiskOptions;
 use block_io::ops::walk::{Reader, Source, Walker};
+use block_io::{Disk, DiskOptions};
 use serde::Serialize;
 
 use crate::error::CowError;

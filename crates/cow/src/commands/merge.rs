@@ -4,12 +4,9 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use block_io::Disk;
-use block_io::DiskOptions;
-use block_io::Host;
-use block_io::ops;
 use block_io::ops::inspect::{FileFacts, inspect};
 use block_io::storage::FileKind;
+use block_io::{Disk, DiskOptions, Host, ops};
 
 use crate::copying::CopyArgs;
 use crate::dependents::{Dependents, id_of};

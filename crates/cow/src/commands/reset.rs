@@ -3,8 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use block_io::Host;
-use block_io::ops;
+use block_io::{Host, ops};
 
 use crate::error::CowError;
 use crate::ui::Ui;

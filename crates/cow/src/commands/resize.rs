@@ -3,9 +3,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use block_io::Host;
-use block_io::image;
 use block_io::ops::inspect::{Content, inspect};
+use block_io::{Host, image};
 
 use crate::error::CowError;
 use crate::size::{Human, SizeChange};

@@ -4,9 +4,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use block_io::Host;
-use block_io::image;
-use block_io::ops;
+use block_io::{Host, image, ops};
 
 use crate::error::CowError;
 use crate::ui::Ui;

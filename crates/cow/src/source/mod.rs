@@ -5,14 +5,11 @@ pub mod qcow2;
 
 use std::path::Path;
 
-use block_io::Disk;
-use block_io::DiskOptions;
-use block_io::Host;
-use block_io::ImageError;
 use block_io::ops::OpError;
 use block_io::ops::inspect::{Content, inspect};
 use block_io::ops::walk::{Image, Piece, Reader, Walker};
 use block_io::storage::FileId;
+use block_io::{Disk, DiskOptions, Host, ImageError};
 use cow_format::{ByteOffset, Header, HeaderError, LayerIndex, SectorRange};
 
 use crate::error::CowError;

@@ -7,15 +7,11 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use block_io::Disk;
-use block_io::DiskOptions;
-use block_io::Host;
-use block_io::ImageError;
-use block_io::Layer;
 use block_io::ops::walk::{Image, Piece, Reader, Source};
 use block_io::ops::{Copying, OpError, Output, copy};
 use block_io::storage::file::File;
 use block_io::storage::{FileId, Storage as _};
+use block_io::{Disk, DiskOptions, Host, ImageError, Layer};
 use cow_format::{ByteOffset, LayerIndex, SectorRange};
 use imago::format::builder::{FormatCreateBuilder, FormatDriverBuilder};
 use imago::format::gate::ImplicitOpenGate;

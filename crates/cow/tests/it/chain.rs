@@ -7,8 +7,7 @@ use serde_json::{Value, json};
 
 /// Writes sectors of the disk in the COW file `name`, as a daemon would.
 fn write(scratch: &Scratch, name: &str, start: u64, bytes: &[u8]) {
-    use block_io::Disk;
-    use block_io::DiskOptions;
+    use block_io::{Disk, DiskOptions};
     use cow_format::{Sector, SectorCount, SectorRange};
     let disk = Disk::open_cow(&scratch.path(name), None, &DiskOptions::default()).unwrap();
     let count = SectorCount::new(bytes.len() as u64 / 512);

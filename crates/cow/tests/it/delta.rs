@@ -4,8 +4,7 @@ use std::fs;
 use std::process::{Command, Stdio};
 
 use crate::common::{Scratch, VECTOR_MTIME, base_image, set_mtime};
-use block_io::Disk;
-use block_io::DiskOptions;
+use block_io::{Disk, DiskOptions};
 use cow_format::{Sector, SectorCount, SectorRange};
 
 /// Changes the disk in a COW file.

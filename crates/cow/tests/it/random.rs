@@ -6,8 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::common::{Scratch, base_image, set_mtime};
-use block_io::Disk;
-use block_io::DiskOptions;
+use block_io::{Disk, DiskOptions};
 use cow_format::{Sector, SectorCount, SectorRange};
 
 /// Steps of a program.

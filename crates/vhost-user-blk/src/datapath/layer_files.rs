@@ -7,10 +7,9 @@
 
 use std::os::fd::BorrowedFd;
 
-use block_io::Disk;
-use block_io::Layer;
 use block_io::ring::FileSlot;
 use block_io::storage::file::File;
+use block_io::{Disk, Layer};
 use cow_format::{ByteOffset, LayerIndex};
 
 use crate::guest_memory::PAGE_SIZE;

@@ -16,8 +16,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use block_io::Disk;
-use block_io::fault_injection;
+use block_io::{Disk, fault_injection};
 use cow_format::{ByteOffset, LayerIndex};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use nix::sys::stat::{SFlag, fstat};
@@ -382,8 +381,7 @@ mod tests {
     use std::os::fd::AsFd;
     use std::os::unix::fs::FileExt;
 
-    use block_io::CachePolicy;
-    use block_io::DiskOptions;
+    use block_io::{CachePolicy, DiskOptions};
     use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
     use super::*;

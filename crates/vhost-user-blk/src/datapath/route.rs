@@ -4,10 +4,9 @@
 //! How the data of an extent gets into guest memory is decided in [`Router::read_path`], and
 //! carried out in [`Router::read_extent`]. One more way of reading is one more [`ReadPath`].
 
-use block_io::Disk;
-use block_io::DiskError;
 use block_io::ring::{FileSlot, Plan};
 use block_io::storage::file::whole_blocks;
+use block_io::{Disk, DiskError};
 use cow_format::{ByteOffset, Extent, LayerIndex, SectorRange};
 
 use crate::datapath::holes::Holes;

@@ -12,13 +12,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use block_io::Committer;
-use block_io::Disk;
-use block_io::Flushed;
-use block_io::Waiter;
-use block_io::Writing;
 use block_io::pulse::Pulse;
 use block_io::ring::{Event, Plan, Ring, Watch};
+use block_io::{Committer, Disk, Flushed, Waiter, Writing};
 use cow_format::SectorRange;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use virtio_queue::QueueState;

@@ -8,15 +8,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use block_io::Committer;
-use block_io::Disk;
-use block_io::DiskError;
-use block_io::Host;
-use block_io::ImageError;
 use block_io::base_watch::watch::BaseWatch;
 use block_io::ops::inspect::{Content, inspect};
 use block_io::storage::FILE_BLOCK;
 use block_io::storage::file::File;
+use block_io::{Committer, Disk, DiskError, Host, ImageError};
 use cow_format::SectorCount;
 use log::Level;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};

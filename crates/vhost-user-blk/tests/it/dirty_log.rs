@@ -8,9 +8,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::common::Daemon;
-use block_io::CowFormat;
-use block_io::Host;
 use block_io::image::{CreateOptions, create_cow};
+use block_io::{CowFormat, Host};
 use testkit::dirty_log::Log;
 use testkit::frontend::{
     F_EVENT_IDX, F_INDIRECT_DESC, F_LOG_ALL, F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES,

@@ -6,12 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use block_io::CowFormat;
-use block_io::Disk;
-use block_io::DiskOptions;
 use block_io::image::{CreateOptions, ImageError, Proof, create_cow, rebind, resize, snapshot};
 use block_io::storage::{Env, Storage};
 use block_io::testing::sim::{Choices, CrashKind, Operation, Sim, SimFile, Verdict};
+use block_io::{CowFormat, Disk, DiskOptions};
 use cow_format::{ByteOffset, Sector, SectorCount, SectorRange};
 
 const BASE: &str = "/base";

@@ -6,12 +6,8 @@
 
 use std::path::Path;
 
-use block_io::CachePolicy;
-use block_io::CowFormat;
-use block_io::DiskOptions;
-use block_io::Host;
-use block_io::fault_injection;
 use block_io::image::{CreateOptions, create_cow, snapshot};
+use block_io::{CachePolicy, CowFormat, DiskOptions, Host, fault_injection};
 use cow_format::{Sector, SectorCount};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use testkit::request::segment;

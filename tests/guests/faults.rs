@@ -388,7 +388,7 @@ int fdatasync(int fd) {
 "#;
 
 #[test]
-fn a_sync_that_hangs_is_told_to_nobody_but_the_watchdog() {
+fn a_sync_that_hangs_is_reported_by_the_watchdog_only() {
     let disk = CowDisk::over(&patterned(MIB, 6));
     let [library, hangs, notify] = ["sync.so", "hangs", "notify"].map(|name| disk.dir.path(name));
     compile_c(HANGING_SYNC, &["-shared", "-fPIC"], &library);
@@ -422,7 +422,7 @@ fn a_sync_that_hangs_is_told_to_nobody_but_the_watchdog() {
 }
 
 #[test]
-fn a_base_that_is_opened_for_writing_is_reported_and_nobody_waits() {
+fn a_base_that_is_opened_for_writing_is_reported_without_waiting() {
     let disk = CowDisk::over(&patterned(MIB, 3));
     let daemon = disk.serve(&[]);
     daemon.wait_for("listening");

@@ -98,7 +98,7 @@ fn a_disk_comes_and_goes_under_load() {
     let (first_daemon, daemon) = (first.serve(&options), disk.serve(&options));
     // Its socket is there before its disk is open.
     daemon.wait_for("listening");
-    let nobody = daemon.belongings();
+    let without_frontend = daemon.belongings();
     // Of its root bus a guest of this machine gives a device back when it is asked.
     let guest = Guest::new(Kernel::Qemu, &script).queues(2).with_fio().controlled().machine("pc");
     let guest = guest.disk(&first_daemon).boot(&first.dir, "guest");
@@ -122,7 +122,7 @@ fn a_disk_comes_and_goes_under_load() {
         assert_eq!(*connected.get_or_insert(now), now, "round {round}");
         monitor.unplug("disk");
         monitor.run_in_the_end("chardev-remove", json!({ "id": "plug" }));
-        daemon.wait_for_belongings(nobody);
+        daemon.wait_for_belongings(without_frontend);
     }
     let console = guest.finish();
     for round in 1..=DISKS {

@@ -330,7 +330,7 @@ table() {
 await_word() { read -r _ </dev/ttyS1; }
 "#;
 
-/// Waits for what the host tells.
+/// Waits for a line of the host's report.
 fn await_line(
     guest: &mut Running,
     client_log: &dyn Fn() -> ClientLog,

@@ -130,7 +130,7 @@ void *mmap(void *at, size_t len, int protection, int flags, int fd, off_t offset
 "#;
 
 #[test]
-fn a_kernel_too_old_for_the_ring_is_noticed_before_anybody_waits() {
+fn a_kernel_too_old_for_the_ring_is_noticed_before_a_request_waits() {
     let disk = CowDisk::over(&patterned(8 << 20, 9));
     let daemon = disk.serve(&[]);
     if daemon.output().contains("io_uring cannot be used") {

@@ -1,9 +1,11 @@
 //! Real power cuts (`system_tests::powercut`): no sector that was flushed is lost, whatever of the
 //! rest reaches the disk.
 //!
-//!     POWERCUTS=300 cargo test -p system-tests --test powercut -- --nocapture      # hundreds of cuts
-//!     POWERCUT_LIES=all cargo test -p system-tests --test powercut -- --nocapture  # every wrong host must be found
-//!     POWERCUT_SEED=7 ...                                                          # the kinds of cuts of that run
+//!     cargo test -p system-tests --test guests powercut -- --nocapture
+//!
+//! - `POWERCUTS=300`: hundreds of cuts;
+//! - `POWERCUT_LIES=all`: every wrong host must be found;
+//! - `POWERCUT_SEED=7`: the kinds of cuts of that run.
 //!
 //! A seed repeats the programs and the kinds of cuts. At which instant one falls depends on the
 //! machine.

@@ -81,7 +81,7 @@ fn bin_dir() -> &'static PathBuf {
         }
         let test = env::current_exe().expect("the path of the test program");
         // TARGET/PROFILE/deps/TEST
-        let profile_dir = test.ancestors().nth(2).expect("a test stands in target/PROFILE/deps");
+        let profile_dir = test.ancestors().nth(2).expect("a test is in target/PROFILE/deps");
         let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut build = Command::new(cargo);
         build.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));

@@ -7,7 +7,7 @@
 //!     flush-client run SOCKET SEED PROGRAM MODE plays a program
 //!
 //! MODE is a list of words: `count=N` ends after N operations and a last flush; `completions` also
-//! tells of each completion; `lies` tells of flushes that were not sent; `tolerant` goes on when
+//! reports each completion; `lies` reports flushes that were not sent; `tolerant` continues when
 //! requests fail, and ends when a flush has, or [`MOST_FAILED`] others: with every write failed
 //! there is nothing to flush.
 //!

@@ -213,7 +213,7 @@ fn a_digest_proves_that_a_base_is_the_same() {
     other[100] ^= 1;
     scratch.write("copy.img", &other);
     scratch.cow_fails("rebind a.cow", 1, &["copy.img", "a.cow", "digests differ"]);
-    // Its mtime set back, so that nothing but the digest tells.
+    // Its mtime set back, so that only the digest shows the change.
     let mtime = scratch.json("info a.cow")["backing"]["stored"]["mtime"].clone();
     let time = std::time::Duration::new(
         mtime["seconds"].as_u64().unwrap(),

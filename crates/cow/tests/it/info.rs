@@ -126,7 +126,7 @@ fn info_of_every_bad_vector_shows_what_can_be_shown() {
         assert!(info["file-length"].is_u64(), "{name}");
         assert_eq!(scratch.cow(&format!("check {name}.cow")).status, 2, "{name}");
     }
-    // Without its magic it is a raw image as far as anyone can tell.
+    // Without its magic it cannot be distinguished from a raw image.
     scratch.vector("bad-magic");
     assert_eq!(scratch.json("info bad-magic.cow")["format"], "raw");
     scratch.cow_fails("check bad-magic.cow", 1, &["bad-magic.cow", "not a COW file"]);

@@ -198,7 +198,7 @@ fn what_can_share_space_does() {
         expected[512..1024].fill(8);
         expected[4 << 20..5 << 20].fill(7);
         assert_eq!(out.unwrap(), expected, "{mkfs}");
-        assert!(grown < 8 << 20, "{mkfs}: {grown} of {} bytes were taken anew", base.len());
+        assert!(grown < 8 << 20, "{mkfs}: {grown} of {} bytes were allocated again", base.len());
     }
 }
 

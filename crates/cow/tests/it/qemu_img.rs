@@ -32,7 +32,7 @@ fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap()
 }
 
-/// A raw image with data, a hole in the middle and at the end, and zeros that stand in it.
+/// A raw image with data, a hole in the middle and at the end, and stored zeros.
 fn holey(scratch: &Scratch, name: &str) -> Vec<u8> {
     let mut bytes = base_image('B', 1000).repeat(20);
     bytes.truncate(8 << 20);
@@ -160,8 +160,8 @@ fn compare_and_check_end_the_same() {
     let run = scratch.cow("compare --output=json -f raw -F raw a.raw a.raw");
     assert_eq!(json(&run.stdout), serde_json::json!({"difference": "none"}));
 
-    // Sound, leaking, corrupt: a cluster that nothing uses, a block that no bit speaks of; a
-    // reference to nowhere.
+    // Sound, leaking, corrupt: a cluster that nothing uses, a block without a bit; a reference to
+    // nowhere.
     scratch.cow_ok("create a.cow 8M");
     qemu_img(&scratch, "create -q -f qcow2 a.qcow2 8M");
     let check = |scratch: &Scratch| {
@@ -302,7 +302,7 @@ fn what_a_qcow2_image_can_have_is_read_or_refused() {
         1,
         &["a.data", "same file"],
     );
-    // Snapshots inside do not matter, nor does what was not closed: a dirty bit speaks of reference
+    // Snapshots inside do not matter, nor does what was not closed: a dirty bit concerns reference
     // counts.
     qemu_img(&scratch, "convert -f raw -O qcow2 -o lazy_refcounts=on a.raw a.qcow2");
     qemu_img(&scratch, "snapshot -c one a.qcow2");
@@ -348,7 +348,7 @@ impl Holder {
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         // It asks for commands when it has the file. To try the lock meanwhile could make it fail:
-        // whoever looks at a lock of QEMU's holds one for a moment.
+        // testing a lock of QEMU's means holding one for a moment.
         let mut prompt = [0; PROMPT.len()];
         child.stdout.as_mut().unwrap().read_exact(&mut prompt).unwrap();
         assert_eq!(prompt, *PROMPT);

@@ -1,8 +1,8 @@
 //! A vhost-user-blk frontend without a guest.
 //!
-//! [`driver::device`] connects to a backend and gives [`driver::queue`]s; [`load`] drives them with a [`load::job`] and
-//! checks what it reads against a [`load::model`]. A test that wants its own requests uses a queue by
-//! itself:
+//! [`driver::device`] connects to a backend and gives [`driver::queue`]s; [`load`] drives them with
+//! a [`load::job`] and checks what it reads against a [`load::model`]. A test that wants its own
+//! requests uses a queue by itself:
 //!
 //! ```no_run
 //! use blk_bench::driver::device::{Device, Options};

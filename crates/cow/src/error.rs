@@ -98,10 +98,10 @@ pub enum CowError {
 /// What the tool's user can do about an error of block-io, which knows no commands and options.
 fn image_hint(error: &ImageError) -> String {
     let text = match error {
-        ImageError::Backing { .. } => " (-b BASE)",
-        ImageError::SideFile { .. } => " (cow convert -O native)",
-        ImageError::Journal { .. } => ": run cow check --repair, or start its daemon",
-        ImageError::NotFrozen { .. } => " (cow snapshot)",
+        ImageError::Backing { .. } => "; if it is elsewhere, give its path with -b BASE",
+        ImageError::SideFile { .. } => "; to convert it: cow convert -O native",
+        ImageError::Journal { .. } => "; run cow check --repair, or start its daemon",
+        ImageError::NotFrozen { .. } => "; to freeze it: cow snapshot",
         ImageError::Identity { source, .. } => return identity_hint(source),
         _ => "",
     };

@@ -96,7 +96,7 @@ pub enum ImageError {
     },
     /// The backing file that a header names cannot be opened.
     #[error(
-        "{}: cannot open the backing file of {}: {source}; if it is elsewhere, give its path",
+        "{}: cannot open the backing file of {}: {source}",
         path.display(), cow.display()
     )]
     Backing {
@@ -161,7 +161,7 @@ pub enum ImageError {
     /// A file below the top is still being written, or could be.
     #[error(
         "{}: backs {} but is not frozen; if it has been opened for writing since, that disk's content \
-         is lost; otherwise freeze it with a snapshot",
+         is lost; otherwise it must be frozen",
         path.display(), cow.display()
     )]
     NotFrozen {

@@ -119,12 +119,12 @@ fn hint(error: &ImageError) -> &'static str {
         ImageError::NoLocks { .. } => {
             "; if no other daemon or tool can write to it, pass --allow-unlocked"
         }
-        ImageError::Backing { .. } => " (COW,BASE)",
-        ImageError::SideFile { .. } => " (cow convert -O native)",
+        ImageError::Backing { .. } => "; if it is elsewhere, give its path as COW,BASE",
+        ImageError::SideFile { .. } => "; to convert it: cow convert -O native",
         ImageError::Journal { .. } => {
-            ": start the daemon without --read-only, or run cow check --repair"
+            "; start the daemon without --read-only, or run cow check --repair"
         }
-        ImageError::NotFrozen { .. } => " (cow snapshot)",
+        ImageError::NotFrozen { .. } => "; to freeze it: cow snapshot",
         ImageError::Identity { source: IdentityError::Mtime { .. }, .. } => {
             "; if its content is unchanged, run `cow rebind`; otherwise restore it"
         }

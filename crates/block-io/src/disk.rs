@@ -241,6 +241,9 @@ impl<E: Env> Disk<E> {
         if self.read_only {
             return Ok(());
         }
+        if self.is_failed() {
+            self.retry_mark();
+        }
         self.check_writable()?;
         let mut journal = lock(&self.flushing);
         self.check_not_failed()?;
@@ -337,7 +340,7 @@ impl<E: Env> Disk<E> {
     /// any more.
     fn end_use(&self) -> Result<(), DiskError> {
         let mut journal = lock(&self.flushing);
-        self.check_not_failed().inspect_err(|_| self.mark_failed(Newest::InDoubt))?;
+        self.check_not_failed().inspect_err(|_| self.retry_mark())?;
         let top = &self.top().file;
         let Some((cow, bitmap)) = self.writable_cow() else {
             return top.sync().map_err(|err| self.fail(&err));
@@ -419,34 +422,43 @@ impl<E: Env> Disk<E> {
                  no writes until it is opened again",
                 path.display()
             );
-            self.mark_failed(newest);
+            if let Err(err) = self.mark_failed(newest) {
+                log_not_marked(&path, &err);
+            }
         }
         DiskError::Failed { path }
     }
 
     /// The next process to open the file must not trust the page cache either: the kernel reports a
     /// failed sync once, and afterwards considers the lost pages written.
-    fn mark_failed(&self, newest: Newest) {
-        if self.marked.load(Ordering::Acquire) {
-            return;
-        }
+    fn mark_failed(&self, newest: Newest) -> Result<(), NotMarked> {
         let top = self.top();
-        let marked = match &self.cow {
+        match &self.cow {
             None => {
                 // From now on, reads return what is on the disk.
                 if let Err(err) = top.file.drop_cache() {
                     log::debug!("{}: page cache not dropped: {err}", top.path.display());
                 }
-                Ok(())
             }
             Some(cow) => match &mut *lock(&cow.header) {
-                Header::Native(native) => void_live(&top.file, native, newest),
-                Header::Uml(_) => cow.live.make_void().map_err(NotMarked::AtAll),
+                Header::Native(native) => void_live(&top.file, native, newest)?,
+                Header::Uml(_) => cow.live.make_void().map_err(NotMarked::AtAll)?,
             },
-        };
-        match marked {
-            Ok(()) => self.marked.store(true, Ordering::Release),
-            Err(err) => log_not_marked(&top.path, &err),
+        }
+        self.marked.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// A device that took nothing when the sync failed may be back: a failure that is not recorded
+    /// yet is recorded with the next flush that the guest asks for, and when the disk is closed.
+    fn retry_mark(&self) {
+        if self.marked.load(Ordering::Acquire) {
+            return;
+        }
+        let path = self.top().path.display();
+        match self.mark_failed(Newest::InDoubt) {
+            Ok(()) => log::warn!("{path}: the failed sync is recorded on the disk now"),
+            Err(err) => log::debug!("{path}: the failed sync is still not recorded: {err:?}"),
         }
     }
 

@@ -92,7 +92,7 @@ pub(crate) struct Shared {
 }
 
 /// A ring that is ready to be served.
-pub struct RingStart {
+pub(crate) struct RingStart {
     /// The number of the queue.
     pub(crate) queue: usize,
     /// Guest memory.
@@ -116,7 +116,7 @@ pub struct RingStart {
 }
 
 /// A queue that is being served.
-pub struct WorkerHandle {
+pub(crate) struct WorkerHandle {
     thread: JoinHandle<u16>,
     stop: Arc<EventFd>,
 }

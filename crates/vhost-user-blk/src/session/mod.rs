@@ -62,7 +62,7 @@ const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::
     .union(VhostUserProtocolFeatures::RESET_DEVICE);
 
 /// A session's view of the disk.
-pub trait Device {
+pub(crate) trait Device {
     /// A ring that is being served.
     type Ring: RunningRing;
 

@@ -105,7 +105,7 @@ const WCE_OFFSET: u32 = 32;
 
 /// What differs from disk to disk.
 #[derive(Clone, Copy, Debug)]
-pub struct DiskShape {
+pub(crate) struct DiskShape {
     /// 512-byte sectors.
     pub(crate) capacity: u64,
     /// Queues offered.

@@ -20,7 +20,7 @@ pub(crate) const STATE_LEN: usize = 16;
 
 /// State of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DeviceState {
+pub(crate) struct DeviceState {
     /// The field `write_cache` of the configuration space.
     pub write_cache: bool,
 }

@@ -574,28 +574,27 @@ fn off_t(value: u64) -> io::Result<i64> {
     i64::try_from(value).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
+/// What statx(2) reports of `file`; `None` if the kernel does not report `field`.
+pub(crate) fn statx(file: &fs::File, field: libc::c_uint) -> Option<libc::statx> {
+    let mut answer = std::mem::MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor, which `file` keeps open;
+    // `answer` is a whole statx that the kernel writes to.
+    let result = unsafe {
+        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, field, answer.as_mut_ptr())
+    };
+    // SAFETY: all-zero bytes are a valid statx, and so is what the kernel made of them.
+    let answer = unsafe { answer.assume_init() };
+    (result == 0 && answer.stx_mask & field != 0).then_some(answer)
+}
+
 /// The kernel's alignment requirements for direct I/O on this file, or the safe default if it does
 /// not report them.
 fn direct_align(file: &fs::File, logical_block: u32) -> DirectAlign {
     let default = DIRECT_ALIGN_DEFAULT.max(logical_block);
     let unknown = DirectAlign { memory: default, offset: default };
-    let mut answer = std::mem::MaybeUninit::<libc::statx>::zeroed();
-    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor, which `file` keeps open;
-    // `answer` is a whole statx that the kernel writes to.
-    let result = unsafe {
-        libc::statx(
-            file.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            libc::STATX_DIOALIGN,
-            answer.as_mut_ptr(),
-        )
-    };
-    // SAFETY: all-zero bytes are a valid statx, and so is what the kernel made of them.
-    let answer = unsafe { answer.assume_init() };
-    let said = result == 0 && answer.stx_mask & libc::STATX_DIOALIGN != 0;
+    let Some(answer) = statx(file, libc::STATX_DIOALIGN) else { return unknown };
     let (memory, offset) = (answer.stx_dio_mem_align, answer.stx_dio_offset_align);
-    if said && memory.is_power_of_two() && offset.is_power_of_two() {
+    if memory.is_power_of_two() && offset.is_power_of_two() {
         DirectAlign { memory, offset }
     } else {
         unknown

@@ -26,6 +26,7 @@ use nix::sys::statfs::{
 use uuid::Uuid;
 
 use crate::storage::BootId;
+use crate::storage::file::statx;
 use crate::storage::proc_fs::explain_boot_id;
 
 /// ramfs (linux/magic.h).
@@ -114,22 +115,7 @@ fn sysfs_inode(dir: &Path) -> Option<u64> {
 
 /// The id of the mount by which `file` was opened; it is never reused within this boot (Linux 6.8).
 fn unique_mount_id(file: &File) -> Option<u64> {
-    let mut answer = std::mem::MaybeUninit::<libc::statx>::zeroed();
-    // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor, which `file` keeps open;
-    // `answer` is a whole statx that the kernel writes to.
-    let result = unsafe {
-        libc::statx(
-            file.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            libc::STATX_MNT_ID_UNIQUE,
-            answer.as_mut_ptr(),
-        )
-    };
-    // SAFETY: all-zero bytes are a valid statx, and so is what the kernel made of them.
-    let answer = unsafe { answer.assume_init() };
-    let said = result == 0 && answer.stx_mask & libc::STATX_MNT_ID_UNIQUE != 0;
-    said.then_some(answer.stx_mnt_id)
+    Some(statx(file, libc::STATX_MNT_ID_UNIQUE)?.stx_mnt_id)
 }
 
 /// The boot id of the host, read once: it does not change while the kernel runs.

@@ -6,10 +6,12 @@
 //! [`super::merge_marker`]); then the merge can be run again.
 //!
 //! 1. The COW file's bits are made durable; the note is written.
-//! 2. A layer gets its next content generation: other files over it become invalid. (A base becomes so by its mtime.)
+//! 2. A layer gets its next content generation: other files over it become invalid. (A base becomes
+//!    so by its mtime.)
 //! 3. The data is copied and synced; a layer's bits are set and synced; a base gets its new mtime.
 //! 4. The COW file's header refers to the target as it is now.
-//! 5. The COW file's bits are cleared, and when that is durable its data is punched out. The note goes.
+//! 5. The COW file's bits are cleared, and when that is durable its data is punched out. The note
+//!    goes.
 
 use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStrExt;

@@ -10,9 +10,11 @@ use nix::sys::statfs::{
 /// unknown file system is not asked, and everything counts as data. That is always correct and
 /// costs time. In particular:
 ///
-/// - ZFS said of data that was just written that it is a hole (OpenZFS 15526, 6050, 11900). A sync of the file before the
+/// - ZFS said of data that was just written that it is a hole (OpenZFS 15526, 6050, 11900). A sync
+///   of the file before the
 ///   question writes ZFS's intent log and leaves the block tree, which is what is asked, as it is.
-/// - FUSE hands the question to a program, and NFS and SMB to a server, that may know nothing of what this host has in its
+/// - FUSE hands the question to a program, and NFS and SMB to a server, that may know nothing of
+///   what this host has in its
 ///   page cache, or answer from a file system that is on none of the lists.
 /// - overlayfs hands it to a file system that it does not name.
 const BELIEVED: [FsType; 5] = [

@@ -2,9 +2,11 @@
 //! every step of random programs, and again during recovery, on the simulated disk
 //! (docs/architecture.md, "Durability"). The rules:
 //!
-//! - after a power cut, a loss of the page cache, and a failed sync each sector has its last flushed content or that of
+//! - after a power cut, a loss of the page cache, and a failed sync each sector has its last
+//!   flushed content or that of
 //!   any later write;
-//! - after the death of the process each sector has the content of the last acknowledged write to it, or of a write
+//! - after the death of the process each sector has the content of the last acknowledged write to
+//!   it, or of a write
 //!   that was under way.
 //!
 //! The mutations at the end are faults that these tests must find.

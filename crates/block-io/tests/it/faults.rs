@@ -138,8 +138,8 @@ fn a_failed_sync_is_for_ever() {
     }
 }
 
-/// While the disk takes nothing at all a failed sync cannot be recorded. The next flush that the guest
-/// asks for tries once more, and so does the end of its use.
+/// While the disk takes nothing at all a failed sync cannot be recorded. The next flush that the
+/// guest asks for tries once more, and so does the end of its use.
 #[test]
 fn a_failed_sync_that_could_not_be_marked_is_marked_later() {
     for format in FORMATS {

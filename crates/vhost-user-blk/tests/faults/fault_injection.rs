@@ -1,6 +1,7 @@
 //! The daemon on a bad day: its I/O is begun and completed in any order, comes up short and fails
-//! (`block_io::fault_injection`), under a load from several queues that knows what each sector must hold.
-//! After that it is killed, and another one, on a good day, has to find all that was acknowledged.
+//! (`block_io::fault_injection`), under a load from several queues that knows what each sector must
+//! hold. After that it is killed, and another one, on a good day, has to find all that was
+//! acknowledged.
 //!
 //! What happens is random; `TEST_SEED` gives the load and each queue the same random numbers again.
 

@@ -17,7 +17,8 @@ const WATCHDOG_USEC: u64 = 40_000;
 /// So many times may a sign be due before one can be said not to come.
 const SIGNS: u32 = 20;
 
-/// A manager, and its daemon on the image in `directory`, which stops as `fault` says (src/fault.rs).
+/// A manager, and its daemon on the image in `directory`, which stops as `fault` says
+/// (src/fault.rs).
 fn watched(directory: &Path, fault: &str) -> (UnixDatagram, Daemon) {
     let notify = directory.join("notify");
     let manager = UnixDatagram::bind(&notify).unwrap();

@@ -297,10 +297,10 @@ impl Lane {
     }
 }
 
-/// Does what a migrating frontend does, with the log switched on and off again and again under load:
-/// copies all memory, then again and again what is marked, and once more after the rings were stopped.
-/// Gives the pages in which the copy is wrong in the end. `told`: the daemon marks in the log that is
-/// looked at.
+/// Does what a migrating frontend does, with the log switched on and off again and again under
+/// load: copies all memory, then again and again what is marked, and once more after the rings were
+/// stopped. Gives the pages in which the copy is wrong in the end. `told`: the daemon marks in the
+/// log that is looked at.
 fn migrate_under_load(args: &[&str], told: bool) -> BTreeSet<u64> {
     const ROUNDS: usize = 4;
     let directory = directory();

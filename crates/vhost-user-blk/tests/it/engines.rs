@@ -30,8 +30,8 @@ fn spawn(directory: &Path, command: Command) -> Daemon {
     Daemon::spawn_as_is(command, directory.join("socket"))
 }
 
-/// Reads what the base holds, writes something that is too long for the queue's own thread, flushes,
-/// and reads it back.
+/// Reads what the base holds, writes something that is too long for the queue's own thread,
+/// flushes, and reads it back.
 fn serves(memory: &Memory, ring: &mut Ring) {
     assert_eq!(ring.read_sector(memory, 7), sector(7));
     let long: Vec<u8> = (0..LONG).map(|i| u8::try_from(i % 251).unwrap()).collect();

@@ -1,9 +1,10 @@
 //! The fence (docs/architecture.md): the lock of a dead daemon falls only when its I/O has ended.
 //!
-//! The daemon is killed with direct reads of the base in flight, whose pages go on arriving in guest
-//! memory after the process is gone. The lock is on the COW file, which those reads do not touch; it
-//! holds because the file is registered in the ring that they are in; or, with threads that make system
-//! calls, because the process's descriptors are given up with the last thread (block-io, ring/threads.rs).
+//! The daemon is killed with direct reads of the base in flight, whose pages go on arriving in
+//! guest memory after the process is gone. The lock is on the COW file, which those reads do not
+//! touch; it holds because the file is registered in the ring that they are in; or, with threads
+//! that make system calls, because the process's descriptors are given up with the last thread
+//! (block-io, ring/threads.rs).
 
 use std::fs::File;
 use std::io::Write;

@@ -1,6 +1,6 @@
-//! In-flight areas that a frontend has spoilt, given to a running daemon: the connection ends with the
-//! reason in the log, the disk stays as it was, and the next frontend is served. (Each way in which an
-//! area can contradict itself: `src/inflight/tests.rs`.)
+//! In-flight areas that a frontend has spoilt, given to a running daemon: the connection ends with
+//! the reason in the log, the disk stays as it was, and the next frontend is served. (Each way in
+//! which an area can contradict itself: `src/inflight/tests.rs`.)
 
 use std::fs::File;
 use std::os::fd::AsRawFd;

@@ -1,4 +1,5 @@
-//! Connections come, go, break and misbehave; the disk stays, and the daemon ends when it is told to.
+//! Connections come, go, break and misbehave; the disk stays, and the daemon ends when it is told
+//! to.
 
 use std::io::{ErrorKind, Write};
 use std::os::fd::{AsRawFd, OwnedFd};

@@ -1,5 +1,5 @@
-//! A disk that is a block device with logical blocks of 4096 bytes: the guest is told, and a guest (or firmware) that goes
-//! on with sectors of 512 bytes is served all the same.
+//! A disk that is a block device with logical blocks of 4096 bytes: the guest is told, and a guest
+//! (or firmware) that goes on with sectors of 512 bytes is served all the same.
 
 use std::ops::Range;
 use std::path::Path;

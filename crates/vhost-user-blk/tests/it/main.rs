@@ -1,6 +1,5 @@
 //! The integration tests of this crate, in one program: it is linked once.
 
-mod base_watch;
 mod command_line;
 mod common;
 mod dirty_log;

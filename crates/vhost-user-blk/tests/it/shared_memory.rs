@@ -1,5 +1,5 @@
-//! Guest memory that the daemon has not got, may not write, or loses: the guest gets an error or the
-//! frontend its end, and the log says what is to be done about it.
+//! Guest memory that the daemon has not got, may not write, or loses: the guest gets an error or
+//! the frontend its end, and the log says what is to be done about it.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;

@@ -286,8 +286,8 @@ fn whatever_the_frontend_has_said_so_far_the_new_program_knows_it() {
     daemon.terminate();
 }
 
-/// What is said on the control socket is heard before all that a frontend has to say, which may never
-/// come to an end.
+/// What is said on the control socket is heard before all that a frontend has to say, which may
+/// never come to an end.
 #[test]
 fn a_frontend_that_never_pauses_does_not_keep_commands_away() {
     const MESSAGES: usize = 200;

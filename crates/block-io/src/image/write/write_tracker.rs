@@ -81,7 +81,8 @@ impl WriteTracker {
 
     /// `ranges` have been written, and are about to be acknowledged.
     pub(crate) fn add(&self, ranges: &[SectorRange]) {
-        // A flush that clears `overflowed` after this load covers this write: its data was there before.
+        // A flush that clears `overflowed` after this load covers this write: its data was there
+        // before.
         if self.overflowed.load(Ordering::SeqCst) {
             return;
         }

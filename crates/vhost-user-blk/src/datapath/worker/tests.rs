@@ -45,11 +45,13 @@ fn start(queue: usize, guest: &Guest, write_through: &Arc<AtomicBool>) -> RingSt
 /// The ring holds one flush.
 #[test]
 fn a_watch_that_is_lost_ends_the_ring_and_what_it_has_is_answered() {
-    let image = tempfile::NamedTempFile::new().unwrap();
-    image.as_file().set_len(1 << 20).unwrap();
     let engines = [IoEngine::IoUring, IoEngine::Sync].into_iter();
     for engine in engines.filter(|engine| engine.probe().is_ok()) {
         for watch in [KICK, STOP, COMMIT, TIDY] {
+            // A new one each time: the lock of the last round may be held by a child of another
+            // test for a moment.
+            let image = tempfile::NamedTempFile::new().unwrap();
+            image.as_file().set_len(1 << 20).unwrap();
             let disk = Arc::new(Disk::open_raw(image.path(), &DiskOptions::default()).unwrap());
             let shared = shared(&disk, 1, Some(engine));
             let mut guest = Guest::new(16, 0);

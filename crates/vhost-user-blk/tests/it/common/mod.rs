@@ -1,6 +1,6 @@
 //! A daemon under test.
 
-#![cfg_attr(feature = "fault-points", allow(dead_code, reason = "tests/faults uses a part"))]
+#![allow(dead_code, reason = "base_watch.rs and tests/faults use parts of this as well")]
 
 pub mod soak;
 
@@ -43,8 +43,8 @@ pub fn with_fd_as(number: RawFd, mut command: Command, fd: OwnedFd) -> Command {
     command
 }
 
-/// `command` in a process that is refused io_uring, as by the seccomp profiles of containers. So are all
-/// that come of it.
+/// `command` in a process that is refused io_uring, as by the seccomp profiles of containers. So
+/// are all that come of it.
 pub fn without_io_uring(mut command: Command) -> Command {
     // SAFETY: prctl is async-signal-safe, and nothing is allocated.
     unsafe {

@@ -36,7 +36,6 @@ pub enum End {
     Killed { after: u64 },
     /// It kills itself at this place, when that is reached for the nth time (src/fault.rs); if that
     /// does not happen, it is killed after so many completions.
-    #[cfg_attr(not(feature = "fault-points"), expect(dead_code, reason = "for tests/faults"))]
     Fault { place: &'static str, nth: u64, or_after: u64 },
 }
 
@@ -77,8 +76,8 @@ pub struct Soak {
 }
 
 impl Soak {
-    /// A daemon on a new COW file in `directory`, with extra arguments, and a device connected to it
-    /// that keeps an account of what is in flight.
+    /// A daemon on a new COW file in `directory`, with extra arguments, and a device connected to
+    /// it that keeps an account of what is in flight.
     pub fn new(directory: &Path, args: &[&str], first: &End) -> Self {
         Self::with_inflight(directory, args, first, true)
     }
@@ -363,8 +362,9 @@ impl Lane {
     }
 }
 
-/// A daemon that listens. On a machine whose disk is busy enough a dead daemon's I/O takes longer to end
-/// than its successor waits for the lock; then it is started again, as a service manager does.
+/// A daemon that listens. On a machine whose disk is busy enough a dead daemon's I/O takes longer
+/// to end than its successor waits for the lock; then it is started again, as a service manager
+/// does.
 fn start(directory: &Path, way: &Way, args: &[&str], end: &End) -> Daemon {
     let deadline = Instant::now() + PATIENCE;
     loop {

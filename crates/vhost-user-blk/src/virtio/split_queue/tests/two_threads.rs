@@ -1,8 +1,8 @@
 //! Driver and device in two threads, each of which sleeps whenever the other one promised to wake
 //! it. A notification that gets lost leaves both asleep.
 //!
-//! On x86 this finds a missing second look, but hardly a missing fence. Miri, which keeps stores back
-//! as weaker machines do, finds those as well:
+//! On x86 this finds a missing second look, but hardly a missing fence. Miri, which keeps stores
+//! back as weaker machines do, finds those as well:
 //! `MIRIFLAGS=-Zmiri-many-seeds=0..8 cargo +nightly miri test -p vhost-user-blk --lib two_threads`.
 
 use std::sync::mpsc::{Receiver, Sender, channel};

@@ -14,7 +14,8 @@ use super::{End, GRANULE, Lane, PATIENCE, Soak, start};
 pub enum Guest {
     /// It is started again: its memory and rings are new.
     StartedAgain,
-    /// It goes on, with rings that the next daemon serves from behind the last answer, as QEMU has it.
+    /// It goes on, with rings that the next daemon serves from behind the last answer, as QEMU has
+    /// it.
     GoesOn,
 }
 
@@ -25,15 +26,16 @@ pub struct Losses {
     pub never: u64,
     /// Answers to requests that were answered before.
     pub twice: u64,
-    /// Sectors that hold neither what was acknowledged nor what a request in flight was to write: one
-    /// that had been answered was done again, over what was written later.
+    /// Sectors that hold neither what was acknowledged nor what a request in flight was to write:
+    /// one that had been answered was done again, over what was written later.
     pub undone: u64,
 }
 
 impl Soak {
-    /// Loads the daemon until it has given so many answers, kills it, and starts the next. Every sector
-    /// must then hold what was acknowledged, or what a request wrote that was in flight; for a guest
-    /// that goes on it is counted in `losses` how far that is not so. Nothing may be torn in any case.
+    /// Loads the daemon until it has given so many answers, kills it, and starts the next. Every
+    /// sector must then hold what was acknowledged, or what a request wrote that was in flight; for
+    /// a guest that goes on it is counted in `losses` how far that is not so. Nothing may be torn
+    /// in any case.
     pub fn untracked_life(
         &mut self,
         args: &[&str],
@@ -79,7 +81,8 @@ impl Soak {
                 losses.twice += lane.queue.reap_repeated(&mut done).unwrap() as u64;
                 for completion in done.drain(..) {
                     self.completed += 1;
-                    // What it read may have been written meanwhile, by a request that is done again.
+                    // What it read may have been written meanwhile, by a request that is done
+                    // again.
                     if let Some(content) = lane.written(completion.slot.index(), completion.request)
                     {
                         let Request { sector, sectors, .. } = completion.request;
@@ -94,8 +97,8 @@ impl Soak {
         }
     }
 
-    /// Reads all sectors of a lane, takes over what they hold, and says which of them do not hold what
-    /// they must.
+    /// Reads all sectors of a lane, takes over what they hold, and says which of them do not hold
+    /// what they must.
     fn compare(&mut self, lane: usize, doubtful: &[(Request, Content)]) -> Vec<String> {
         let mut undone = Vec::new();
         for nth in 0..self.lanes[lane].busy.len() as u64 {

@@ -1,9 +1,12 @@
-//! A base is opened for writing under a running daemon. Alone in its file: a child that another test starts would have the
-//! base open for a moment.
+//! A base is opened for writing under a running daemon. A program of its own: a child that another
+//! test starts would have the base open for a moment.
+
+#[path = "it/common/mod.rs"]
+mod common;
 
 use std::fs::{self, File};
 
-use crate::common::{Daemon, PROGRAM, image};
+use common::{Daemon, PROGRAM, image};
 
 const REPORT: &str = "OPENED FOR WRITING";
 

@@ -613,6 +613,18 @@ impl GuestMemoryRegion for Region {
 
 impl GuestMemoryRegionBytes for Region {}
 
+/// A core dump of the daemon must not hold what its guest has in memory. That of a shared mapping of a
+/// memfd would: the file has no name, and the kernel's default takes such mappings in.
+fn leave_out_of_core_dumps(mapping: &MmapRegion) {
+    // SAFETY: the range is a mapping of this process; the advice changes only what a dump holds.
+    let result =
+        unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_DONTDUMP) };
+    if result != 0 {
+        // Kernels know it since 3.4.
+        log::debug!("guest memory stays in core dumps: {}", io::Error::last_os_error());
+    }
+}
+
 impl Region {
     /// Maps a checked region from its file; for reading only if the file cannot be written.
     fn map(info: RegionInfo, file: File) -> Result<Self, MemoryError> {
@@ -636,6 +648,7 @@ impl Region {
             mapping => (mapping, false),
         };
         let mapping = mapping.map_err(|source| MemoryError::Map { region: info, source })?;
+        leave_out_of_core_dumps(&mapping);
         let page = usize::try_from(page).map_err(too_large)?;
         // SAFETY: the mapping is a file's, whole pages long, made here, and outlives the
         // registration by the order of the fields; what guest memory holds is never relied on.

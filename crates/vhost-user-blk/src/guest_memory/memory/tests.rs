@@ -154,6 +154,16 @@ mod mapped {
     }
 
     #[test]
+    fn guest_memory_is_no_part_of_a_core_dump() {
+        let memory = Memory::from_regions([(region(0, 1 << 20, 0), file(1 << 20))]).unwrap();
+        let host = memory.contiguous(GuestAddress(0), 1).unwrap().addr();
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = maps.lines().skip_while(|line| !line.starts_with(&format!("{host:x}-")));
+        let flags = lines.find(|line| line.starts_with("VmFlags:")).unwrap();
+        assert!(flags.split_ascii_whitespace().any(|flag| flag == "dd"), "{flags}");
+    }
+
+    #[test]
     fn a_snapshot_lives_as_long_as_it_is_held() {
         let first = region(0, 0x1000, 0);
         let second = region(0x1000, 0x1000, 0);

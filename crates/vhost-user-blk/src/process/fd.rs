@@ -1,7 +1,7 @@
 //! Descriptors that pass from one program to the next.
 
 use std::io;
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
@@ -29,6 +29,15 @@ pub fn set_inherited(fds: &[RawFd], inherited: bool) -> nix::Result<()> {
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
         fcntl(fd, FcntlArg::F_SETFD(flags)).map(|_| ())
     })
+}
+
+/// Sets close-on-exec on a descriptor that came in a message: the `vhost` crate receives without it,
+/// and a program that is started must get only what it is handed.
+pub fn received<F: AsFd>(fd: F) -> F {
+    if let Err(e) = fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)) {
+        log::debug!("cannot set close-on-exec: {e}");
+    }
+    fd
 }
 
 #[cfg(test)]

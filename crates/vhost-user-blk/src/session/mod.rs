@@ -42,6 +42,7 @@ use vmm_sys_util::eventfd::EventFd;
 use self::refusal::Refusal;
 use crate::datapath::worker::RingStart;
 use crate::guest_memory::memory::{Memory, REGIONS_MAX, RegionInfo};
+use crate::process::fd::received;
 use crate::process::log_limit::{CONNECTIONS, RINGS, WRITE_CACHE};
 use crate::session::vring::{RingAddresses, RunningRing, StartCommon, Vring};
 use crate::virtio::config::{self, DeviceConfig, DiskShape};
@@ -407,6 +408,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         if postcopy_listening.is_some() {
             return Err(Refusal::Postcopy.into());
         }
+        let files = files.into_iter().map(received);
         let memory = Memory::from_regions(regions.iter().map(region_info).zip(files));
         self.change_memory(memory.map_err(Refusal::Memory)?)?;
         Ok(None)
@@ -425,7 +427,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         if postcopy_listening.is_some() {
             return Err(Refusal::Postcopy.into());
         }
-        let memory = self.memory.with_region(region_info(region), file);
+        let memory = self.memory.with_region(region_info(region), received(file));
         self.change_memory(memory.map_err(Refusal::Memory)?)?;
         Ok(None)
     }
@@ -496,18 +498,18 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
 
     fn set_vring_kick(&mut self, queue: u8, file: Option<File>) -> Result<()> {
         let queue = queue.into();
-        let set = self.vring(queue)?.set_kick(file);
+        let set = self.vring(queue)?.set_kick(file.map(received));
         set.map_err(|source| Refusal::Descriptor { queue, source })?;
         self.reconcile()
     }
 
     fn set_vring_call(&mut self, queue: u8, file: Option<File>) -> Result<()> {
-        self.vring(queue.into())?.set_call(file);
+        self.vring(queue.into())?.set_call(file.map(received));
         self.reconcile()
     }
 
     fn set_vring_err(&mut self, queue: u8, file: Option<File>) -> Result<()> {
-        self.vring(queue.into())?.set_err(file);
+        self.vring(queue.into())?.set_err(file.map(received));
         self.reconcile()
     }
 
@@ -576,7 +578,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         }
         self.transfer = Some(match direction {
             VhostTransferStateDirection::SAVE => Transfer::Saved(self.state().save(fd)),
-            VhostTransferStateDirection::LOAD => Transfer::Load(fd),
+            VhostTransferStateDirection::LOAD => Transfer::Load(received(fd)),
         });
         Ok(None)
     }
@@ -620,7 +622,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
             queue_size: inflight.queue_size,
         };
         info.check(self.vrings.len(), self.queue_size_max).map_err(Refusal::Inflight)?;
-        let area = Area::map(&info, file).map_err(Refusal::Inflight)?;
+        let area = Area::map(&info, received(file)).map_err(Refusal::Inflight)?;
         self.vrings.iter_mut().for_each(Vring::pause);
         self.check_intact()?;
         let kept = area.kept().unwrap_or(self.state());
@@ -634,7 +636,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
     }
 
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
-        self.change_log(log, file)?;
+        self.change_log(log, received(file))?;
         self.reconcile()
     }
 }

@@ -29,6 +29,8 @@ const SOCKET_PATH_MAX: usize = 107;
 /// I/O has ended, its locks. Usually that takes some ten milliseconds; a sync on a busy disk can
 /// take more than a second.
 pub const PREDECESSOR_WAIT: Duration = Duration::from_secs(5);
+/// How long to wait for the lock of a socket's directory. Daemons hold it for some microseconds.
+const DIRECTORY_WAIT: Duration = Duration::from_secs(1);
 /// Interval between two checks of a predecessor's socket.
 const RETRY: Duration = Duration::from_millis(5);
 /// Owner and group may connect, others may not. To admit a frontend of another user, run the daemon
@@ -379,15 +381,25 @@ fn duplicate_high(fd: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
 }
 
 /// Locks the directory of a socket, so that only one daemon at a time creates a socket there. A
-/// lock on the directory leaves no lock file behind.
+/// lock on the directory leaves no lock file behind. Daemons hold it for a moment; but whoever may
+/// read the directory can lock it, so the wait has an end.
 fn lock_directory(place: Place<'_>) -> Result<Flock<File>, SocketError> {
     let parent = match place.path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let directory = File::open(parent).map_err(|e| error(place, "open its directory", e))?;
-    Flock::lock(directory, FlockArg::LockExclusive)
-        .map_err(|(_, e)| error(place, "lock its directory", e.into()))
+    let mut directory = File::open(parent).map_err(|e| error(place, "open its directory", e))?;
+    let deadline = Instant::now() + DIRECTORY_WAIT;
+    loop {
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((file, Errno::EWOULDBLOCK | Errno::EINTR)) if Instant::now() < deadline => {
+                directory = file;
+            }
+            Err((_, e)) => return Err(error(place, "lock its directory", e.into())),
+        }
+        std::thread::sleep(RETRY);
+    }
 }
 
 /// Removes a socket file whose process is gone. Without the lock another daemon could replace the

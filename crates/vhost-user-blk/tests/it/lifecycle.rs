@@ -491,6 +491,19 @@ fn a_stale_socket_is_taken_over_and_owner_and_group_may_use_it() {
     daemon.terminate();
 }
 
+/// Whoever may read the directory can lock it: that holds up no start for ever.
+#[test]
+fn a_lock_on_the_directory_stops_no_start() {
+    use nix::fcntl::{Flock, FlockArg};
+    let directory = tempfile::tempdir().unwrap();
+    let handle = std::fs::File::open(directory.path()).unwrap();
+    let lock = Flock::lock(handle, FlockArg::LockExclusive).unwrap();
+    let daemon = Daemon::with_image(directory.path(), &[]);
+    assert_eq!(Guest::new(daemon.connect()).read(1), sector(1));
+    daemon.terminate();
+    drop(lock);
+}
+
 #[test]
 fn of_many_that_take_over_a_stale_socket_one_serves() {
     let directory = tempfile::tempdir().unwrap();

@@ -40,7 +40,11 @@ impl Commands for ControlSocket<'_> {
         let Ok(client) = self.control.accept() else { return };
         let request = match Request::receive(&client) {
             Ok(request) => request,
-            Err(e) => return CONTROL.say(Level::Warn, format_args!("control socket: {e}")),
+            Err(e) => {
+                CONTROL.say(Level::Warn, format_args!("control socket: {e}"));
+                // A newer client asks for what this daemon does not have.
+                return Reply::Failed(e.to_string()).send(&client);
+            }
         };
         let reply = match request {
             Request::Upgrade(upgrade) => self.upgrade(&upgrade, frontend, &client),

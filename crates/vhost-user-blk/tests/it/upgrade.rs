@@ -4,7 +4,8 @@
 //! `UPGRADES` is how often in the tests that repeat it (100 if it is not set).
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -208,6 +209,22 @@ fn a_control_socket_is_its_users_and_goes_with_the_daemon() {
 
 /// Where the write cache's byte is in the configuration space.
 const WCE: u32 = 32;
+
+/// A client of a newer version may ask for what this daemon does not know.
+#[test]
+fn an_unknown_command_is_answered() {
+    let directory = tempfile::tempdir().unwrap();
+    let control = directory.path().join("control");
+    let daemon =
+        Daemon::with_image(directory.path(), &[&format!("--control={}", control.display())]);
+    let mut client = UnixStream::connect(&control).unwrap();
+    client.write_all(b"levitate\0").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "failed not a command that this program knows\n");
+    daemon.terminate();
+}
 
 /// Nothing of a frontend's stays open in a successor that is not handed to it: here a dirty log that
 /// is not in use.

@@ -613,8 +613,8 @@ impl GuestMemoryRegion for Region {
 
 impl GuestMemoryRegionBytes for Region {}
 
-/// A core dump of the daemon must not hold what its guest has in memory. That of a shared mapping of a
-/// memfd would: the file has no name, and the kernel's default takes such mappings in.
+/// A core dump of the daemon must not hold what its guest has in memory. It would by default: the
+/// kernel dumps shared mappings of files without a name, as a memfd is.
 fn leave_out_of_core_dumps(mapping: &MmapRegion) {
     // SAFETY: the range is a mapping of this process; the advice changes only what a dump holds.
     let result =

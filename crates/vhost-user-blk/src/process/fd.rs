@@ -31,8 +31,8 @@ pub fn set_inherited(fds: &[RawFd], inherited: bool) -> nix::Result<()> {
     })
 }
 
-/// Sets close-on-exec on a descriptor that came in a message: the `vhost` crate receives without it,
-/// and a program that is started must get only what it is handed.
+/// Sets close-on-exec on a descriptor that came in a message: the `vhost` crate receives without
+/// it, and a program that is started must get only what it is handed.
 pub fn received<F: AsFd>(fd: F) -> F {
     if let Err(e) = fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)) {
         log::debug!("cannot set close-on-exec: {e}");

@@ -226,8 +226,8 @@ fn an_unknown_command_is_answered() {
     daemon.terminate();
 }
 
-/// Nothing of a frontend's stays open in a successor that is not handed to it: here a dirty log that
-/// is not in use.
+/// Nothing of a frontend's stays open in a successor that is not handed to it: here a dirty log
+/// that is not in use.
 #[test]
 fn an_upgrade_leaks_no_descriptor_of_the_frontend() {
     let directory = tempfile::tempdir().unwrap();

@@ -149,16 +149,17 @@ fn believe_native<E: Env>(
 ) -> Result<bool, ImageError> {
     let NativeState::InUse { live } = native.state() else { return Ok(true) };
     let written = cow.file.check_writeback();
-    let here = page_cache(env, &cow.file)?.map(|here| here.boot);
-    match (live_counts(env, &cow.file, native, Trust::Witness)?, written) {
+    let both = live.zip(page_cache(env, &cow.file)?);
+    let same_boot = both.is_some_and(|(live, here)| live.boot == here.boot);
+    match (both.is_some_and(|(live, here)| live.is(&here)), written) {
         (true, Ok(())) => return Ok(true),
         (true, Err(err)) => log_not_written(&cow.path, &err),
-        (false, _) if live.is_some_and(|live| Some(live.boot) == here) => log_doubtful(&cow.path),
+        (false, _) if same_boot => log_doubtful(&cow.path),
         (false, _) => {}
     }
     let write = match live {
         // No later opener can trust it.
-        Some(live) if Some(live.boot) != here => return Ok(false),
+        Some(_) if !same_boot => return Ok(false),
         Some(_) => {
             native.make_live_void();
             native.next_write()

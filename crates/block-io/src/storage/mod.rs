@@ -130,8 +130,8 @@ impl fmt::Debug for BootId {
     }
 }
 
-/// Zeros to write, or to compare with.
-pub(crate) static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+/// Zeros to write, or to compare with. In .bss: they cost no memory until they are used.
+pub static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// One open file.
 ///

@@ -5,6 +5,7 @@
 //! carried out in [`Router::read_extent`]. One more way of reading is one more [`ReadPath`].
 
 use block_io::ring::{FileSlot, Plan};
+use block_io::storage::ZEROS;
 use block_io::storage::file::whole_blocks;
 use block_io::{Disk, DiskError};
 use cow_format::{ByteOffset, Extent, LayerIndex, SectorRange};
@@ -15,10 +16,6 @@ use crate::datapath::layer_files::{LayerFiles, TOP, buffered_slot};
 use crate::datapath::resident::{Mappings, READ_MAX, Resident, ResidentRange};
 use crate::guest_memory::memory::Memory;
 use crate::virtio::request::Segment;
-
-/// Zeros for a file system that cannot make holes. In the binary's .bss: it
-/// costs no memory until then.
-static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Finds the file and the place for each piece of a request.
 pub(crate) struct Router<'a> {

@@ -89,10 +89,7 @@ fn what_cannot_be_an_area_ends_the_connection_only() {
         if file.metadata().unwrap().len() == AREA_LEN && len == AREA_LEN && queues == 1 {
             guest.queue.start(&mut guest.frontend, false);
         }
-        guest.frontend.wait_closed();
-        let line = daemon.wait_line("connection closed");
-        assert!(line.contains(expected), "{expected}: {line}");
-        daemon.wait_line("connection ended");
+        daemon.closes(guest.frontend, expected);
     }
     let image = directory.path().join("disk.img");
     assert_eq!(std::fs::read(&image).unwrap(), crate::common::content());
@@ -115,10 +112,7 @@ fn an_area_that_is_shortened_while_it_is_used_ends_the_connection_only() {
     guest.write();
     file.set_len(0).unwrap();
     guest.queue.offer(&guest.memory, 0);
-    guest.frontend.wait_closed();
-    let line = daemon.wait_line("connection closed");
-    assert!(line.contains("shortened"), "{line}");
-    daemon.wait_line("connection ended");
+    daemon.closes(guest.frontend, "shortened");
     let mut guest = Guest::new(&daemon);
     guest.set_area(&area(0, &[]), AREA_LEN, 1);
     guest.queue.start(&mut guest.frontend, false);

@@ -128,10 +128,7 @@ fn no_descriptor_is_left_open() {
             _ => (message(request, 1, &body), &many[..1]),
         };
         frontend.send_raw(&refused.0, refused.1);
-        frontend.wait_closed();
-        let line = daemon.wait_line("connection closed");
-        assert!(line.contains("SET_LOG_FD"), "{line}");
-        daemon.wait_line("connection ended");
+        daemon.closes(frontend, "SET_LOG_FD");
         let now = daemon.open_files();
         assert_eq!(*before.get_or_insert(now), now, "after round {round}");
     }

@@ -15,6 +15,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use testkit::frontend::RawFrontend;
 use testkit::wait::PATIENCE;
 
 /// Sectors of the raw image that most tests serve.
@@ -140,6 +141,14 @@ impl Daemon {
                 return line;
             }
         }
+    }
+
+    /// Waits until the connection of `frontend` is closed, for which the log must give this reason.
+    pub fn closes(&mut self, frontend: RawFrontend, why: &str) {
+        frontend.wait_closed();
+        let line = self.wait_line("connection closed");
+        assert!(line.contains(why), "{why}: {line}");
+        self.wait_line("connection ended");
     }
 
     /// Waits for a log line that contains `yes` or `no`; whether it is `yes`. Earlier lines count.

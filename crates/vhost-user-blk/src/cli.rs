@@ -188,6 +188,10 @@ struct Args {
     #[arg(long, value_name = "US", default_value_t = spin::POLL_US, value_parser = clap::value_parser!(u32).range(0..=POLL_US_MAX.into()))]
     poll_us: u32,
 
+    /// Whether the daemon gives up what it does not need
+    #[arg(long, value_enum, default_value_t = Sandbox::On, value_name = "MODE")]
+    sandbox: Sandbox,
+
     /// Lowest severity of the messages to log
     #[arg(long, value_enum, default_value_t = Level::Info, value_name = "LEVEL")]
     log_level: Level,
@@ -254,6 +258,15 @@ pub enum Cache {
     Buffered,
     /// With direct I/O (`O_DIRECT`)
     Direct,
+}
+
+/// `--sandbox`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Sandbox {
+    /// It cannot gain privileges, be inspected by other processes of its user, or dump core
+    On,
+    /// It stays as it was started, for example to debug it
+    Off,
 }
 
 /// `--io-engine`.
@@ -330,6 +343,8 @@ pub struct Options {
     pub io_engine: Option<IoEngine>,
     /// Longest busy wait in microseconds.
     pub poll_us: u32,
+    /// `--sandbox`.
+    pub sandbox: Sandbox,
     /// Log filter.
     pub log_level: LevelFilter,
 }
@@ -421,6 +436,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
         cow_cache: args.cow_cache,
         io_engine: args.io_engine.map(IoEngine::from),
         poll_us: args.poll_us,
+        sandbox: args.sandbox,
         log_level: args.log_level.into(),
     })))
 }
@@ -557,6 +573,7 @@ mod tests {
             "--cow-cache=buffered",
             "--io-engine=sync",
             "--poll-us=0",
+            "--sandbox=off",
             "--log-level=debug",
         ]);
         let mut serial = [0; ID_LEN];
@@ -582,6 +599,7 @@ mod tests {
                 cow_cache: Cache::Buffered,
                 io_engine: Some(IoEngine::Sync),
                 poll_us: 0,
+                sandbox: Sandbox::Off,
                 log_level: LevelFilter::Debug,
             }
         );
@@ -639,6 +657,7 @@ mod tests {
             (&["--fd=3", "a", "--base-cache=maybe"], "--base-cache"),
             (&["--fd=3", "a", "--io-engine=aio"], "--io-engine"),
             (&["--fd=3", "a", "--poll-us=1000001"], "--poll-us"),
+            (&["--fd=3", "a", "--sandbox=maybe"], "--sandbox"),
             (&["--fd=3", "a", "--log-level=loud"], "--log-level"),
             (&["--fd=3", "a", "--no-such-option"], "--no-such-option"),
         ];

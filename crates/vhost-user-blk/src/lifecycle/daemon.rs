@@ -10,14 +10,14 @@ use log::Level;
 use nix::poll::PollTimeout;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::cli::Options;
+use crate::cli::{Options, Sandbox};
 use crate::lifecycle::commands::ControlSocket;
 use crate::lifecycle::disk_slot::DiskSlot;
 use crate::lifecycle::error::DaemonError;
 use crate::lifecycle::upgrade::running_program;
 use crate::process::log_limit::{self, CONNECTIONS};
 use crate::process::socket::{Listener, Socket};
-use crate::process::{signals, systemd};
+use crate::process::{privileges, signals, systemd};
 use crate::session::Session;
 use crate::session::connection::{Commands, Connection, Readable, wait_readable};
 
@@ -37,6 +37,7 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     options.endpoint.check()?;
     let control = options.control.as_deref().map(Listener::control).transpose()?;
     raise_fd_limit();
+    give_up_privileges(options)?;
     let slot =
         if options.incoming { DiskSlot::incoming(options) } else { DiskSlot::open(options) }?;
     let socket = match Socket::open(&options.endpoint) {
@@ -113,6 +114,14 @@ pub(crate) fn raise_fd_limit() {
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(e) = raised {
         log::warn!("cannot raise the limit of open files: {e}");
+    }
+}
+
+/// Before the first thread; see [`privileges`].
+pub(crate) fn give_up_privileges(options: &Options) -> Result<(), DaemonError> {
+    match options.sandbox {
+        Sandbox::On => privileges::drop().map_err(DaemonError::system("give up privileges")),
+        Sandbox::Off => Ok(()),
     }
 }
 

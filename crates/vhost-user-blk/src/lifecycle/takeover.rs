@@ -103,6 +103,7 @@ fn take_over(
     };
     let control = handover.control.map(|it| listen(it, options.control.clone())).transpose()?;
     daemon::raise_fd_limit();
+    daemon::give_up_privileges(options)?;
     let slot = DiskSlot::inherit(options, &handover.top, rehearsal)?;
     let daemon = Daemon::new(socket, control, slot);
     let Some(stream) = stream else { return Ok((daemon, None)) };

@@ -62,6 +62,7 @@ fn help_and_version_and_capabilities() {
         "--base-cache",
         "--cow-cache",
         "--poll-us",
+        "--sandbox",
         "--log-level",
         "--print-capabilities",
         "COW[,BASE]",

@@ -21,6 +21,7 @@ use crate::image::write::journal::Journal;
 use crate::image::write::writable::WritableCow;
 use crate::image::write::write_tracker::WriteTracker;
 use crate::image::{Chain, DiskError, DiskOptions, ImageError, open_chain, open_single};
+use crate::shown::Shown;
 use crate::storage::file::{File, Host};
 use crate::storage::{Env, Storage};
 use crate::sync::lock;
@@ -420,7 +421,7 @@ impl<E: Env> Disk<E> {
             log::error!(
                 "{}: sync failed: {err}; writes since the last flush may be lost, and the disk takes \
                  no writes until it is opened again",
-                path.display()
+                path.shown()
             );
             if let Err(err) = self.mark_failed(newest) {
                 log_not_marked(&path, &err);
@@ -437,7 +438,7 @@ impl<E: Env> Disk<E> {
             None => {
                 // From now on, reads return what is on the disk.
                 if let Err(err) = top.file.drop_cache() {
-                    log::debug!("{}: page cache not dropped: {err}", top.path.display());
+                    log::debug!("{}: page cache not dropped: {err}", top.path.shown());
                 }
             }
             Some(cow) => match &mut *lock(&cow.header) {
@@ -455,7 +456,7 @@ impl<E: Env> Disk<E> {
         if self.marked.load(Ordering::Acquire) {
             return;
         }
-        let path = self.top().path.display();
+        let path = self.top().path.shown();
         match self.mark_failed(Newest::InDoubt) {
             Ok(()) => log::warn!("{path}: the failed sync is recorded on the disk now"),
             Err(err) => log::debug!("{path}: the failed sync is still not recorded: {err:?}"),

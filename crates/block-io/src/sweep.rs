@@ -13,6 +13,7 @@ use cow_format::{ByteOffset, Geometry, Header, SECTOR_SIZE, Sector, SectorCount,
 
 use crate::disk::Disk;
 use crate::image::write::writable::WritableCow;
+use crate::shown::Shown;
 use crate::storage::{Env, FS_BLOCK, Storage};
 use crate::sync::lock;
 
@@ -36,7 +37,7 @@ impl<E: Env> Disk<E> {
         if bytes > 0 {
             log::info!(
                 "{}: freed {bytes} bytes of writes that were not flushed before the page cache was lost",
-                self.layers()[0].path().display()
+                self.layers()[0].path().shown()
             );
         }
     }

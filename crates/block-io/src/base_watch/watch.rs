@@ -19,6 +19,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use crate::base_watch::lease::{Lease, Leases};
 use crate::disk::Disk;
 use crate::image::layer::Layer;
+use crate::shown::Shown;
 use crate::storage::file::{File, Host};
 use crate::storage::proc_fs::{descriptor_path, shows_descriptors};
 use crate::storage::{Access, Env, Storage};
@@ -65,7 +66,7 @@ impl BaseEvent {
     }
 
     fn log(self, path: &Path) {
-        let path = path.display();
+        let path = path.shown();
         match self {
             BaseEvent::Opened => log::error!(
                 "{path}: is being OPENED FOR WRITING by another program while a disk uses it; it must \
@@ -159,10 +160,7 @@ fn way_to(layer: &Layer<File>) -> io::Result<PathBuf> {
     }
     let named = Host.open(layer.path(), Access::Read)?.stat()?;
     if named.id != layer.file().stat()?.id {
-        return Err(io::Error::other(format!(
-            "{}: is a different file now",
-            layer.path().display()
-        )));
+        return Err(io::Error::other(format!("{}: is a different file now", layer.path().shown())));
     }
     Ok(layer.path().to_owned())
 }
@@ -265,7 +263,7 @@ fn watch(
 
 impl Watched {
     fn begin_lease(&mut self, leases: &Leases) {
-        let path = self.path.display();
+        let path = self.path.shown();
         match self.lease.as_mut().map(|lease| lease.begin(leases)) {
             Some(Ok(())) => log::debug!("{path}: leased: an open for writing is noticed"),
             Some(Err(err)) => {

@@ -15,6 +15,7 @@ use super::identity::verify;
 use super::opened::Opened;
 use super::trust::Trust;
 use super::{CHAIN_DEPTH_MAX, CachePolicy, CowFormat, DiskOptions, ImageError};
+use crate::shown::Shown;
 use crate::storage::{Access, Env, FileId, FileKind, LockError, LockKind, Storage};
 
 /// The pause between two attempts to get a lock.
@@ -178,12 +179,12 @@ impl<E: Env> Opener<'_, E> {
             LockKind::Shared => log::warn!(
                 "{}: its file system has no locks ({err}): nothing prevents another program from \
                  writing to it",
-                path.display()
+                path.shown()
             ),
             LockKind::Exclusive if self.options.unlocked => log::warn!(
                 "{}: its file system has no locks ({err}): nothing prevents a second program from \
                  writing to it, which would destroy it",
-                path.display()
+                path.shown()
             ),
             LockKind::Exclusive => {
                 return Err(ImageError::NoLocks { path: path.to_owned(), source: err });
@@ -206,10 +207,7 @@ pub(crate) fn wait_for_lock(
         match file.try_lock(kind) {
             Err(LockError::Held { .. }) if Instant::now() < deadline => {
                 if !std::mem::replace(&mut said, true) {
-                    log::info!(
-                        "{}: in use; waiting up to {patience:?} for its lock",
-                        path.display()
-                    );
+                    log::info!("{}: in use; waiting up to {patience:?} for its lock", path.shown());
                 }
                 std::thread::sleep(LOCK_RETRY);
             }
@@ -332,7 +330,7 @@ fn warn(path: &Path, doubt: Option<Doubt>) {
         // Reported when the reference was made, and by inspection: the sample compensates for this
         // weakness.
         None | Some(Doubt::Mtime { sampled: true, .. }) => {}
-        Some(doubt) => log::warn!("{}: {doubt}", path.display()),
+        Some(doubt) => log::warn!("{}: {doubt}", path.shown()),
     }
 }
 

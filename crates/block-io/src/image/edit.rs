@@ -12,6 +12,7 @@ use super::opened::Opened;
 use super::trust::recover;
 use super::write::header_io::settle;
 use super::{DiskOptions, ImageError};
+use crate::shown::Shown;
 use crate::storage::{Env, Storage};
 
 /// A change that was not made. Unless the error says otherwise, the file is unchanged.
@@ -22,7 +23,7 @@ pub enum ChangeError {
     #[error(transparent)]
     Open(#[from] ImageError),
     /// Not a valid disk size.
-    #[error("{}: size {size} is not a positive multiple of 512", path.display())]
+    #[error("{}: size {size} is not a positive multiple of 512", path.shown())]
     Size {
         /// The file.
         path: PathBuf,
@@ -32,7 +33,7 @@ pub enum ChangeError {
     /// The disk would become smaller, which the caller has not allowed.
     #[error(
         "{}: {size} bytes is less than the disk's {virtual_size}; the data beyond would be lost",
-        path.display()
+        path.shown()
     )]
     Shrink {
         /// The file.
@@ -43,12 +44,12 @@ pub enum ChangeError {
         virtual_size: u64,
     },
     /// There is no base.
-    #[error("{}: has no backing file, so there is no reference to update", .0.display())]
+    #[error("{}: has no backing file, so there is no reference to update", .0.shown())]
     NoBase(PathBuf),
     /// The new base cannot have the same content.
     #[error(
         "{}: has {found} bytes, but the base of {} has {expected}; it cannot be the same image",
-        base.display(), cow.display()
+        base.shown(), cow.shown()
     )]
     OtherSize {
         /// The COW file.
@@ -61,7 +62,7 @@ pub enum ChangeError {
         expected: u64,
     },
     /// The new base is another layer.
-    #[error("{}: is not the layer below {}", base.display(), cow.display())]
+    #[error("{}: is not the layer below {}", base.shown(), cow.shown())]
     OtherLayer {
         /// The COW file.
         cow: PathBuf,
@@ -72,7 +73,7 @@ pub enum ChangeError {
     #[error(
         "{}: size, mtime or sample of {} differ from the header's, and there is no digest to \
          prove that the content is the same",
-        cow.display(), base.display()
+        cow.shown(), base.shown()
     )]
     NoDigest {
         /// The COW file.
@@ -83,7 +84,7 @@ pub enum ChangeError {
     /// The base has other content.
     #[error(
         "{}: has other content than the base of {}: the BLAKE3 digests differ",
-        base.display(), cow.display()
+        base.shown(), cow.shown()
     )]
     OtherContent {
         /// The COW file.
@@ -92,7 +93,7 @@ pub enum ChangeError {
         base: PathBuf,
     },
     /// The base was written while it was being read.
-    #[error("{}: was written while its digest was being computed", base.display())]
+    #[error("{}: was written while its digest was being computed", base.shown())]
     Moving {
         /// The new base.
         base: PathBuf,

@@ -9,6 +9,7 @@ use cow_format::{DataTruncated, HeaderError};
 
 use super::CHAIN_DEPTH_MAX;
 use super::bitmap::side_file;
+use crate::shown::Shown;
 use crate::storage::{FileKind, LockError};
 
 /// An image could not be opened, created or changed. Each message begins with the file.
@@ -16,7 +17,7 @@ use crate::storage::{FileKind, LockError};
 #[non_exhaustive]
 pub enum ImageError {
     /// The system refused an operation.
-    #[error("{}: cannot {action}: {source}", path.display())]
+    #[error("{}: cannot {action}: {source}", path.shown())]
     Io {
         /// The file.
         path: PathBuf,
@@ -28,7 +29,7 @@ pub enum ImageError {
     /// The file is open elsewhere.
     #[error(
         "{}: {source}; a COW file has one user at a time, and the files below it are only read",
-        path.display()
+        path.shown()
     )]
     Locked {
         /// The file.
@@ -40,7 +41,7 @@ pub enum ImageError {
     #[error(
         "{}: its file system has no locks ({source}), so nothing prevents a second program from \
          writing to it, which would destroy it",
-        path.display()
+        path.shown()
     )]
     NoLocks {
         /// The file.
@@ -54,7 +55,7 @@ pub enum ImageError {
          writing, otherwise acknowledged writes that are not flushed would be lost if the program \
          dies. Make the directory writable for it, convert the disk to a native COW file, or open it \
          read-only",
-        path.display()
+        path.shown()
     )]
     SideFile {
         /// The side file.
@@ -63,13 +64,13 @@ pub enum ImageError {
         source: io::Error,
     },
     /// The file is not the one that the predecessor passed on, or the predecessor was not using it.
-    #[error("{}: is not the file that the predecessor has open", path.display())]
+    #[error("{}: is not the file that the predecessor has open", path.shown())]
     NotHeld {
         /// The file.
         path: PathBuf,
     },
     /// The file has the wrong type.
-    #[error("{}: is a {found}, expected {expected}", path.display())]
+    #[error("{}: is a {found}, expected {expected}", path.shown())]
     Kind {
         /// The file.
         path: PathBuf,
@@ -79,7 +80,7 @@ pub enum ImageError {
         expected: &'static str,
     },
     /// The header was refused.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", path.shown())]
     Header {
         /// The file.
         path: PathBuf,
@@ -87,7 +88,7 @@ pub enum ImageError {
         source: HeaderError,
     },
     /// The bitmap marks data as present that the file does not have.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", path.shown())]
     Data {
         /// The file.
         path: PathBuf,
@@ -97,7 +98,7 @@ pub enum ImageError {
     /// The backing file that a header names cannot be opened.
     #[error(
         "{}: cannot open the backing file of {}: {source}",
-        path.display(), cow.display()
+        path.shown(), cow.shown()
     )]
     Backing {
         /// The COW file.
@@ -108,7 +109,7 @@ pub enum ImageError {
         source: io::Error,
     },
     /// The backing file does not match the header.
-    #[error("{} is not the backing file of {}: {source}", path.display(), cow.display())]
+    #[error("{} is not the backing file of {}: {source}", path.shown(), cow.shown())]
     Identity {
         /// The COW file.
         cow: PathBuf,
@@ -120,7 +121,7 @@ pub enum ImageError {
     /// A file is its own backing file, or occurs twice in a chain.
     #[error(
         "{}: occurs twice in the chain of {} (also as {}); a file cannot back itself",
-        path.display(), top.display(), again.display()
+        path.shown(), top.shown(), again.shown()
     )]
     Repeated {
         /// The top of the chain.
@@ -133,7 +134,7 @@ pub enum ImageError {
     /// Too many layers.
     #[error(
         "{}: the chain has more than {CHAIN_DEPTH_MAX} files; merge some of them",
-        top.display()
+        top.shown()
     )]
     TooDeep {
         /// The top of the chain.
@@ -142,7 +143,7 @@ pub enum ImageError {
     /// A frozen layer is never written again.
     #[error(
         "{}: is frozen, since other files build on it; open it read-only, or put a COW file over it",
-        path.display()
+        path.shown()
     )]
     Frozen {
         /// The file.
@@ -152,7 +153,7 @@ pub enum ImageError {
     #[error(
         "{}: was not closed before the host went down, and flushed sectors are only in its journal; \
          open it for writing once",
-        path.display()
+        path.shown()
     )]
     Journal {
         /// The file.
@@ -162,7 +163,7 @@ pub enum ImageError {
     #[error(
         "{}: backs {} but is not frozen; if it has been opened for writing since, that disk's content \
          is lost; otherwise it must be frozen",
-        path.display(), cow.display()
+        path.shown(), cow.shown()
     )]
     NotFrozen {
         /// The COW file.
@@ -171,7 +172,7 @@ pub enum ImageError {
         path: PathBuf,
     },
     /// The backing file's format differs from the one in the reference.
-    #[error("{}: backs {} as {expected}, but is {found}", path.display(), cow.display())]
+    #[error("{}: backs {} as {expected}, but is {found}", path.shown(), cow.shown())]
     Format {
         /// The COW file.
         cow: PathBuf,
@@ -183,7 +184,7 @@ pub enum ImageError {
         expected: BackingFormat,
     },
     /// A backing file was given for a COW file that has none.
-    #[error("{}: has no backing file, but {} was given as one", path.display(), base.display())]
+    #[error("{}: has no backing file, but {} was given as one", path.shown(), base.shown())]
     NoBacking {
         /// The COW file.
         path: PathBuf,
@@ -191,7 +192,7 @@ pub enum ImageError {
         base: PathBuf,
     },
     /// UML's format does not support the operation.
-    #[error("{}: a UML COW file cannot {what}; a native one can", path.display())]
+    #[error("{}: a UML COW file cannot {what}; a native one can", path.shown())]
     UmlCannot {
         /// The file.
         path: PathBuf,
@@ -199,14 +200,14 @@ pub enum ImageError {
         what: &'static str,
     },
     /// A new file without a backing file needs a size.
-    #[error("{}: a disk without a backing file needs a size", path.display())]
+    #[error("{}: a disk without a backing file needs a size", path.shown())]
     NoSize {
         /// The file.
         path: PathBuf,
     },
     /// A raw image cannot be written because of its length.
     #[error(
-        "{}: {}", path.display(), match len {
+        "{}: {}", path.shown(), match len {
             0 => "is empty, expected an image of at least one byte".to_owned(),
             len => format!(
                 "length {len} is not a multiple of 512; open it read-only, or extend it: \
@@ -254,7 +255,7 @@ impl ImageError {
 #[non_exhaustive]
 pub enum DiskError {
     /// The system refused an operation. The disk stays usable.
-    #[error("{}: cannot {action}: {source}", path.display())]
+    #[error("{}: cannot {action}: {source}", path.shown())]
     Io {
         /// The file.
         path: PathBuf,
@@ -267,14 +268,14 @@ pub enum DiskError {
     /// prove nothing.
     #[error(
         "{}: a sync has failed; the disk takes no writes until it is opened again",
-        path.display()
+        path.shown()
     )]
     Failed {
         /// The file.
         path: PathBuf,
     },
     /// The disk was opened read-only, or has been closed.
-    #[error("{}: not open for writing", path.display())]
+    #[error("{}: not open for writing", path.shown())]
     ReadOnly {
         /// The file.
         path: PathBuf,

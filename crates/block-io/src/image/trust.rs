@@ -18,6 +18,7 @@ use super::bitmap::side_file::{self, RawSideHeader, make_void};
 use super::opened::Opened;
 use super::write::header_io::UpdateError;
 use super::write::journal::{read_journal, replay};
+use crate::shown::Shown;
 use crate::storage::{Access, Env, Storage};
 
 /// How the live bitmap of a file in use is judged.
@@ -202,7 +203,7 @@ fn log_not_written(path: &Path, err: &io::Error) {
     log::error!(
         "{}: the system could not write all of it to the disk ({err}); flushed data is intact, but \
          some later writes may be lost",
-        path.display()
+        path.shown()
     );
 }
 
@@ -211,6 +212,6 @@ fn log_doubtful(path: &Path) {
         "{}: was not closed, and its page cache may have been lost since (the file system was mounted \
          again, or this cannot be determined); flushed data is intact, but some later writes may be \
          lost",
-        path.display()
+        path.shown()
     );
 }

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::image::{DiskError, ImageError};
+use crate::shown::Shown;
 use crate::storage::{FileKind, LockError};
 
 /// An operation failed. Each message begins with the file; an incomplete output has been removed.
@@ -17,7 +18,7 @@ pub enum OpError {
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// The system refused an operation.
-    #[error("{}: cannot {action}{}: {source}", path.display(), Place(*at))]
+    #[error("{}: cannot {action}{}: {source}", path.shown(), Place(*at))]
     Io {
         /// The file.
         path: PathBuf,
@@ -29,13 +30,13 @@ pub enum OpError {
         source: io::Error,
     },
     /// The output already exists.
-    #[error("{}: already exists", path.display())]
+    #[error("{}: already exists", path.shown())]
     Exists {
         /// The output.
         path: PathBuf,
     },
     /// The output's name belongs to something that is not a file.
-    #[error("{}: is a {found}; give the name of a file", path.display())]
+    #[error("{}: is a {found}; give the name of a file", path.shown())]
     NotAFile {
         /// The output.
         path: PathBuf,
@@ -45,7 +46,7 @@ pub enum OpError {
     /// The output would replace one of the inputs.
     #[error(
         "{}: is the same file as the input {}; give another name",
-        path.display(), input.display()
+        path.shown(), input.shown()
     )]
     SameFile {
         /// The output.
@@ -55,7 +56,7 @@ pub enum OpError {
     },
     /// The chain has no such file below.
     #[error(
-        "{}: nothing to merge into: {}", path.display(), match depth {
+        "{}: nothing to merge into: {}", path.shown(), match depth {
             1 => "it has no file below it".to_owned(),
             depth => format!("it has fewer than {depth} files below it"),
         }
@@ -67,7 +68,7 @@ pub enum OpError {
         depth: usize,
     },
     /// The file below cannot be merged into.
-    #[error("{}: cannot be merged into: it {why}; merge to a new image instead", path.display())]
+    #[error("{}: cannot be merged into: it {why}; merge to a new image instead", path.shown())]
     CannotTake {
         /// The file below.
         path: PathBuf,
@@ -75,7 +76,7 @@ pub enum OpError {
         why: &'static str,
     },
     /// The file that would be replaced is open elsewhere.
-    #[error("{}: not replaced: {source}", path.display())]
+    #[error("{}: not replaced: {source}", path.shown())]
     InUse {
         /// The output.
         path: PathBuf,

@@ -152,6 +152,20 @@ fn cycles_are_refused() {
 }
 
 #[test]
+fn a_header_puts_no_control_characters_into_a_message() {
+    let place = Place::new();
+    let identity = *place.header(0).backing().unwrap().identity();
+    place.edit(0, |header| {
+        let path = b"gone\nERROR: all is lost\x1b]0;x\x07";
+        let backing = Backing::new(path, BackingFormat::Raw, identity, None).unwrap();
+        header.set_backing(Some(backing));
+    });
+    let said = open(&place.cow(0)).err().unwrap().to_string();
+    assert!(said.contains("gone\\nERROR: all is lost\\u{1b}]0;x\\u{7}"), "{said}");
+    assert!(!said.contains(char::is_control), "{said}");
+}
+
+#[test]
 fn a_broken_middle_is_named() {
     let broken = |number: usize, harm: &dyn Fn(&Place)| {
         let place = Place::new();

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use block_io::Shown;
 use block_io::base_watch::watch::BaseWatch;
 use block_io::ops::inspect::{Content, inspect};
 use block_io::storage::FILE_BLOCK;
@@ -108,7 +109,7 @@ impl DiskSlot {
             check_format(path, format)?;
         }
         let (capacity, logical_block) = look(path, base, raw)?;
-        log::info!("disk {}: opens when its guest arrives", path.display());
+        log::info!("disk {}: opens when its guest arrives", path.shown());
         Self::of(options, (capacity, logical_block), engine)
     }
 
@@ -170,7 +171,7 @@ impl DiskSlot {
         std::fs::metadata(path)
             .map_err(|source| DaemonError::Gone { path: path.clone(), source })?;
         let disk = open_disk(&self.options, None)?;
-        DISK.say(Level::Info, format_args!("disk {}: opened", path.display()));
+        DISK.say(Level::Info, format_args!("disk {}: opened", path.shown()));
         let (found, expected) = (disk.capacity().get(), self.capacity.get());
         if found != expected {
             disk.close()?;

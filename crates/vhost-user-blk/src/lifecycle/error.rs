@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use block_io::Shown;
 use block_io::{DiskError, ImageError};
 use cow_format::identity::IdentityError;
 
@@ -26,7 +27,7 @@ pub enum DaemonError {
     #[error(
         "{}: --format: the file is {found:?}, expected {expected:?}; leave --format out for an \
          existing COW file",
-        path.display()
+        path.shown()
     )]
     Format {
         /// The file.
@@ -39,7 +40,7 @@ pub enum DaemonError {
     /// A file without a COW header and without `--format=raw`.
     #[error(
         "--blk-file: {}: not a COW file; for a raw image add --format=raw",
-        path.display()
+        path.shown()
     )]
     NotCow {
         /// The file.
@@ -50,7 +51,7 @@ pub enum DaemonError {
         "{}: looks like {found}, but the base of a new COW file must be a raw image; create the COW \
          file with `cow create -b BASE -F FORMAT`, which takes other bases, or convert the base to \
          raw with `cow convert`",
-        path.display()
+        path.shown()
     )]
     Base {
         /// The file.
@@ -59,7 +60,7 @@ pub enum DaemonError {
         found: &'static str,
     },
     /// A file that existed when the daemon started.
-    #[error("{}: does not exist any more: {source}", path.display())]
+    #[error("{}: does not exist any more: {source}", path.shown())]
     Gone {
         /// The file.
         path: PathBuf,
@@ -69,7 +70,7 @@ pub enum DaemonError {
     /// The disk's size is not the one that was reported to the frontend.
     #[error(
         "{}: capacity changed from {expected} to {found} sectors since start; restart the daemon",
-        path.display()
+        path.shown()
     )]
     Capacity {
         /// The file.

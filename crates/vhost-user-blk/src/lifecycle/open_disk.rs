@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use block_io::Shown;
 use block_io::ops::signature::{Signature, signature_of};
 use block_io::{CachePolicy, CowFormat, Disk, DiskOptions, Host, ImageError};
 use cow_format::{HeaderError, Sector, SectorCount, SectorRange};
@@ -62,7 +63,7 @@ pub fn open_disk(
 /// Logs the files of the disk, its size, and how it is used.
 pub fn describe(disk: &Disk) {
     for (depth, layer) in disk.layers().iter().enumerate() {
-        log::info!("{}{}", if depth == 0 { "disk " } else { "  over " }, layer.path().display());
+        log::info!("{}{}", if depth == 0 { "disk " } else { "  over " }, layer.path().shown());
     }
     if let (Some(top), Some(start)) =
         (disk.layers().first(), SectorRange::new(Sector::new(0), SectorCount::new(0)))
@@ -72,7 +73,7 @@ pub fn describe(disk: &Disk) {
         log::warn!(
             "{}: --cow-cache=direct: the data does not begin at a multiple of {PAGE_SIZE} bytes, as in old files of UML; \
              writes go through the page cache",
-            top.path().display()
+            top.path().shown()
         );
     }
     let access = if disk.read_only() { "read-only" } else { "writable" };

@@ -11,6 +11,7 @@ use cow_format::{Bitmap, ByteOffset, Header, HeaderError, SECTOR_SIZE};
 use super::flush::{FlushFailure, flush};
 use crate::image::ImageError;
 use crate::image::opened::Opened;
+use crate::shown::Shown;
 use crate::storage::{SECTOR, Storage};
 
 /// A header that could not be changed.
@@ -187,7 +188,7 @@ pub(crate) fn settle<F: Storage>(
 
 /// Logs what the user has to do if a failed sync could not be recorded.
 pub(crate) fn log_not_marked(path: &Path, err: &NotMarked) {
-    let path = path.display();
+    let path = path.shown();
     match err {
         NotMarked::Durably(err) => log::error!(
             "{path}: a sync has failed, and that is recorded in the page cache only ({err}); flushed data \

@@ -16,6 +16,7 @@ use super::header_io::{UpdateError, write_native_synced};
 use super::write_tracker::WriteTracker;
 use crate::image::ImageError;
 use crate::image::opened::Opened;
+use crate::shown::Shown;
 use crate::storage::Storage;
 
 /// How often a flush waits for overlapping writes to end before it falls back to a checkpoint: they
@@ -217,7 +218,7 @@ pub(crate) fn replay<F: Storage>(cow: &Opened<F>, header: &mut Header) -> Result
     let Some((area, epoch)) = native.journal().zip(native.journal_epoch()) else { return Ok(()) };
     let count = apply(cow, native.geometry(), area, epoch)?;
     if count > 0 {
-        log::info!("{}: {count} flushes replayed from the journal", cow.path.display());
+        log::info!("{}: {count} flushes replayed from the journal", cow.path.shown());
     }
     native.end_journal();
     write_native_synced(&cow.file, native).map_err(|err| err.at(&cow.path))?;

@@ -14,6 +14,7 @@ use crate::image::ImageError;
 use crate::image::bitmap::live::LiveBitmap;
 use crate::image::opened::Opened;
 use crate::image::trust::page_cache;
+use crate::shown::Shown;
 use crate::storage::{Env, Storage};
 
 /// State of a COW file that is open for writing.
@@ -107,7 +108,7 @@ fn warn_without_witness<E: Env>(env: &E, cow: &Opened<E::File>) {
              again: if the daemon dies, flushed data is kept, but writes since then may be lost; \
              they are kept with ext4, XFS, Btrfs, F2FS and tmpfs, and with every file system from \
              Linux 6.8 on",
-            cow.path.display()
+            cow.path.shown()
         );
     }
 }

@@ -109,9 +109,17 @@ struct Args {
 
     /// Create this socket and take commands from it; see `vhost-user-blk upgrade --help`
     ///
-    /// Only the daemon's user can connect to it.
+    /// Only the daemon's user and root can connect to it.
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+
+    /// Let `upgrade --program` run the programs in this directory
+    ///
+    /// Without it an upgrade runs only the file that the daemon was started from. A program must be
+    /// directly in the directory, and nobody but root and the daemon's user may have write
+    /// permission for it or for any directory above it.
+    #[arg(long, value_name = "DIR", requires = "control", value_parser = PathBufValueParser::new().try_map(std::path::absolute))]
+    upgrade_dir: Option<PathBuf>,
 
     /// Serve this file: a COW file, or with --format=raw a raw image (the name may contain commas)
     #[arg(long, value_name = "PATH")]
@@ -227,7 +235,8 @@ struct UpgradeArgs {
     #[arg(long, value_name = "PATH")]
     control: PathBuf,
 
-    /// The new program [default: the file that the daemon was started from, as it is now]
+    /// The new program, in the daemon's --upgrade-dir [default: the file that the daemon was started
+    /// from, as it is now]
     // Absolute, because the daemon may run in another directory.
     #[arg(long, value_name = "PATH", value_parser = PathBufValueParser::new().try_map(std::path::absolute))]
     program: Option<PathBuf>,
@@ -319,6 +328,8 @@ pub struct Options {
     pub endpoint: Endpoint,
     /// `--control`: the socket for commands.
     pub control: Option<PathBuf>,
+    /// `--upgrade-dir`: where other programs for an upgrade may be, absolute.
+    pub upgrade_dir: Option<PathBuf>,
     /// The descriptor of the handover, if this program takes over from its predecessor.
     pub takeover: Option<RawFd>,
     /// What is served.
@@ -424,6 +435,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
     Ok(Command::Serve(Box::new(Options {
         endpoint,
         control: args.control,
+        upgrade_dir: args.upgrade_dir,
         takeover,
         image,
         read_only: args.read_only,
@@ -562,6 +574,7 @@ mod tests {
         let options = serve(&[
             "--socket-path=s",
             "--control=c",
+            "--upgrade-dir=/u",
             "a,b",
             "--format=uml",
             "--read-only",
@@ -583,6 +596,7 @@ mod tests {
             Options {
                 endpoint: Endpoint::Path("s".into()),
                 control: Some("c".into()),
+                upgrade_dir: Some("/u".into()),
                 takeover: None,
                 image: Image::Cow {
                     cow: "a".into(),
@@ -638,6 +652,7 @@ mod tests {
             (&["--socket-path=s", "a", "--blk-file=b"], "--blk-file"),
             (&["--socket-path=", "a"], "--socket-path"),
             (&["--socket-path=s", "--control=", "a"], "--control"),
+            (&["--socket-path=s", "--upgrade-dir=u", "a"], "--control"),
             (&["upgrade"], "--control"),
             (&["upgrade", "--control=c", "a"], "'a'"),
             (&["--fd=3", "a", "upgrade"], "upgrade"),

@@ -13,6 +13,7 @@ use crate::lifecycle::disk_slot::DiskSlot;
 use crate::lifecycle::upgrade::{Handoff, UpgradeError};
 use crate::process::control::{Reply, Request, Upgrade};
 use crate::process::log_limit::CONTROL;
+use crate::process::peer::Peer;
 use crate::process::socket::Listener;
 use crate::session::Session;
 use crate::session::connection::Commands;
@@ -29,6 +30,8 @@ pub struct ControlSocket<'a> {
     pub session: &'a Mutex<Session<Arc<DiskSlot>>>,
     /// The file that the running program was started from.
     pub program: &'a Path,
+    /// `--upgrade-dir`.
+    pub upgrade_dir: Option<&'a Path>,
 }
 
 impl Commands for ControlSocket<'_> {
@@ -38,6 +41,15 @@ impl Commands for ControlSocket<'_> {
 
     fn handle(&self, frontend: Option<BorrowedFd<'_>>) {
         let Ok(client) = self.control.accept() else { return };
+        let peer = match Peer::of(&client) {
+            Ok(peer) if peer.is_root_or_own() => peer,
+            Ok(peer) => {
+                CONTROL.say(Level::Warn, format_args!("control socket: refused {peer}"));
+                let why = "only root and the daemon's user may give commands";
+                return Reply::Failed(why.to_owned()).send(&client);
+            }
+            Err(e) => return CONTROL.say(Level::Warn, format_args!("control socket: {e}")),
+        };
         let request = match Request::receive(&client) {
             Ok(request) => request,
             Err(e) => {
@@ -47,7 +59,10 @@ impl Commands for ControlSocket<'_> {
             }
         };
         let reply = match request {
-            Request::Upgrade(upgrade) => self.upgrade(&upgrade, frontend, &client),
+            Request::Upgrade(upgrade) => {
+                CONTROL.say(Level::Info, format_args!("upgrade asked for by {peer}"));
+                self.upgrade(&upgrade, frontend, &client)
+            }
         };
         reply.send(&client);
     }
@@ -64,8 +79,8 @@ impl ControlSocket<'_> {
     ) -> Reply {
         let why = match self.slot.disk() {
             Some(disk) => {
-                let &ControlSocket { control, listener, program, .. } = self;
-                let handoff = Handoff { disk: &disk, listener, control, program };
+                let &ControlSocket { control, listener, program, upgrade_dir, .. } = self;
+                let handoff = Handoff { disk: &disk, listener, control, program, upgrade_dir };
                 handoff.hand_over(upgrade, self.session, frontend, client.as_fd())
             }
             None => UpgradeError::DiskElsewhere,

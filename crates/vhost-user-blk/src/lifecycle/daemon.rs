@@ -47,7 +47,7 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
             return Err(e.into());
         }
     };
-    live(Daemon::new(socket, control, slot), None)
+    live(Daemon::new(options, socket, control, slot), None)
 }
 
 /// A frontend that is connected to the disk.
@@ -61,14 +61,22 @@ pub(crate) struct Daemon {
     session: Arc<Mutex<Session<Arc<DiskSlot>>>>,
     /// The file that this program was started from.
     program: PathBuf,
+    /// `--upgrade-dir`.
+    upgrade_dir: Option<PathBuf>,
 }
 
 impl Daemon {
     /// A daemon to which no frontend has sent anything yet.
-    pub fn new(socket: Socket, control: Option<Listener>, slot: DiskSlot) -> Self {
+    pub fn new(
+        options: &Options,
+        socket: Socket,
+        control: Option<Listener>,
+        slot: DiskSlot,
+    ) -> Self {
         let slot = Arc::new(slot);
         let session = Arc::new(Mutex::new(Session::new(Arc::clone(&slot), &slot.shape())));
-        Daemon { socket, control, slot, session, program: running_program() }
+        let upgrade_dir = options.upgrade_dir.clone();
+        Daemon { socket, control, slot, session, program: running_program(), upgrade_dir }
     }
 
     pub fn session(&self) -> &Arc<Mutex<Session<Arc<DiskSlot>>>> {
@@ -90,6 +98,7 @@ impl Daemon {
             slot: &self.slot,
             session: &self.session,
             program: &self.program,
+            upgrade_dir: self.upgrade_dir.as_deref(),
         })
     }
 }

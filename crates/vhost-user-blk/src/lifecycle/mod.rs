@@ -8,4 +8,5 @@ pub mod error;
 mod handover;
 mod open_disk;
 pub mod takeover;
+mod trusted_program;
 mod upgrade;

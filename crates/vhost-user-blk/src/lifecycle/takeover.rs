@@ -105,7 +105,7 @@ fn take_over(
     daemon::raise_fd_limit();
     daemon::give_up_privileges(options)?;
     let slot = DiskSlot::inherit(options, &handover.top, rehearsal)?;
-    let daemon = Daemon::new(socket, control, slot);
+    let daemon = Daemon::new(options, socket, control, slot);
     let Some(stream) = stream else { return Ok((daemon, None)) };
     let state = DeviceState { write_cache: handover.write_cache };
     let messages = handover.messages.iter().filter(|message| !(rehearsal && starts(message)));

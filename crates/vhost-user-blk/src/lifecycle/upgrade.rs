@@ -27,6 +27,7 @@ use nix::unistd::{Pid, execve, getpid, getppid};
 
 use crate::cli::TAKEOVER;
 use crate::lifecycle::handover::{Handover, HandoverError, Listening};
+use crate::lifecycle::trusted_program;
 use crate::process::control::Upgrade;
 use crate::process::fd::set_inherited;
 use crate::process::log_limit;
@@ -70,6 +71,28 @@ pub enum UpgradeError {
         /// The outcome of its rehearsal.
         source: RehearsalError,
     },
+    /// The operator has not allowed to run it.
+    #[error(
+        "{}: neither the daemon's own program ({}), nor directly in the directory of the daemon's \
+         --upgrade-dir", program.display(), own.display()
+    )]
+    NotNamed {
+        /// The program, as the client names it.
+        program: PathBuf,
+        /// The file that the running program was started from.
+        own: PathBuf,
+    },
+    /// Another user could have put it there.
+    #[error(
+        "{}: {why}; an upgrade runs only a regular file that, like all directories above it, nobody \
+         but root and the daemon's user can write to", path.display()
+    )]
+    Replaceable {
+        /// The program, or a directory above it.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
     /// The file is not the one that was rehearsed.
     #[error("{} has changed since its rehearsal", program.display())]
     Changed {
@@ -88,7 +111,7 @@ pub enum UpgradeError {
 }
 
 impl UpgradeError {
-    fn start(program: &Path) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn start(program: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| UpgradeError::Start { program: program.to_owned(), source }
     }
 }
@@ -127,6 +150,8 @@ pub struct Handoff<'a> {
     pub control: &'a Listener,
     /// The file that the running program was started from.
     pub program: &'a Path,
+    /// `--upgrade-dir`: where other programs may be.
+    pub upgrade_dir: Option<&'a Path>,
 }
 
 impl Handoff<'_> {
@@ -141,17 +166,21 @@ impl Handoff<'_> {
         client: BorrowedFd<'_>,
     ) -> UpgradeError {
         let mut session = lock(session);
-        let program = request.program.as_deref().unwrap_or(self.program);
-        let tried = match self.try_out(program, request.time, &session, connection, client) {
+        let named = request.program.as_deref();
+        let program = match trusted_program::choose(named, self.program, self.upgrade_dir) {
+            Ok(program) => program,
+            Err(why) => return why,
+        };
+        let tried = match self.try_out(&program, request.time, &session, connection, client) {
             Ok(tried) => tried,
             Err(why) => return why,
         };
         session.pause();
         log_limit::report_suppressed();
-        let why = match identity(program) {
-            Ok(now) if now != tried => UpgradeError::Changed { program: program.to_owned() },
+        let why = match identity(&program) {
+            Ok(now) if now != tried => UpgradeError::Changed { program },
             Ok(_) if signals::stopping() => UpgradeError::Stopping,
-            Ok(_) => replace(program, &self.handover(&session, connection, client)),
+            Ok(_) => replace(&program, &self.handover(&session, connection, client)),
             Err(why) => why,
         };
         if let Err(e) = session.resume() {
@@ -239,13 +268,16 @@ pub fn running_program() -> PathBuf {
     }
 }
 
-/// Identifies a file's content: device, inode, length, time of the last change.
-type Identity = [i64; 5];
+/// Identifies a file's content: device, inode, length, times of the last changes. A program can set
+/// its mtime back, but not its ctime.
+type Identity = [i64; 7];
 
 fn identity(program: &Path) -> Result<Identity, UpgradeError> {
     let found = fs::metadata(program).map_err(UpgradeError::start(program))?;
     let numbers = [found.dev(), found.ino(), found.len()].map(u64::cast_signed);
-    Ok([numbers[0], numbers[1], numbers[2], found.mtime(), found.mtime_nsec()])
+    let [dev, ino, len] = numbers;
+    let (mtime, ctime) = (found.mtime(), found.ctime());
+    Ok([dev, ino, len, mtime, found.mtime_nsec(), ctime, found.ctime_nsec()])
 }
 
 /// The command line of the successor: this program's, with the handover in front.

@@ -107,14 +107,18 @@ impl Request {
     /// What the socket says; `UnexpectedEof` if the daemon ends without an answer.
     pub fn send(&self, socket: &Path) -> io::Result<Reply> {
         let mut daemon = UnixStream::connect(socket)?;
-        daemon.write_all(&self.encode())?;
-        daemon.shutdown(Shutdown::Write)?;
         daemon.set_read_timeout(Some(self.time() + ANSWER_TIME))?;
-        let mut answer = String::new();
-        daemon.read_to_string(&mut answer)?;
-        Reply::decode(&answer).ok_or_else(|| {
-            io::Error::new(io::ErrorKind::UnexpectedEof, "the daemon ended without an answer")
-        })
+        let mut answer = Vec::new();
+        // A daemon that refuses this user answers without having read anything.
+        let done = daemon
+            .write_all(&self.encode())
+            .and_then(|()| daemon.shutdown(Shutdown::Write))
+            .and(daemon.read_to_end(&mut answer));
+        if let Some(reply) = Reply::decode(&String::from_utf8_lossy(&answer)) {
+            return Ok(reply);
+        }
+        done?;
+        Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the daemon ended without an answer"))
     }
 }
 

@@ -4,6 +4,7 @@ pub mod control;
 pub(crate) mod fd;
 pub(crate) mod log_limit;
 pub mod logger;
+pub(crate) mod peer;
 pub mod privileges;
 pub mod requirements;
 pub(crate) mod signals;

@@ -173,8 +173,7 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Creates the control socket. Only the daemon's user may connect, because a client can make
-    /// the daemon run any program.
+    /// Creates the control socket. Only the daemon's user may connect.
     pub fn control(path: &Path) -> Result<Self, SocketError> {
         Self::bind(Place { option: "--control", path, mask: CONTROL_MODE_MASK })
     }

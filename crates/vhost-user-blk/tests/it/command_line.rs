@@ -61,6 +61,7 @@ fn help_and_version_and_capabilities() {
         "--serial",
         "--base-cache",
         "--cow-cache",
+        "--upgrade-dir",
         "--poll-us",
         "--sandbox",
         "--log-level",

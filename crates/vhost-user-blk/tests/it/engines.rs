@@ -22,6 +22,7 @@ fn command(directory: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(PROGRAM);
     let at = directory.display();
     command.arg(format!("--socket-path={at}/socket")).arg(format!("--control={at}/control"));
+    command.arg(format!("--upgrade-dir={at}"));
     command.args(args).arg(format!("{at}/cow,{}", image(directory).display()));
     command
 }

@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-use crate::common::{Daemon, PROGRAM, image, upgrade_ok};
+use crate::common::{Daemon, NOBODY, PROGRAM, image, upgrade_ok};
 use testkit::frontend::RawFrontend;
 use testkit::wait::wait_until;
 use vhost::vhost_user::message::FrontendReq;
@@ -179,9 +179,6 @@ fn a_disk_that_cannot_be_locked_is_refused_unless_that_is_allowed() {
         daemon.terminate();
     }
 }
-
-/// A user who is nobody.
-const NOBODY: u32 = 65534;
 
 #[test]
 fn a_uml_file_in_a_directory_that_is_not_to_be_written_is_refused_with_the_remedy() {

@@ -8,10 +8,7 @@ use std::process::Command;
 
 use nix::unistd::geteuid;
 
-use crate::common::{Daemon, PROGRAM, image, upgrade_ok};
-
-/// A user who is nobody.
-const NOBODY: u32 = 65534;
+use crate::common::{Daemon, NOBODY, PROGRAM, image, upgrade_ok};
 
 /// A directory into which any user may write, with an image that any user may.
 fn open_to_all() -> tempfile::TempDir {

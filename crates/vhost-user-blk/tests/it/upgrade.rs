@@ -15,7 +15,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::common::soak::{End, Soak, from_env};
-use crate::common::{Daemon, PROGRAM, image, outcome, sector, upgrade, upgrade_ok};
+use crate::common::{Daemon, NOBODY, PROGRAM, image, outcome, sector, upgrade, upgrade_ok};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -116,6 +116,8 @@ fn what_cannot_take_over_changes_nothing() {
     let other_version = "for arg; do case $arg in --takeover=*) fd=${arg#*=} ;; esac; done
         printf 'vhost-user-blk handover 9' 1<>/proc/self/fd/$fd
         exec $real \"$@\"";
+    // Its mtime is the same again.
+    let back = "touch -r $0 $0.t; touch $0; touch -r $0.t $0; exec $real \"$@\"";
     let cases = [
         (file("none"), "No such file"),
         (file("base"), "ermission denied"),
@@ -128,7 +130,8 @@ fn what_cannot_take_over_changes_nothing() {
         (script(directory, "queues", "exec $real \"$@\" --num-queues=1"), "exit status: 2"),
         (script(directory, "goes", "rm $0; exec $real \"$@\""), "No such file"),
         (script(directory, "changes", "echo >>$0; exec $real \"$@\""), "has changed"),
-        (script(directory, "locked", "chmod a-x $0; exec $real \"$@\""), "ermission denied"),
+        (script(directory, "locked", "chmod a-x $0; exec $real \"$@\""), "has changed"),
+        (script(directory, "back", back), "has changed"),
     ];
     for (program, why) in cases {
         let timeout = if program.ends_with("hangs") { "--timeout=1" } else { "--timeout=60" };
@@ -205,6 +208,70 @@ fn a_control_socket_is_its_users_and_goes_with_the_daemon() {
     let (status, said) = outcome(upgrade(directory.path(), &[]));
     assert_eq!(status, Some(1), "{said}");
     assert!(said.contains("control"), "{said}");
+}
+
+/// Whoever may give commands has no more choice than the operator left.
+#[test]
+fn an_upgrade_runs_only_what_the_operator_has_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    let control = format!("--control={}", here.join("control").display());
+    let other = script(here, "other", "touch $0.ran; exec $real \"$@\"");
+    let own = PROGRAM.to_owned();
+    let refused = |program: &str, why: &str| {
+        let (status, said) = outcome(upgrade(here, &[&format!("--program={program}")]));
+        assert_eq!(status, Some(1), "{program}: {said}");
+        assert!(said.contains(why) && said.contains("continues unchanged"), "{program}: {said}");
+        assert!(!here.join("other.ran").exists());
+    };
+    let accepted = |program: &str| {
+        let (status, said) = outcome(upgrade(here, &[&format!("--program={program}")]));
+        assert_eq!(status, Some(0), "{program}: {said}");
+    };
+    let mut daemon = Daemon::with_image(here, &[&control]);
+    refused(&other, "--upgrade-dir");
+    accepted(&own);
+    let line = daemon.wait_line("upgrade asked for by");
+    assert!(line.contains(&format!("user {}, ", nix::unistd::geteuid())), "{line}");
+    daemon.terminate();
+
+    let programs = here.join("programs");
+    fs::create_dir(&programs).unwrap();
+    let named = script(&programs, "named", "exec $real \"$@\"");
+    let upgrade_dir = format!("--upgrade-dir={}", programs.display());
+    let daemon = Daemon::with_image(here, &[&control, &upgrade_dir]);
+    refused(&other, "--upgrade-dir");
+    fs::set_permissions(&programs, fs::Permissions::from_mode(0o777)).unwrap();
+    refused(&named, "nobody but root");
+    fs::set_permissions(&programs, fs::Permissions::from_mode(0o755)).unwrap();
+    // The program that runs then is the daemon's own, which it may always be.
+    accepted(&named);
+    accepted(&own);
+    daemon.terminate();
+}
+
+/// The socket's mode keeps other users away; if that was changed, the daemon does.
+#[test]
+fn only_root_and_the_daemons_user_give_commands() {
+    let directory = tempfile::tempdir().unwrap();
+    let control = directory.path().join("control");
+    let mut daemon =
+        Daemon::with_image(directory.path(), &[&format!("--control={}", control.display())]);
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: only root can be another user");
+        return;
+    }
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(&control, fs::Permissions::from_mode(0o666)).unwrap();
+    let mut command = Command::new(PROGRAM);
+    command.args(["upgrade", "--control"]).arg(&control).uid(NOBODY).gid(NOBODY);
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("only root and the daemon's user"), "{said}");
+    daemon.wait_line(&format!("refused user {NOBODY}"));
+    upgrade_ok(directory.path());
+    daemon.terminate();
 }
 
 /// Where the write cache's byte is in the configuration space.

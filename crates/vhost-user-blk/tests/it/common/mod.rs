@@ -21,6 +21,9 @@ use testkit::wait::PATIENCE;
 /// Sectors of the raw image that most tests serve.
 pub const SECTORS: u64 = 2048;
 
+/// A user who is nobody.
+pub const NOBODY: u32 = 65534;
+
 /// The daemon's program.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-user-blk");
 

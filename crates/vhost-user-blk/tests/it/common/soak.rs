@@ -384,7 +384,7 @@ fn spawn(directory: &Path, way: &Way, args: &[&str], end: &End) -> Daemon {
     let mut command = way.listen(Command::new(PROGRAM), &socket);
     command.arg(format!("--num-queues={QUEUES}"));
     let at = directory.display();
-    command.arg(format!("--control={at}/control"));
+    command.arg(format!("--control={at}/control")).arg(format!("--upgrade-dir={at}"));
     command.arg(format!("{at}/cow,{at}/base")).args(args);
     if let End::Fault { place, nth, .. } = end {
         command.env("VHOST_USER_BLK_FAULT", format!("{place}:{nth}"));

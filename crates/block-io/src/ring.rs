@@ -16,7 +16,6 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::time::Duration;
 
 use cow_format::ByteOffset;
 
@@ -35,14 +34,11 @@ pub use probe::NoUring;
 const IOVECS_PER_OP_MAX: usize = 1024;
 
 /// The top bit of an operation's identifier ([`Completion::data`]) distinguishes completions of
-/// watched file descriptors and alarms from those of requests.
+/// watched file descriptors from those of requests.
 const WATCH: u64 = 1 << 63;
 
 /// The identifier of every touch.
 const TOUCH: u64 = 1 << 62;
-
-/// Besides [`WATCH`]: it is an alarm.
-const ALARM: u64 = 1 << 61;
 
 /// Limit of touches in flight, so that a stream of one reader does not fill the queues, or the
 /// kernel's worker threads on file systems where touches need them.
@@ -196,11 +192,10 @@ pub struct Watch(pub u32);
 pub enum Event<R> {
     /// All parts of the request are done; the first error, if there was one.
     Done(R, io::Result<()>),
-    /// A watched file descriptor became readable, or an alarm's time has passed. The
-    /// former is level-triggered for what was there before, edge-triggered after that.
+    /// A watched file descriptor became readable. This is level-triggered for what was there
+    /// before, edge-triggered after that.
     Ready(Watch),
-    /// A file descriptor is no longer watched, or an alarm does not exist: the kernel has refused
-    /// it.
+    /// A file descriptor is not watched: the kernel has refused it.
     Lost(Watch, io::Error),
 }
 
@@ -292,15 +287,6 @@ impl<R> Ring<R> {
             Engine::Threads(threads) => threads.watch(fd, WATCH | u64::from(watch.0))?,
         }
         Ok(())
-    }
-
-    /// Reports [`Event::Ready`] once, when `after` has passed.
-    pub fn alarm(&mut self, after: Duration, watch: Watch) {
-        let data = WATCH | ALARM | u64::from(watch.0);
-        match &mut self.engine {
-            Engine::Uring(uring) => uring.alarm(after, data),
-            Engine::Threads(threads) => threads.alarm(after, data),
-        }
     }
 
     /// Whether [`Self::touch`] may be called. It is not worth the time of the thread engine.
@@ -414,18 +400,17 @@ impl<R> Ring<R> {
         self.engine.next()
     }
 
-    /// The event of a watched descriptor or an alarm.
+    /// The event of a watched descriptor.
     fn woken(&mut self, completion: &Completion) -> Event<R> {
         // The lower 32 bits were a u32.
         #[expect(clippy::cast_possible_truncation)]
         let watch = Watch(completion.data as u32);
-        let is_alarm = completion.data & ALARM != 0;
-        if completion.result < 0 && !(is_alarm && completion.result == -libc::ETIME) {
+        if completion.result < 0 {
             return Event::Lost(watch, io::Error::from_raw_os_error(-completion.result));
         }
         // A broken or hung-up descriptor would be ready again at once, forever.
         let gone = libc::POLLERR | libc::POLLHUP | libc::POLLNVAL;
-        let over = is_alarm || completion.more || completion.result & i32::from(gone) != 0;
+        let over = completion.more || completion.result & i32::from(gone) != 0;
         let fd = self.watched.iter().find(|(_, w)| *w == watch).map(|(fd, _)| *fd);
         if let (false, Some(fd), Engine::Uring(uring)) = (over, fd, &mut self.engine) {
             uring.watch(fd, completion.data);

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use cow_format::ByteOffset;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::{Engine, Event, FileSlot, IoEngine, Plan, Ring, Uring, Watch};
 
 /// A watched descriptor that is ready from the beginning.
 const READY: Watch = Watch(0);
-/// The alarm that ends the wait.
+/// The timer that ends the wait.
 const LATE: Watch = Watch(1);
 /// Only a kernel that never answers takes this long.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -72,6 +73,7 @@ fn probe_uring() -> Result<(), NoUring> {
     let buffer = libc::iovec { iov_base: (&raw mut count).cast(), iov_len: size_of::<u64>() };
     let event = EventFd::from_value_and_flags(1, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
         .map_err(|e| NoUring::refused("make an eventfd")(e.into()))?;
+    let late = timer().map_err(|e| NoUring::refused("make a timer")(e.into()))?;
     let files = [Some(event.as_fd()), None];
     let uring = Uring::new(DEPTH, &files).map_err(NoUring::refused("make one"))?;
     let missing = uring.missing_operation();
@@ -80,13 +82,19 @@ fn probe_uring() -> Result<(), NoUring> {
     }
     let mut ring = Ring::<()>::over(Engine::Uring(uring), DEPTH);
     ring.watch(event.as_fd(), READY).map_err(NoUring::refused("wait for a descriptor"))?;
-    ring.alarm(PATIENCE, LATE);
+    ring.watch(late.as_fd(), LATE).map_err(NoUring::refused("wait for a timer"))?;
     wait_for_ready(&mut ring)?;
     let mut plan = Plan::default();
     plan.read(FileSlot(0), ByteOffset::new(0), &[buffer]);
     // SAFETY: `count`, which is not read, and `event` outlive the ring.
     unsafe { ring.submit((), &mut plan) }.map_err(|()| NoUring::Silent)?;
     wait_for_read(&mut ring)
+}
+
+fn timer() -> nix::Result<TimerFd> {
+    let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC)?;
+    timer.set(Expiration::OneShot(PATIENCE.into()), TimerSetTimeFlags::empty())?;
+    Ok(timer)
 }
 
 /// A multishot poll, which Linux has since 5.13.

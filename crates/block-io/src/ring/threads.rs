@@ -24,7 +24,6 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -72,7 +71,6 @@ pub(super) struct Threads {
     /// By [`super::FileSlot`]; -1 for none.
     files: Vec<RawFd>,
     epoll: Epoll,
-    alarms: Vec<(Instant, u64)>,
     /// Operations to be handed over.
     begun: Vec<Operation>,
     /// Completions that were fetched and not reported yet.
@@ -127,7 +125,6 @@ impl Threads {
             threads: Vec::with_capacity(THREADS_MAX),
             files: files.iter().map(|f| f.as_ref().map_or(-1, AsRawFd::as_raw_fd)).collect(),
             epoll,
-            alarms: Vec::new(),
             begun: Vec::new(),
             done: VecDeque::new(),
         };
@@ -148,10 +145,6 @@ impl Threads {
         Ok(self.epoll.add(fd.as_fd(), event)?)
     }
 
-    pub(super) fn alarm(&mut self, after: Duration, data: u64) {
-        self.alarms.push((Instant::now() + after, data));
-    }
-
     /// The iovecs are valid until the completion has been seen.
     pub(super) fn begin(&mut self, part: Part, iovecs: &[libc::iovec], data: u64) {
         let Part { action, file, at, len, .. } = part;
@@ -169,8 +162,7 @@ impl Threads {
     /// See [`super::Ring::enter`].
     pub(super) fn enter(&mut self, wait: bool) -> io::Result<()> {
         let sleeps = self.exchange(wait) && wait;
-        self.look(if sleeps { self.until_alarm() } else { EpollTimeout::ZERO })?;
-        self.sound_alarms();
+        self.look(if sleeps { EpollTimeout::NONE } else { EpollTimeout::ZERO })?;
         if sleeps {
             self.exchange(false);
         }
@@ -214,34 +206,11 @@ impl Threads {
                 // Only to keep it from overflowing.
                 _ = self.common.bell.read();
             } else {
-                self.report(event.data(), libc::POLLIN.into());
+                let (data, result) = (event.data(), libc::POLLIN.into());
+                self.done.push_back(Completion { data, result, more: true });
             }
         }
         Ok(())
-    }
-
-    fn report(&mut self, data: u64, result: i32) {
-        self.done.push_back(Completion { data, result, more: true });
-    }
-
-    fn sound_alarms(&mut self) {
-        if self.alarms.is_empty() {
-            return;
-        }
-        let now = Instant::now();
-        while let Some(at) = self.alarms.iter().position(|(when, _)| *when <= now) {
-            let (_, data) = self.alarms.swap_remove(at);
-            self.report(data, -libc::ETIME);
-        }
-    }
-
-    /// The time to the next alarm, rounded up to the resolution of epoll_wait(2).
-    fn until_alarm(&self) -> EpollTimeout {
-        let Some(next) = self.alarms.iter().map(|(when, _)| *when).min() else {
-            return EpollTimeout::NONE;
-        };
-        let left = next.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-        EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX)
     }
 
     /// See [`super::Ring::wants_enter`].

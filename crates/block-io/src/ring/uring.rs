@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::time::Duration;
 
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 
@@ -14,14 +13,13 @@ use super::{Action, Completion, FileSlot, IOVECS_PER_OP_MAX, Part};
 const ENTRIES_MAX: u32 = 256;
 
 /// The operations that a ring needs, by number and by name.
-const OPERATIONS: [(u8, &str); 7] = [
+const OPERATIONS: [(u8, &str); 6] = [
     (opcode::Read::CODE, "IORING_OP_READ"),
     (opcode::Write::CODE, "IORING_OP_WRITE"),
     (opcode::Readv::CODE, "IORING_OP_READV"),
     (opcode::Writev::CODE, "IORING_OP_WRITEV"),
     (opcode::Fallocate::CODE, "IORING_OP_FALLOCATE"),
     (opcode::PollAdd::CODE, "IORING_OP_POLL_ADD"),
-    (opcode::Timeout::CODE, "IORING_OP_TIMEOUT"),
 ];
 
 /// An io_uring, and the entries to be handed to it.
@@ -29,9 +27,6 @@ pub(super) struct Uring {
     uring: IoUring,
     /// Entries that did not fit into the submission queue.
     backlog: VecDeque<squeue::Entry>,
-    /// The kernel reads it when it takes the entry. All alarms of a ring share it: the last one's
-    /// time applies to any that have not been handed over yet.
-    alarm: Box<types::Timespec>,
     /// The target of touches. Its content is never used.
     touched: Box<[u8; 1]>,
 }
@@ -59,8 +54,7 @@ impl Uring {
         let fds: Vec<RawFd> =
             files.iter().map(|f| f.as_ref().map_or(-1, AsRawFd::as_raw_fd)).collect();
         uring.submitter().register_files(&fds)?;
-        let (alarm, touched) = (Box::default(), Box::default());
-        Ok(Self { uring, backlog: VecDeque::new(), alarm, touched })
+        Ok(Self { uring, backlog: VecDeque::new(), touched: Box::default() })
     }
 
     /// An operation of [`OPERATIONS`] that the kernel does not support.
@@ -73,12 +67,6 @@ impl Uring {
     pub(super) fn watch(&mut self, fd: RawFd, data: u64) {
         let poll = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(true).build();
         self.queue(poll.user_data(data));
-    }
-
-    pub(super) fn alarm(&mut self, after: Duration, data: u64) {
-        *self.alarm = types::Timespec::from(after);
-        let timeout = opcode::Timeout::new(&raw const *self.alarm).build();
-        self.queue(timeout.user_data(data));
     }
 
     pub(super) fn touch(&mut self, file: FileSlot, at: u64, data: u64) {
@@ -96,8 +84,8 @@ impl Uring {
         // SAFETY: the entry's buffers are those of a plan in a slot of the ring, which
         // `submit`'s caller keeps valid and which the ring itself keeps until
         // the completion has been seen (`finish_part`, `drop`); a poll has none,
-        // and those of an alarm and of a touch are fields of this, and the ring waits
-        // for the touches before it goes.
+        // and that of a touch is a field of this, and the ring waits for the touches
+        // before it goes.
         if self.backlog.is_empty() && unsafe { self.uring.submission().push(&entry) }.is_ok() {
             return;
         }

@@ -7,6 +7,7 @@
 //! fetches what has completed, and publishes it with one notification.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -17,6 +18,7 @@ use block_io::ring::{Event, Plan, Ring, Watch};
 use block_io::{Committer, Disk, Flushed, Waiter, Writing};
 use cow_format::SectorRange;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use virtio_queue::QueueState;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -264,7 +266,9 @@ struct Worker<'a, Q: DeviceQueue> {
     offloaded: bool,
     /// Requests are still being taken.
     open: bool,
-    /// [`TIDY`] will come.
+    /// Reported as [`TIDY`].
+    timer: TimerFd,
+    /// It is set.
     tidying: bool,
     // Used again from one request to the next.
     plan: Plan,
@@ -288,6 +292,8 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
         ring.watch(start.kick.fd(), KICK)?;
         ring.watch(stop.fd(), STOP)?;
         ring.watch(shared.committer.event(start.queue), COMMIT)?;
+        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC)?;
+        ring.watch(timer.as_fd(), TIDY)?;
         Ok(Self {
             ring,
             queue,
@@ -304,6 +310,7 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
             batch_bytes: 0,
             offloaded: false,
             open: true,
+            timer,
             tidying: false,
             plan: Plan::default(),
             iovecs: IoVecs::new(),
@@ -509,7 +516,7 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
             KICK => "the guest's kicks",
             STOP => "the order to stop",
             COMMIT => "flushes",
-            _ => "an alarm",
+            _ => "the timer",
         };
         self.fail(&format_args!("cannot wait for {what}: {e}"));
         while watch == COMMIT && self.committing.iter().any(Option::is_some) {
@@ -646,8 +653,8 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
     }
 
     fn tidy_later(&mut self) -> bool {
-        self.ring.alarm(TIDY_AFTER, TIDY);
-        true
+        let once = Expiration::OneShot(TIDY_AFTER.into());
+        self.timer.set(once, TimerSetTimeFlags::empty()).is_ok()
     }
 
     /// Nothing to do at the moment: spins while that has paid, then sleeps.

@@ -9,19 +9,22 @@
 //! Below it is one of two engines ([`IoEngine`]), which perform the operations and know nothing of
 //! requests: io_uring, or threads for hosts where io_uring is not permitted.
 //!
-//! The files are registered in the io_uring when it is created. This is part of the fence of
-//! `docs/architecture.md`: as long as the ring lives, the kernel keeps their open file
-//! descriptions, and with them the locks. `ring/threads.rs` explains why this holds for the other
-//! engine as well.
+//! An io_uring may do only what a ring needs, and only with files that are registered in it. The
+//! files of a ring are registered when it begins, and given up when it ends. This is part of the
+//! fence of `docs/architecture.md`: as long as an operation is in flight, the kernel keeps their
+//! open file descriptions, and with them the locks. `ring/threads.rs` explains why this holds for
+//! the other engine as well.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::BorrowedFd;
 
 use cow_format::ByteOffset;
 
+use crate::image::CHAIN_DEPTH_MAX;
 use threads::Threads;
-use uring::Uring;
 
+#[cfg(any(test, feature = "fault-points"))]
+mod attempt;
 #[cfg(feature = "fault-points")]
 mod fault_injection;
 mod probe;
@@ -29,9 +32,16 @@ mod threads;
 mod uring;
 
 pub use probe::NoUring;
+pub use uring::{DisabledUring, Uring};
 
 /// Iovecs in one operation: the kernel's UIO_MAXIOV.
 const IOVECS_PER_OP_MAX: usize = 1024;
+
+/// Files of a ring: the two descriptions of each layer of the deepest chain.
+pub const FILES_MAX: usize = 2 * CHAIN_DEPTH_MAX;
+
+/// Watched descriptors of a ring, with some to spare. Their numbers are below this.
+pub const WATCHES_MAX: usize = 8;
 
 /// The top bit of an operation's identifier ([`Completion::data`]) distinguishes completions of
 /// watched file descriptors from those of requests.
@@ -183,7 +193,8 @@ impl Plan {
     }
 }
 
-/// A file descriptor that wakes the ring's owner: an index chosen by the owner.
+/// A file descriptor that wakes the ring's owner: a number below [`WATCHES_MAX`], chosen by the
+/// owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Watch(pub u32);
 
@@ -207,17 +218,16 @@ struct Slot<R> {
 }
 
 /// An engine, by its concrete type, so that the compiler can inline the branches.
-enum Engine {
-    Uring(Uring),
+enum Engine<'a> {
+    Uring(&'a mut Uring),
     Threads(Threads),
 }
 
 /// A ring with requests of type `R` in flight. See the module documentation.
-pub struct Ring<R> {
-    engine: Engine,
+pub struct Ring<'a, R> {
+    engine: Engine<'a>,
     slots: Vec<Slot<R>>,
     free: Vec<usize>,
-    watched: Vec<(RawFd, Watch)>,
     touches_in_flight: usize,
     /// Parts that are with the engine.
     parts_in_flight: usize,
@@ -225,30 +235,30 @@ pub struct Ring<R> {
     injected: fault_injection::Injected,
 }
 
-// SAFETY: everything in a Ring is owned by it; the raw pointers in the plans are
-// addresses that `submit`'s caller vouches for.
-unsafe impl<R: Send> Send for Ring<R> {}
-
-impl<R> Ring<R> {
-    /// A ring for at most `depth` requests at a time over `files`; a `None` keeps its index free.
-    /// Must be called on the thread that will use the ring.
+impl<'a, R> Ring<'a, R> {
+    /// A ring for at most `depth` requests at a time over `files`, of which there are at most
+    /// [`FILES_MAX`]; a `None` keeps its index free. The engine is `uring`, or threads.
     ///
     /// # Errors
-    /// Errors of io_uring_setup(2) and io_uring_register(2), or clone(2), eventfd(2) and
-    /// epoll_create(2).
+    /// Errors of io_uring_register(2), or of clone(2), eventfd(2) and epoll_create(2).
     pub fn new(
-        engine: IoEngine,
+        uring: Option<&'a mut Uring>,
         depth: usize,
         files: &[Option<BorrowedFd<'_>>],
     ) -> io::Result<Self> {
-        let engine = match engine {
-            IoEngine::IoUring => Engine::Uring(Uring::new(depth, files)?),
-            IoEngine::Sync => Engine::Threads(Threads::new(files, threads::perform)?),
-        };
-        Ok(Self::over(engine, depth))
+        match uring {
+            Some(uring) => {
+                uring.register(files)?;
+                Ok(Self::over(Engine::Uring(uring), depth))
+            }
+            None => {
+                let threads = Threads::new(files, threads::perform)?;
+                Ok(Self::over(Engine::Threads(threads), depth))
+            }
+        }
     }
 
-    fn over(engine: Engine, depth: usize) -> Self {
+    fn over(engine: Engine<'a>, depth: usize) -> Self {
         let slots = (0..depth)
             .map(|_| Slot { request: None, plan: Plan::default(), parts_left: 0, error: None })
             .collect();
@@ -256,7 +266,6 @@ impl<R> Ring<R> {
             engine,
             slots,
             free: (0..depth).rev().collect(),
-            watched: Vec::new(),
             touches_in_flight: 0,
             parts_in_flight: 0,
             #[cfg(feature = "fault-points")]
@@ -278,15 +287,13 @@ impl<R> Ring<R> {
     /// keeps `fd` open for the life of the ring.
     ///
     /// # Errors
-    /// `fd` is of a kind that cannot be polled. (io_uring reports that later, as an
+    /// `fd` is of a kind that cannot be polled. (io_uring reports most of these later, as an
     /// [`Event::Lost`].)
     pub fn watch(&mut self, fd: BorrowedFd<'_>, watch: Watch) -> io::Result<()> {
-        self.watched.push((fd.as_raw_fd(), watch));
         match &mut self.engine {
-            Engine::Uring(uring) => uring.watch(fd.as_raw_fd(), WATCH | u64::from(watch.0)),
-            Engine::Threads(threads) => threads.watch(fd, WATCH | u64::from(watch.0))?,
+            Engine::Uring(uring) => uring.watch(fd, watch),
+            Engine::Threads(threads) => threads.watch(fd, WATCH | u64::from(watch.0)),
         }
-        Ok(())
     }
 
     /// Whether [`Self::touch`] may be called. It is not worth the time of the thread engine.
@@ -405,15 +412,17 @@ impl<R> Ring<R> {
         // The lower 32 bits were a u32.
         #[expect(clippy::cast_possible_truncation)]
         let watch = Watch(completion.data as u32);
+        if let (false, Engine::Uring(uring)) = (completion.more, &mut self.engine) {
+            uring.poll_ended(watch);
+        }
         if completion.result < 0 {
             return Event::Lost(watch, io::Error::from_raw_os_error(-completion.result));
         }
         // A broken or hung-up descriptor would be ready again at once, forever.
         let gone = libc::POLLERR | libc::POLLHUP | libc::POLLNVAL;
         let over = completion.more || completion.result & i32::from(gone) != 0;
-        let fd = self.watched.iter().find(|(_, w)| *w == watch).map(|(fd, _)| *fd);
-        if let (false, Some(fd), Engine::Uring(uring)) = (over, fd, &mut self.engine) {
-            uring.watch(fd, completion.data);
+        if let (false, Engine::Uring(uring)) = (over, &mut self.engine) {
+            uring.poll(watch);
         }
         Event::Ready(watch)
     }
@@ -447,22 +456,31 @@ impl<R> Ring<R> {
     }
 }
 
-impl<R> Drop for Ring<R> {
-    /// Waits until the kernel no longer uses any buffer.
-    fn drop(&mut self) {
+impl<R> Ring<'_, R> {
+    /// Waits until the kernel no longer uses any buffer, and gives up the files.
+    fn end(&mut self) -> io::Result<()> {
         while self.parts_in_flight + self.touches_in_flight > 0 {
-            if let Err(e) = self.enter(true) {
-                // The kernel may still write to the buffers; only aborting keeps other memory
-                // intact.
-                log::error!("cannot wait for the I/O in flight: {e}");
-                std::process::abort();
-            }
+            self.enter(true)?;
             while self.next_event().is_some() {}
+        }
+        match &mut self.engine {
+            Engine::Uring(uring) => uring.release(),
+            Engine::Threads(_) => Ok(()),
         }
     }
 }
 
-impl Engine {
+impl<R> Drop for Ring<'_, R> {
+    fn drop(&mut self) {
+        if let Err(e) = self.end() {
+            // The kernel may still write to the buffers; only aborting keeps other memory intact.
+            log::error!("cannot wait for the I/O in flight: {e}");
+            std::process::abort();
+        }
+    }
+}
+
+impl Engine<'_> {
     #[inline]
     fn begin(&mut self, part: Part, iovecs: &[libc::iovec], data: u64) {
         match self {

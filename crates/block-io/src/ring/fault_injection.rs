@@ -81,7 +81,7 @@ fn some_of(part: &Part) -> u64 {
     below(units) as u64 * unit
 }
 
-impl<R> Ring<R> {
+impl<R> Ring<'_, R> {
     /// Replaces [`Ring::enter`].
     pub(super) fn enter_injected(&mut self, wait: bool) -> io::Result<()> {
         let chosen = self.injected.choose(wait);

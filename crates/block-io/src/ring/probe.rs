@@ -8,7 +8,7 @@ use cow_format::ByteOffset;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
-use super::{Engine, Event, FileSlot, IoEngine, Plan, Ring, Uring, Watch};
+use super::{DisabledUring, Event, FileSlot, IoEngine, Plan, Ring, Watch};
 
 /// A watched descriptor that is ready from the beginning.
 const READY: Watch = Watch(0);
@@ -40,7 +40,7 @@ pub enum NoUring {
 }
 
 impl NoUring {
-    fn refused(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+    pub(super) fn refused(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| NoUring::Refused { what, source }
     }
 
@@ -75,12 +75,9 @@ fn probe_uring() -> Result<(), NoUring> {
         .map_err(|e| NoUring::refused("make an eventfd")(e.into()))?;
     let late = timer().map_err(|e| NoUring::refused("make a timer")(e.into()))?;
     let files = [Some(event.as_fd()), None];
-    let uring = Uring::new(DEPTH, &files).map_err(NoUring::refused("make one"))?;
-    let missing = uring.missing_operation();
-    if let Some(name) = missing.map_err(NoUring::refused("ask what it does"))? {
-        return Err(NoUring::Operation(name));
-    }
-    let mut ring = Ring::<()>::over(Engine::Uring(uring), DEPTH);
+    let mut uring = DisabledUring::new(DEPTH)?.enable().map_err(NoUring::refused("enable it"))?;
+    let ring = Ring::new(Some(&mut uring), DEPTH, &files);
+    let mut ring = ring.map_err(NoUring::refused("register a file"))?;
     ring.watch(event.as_fd(), READY).map_err(NoUring::refused("wait for a descriptor"))?;
     ring.watch(late.as_fd(), LATE).map_err(NoUring::refused("wait for a timer"))?;
     wait_for_ready(&mut ring)?;
@@ -98,7 +95,7 @@ fn timer() -> nix::Result<TimerFd> {
 }
 
 /// A multishot poll, which Linux has since 5.13.
-fn wait_for_ready(ring: &mut Ring<()>) -> Result<(), NoUring> {
+fn wait_for_ready(ring: &mut Ring<'_, ()>) -> Result<(), NoUring> {
     loop {
         match ring.next_event() {
             Some(Event::Ready(READY)) => return Ok(()),
@@ -114,7 +111,7 @@ fn wait_for_ready(ring: &mut Ring<()>) -> Result<(), NoUring> {
 }
 
 /// An operation on a registered file: of an eventfd eight bytes are read.
-fn wait_for_read(ring: &mut Ring<()>) -> Result<(), NoUring> {
+fn wait_for_read(ring: &mut Ring<'_, ()>) -> Result<(), NoUring> {
     loop {
         match ring.next_event() {
             Some(Event::Done((), result)) => return result.map_err(NoUring::refused("read")),

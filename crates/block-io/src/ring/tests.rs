@@ -19,8 +19,13 @@ fn file_of(content: &[u8]) -> File {
     file
 }
 
-fn ring_over<R>(engine: IoEngine, depth: usize, file: &File) -> Ring<R> {
-    Ring::new(engine, depth, &[None, Some(file.as_fd())]).unwrap()
+fn ring_over<'a, R>(engine: &'a mut Option<Uring>, depth: usize, file: &File) -> Ring<'a, R> {
+    Ring::new(engine.as_mut(), depth, &[None, Some(file.as_fd())]).unwrap()
+}
+
+/// What the daemon's rings use.
+fn io_uring() -> Option<Uring> {
+    Some(DisabledUring::new(1).unwrap().enable().unwrap())
 }
 
 /// Ends the calling test if there is no io_uring, as in many containers.
@@ -42,12 +47,12 @@ macro_rules! with_both_engines {
                 #[test]
                 fn $test() {
                     super::needs_io_uring!();
-                    super::$test(super::IoEngine::IoUring);
+                    super::$test(&mut super::io_uring());
                 }
             )+
         }
         mod sync {
-            $(#[test] fn $test() { super::$test(super::IoEngine::Sync); })+
+            $(#[test] fn $test() { super::$test(&mut None); })+
         }
     };
 }
@@ -82,7 +87,7 @@ fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|i| u8::try_from(i * 7 % 251).unwrap()).collect()
 }
 
-fn a_request_comes_back_once_with_all_its_parts(engine: IoEngine) {
+fn a_request_comes_back_once_with_all_its_parts(engine: &mut Option<Uring>) {
     let content = pattern(64 << 10);
     let file = file_of(&content);
     let mut ring = ring_over(engine, 4, &file);
@@ -104,7 +109,7 @@ fn a_request_comes_back_once_with_all_its_parts(engine: IoEngine) {
     assert!(ring.next_event().is_none());
 }
 
-fn more_parts_than_entries_and_more_iovecs_than_one_call_takes(engine: IoEngine) {
+fn more_parts_than_entries_and_more_iovecs_than_one_call_takes(engine: &mut Option<Uring>) {
     let content = pattern(3 << 20);
     let file = file_of(&content);
     let mut ring = ring_over(engine, 1, &file);
@@ -125,7 +130,7 @@ fn more_parts_than_entries_and_more_iovecs_than_one_call_takes(engine: IoEngine)
     assert!(buffer == content);
 }
 
-fn a_read_past_the_end_is_an_error_and_not_zeros(engine: IoEngine) {
+fn a_read_past_the_end_is_an_error_and_not_zeros(engine: &mut Option<Uring>) {
     let file = file_of(&pattern(1000));
     let mut ring = ring_over(engine, 1, &file);
     let mut buffer = vec![0; 1024];
@@ -143,7 +148,8 @@ fn short_transfers_go_on_where_they_ended() {
     needs_io_uring!();
     // A pipe gives what is in it: two short reads, split inside an iovec.
     let (reader, mut writer) = std::io::pipe().unwrap();
-    let mut ring = Ring::new(IoEngine::IoUring, 1, &[None, Some(reader.as_fd())]).unwrap();
+    let mut uring = io_uring();
+    let mut ring = Ring::new(uring.as_mut(), 1, &[None, Some(reader.as_fd())]).unwrap();
     let (mut a, mut b) = (vec![0; 10], vec![0; 10]);
     let mut plan = Plan::default();
     plan.read(SLOT, ByteOffset::new(0), &[iovec(&mut a), iovec(&mut b)]);
@@ -156,7 +162,7 @@ fn short_transfers_go_on_where_they_ended() {
     assert_eq!((&a[..], &b[..]), (&b"0123456789"[..], &b"abcdefghij"[..]));
 }
 
-fn the_first_error_is_kept_until_all_parts_are_done(engine: IoEngine) {
+fn the_first_error_is_kept_until_all_parts_are_done(engine: &mut Option<Uring>) {
     let mut file = File::open("/proc/self/exe").unwrap();
     let mut ring = ring_over(engine, 1, &file);
     let (mut good, mut refused) = (vec![0; 64], vec![1; 64]);
@@ -171,7 +177,7 @@ fn the_first_error_is_kept_until_all_parts_are_done(engine: IoEngine) {
     assert_eq!(good, expected);
 }
 
-fn punch_and_zero_keep_the_length(engine: IoEngine) {
+fn punch_and_zero_keep_the_length(engine: &mut Option<Uring>) {
     let content = pattern(64 << 10);
     let file = file_of(&content);
     let mut ring = ring_over(engine, 2, &file);
@@ -190,9 +196,9 @@ fn punch_and_zero_keep_the_length(engine: IoEngine) {
     assert_eq!(file.metadata().unwrap().len(), expected.len() as u64);
 }
 
-fn a_watched_descriptor_is_reported_each_time(engine: IoEngine) {
+fn a_watched_descriptor_is_reported_each_time(engine: &mut Option<Uring>) {
     let file = file_of(b"");
-    let mut ring: Ring<()> = ring_over(engine, 1, &file);
+    let mut ring: Ring<'_, ()> = ring_over(engine, 1, &file);
     let (mut reader, mut writer) = std::io::pipe().unwrap();
     ring.watch(reader.as_fd(), Watch(7)).unwrap();
     ring.enter(false).unwrap();
@@ -209,7 +215,8 @@ fn a_watched_descriptor_is_reported_each_time(engine: IoEngine) {
 fn dropping_a_ring_waits_for_what_is_in_flight() {
     needs_io_uring!();
     let (reader, mut writer) = std::io::pipe().unwrap();
-    let mut ring = Ring::new(IoEngine::IoUring, 1, &[None, Some(reader.as_fd())]).unwrap();
+    let mut uring = io_uring();
+    let mut ring = Ring::new(uring.as_mut(), 1, &[None, Some(reader.as_fd())]).unwrap();
     let mut buffer = vec![0; 4];
     let mut plan = Plan::default();
     plan.read(SLOT, ByteOffset::new(0), &[iovec(&mut buffer)]);
@@ -229,7 +236,8 @@ fn dropping_a_ring_waits_for_what_is_in_flight() {
 fn touches_say_nothing_are_limited_and_go_on_once_they_are_done() {
     needs_io_uring!();
     let file = file_of(&pattern(4096));
-    let mut ring = ring_over(IoEngine::IoUring, 1, &file);
+    let mut uring = io_uring();
+    let mut ring = ring_over(&mut uring, 1, &file);
     // Past the end and of a file that is not there: no error either.
     let places = [(SLOT, 0), (SLOT, 1 << 40), (FileSlot(0), 0), (FileSlot(9), 0)];
     for (slot, at) in places.into_iter().cycle().take(TOUCHES_MAX) {
@@ -255,8 +263,9 @@ fn touches_say_nothing_are_limited_and_go_on_once_they_are_done() {
 fn dropping_a_ring_waits_for_touches() {
     needs_io_uring!();
     let (mut reader, mut writer) = std::io::pipe().unwrap();
-    let mut ring: Ring<()> =
-        Ring::new(IoEngine::IoUring, 1, &[None, Some(reader.as_fd())]).unwrap();
+    let mut uring = io_uring();
+    let mut ring: Ring<'_, ()> =
+        Ring::new(uring.as_mut(), 1, &[None, Some(reader.as_fd())]).unwrap();
     ring.touch(SLOT, ByteOffset::new(0));
     ring.enter(false).unwrap();
     let late = std::thread::spawn(move || writer.write_all(b"xy").unwrap());
@@ -267,9 +276,9 @@ fn dropping_a_ring_waits_for_touches() {
     assert_eq!(left, b"y");
 }
 
-fn a_watched_eventfd_need_not_be_read(engine: IoEngine) {
+fn a_watched_eventfd_need_not_be_read(engine: &mut Option<Uring>) {
     let file = file_of(b"");
-    let mut ring: Ring<()> = ring_over(engine, 1, &file);
+    let mut ring: Ring<'_, ()> = ring_over(engine, 1, &file);
     // It was signalled before it was watched.
     let bell = EventFd::from_value(1).unwrap();
     ring.watch(bell.as_fd(), Watch(3)).unwrap();
@@ -282,9 +291,9 @@ fn a_watched_eventfd_need_not_be_read(engine: IoEngine) {
     }
 }
 
-fn one_whose_other_side_is_gone_is_reported_once(engine: IoEngine) {
+fn one_whose_other_side_is_gone_is_reported_once(engine: &mut Option<Uring>) {
     let file = file_of(b"");
-    let mut ring: Ring<()> = ring_over(engine, 1, &file);
+    let mut ring: Ring<'_, ()> = ring_over(engine, 1, &file);
     let (reader, writer) = std::io::pipe().unwrap();
     ring.watch(reader.as_fd(), Watch(1)).unwrap();
     drop(writer);
@@ -296,10 +305,10 @@ fn one_whose_other_side_is_gone_is_reported_once(engine: IoEngine) {
     }
 }
 
-fn a_timer_is_reported_each_time_that_it_is_set(engine: IoEngine) {
+fn a_timer_is_reported_each_time_that_it_is_set(engine: &mut Option<Uring>) {
     let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC).unwrap();
     let file = file_of(b"");
-    let mut ring: Ring<()> = ring_over(engine, 1, &file);
+    let mut ring: Ring<'_, ()> = ring_over(engine, 1, &file);
     ring.watch(timer.as_fd(), Watch(5)).unwrap();
     for _ in 0..3 {
         ring.enter(false).unwrap();
@@ -311,7 +320,7 @@ fn a_timer_is_reported_each_time_that_it_is_set(engine: IoEngine) {
     }
 }
 
-fn a_buffer_that_is_not_there_is_an_error(engine: IoEngine) {
+fn a_buffer_that_is_not_there_is_an_error(engine: &mut Option<Uring>) {
     let content = pattern(8192);
     let file = file_of(&content);
     let mut ring = ring_over(engine, 2, &file);
@@ -331,7 +340,7 @@ fn a_buffer_that_is_not_there_is_an_error(engine: IoEngine) {
     assert_eq!(wait(&mut ring).1.unwrap_err().raw_os_error(), Some(libc::EFAULT));
 }
 
-fn a_file_that_is_not_there_is_an_error(engine: IoEngine) {
+fn a_file_that_is_not_there_is_an_error(engine: &mut Option<Uring>) {
     let file = file_of(b"");
     let mut ring = ring_over(engine, 1, &file);
     let mut buffer = vec![0; 16];
@@ -344,23 +353,32 @@ fn a_file_that_is_not_there_is_an_error(engine: IoEngine) {
     }
 }
 
-/// Linux before 5.13 says EINVAL to a multishot poll; every Linux says EBADF to one of what is not
-/// open.
+#[test]
+fn what_is_not_open_cannot_be_watched() {
+    needs_io_uring!();
+    let file = file_of(b"");
+    for mut engine in [io_uring(), None] {
+        let mut ring: Ring<'_, ()> = ring_over(&mut engine, 1, &file);
+        // SAFETY: the number is not that of an open descriptor, which is the point.
+        let not_open = unsafe { BorrowedFd::borrow_raw(1_000_000) };
+        assert_eq!(ring.watch(not_open, Watch(1)).unwrap_err().raw_os_error(), Some(libc::EBADF));
+    }
+}
+
+/// Linux before 5.13 says EINVAL to a multishot poll; every Linux says EBADF to one of a place
+/// without a file.
 #[test]
 fn a_poll_that_fails_is_not_its_event() {
     needs_io_uring!();
-    let file = file_of(b"");
-    let mut ring: Ring<()> = ring_over(IoEngine::IoUring, 1, &file);
-    // SAFETY: the number is not that of an open descriptor, which is the point.
-    let not_open = unsafe { BorrowedFd::borrow_raw(1_000_000) };
-    ring.watch(not_open, Watch(1)).unwrap();
+    let mut uring = io_uring();
+    let mut ring: Ring<'_, ()> = ring_over(&mut uring, 1, &file_of(b""));
+    let Engine::Uring(uring) = &mut ring.engine else { unreachable!() };
+    uring.poll(Watch(1));
     ring.enter(true).unwrap();
     match ring.next_event() {
         Some(Event::Lost(Watch(1), e)) => assert_eq!(e.raw_os_error(), Some(libc::EBADF)),
         other => panic!("{other:?}"),
     }
-    let mut ring: Ring<()> = ring_over(IoEngine::Sync, 1, &file);
-    assert_eq!(ring.watch(not_open, Watch(1)).unwrap_err().raw_os_error(), Some(libc::EBADF));
 }
 
 /// A thread's operation is held up until the test releases it.
@@ -431,5 +449,7 @@ mod held_up {
 fn an_engine_that_can_be_probed_can_be_used() {
     IoEngine::Sync.probe().unwrap();
     needs_io_uring!();
-    drop(ring_over::<()>(IoEngine::IoUring, 256, &file_of(b"")));
+    drop(ring_over::<()>(&mut io_uring(), 256, &file_of(b"")));
 }
+
+mod restricted;

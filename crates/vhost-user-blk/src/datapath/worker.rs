@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use block_io::pulse::Pulse;
-use block_io::ring::{Event, Plan, Ring, Watch};
+use block_io::ring::{Event, Plan, Ring, Uring, Watch};
 use block_io::{Committer, Disk, Flushed, Waiter, Writing};
 use cow_format::SectorRange;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -162,9 +162,13 @@ fn serve(
     pulse: &Pulse,
 ) -> u16 {
     pulse.beat();
-    let worker = split_queue(start, inflight)
-        .map_err(Box::<dyn std::error::Error>::from)
-        .and_then(|queue| Ok(Worker::new(start, queue, shared, stop, pulse)?));
+    let mut uring = None;
+    let worker = split_queue(start, inflight).map_err(Box::<dyn std::error::Error>::from).and_then(
+        |queue| {
+            uring = shared.engine.uring(usize::from(depth(start)))?;
+            Ok(Worker::new(start, queue, shared, stop, pulse, uring.as_mut())?)
+        },
+    );
     match worker {
         Ok(worker) => worker.run(),
         Err(e) => {
@@ -172,6 +176,11 @@ fn serve(
             start.state.next_avail
         }
     }
+}
+
+/// Requests that are in flight at most.
+fn depth(start: &RingStart) -> u16 {
+    start.state.size.min(IN_FLIGHT_MAX)
 }
 
 /// The ring in guest memory, with its in-flight area and its dirty log.
@@ -246,7 +255,7 @@ enum ZeroMethod {
 struct Worker<'a, Q: DeviceQueue> {
     // First, so that it is dropped first: it waits until the kernel has completed all operations on
     // guest memory, which `queue` keeps mapped.
-    ring: Ring<InFlight<'a, Q::Head>>,
+    ring: Ring<'a, InFlight<'a, Q::Head>>,
     queue: Q,
     start: &'a RingStart,
     shared: &'a Shared,
@@ -284,10 +293,12 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
         shared: &'a Shared,
         stop: &'a EventFd,
         pulse: &'a Pulse,
+        uring: Option<&'a mut Uring>,
     ) -> io::Result<Self> {
-        let depth = start.state.size.min(IN_FLIGHT_MAX);
+        let depth = depth(start);
         let router = Router::new(&shared.disk, &shared.mappings, &shared.holes);
-        let mut ring = shared.engine.ring(usize::from(depth), &router.files().descriptors())?;
+        let files = router.files().descriptors();
+        let mut ring = Ring::new(uring, usize::from(depth), &files)?;
         let kick = Kick::new(start.kick.fd())?;
         ring.watch(start.kick.fd(), KICK)?;
         ring.watch(stop.fd(), STOP)?;

@@ -2,10 +2,9 @@
 //! show when the first ring starts, and the guest would wait for ever.
 
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::sync::OnceLock;
 
-use block_io::ring::{IoEngine, NoUring, Ring};
+use block_io::ring::{DisabledUring, IoEngine, NoUring, Uring};
 use nix::unistd::{SysconfVar, sysconf};
 
 use crate::guest_memory::PAGE_SIZE;
@@ -86,18 +85,26 @@ impl Engine {
         }
     }
 
-    /// A ring for a queue; see [`Ring::new`]. If io_uring is no longer available and was not asked
-    /// for, the ring uses threads.
-    pub fn ring<R>(&self, depth: usize, files: &[Option<BorrowedFd<'_>>]) -> io::Result<Ring<R>> {
-        Ring::new(self.use_now, depth, files).or_else(|e| {
-            if self.asked_for || self.use_now == IoEngine::Sync {
-                return Err(e);
+    /// An io_uring for the calling thread. `None`: its rings use threads, because they were chosen,
+    /// or because io_uring is no longer available and was not asked for.
+    ///
+    /// # Errors
+    /// io_uring is no longer available, and was asked for.
+    pub fn uring(&self, depth: usize) -> io::Result<Option<Uring>> {
+        if self.use_now == IoEngine::Sync {
+            return Ok(None);
+        }
+        let made = DisabledUring::new(depth).map_err(io::Error::other);
+        match made.and_then(DisabledUring::enable) {
+            Ok(uring) => Ok(Some(uring)),
+            Err(e) if self.asked_for => Err(e),
+            Err(e) => {
+                if self.said.set(()).is_ok() {
+                    log::warn!("io_uring cannot be used any more: {e}; using threads");
+                }
+                Ok(None)
             }
-            if self.said.set(()).is_ok() {
-                log::warn!("io_uring cannot be used any more: {e}; using threads");
-            }
-            Ring::new(IoEngine::Sync, depth, files)
-        })
+        }
     }
 }
 
@@ -140,21 +147,5 @@ mod tests {
     fn the_engine_that_was_asked_for_is_used() {
         let engine = Engine::choose(Some(IoEngine::Sync)).unwrap();
         assert_eq!((engine.use_now, engine.refused.is_none()), (IoEngine::Sync, true));
-    }
-
-    #[test]
-    fn without_io_uring_the_other_engine_serves_unless_it_was_asked_for() {
-        // Too many files to register make io_uring refuse the ring on every host.
-        let too_many = vec![None; 1 << 20];
-        let engine = |asked_for| Engine {
-            use_now: IoEngine::IoUring,
-            asked_for,
-            refused: None,
-            said: OnceLock::new(),
-        };
-        assert!(engine(true).ring::<()>(1, &too_many).is_err());
-        let other = engine(false);
-        other.ring::<()>(1, &too_many).unwrap();
-        assert!(other.said.get().is_some());
     }
 }

@@ -62,9 +62,10 @@ fn a_watch_that_is_lost_ends_the_ring_and_what_it_has_is_answered() {
             guest.offer(0);
             let start = start(0, &guest, &Arc::new(AtomicBool::new(false)));
             let (stop, pulse) = (EventFd::new(0).unwrap(), Pulse::waiting());
+            let mut uring = shared.engine.uring(16).unwrap();
+            let queue = split_queue(&start, None).unwrap();
             let mut worker =
-                Worker::new(&start, split_queue(&start, None).unwrap(), &shared, &stop, &pulse)
-                    .unwrap();
+                Worker::new(&start, queue, &shared, &stop, &pulse, uring.as_mut()).unwrap();
             worker.take();
             worker.lost(watch, &io::Error::from_raw_os_error(libc::EINVAL));
             assert!(!worker.open);
@@ -102,8 +103,9 @@ fn a_batch_of_endless_reads_is_cut_off() {
     let start = start(0, &guest, &Arc::new(AtomicBool::new(false)));
     let stop = EventFd::new(0).unwrap();
     let pulse = Pulse::waiting();
-    let mut worker =
-        Worker::new(&start, split_queue(&start, None).unwrap(), &shared, &stop, &pulse).unwrap();
+    let mut uring = shared.engine.uring(16).unwrap();
+    let queue = split_queue(&start, None).unwrap();
+    let mut worker = Worker::new(&start, queue, &shared, &stop, &pulse, uring.as_mut()).unwrap();
     // Three of 25 MiB are more than a batch takes.
     for answered in [3, 6, REQUESTS] {
         worker.turn();
@@ -137,8 +139,9 @@ fn one_of_several_long_reads_is_offloaded() {
     }
     let start = start(0, &guest, &Arc::new(AtomicBool::new(false)));
     let (stop, pulse) = (EventFd::new(0).unwrap(), Pulse::waiting());
-    let mut worker =
-        Worker::new(&start, split_queue(&start, None).unwrap(), &shared, &stop, &pulse).unwrap();
+    let mut uring = shared.engine.uring(16).unwrap();
+    let queue = split_queue(&start, None).unwrap();
+    let mut worker = Worker::new(&start, queue, &shared, &stop, &pulse, uring.as_mut()).unwrap();
     let mut begin_next = || {
         let head = worker.queue.pop().unwrap().unwrap();
         worker.begin(head);

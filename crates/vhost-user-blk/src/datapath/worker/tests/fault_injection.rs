@@ -288,14 +288,14 @@ fn play(setting: Setting, seed: u64) -> [[u64; 2]; 16] {
         (state >> 33) % limit
     };
     {
-        let lane = |(guest, start)| Lane {
-            worker: Worker::new(start, split_queue(start, None).unwrap(), &shared, &stop, &pulse)
-                .unwrap(),
-            guest,
-            slots: (0..SLOTS).map(|_| None).collect(),
-            seen: 0,
+        let mut urings: Vec<_> = starts.iter().map(|_| shared.engine.uring(16).unwrap()).collect();
+        let lane = |((guest, start), uring)| {
+            let queue = split_queue(start, None).unwrap();
+            let worker = Worker::new(start, queue, &shared, &stop, &pulse, uring).unwrap();
+            Lane { worker, guest, slots: (0..SLOTS).map(|_| None).collect(), seen: 0 }
         };
-        let mut lanes: Vec<_> = guests.into_iter().zip(&starts).map(lane).collect();
+        let lanes = guests.into_iter().zip(&starts).zip(urings.iter_mut().map(Option::as_mut));
+        let mut lanes: Vec<_> = lanes.map(lane).collect();
         fault_injection::begin(seed);
         for _ in 0..setting.steps {
             let lane = &mut lanes[usize::try_from(random(LANES as u64)).unwrap()];

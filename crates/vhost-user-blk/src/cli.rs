@@ -22,7 +22,8 @@ use crate::virtio::request::ID_LEN;
 /// Most queues: a message that passes a queue's descriptor names the queue in eight bits.
 const QUEUES_MAX: u16 = 256;
 /// Fewest queues offered unless `--num-queues` says otherwise. QEMU refuses a backend that has
-/// fewer than the guest has CPUs, and a queue that no guest sets up costs nothing.
+/// fewer than the guest has CPUs, and a queue that no guest sets up costs hardly anything: an
+/// io_uring that is not mapped.
 const QUEUES_DEFAULT_MIN: u16 = 4;
 /// Most queues offered unless `--num-queues` says otherwise: crosvm sets up all there are.
 const QUEUES_DEFAULT_MAX: u16 = 64;

@@ -1,6 +1,8 @@
 //! Places at which a test kills or stops the daemon, with the feature `fault-points`. Without the
 //! feature they do nothing.
 
+use block_io::ring::Ring;
+
 /// Marks the place called `name`. If the environment variable `VHOST_USER_BLK_FAULT` is `NAME:N`,
 /// the process kills itself with SIGKILL when it reaches NAME for the Nth time. If it is
 /// `NAME:N:FILE`, the thread waits there until FILE exists.
@@ -50,6 +52,38 @@ fn wait_for(file: &str) {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
 }
+
+/// If the environment variable `VHOST_USER_BLK_TRY_OPERATIONS` is set, logs which of the operation
+/// numbers the kernel does not refuse to the ring's io_uring with EACCES: on a registered file, on
+/// one that is not registered, and which registrations.
+#[cfg(all(feature = "fault-points", not(test)))]
+pub fn try_operations<R>(ring: &mut Ring<'_, R>) {
+    const FIXED_FILE: u8 = 1;
+    /// No place and no descriptor has this number.
+    const NO_FILE: i32 = 1 << 20;
+    if std::env::var_os("VHOST_USER_BLK_TRY_OPERATIONS").is_none() {
+        return;
+    }
+    let Some(uring) = ring.uring() else { return };
+    let refused = -libc::EACCES;
+    let mut open = |flags| {
+        let all = 0..=u8::MAX;
+        all.filter(|&code| uring.attempt(code, flags, NO_FILE).is_ok_and(|it| it != refused))
+            .collect::<Vec<_>>()
+    };
+    let (fixed, others) = (open(FIXED_FILE), open(0));
+    let open = |code: &u32| {
+        uring.attempt_register(*code).map_or_else(|e| e.raw_os_error(), |()| None)
+            != Some(libc::EACCES)
+    };
+    let registrations: Vec<_> = (0..=u32::from(u8::MAX)).filter(open).collect();
+    log::warn!("not refused: {fixed:?} {others:?} {registrations:?}");
+}
+
+/// Without the feature it does nothing.
+#[cfg(any(not(feature = "fault-points"), test))]
+#[inline(always)]
+pub fn try_operations<R>(_ring: &mut Ring<'_, R>) {}
 
 /// Without the feature it does nothing.
 #[cfg(not(any(feature = "fault-points", test)))]

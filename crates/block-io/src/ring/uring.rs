@@ -197,7 +197,7 @@ impl Uring {
         let removal = opcode::PollRemove::new(poll).build().flags(FLAGS_REQUIRED);
         self.queue(removal.user_data(REMOVAL));
         let mut answer = None;
-        // If there was a poll to remove, it has a completion of its own, before the answer or after.
+        // A poll that was removed has a completion of its own, before the answer or after it.
         while answer.is_none() || answer == Some(0) && self.polls & (1 << watch.0) != 0 {
             self.enter(true)?;
             while let Some(Completion { data, result, more }) = self.next() {

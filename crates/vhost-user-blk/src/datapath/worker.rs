@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use block_io::pulse::Pulse;
@@ -24,13 +24,13 @@ use vmm_sys_util::event::{EventConsumer, EventNotifier};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::datapath::holes::Holes;
+use crate::datapath::queue_threads::{QueueThread, QueueThreads, ThreadUring};
 use crate::datapath::resident::Mappings;
 use crate::datapath::route::Router;
 use crate::datapath::spin::{For, Spin};
 use crate::fault;
 use crate::guest_memory::memory::Memory;
 use crate::process::log_limit::{self, RINGS};
-use crate::process::requirements::Engine;
 use crate::process::watchdog;
 use crate::virtio::device_queue::DeviceQueue;
 use crate::virtio::dirty_log::RingLog;
@@ -54,9 +54,6 @@ const IN_FLIGHT_MAX: u16 = 1024;
 /// the page cache, and stopping the ring waits for that. As much as [`BATCH_MAX`] of the longest
 /// requests that guests really send.
 const BATCH_BYTES_MAX: u64 = 64 << 20;
-
-/// The stack of a worker, in bytes. Its data is on the heap.
-const STACK_BYTES: usize = 256 << 10;
 
 /// A read of at least so many bytes that are in the page cache can be offloaded to a thread of the
 /// kernel, while the queue's thread copies the next: for less it takes as long to offload it.
@@ -87,8 +84,8 @@ pub(crate) struct Shared {
     pub(crate) limits: ParseLimits,
     /// The longest time that a dry queue spins before it sleeps.
     pub(crate) poll: Duration,
-    /// Who does the I/O.
-    pub(crate) engine: Arc<Engine>,
+    /// Serve the rings.
+    pub(crate) threads: Arc<QueueThreads>,
     /// Signalled when a queue had to give up its ring.
     pub(crate) failure: Arc<EventFd>,
 }
@@ -119,8 +116,11 @@ pub(crate) struct RingStart {
 
 /// A queue that is being served.
 pub(crate) struct WorkerHandle {
-    thread: JoinHandle<u16>,
+    thread: QueueThread,
+    threads: Arc<QueueThreads>,
     stop: Arc<EventFd>,
+    /// Gets the next entry of the available ring, when the worker is done with everything.
+    done: Receiver<u16>,
 }
 
 /// Serves a ring until it is stopped. The call descriptor is signalled once at
@@ -133,14 +133,17 @@ pub(crate) fn spawn(mut start: RingStart, shared: Arc<Shared>) -> io::Result<Wor
     let stop = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
     let theirs = Arc::clone(&stop);
     let inflight = start.inflight.take();
-    let name = format!("queue-{}", start.queue);
     let pulse = Arc::new(Pulse::waiting());
-    watchdog::watch(&name, &pulse);
-    let thread = std::thread::Builder::new()
-        .name(name)
-        .stack_size(STACK_BYTES)
-        .spawn(move || serve(&start, inflight, &shared, &theirs, &pulse))?;
-    Ok(WorkerHandle { thread, stop })
+    watchdog::watch(&format!("queue-{}", start.queue), &pulse);
+    let (threads, queue) = (Arc::clone(&shared.threads), start.queue);
+    let (ending, done) = channel();
+    let thread = threads.run(queue, move |uring| {
+        let next_avail = serve(&start, inflight, &shared, &theirs, &pulse, uring);
+        // Whoever waits for the end may count on it.
+        drop((start, shared, theirs, pulse));
+        _ = ending.send(next_avail);
+    })?;
+    Ok(WorkerHandle { thread, threads, stop, done })
 }
 
 impl WorkerHandle {
@@ -150,7 +153,9 @@ impl WorkerHandle {
         // It cannot fail: the counter starts at 0.
         _ = self.stop.write(1);
         // A panic aborts the process in every profile that is shipped, so the 0 is never seen.
-        self.thread.join().unwrap_or(0)
+        let next_avail = self.done.recv().unwrap_or(0);
+        self.threads.keep(self.thread);
+        next_avail
     }
 }
 
@@ -160,12 +165,12 @@ fn serve(
     shared: &Shared,
     stop: &EventFd,
     pulse: &Pulse,
+    uring: &mut ThreadUring,
 ) -> u16 {
     pulse.beat();
-    let mut uring = None;
     let worker = split_queue(start, inflight).map_err(Box::<dyn std::error::Error>::from).and_then(
         |queue| {
-            uring = shared.engine.uring(usize::from(depth(start)))?;
+            let uring = uring.as_mut().map_err(|e| e.to_string())?;
             Ok(Worker::new(start, queue, shared, stop, pulse, uring.as_mut())?)
         },
     );
@@ -176,11 +181,6 @@ fn serve(
             start.state.next_avail
         }
     }
-}
-
-/// Requests that are in flight at most.
-fn depth(start: &RingStart) -> u16 {
-    start.state.size.min(IN_FLIGHT_MAX)
 }
 
 /// The ring in guest memory, with its in-flight area and its dirty log.
@@ -295,7 +295,7 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
         pulse: &'a Pulse,
         uring: Option<&'a mut Uring>,
     ) -> io::Result<Self> {
-        let depth = depth(start);
+        let depth = start.state.size.min(IN_FLIGHT_MAX);
         let router = Router::new(&shared.disk, &shared.mappings, &shared.holes);
         let files = router.files().descriptors();
         let mut ring = Ring::new(uring, usize::from(depth), &files)?;
@@ -331,6 +331,7 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
     }
 
     fn run(mut self) -> u16 {
+        fault::try_operations(&mut self.ring);
         self.notify();
         loop {
             self.pulse.beat();

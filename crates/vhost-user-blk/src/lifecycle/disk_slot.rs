@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::cli::{Format, Image, Options};
 use crate::datapath::holes::Holes;
+use crate::datapath::queue_threads::QueueThreads;
 use crate::datapath::resident::Mappings;
 use crate::datapath::worker::{self, RingStart, Shared, WorkerHandle};
 use crate::lifecycle::error::DaemonError;
@@ -38,7 +39,7 @@ pub struct DiskSlot {
     options: Options,
     /// The size reported to frontends. The disk must still have it when it is opened.
     capacity: SectorCount,
-    engine: Arc<Engine>,
+    threads: Arc<QueueThreads>,
     logical_block: u32,
     failure: Arc<EventFd>,
     open: Mutex<Option<Open>>,
@@ -55,7 +56,7 @@ impl DiskSlot {
     /// Opens the disk.
     pub fn open(options: &Options) -> Result<Self, DaemonError> {
         // Before a COW file is created.
-        let engine = Engine::choose(options.io_engine)?;
+        let engine = choose_engine(options)?;
         engine.report();
         let disk = open_disk(options, None)?;
         describe(&disk);
@@ -68,7 +69,7 @@ impl DiskSlot {
     /// and possibly the direct one. Without any, the disk is read-only and is opened beside the
     /// predecessor's. A `rehearsal` changes nothing.
     pub fn inherit(options: &Options, top: &[RawFd], rehearsal: bool) -> Result<Self, DaemonError> {
-        let engine = Engine::choose(options.io_engine)?;
+        let engine = choose_engine(options)?;
         // The successor logs this, so its rehearsal does not.
         if !rehearsal {
             engine.report();
@@ -98,7 +99,7 @@ impl DiskSlot {
     /// The reason, if opening the disk would fail even without the other daemon, as far as can be
     /// seen.
     pub fn incoming(options: &Options) -> Result<Self, DaemonError> {
-        let engine = Engine::choose(options.io_engine)?;
+        let engine = choose_engine(options)?;
         engine.report();
         let (path, base, format) = match &options.image {
             Image::File { path, format } => (path, None, *format),
@@ -121,8 +122,8 @@ impl DiskSlot {
         let failure = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
             .map_err(DaemonError::system("make an eventfd"))?;
         let (options, failure) = (options.clone(), Arc::new(failure));
-        let engine = Arc::new(engine);
-        Ok(DiskSlot { options, capacity, logical_block, engine, failure, open: Mutex::new(None) })
+        let threads = Arc::new(QueueThreads::new(engine));
+        Ok(DiskSlot { options, capacity, logical_block, threads, failure, open: Mutex::new(None) })
     }
 
     /// The disk's properties, for the session.
@@ -198,7 +199,7 @@ impl DiskSlot {
             serial: options.serial,
             limits: ParseLimits { capacity: disk.capacity(), read_only: disk.read_only() },
             poll: Duration::from_micros(options.poll_us.into()),
-            engine: Arc::clone(&self.engine),
+            threads: Arc::clone(&self.threads),
             failure: Arc::clone(&self.failure),
             disk,
         };
@@ -208,6 +209,10 @@ impl DiskSlot {
     fn lock(&self) -> MutexGuard<'_, Option<Open>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn choose_engine(options: &Options) -> Result<Engine, DaemonError> {
+    Ok(Engine::choose(options.io_engine, options.num_queues, options.queue_size_max)?)
 }
 
 /// The size of a disk that another daemon may be writing to, and its logical block in bytes.

@@ -2,7 +2,7 @@
 //! show when the first ring starts, and the guest would wait for ever.
 
 use std::io;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use block_io::ring::{DisabledUring, IoEngine, NoUring, Uring};
 use nix::unistd::{SysconfVar, sysconf};
@@ -56,21 +56,29 @@ pub struct Engine {
     refused: Option<NoUring>,
     /// Set once a later failure of io_uring has been logged.
     said: OnceLock<()>,
+    /// One for each queue that has no thread yet. They are made at the start, so that nobody needs
+    /// to be able to make one later.
+    urings: Mutex<Vec<DisabledUring>>,
 }
 
 impl Engine {
-    /// The engine that was asked for. Without one, io_uring if it is available, else threads.
-    pub fn choose(asked_for: Option<IoEngine>) -> Result<Self, RequirementError> {
-        let said = OnceLock::new();
-        if let Some(engine) = asked_for {
-            engine
-                .probe()
-                .map_err(|source| RequirementError::Engine { hint: hint(&source), source })?;
-            return Ok(Engine { use_now: engine, asked_for: true, refused: None, said });
-        }
-        let refused = IoEngine::IoUring.probe().err();
-        let use_now = if refused.is_none() { IoEngine::IoUring } else { IoEngine::Sync };
-        Ok(Engine { use_now, asked_for: false, refused, said })
+    /// The engine that was asked for, for so many queues of at most so many requests at a time.
+    /// Without one, io_uring if it is available, else threads.
+    pub fn choose(
+        asked_for: Option<IoEngine>,
+        queues: u16,
+        depth: u16,
+    ) -> Result<Self, RequirementError> {
+        let engine = asked_for.unwrap_or(IoEngine::IoUring);
+        let (use_now, urings, refused) = match prepare(engine, queues, depth) {
+            Ok(urings) => (engine, urings, None),
+            Err(source) if asked_for.is_some() => {
+                return Err(RequirementError::Engine { hint: hint(&source), source });
+            }
+            Err(source) => (IoEngine::Sync, Vec::new(), Some(source)),
+        };
+        let (asked_for, said) = (asked_for.is_some(), OnceLock::new());
+        Ok(Engine { use_now, asked_for, refused, said, urings: Mutex::new(urings) })
     }
 
     /// Logs the choice.
@@ -85,17 +93,18 @@ impl Engine {
         }
     }
 
-    /// An io_uring for the calling thread. `None`: its rings use threads, because they were chosen,
-    /// or because io_uring is no longer available and was not asked for.
+    /// The io_uring of the calling thread, which is that of a queue. `None`: its rings use threads,
+    /// because they were chosen, or because the io_uring cannot be enabled and was not asked for.
     ///
     /// # Errors
-    /// io_uring is no longer available, and was asked for.
-    pub fn uring(&self, depth: usize) -> io::Result<Option<Uring>> {
+    /// It cannot be enabled, and was asked for.
+    pub fn uring(&self) -> io::Result<Option<Uring>> {
         if self.use_now == IoEngine::Sync {
             return Ok(None);
         }
-        let made = DisabledUring::new(depth).map_err(io::Error::other);
-        match made.and_then(DisabledUring::enable) {
+        let next = self.urings.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let next = next.ok_or_else(|| io::Error::other("none is left for this queue"));
+        match next.and_then(DisabledUring::enable) {
             Ok(uring) => Ok(Some(uring)),
             Err(e) if self.asked_for => Err(e),
             Err(e) => {
@@ -105,6 +114,15 @@ impl Engine {
                 Ok(None)
             }
         }
+    }
+}
+
+/// Tries the engine, and makes what it needs for so many queues.
+fn prepare(engine: IoEngine, queues: u16, depth: u16) -> Result<Vec<DisabledUring>, NoUring> {
+    engine.probe()?;
+    match engine {
+        IoEngine::Sync => Ok(Vec::new()),
+        IoEngine::IoUring => (0..queues).map(|_| DisabledUring::new(depth.into())).collect(),
     }
 }
 
@@ -145,7 +163,22 @@ mod tests {
 
     #[test]
     fn the_engine_that_was_asked_for_is_used() {
-        let engine = Engine::choose(Some(IoEngine::Sync)).unwrap();
+        let engine = Engine::choose(Some(IoEngine::Sync), 1, 16).unwrap();
         assert_eq!((engine.use_now, engine.refused.is_none()), (IoEngine::Sync, true));
+    }
+
+    #[test]
+    fn a_queue_that_gets_no_io_uring_uses_threads_unless_it_was_asked_for() {
+        let engine = |asked_for| Engine {
+            use_now: IoEngine::IoUring,
+            asked_for,
+            refused: None,
+            said: OnceLock::new(),
+            urings: Mutex::default(),
+        };
+        assert!(engine(true).uring().is_err());
+        let other = engine(false);
+        assert!(other.uring().unwrap().is_none());
+        assert!(other.said.get().is_some());
     }
 }

@@ -4,4 +4,5 @@
 mod common;
 mod fault_injection;
 mod fault_points;
+mod operations;
 mod watchdog;

@@ -1,16 +1,22 @@
 //! The two engines that do the I/O, and hosts that refuse io_uring.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
 use crate::common::{Daemon, PROGRAM, image, outcome, sector, upgrade, without_io_uring};
-use testkit::frontend::{F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, RawFrontend};
+use testkit::frontend::{
+    F_FLUSH, F_PROTOCOL_FEATURES, F_VERSION_1, PROTOCOL_FEATURES, RawFrontend,
+};
 use testkit::memory::Memory;
 use testkit::request::FLUSH;
 use testkit::ring::{Ring, running};
 use testkit::wait::wait_until;
+use vhost::vhost_user::message::FrontendReq;
 
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH;
 /// What the threads of the engine without io_uring are called.
@@ -131,4 +137,66 @@ fn a_successor_that_gets_no_ring_falls_back_or_is_refused() {
     let log = daemon.terminate();
     // The daemon's own, and the successor's; none of a rehearsal.
     assert_eq!(log.matches("io_uring cannot be used").count(), 2, "{log}");
+}
+
+/// The descriptors that are io_urings, by number.
+fn urings(daemon: &Daemon) -> BTreeSet<String> {
+    let files = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap();
+    let files = files.map(|file| file.unwrap().path());
+    let urings = files.filter(|file| {
+        // One may be closed meanwhile.
+        fs::read_link(file).is_ok_and(|link| link.as_os_str() == "anon_inode:[io_uring]")
+    });
+    urings.map(|file| file.display().to_string()).collect()
+}
+
+/// After its start a daemon needs to make none, so it can be forbidden to.
+#[test]
+fn each_queue_uses_the_io_uring_and_the_thread_that_it_had_first() {
+    const QUEUES: usize = 3;
+    let directory = tempfile::tempdir().unwrap();
+    let mut daemon =
+        spawn(directory.path(), command(directory.path(), &[&format!("--num-queues={QUEUES}")]));
+    daemon.wait_line("listening");
+    let before = urings(&daemon);
+    if before.is_empty() {
+        println!("skipped: no io_uring here");
+        return;
+    }
+    assert_eq!(before.len(), QUEUES);
+    let mut thread = None;
+    for _ in 0..3 {
+        let (mut frontend, memory, mut ring) = connect(&daemon);
+        for _ in 0..20 {
+            serves(&memory, &mut ring);
+            let found = daemon.thread_named("queue-0");
+            assert_eq!(*thread.get_or_insert(found), found);
+            assert_eq!(urings(&daemon), before);
+            ring.enable(&mut frontend, false);
+            ring.enable(&mut frontend, true);
+        }
+    }
+    assert_eq!(daemon.threads_named("queue-1"), 0, "a thread for a queue that was not used");
+    daemon.terminate();
+}
+
+/// What a ring had registered would otherwise be kept open, and with it a frontend's memory or its
+/// end of a pipe.
+#[test]
+fn a_ring_that_was_stopped_has_given_up_the_frontends_descriptors() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = Daemon::with_image(directory.path(), &[]);
+    let mut frontend = RawFrontend::new(daemon.connect());
+    frontend.negotiate(FEATURES, PROTOCOL_FEATURES);
+    let (memory, ring) = (Memory::default(), Ring::new(0));
+    memory.set(&mut frontend);
+    ring.set_up(&mut frontend);
+    let (kick, mut watched) = UnixStream::pair().unwrap();
+    frontend.send_fd(FrontendReq::SET_VRING_KICK, 0, &kick);
+    drop(kick);
+    ring.enable(&mut frontend, true);
+    frontend.get_vring_base(0);
+    // The end of the stream.
+    assert_eq!(watched.read(&mut [0]).unwrap(), 0);
+    daemon.terminate();
 }

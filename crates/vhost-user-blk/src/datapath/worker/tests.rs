@@ -1,19 +1,33 @@
 use std::io::Write;
 
 use block_io::DiskOptions;
-use block_io::ring::IoEngine;
+use block_io::ring::{DisabledUring, IoEngine};
 use testkit::descriptor::linked;
 use testkit::request::{FLUSH, IN, header as header_of};
 use vmm_sys_util::event::{EventFlag, new_event_consumer_and_notifier};
 
 use super::*;
 use crate::guest::{DATA, Desc, Guest};
+use crate::process::requirements::Engine;
 
 // Its I/O is the worse for the feature.
 #[cfg(feature = "fault-points")]
 mod fault_injection;
 
-fn shared(disk: &Arc<Disk>, queues: usize, engine: Option<IoEngine>) -> Shared {
+/// What a queue's thread has for its rings, for an engine that can be used.
+fn uring(engine: IoEngine) -> Option<Uring> {
+    match engine {
+        IoEngine::IoUring => Some(DisabledUring::new(16).unwrap().enable().unwrap()),
+        IoEngine::Sync => None,
+    }
+}
+
+fn any_uring() -> Option<Uring> {
+    DisabledUring::new(16).ok().map(|uring| uring.enable().unwrap())
+}
+
+fn shared(disk: &Arc<Disk>, queues: usize) -> Shared {
+    let no_threads = QueueThreads::new(Engine::choose(Some(IoEngine::Sync), 1, 16).unwrap());
     Shared {
         mappings: Mappings::new(disk),
         holes: Holes::new(disk),
@@ -21,7 +35,7 @@ fn shared(disk: &Arc<Disk>, queues: usize, engine: Option<IoEngine>) -> Shared {
         serial: [0; ID_LEN],
         limits: ParseLimits { capacity: disk.capacity(), read_only: disk.read_only() },
         poll: Duration::ZERO,
-        engine: Arc::new(Engine::choose(engine).unwrap()),
+        threads: Arc::new(no_threads),
         failure: Arc::new(EventFd::new(0).unwrap()),
         disk: Arc::clone(disk),
     }
@@ -53,7 +67,7 @@ fn a_watch_that_is_lost_ends_the_ring_and_what_it_has_is_answered() {
             let image = tempfile::NamedTempFile::new().unwrap();
             image.as_file().set_len(1 << 20).unwrap();
             let disk = Arc::new(Disk::open_raw(image.path(), &DiskOptions::default()).unwrap());
-            let shared = shared(&disk, 1, Some(engine));
+            let shared = shared(&disk, 1);
             let mut guest = Guest::new(16, 0);
             guest.write(DATA, &header_of(FLUSH, 0));
             guest.write(DATA + 16, &[0xff]);
@@ -62,7 +76,7 @@ fn a_watch_that_is_lost_ends_the_ring_and_what_it_has_is_answered() {
             guest.offer(0);
             let start = start(0, &guest, &Arc::new(AtomicBool::new(false)));
             let (stop, pulse) = (EventFd::new(0).unwrap(), Pulse::waiting());
-            let mut uring = shared.engine.uring(16).unwrap();
+            let mut uring = uring(engine);
             let queue = split_queue(&start, None).unwrap();
             let mut worker =
                 Worker::new(&start, queue, &shared, &stop, &pulse, uring.as_mut()).unwrap();
@@ -88,7 +102,7 @@ fn a_batch_of_endless_reads_is_cut_off() {
     image.as_file().set_len(u64::from(PIECE) * PIECES).unwrap();
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
     let disk = Arc::new(Disk::open_raw(image.path(), &options).unwrap());
-    let shared = shared(&disk, 1, None);
+    let shared = shared(&disk, 1);
     let mut guest = Guest::new(64, 0);
     let (header, table, data) = (DATA, DATA + 0x1000, DATA + 0x8000);
     guest.write(header, &header_of(IN, 0));
@@ -103,7 +117,7 @@ fn a_batch_of_endless_reads_is_cut_off() {
     let start = start(0, &guest, &Arc::new(AtomicBool::new(false)));
     let stop = EventFd::new(0).unwrap();
     let pulse = Pulse::waiting();
-    let mut uring = shared.engine.uring(16).unwrap();
+    let mut uring = any_uring();
     let queue = split_queue(&start, None).unwrap();
     let mut worker = Worker::new(&start, queue, &shared, &stop, &pulse, uring.as_mut()).unwrap();
     // Three of 25 MiB are more than a batch takes.
@@ -125,7 +139,7 @@ fn one_of_several_long_reads_is_offloaded() {
     }
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
     let disk = Arc::new(Disk::open_raw(image.path(), &options).unwrap());
-    let shared = shared(&disk, 1, None);
+    let shared = shared(&disk, 1);
     let data = |request: u32| DATA + (1 << 20) + u64::from(request * LEN);
     let mut guest = Guest::with_end(16, 0, data(3));
     for request in 0..3 {
@@ -139,7 +153,7 @@ fn one_of_several_long_reads_is_offloaded() {
     }
     let start = start(0, &guest, &Arc::new(AtomicBool::new(false)));
     let (stop, pulse) = (EventFd::new(0).unwrap(), Pulse::waiting());
-    let mut uring = shared.engine.uring(16).unwrap();
+    let mut uring = any_uring();
     let queue = split_queue(&start, None).unwrap();
     let mut worker = Worker::new(&start, queue, &shared, &stop, &pulse, uring.as_mut()).unwrap();
     let mut begin_next = || {

@@ -230,6 +230,19 @@ impl Daemon {
         names.filter(|found| found.trim_end() == name).count()
     }
 
+    /// The id of its only thread of this name.
+    pub fn thread_named(&self, name: &str) -> u32 {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        let mut found = tasks.filter_map(|task| {
+            let task = task.ok()?;
+            let comm = std::fs::read_to_string(task.path().join("comm")).ok()?;
+            (comm.trim_end() == name).then(|| task.file_name().into_string().unwrap())
+        });
+        let (first, second) = (found.next(), found.next());
+        assert_eq!(second, None);
+        first.unwrap().parse().unwrap()
+    }
+
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid().try_into().unwrap()), signal).unwrap();
     }

@@ -269,7 +269,7 @@ fn play(setting: Setting, seed: u64) -> [[u64; 2]; 16] {
     let Setting { cow_cache, base_cache, .. } = setting;
     let options = DiskOptions { cow_cache, base_cache, ..DiskOptions::default() };
     let disk = Arc::new(Disk::open_cow(&path, None, &options).unwrap());
-    let shared = shared(&disk, LANES, Some(setting.engine));
+    let shared = shared(&disk, LANES);
     let write_through = Arc::new(AtomicBool::new(setting.write_through));
     let end = DATA + u64::from(SLOTS) * SLOT_LEN;
     let guests = || (0..LANES).map(|_| Guest::with_end(QUEUE_SIZE, 0, end));
@@ -288,7 +288,7 @@ fn play(setting: Setting, seed: u64) -> [[u64; 2]; 16] {
         (state >> 33) % limit
     };
     {
-        let mut urings: Vec<_> = starts.iter().map(|_| shared.engine.uring(16).unwrap()).collect();
+        let mut urings: Vec<_> = starts.iter().map(|_| uring(setting.engine)).collect();
         let lane = |((guest, start), uring)| {
             let queue = split_queue(start, None).unwrap();
             let worker = Worker::new(start, queue, &shared, &stop, &pulse, uring).unwrap();

@@ -5,6 +5,7 @@
 mod common;
 
 use std::fs::{self, File};
+use std::time::Duration;
 
 use common::{Daemon, PROGRAM, image};
 
@@ -39,4 +40,22 @@ fn opening_the_base_for_writing_is_reported_and_reading_it_is_not() {
     drop(opened);
     let log = daemon.terminate();
     assert!(log.matches(REPORT).count() == 1 && !log.contains("WRITTEN"), "{log}");
+}
+
+/// Each time the lease is given back and taken again.
+#[test]
+fn a_base_that_is_opened_again_and_again_does_no_harm() {
+    let directory = tempfile::tempdir().unwrap();
+    let base = image(directory.path());
+    let (daemon, leased) = start(directory.path(), &base);
+    if !leased {
+        println!("skipped: {PROGRAM} gets no lease on {}", base.display());
+        return;
+    }
+    for _ in 0..20 {
+        drop(File::options().write(true).open(&base).unwrap());
+        // Long enough for the next lease; without it nothing is tested, and nothing fails.
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    daemon.terminate();
 }

@@ -85,29 +85,27 @@ impl Lease {
         Ok(Self { file: File::open(path)?, held: false })
     }
 
-    /// Makes the kernel notify the calling thread, which has called [`Leases::block`], and takes
-    /// the lease. That requires owning the file or CAP_LEASE, a file system that supports leases,
-    /// and that no process has the file open for writing.
-    pub(crate) fn begin(&mut self, _leases: &Leases) -> io::Result<()> {
+    /// Takes the lease, unless it is held, and makes the kernel notify the calling thread, which
+    /// has called [`Leases::block`]. That requires owning the file or CAP_LEASE, a file system that
+    /// supports leases, and that no process has the file open for writing.
+    pub(crate) fn take(&mut self, _leases: &Leases) -> io::Result<()> {
+        if self.held {
+            return Ok(());
+        }
+        // Each time: a lease that ends takes these settings with it, and a new one would notify the
+        // whole process, by SIGIO, which kills it.
         let owner = OwnerEx { kind: F_OWNER_TID, id: nix::unistd::gettid().as_raw() };
         // SAFETY: the command reads such a struct during the call.
         let owned = unsafe { libc::fcntl(self.file.as_raw_fd(), F_SETOWN_EX, &raw const owner) };
         Errno::result(owned)?;
         fcntl(&self.file, F_SETSIG, libc::SIGRTMIN())?;
-        self.take()
+        fcntl(&self.file, libc::F_SETLEASE, libc::F_RDLCK)?;
+        self.held = true;
+        Ok(())
     }
 
     pub(crate) fn is_held(&self) -> bool {
         self.held
-    }
-
-    /// Takes the lease again if it is not held.
-    pub(crate) fn take(&mut self) -> io::Result<()> {
-        if !self.held {
-            fcntl(&self.file, libc::F_SETLEASE, libc::F_RDLCK)?;
-            self.held = true;
-        }
-        Ok(())
     }
 
     /// Releases the lease if another process is waiting for it; returns whether one was.

@@ -254,7 +254,7 @@ fn watch(
         }
         if tries > 0 || untold {
             tries = tries.saturating_sub(1);
-            if watched.iter_mut().all(Watched::take_lease) {
+            if watched.iter_mut().all(|file| file.take_lease(leases)) {
                 tries = 0;
             }
         }
@@ -264,7 +264,7 @@ fn watch(
 impl Watched {
     fn begin_lease(&mut self, leases: &Leases) {
         let path = self.path.shown();
-        match self.lease.as_mut().map(|lease| lease.begin(leases)) {
+        match self.lease.as_mut().map(|lease| lease.take(leases)) {
             Some(Ok(())) => log::debug!("{path}: leased: an open for writing is noticed"),
             Some(Err(err)) => {
                 log::debug!("{path}: no lease ({err}): an open is not noticed");
@@ -275,8 +275,8 @@ impl Watched {
     }
 
     /// Tries again; returns whether no further attempt is needed.
-    fn take_lease(&mut self) -> bool {
-        if let Some(Err(err)) = self.lease.as_mut().map(Lease::take) {
+    fn take_lease(&mut self, leases: &Leases) -> bool {
+        if let Some(Err(err)) = self.lease.as_mut().map(|lease| lease.take(leases)) {
             self.forget_unless_busy(&err);
         }
         !self.lacks_lease()
@@ -369,7 +369,7 @@ mod tests {
         let other = dir.path().join("other");
         fs::write(&other, b"").unwrap();
         let mut lease = Lease::new(&other).unwrap();
-        match lease.begin(&leases) {
+        match lease.take(&leases) {
             // A child process that another test is just starting may have it open for a moment.
             Err(err) if err.raw_os_error() != Some(libc::EAGAIN) => {
                 println!("skipped: no leases here: {err}");

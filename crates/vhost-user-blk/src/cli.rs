@@ -197,6 +197,17 @@ struct Args {
     #[arg(long, value_name = "US", default_value_t = spin::POLL_US, value_parser = clap::value_parser!(u32).range(0..=POLL_US_MAX.into()))]
     poll_us: u32,
 
+    /// Become this user (name or number) when everything is open
+    ///
+    /// New files and sockets belong to the user. An upgrade and a migration open the disk's files
+    /// again, which the user must then be allowed to do. Only root can use this.
+    #[arg(long, value_name = "USER")]
+    user: Option<String>,
+
+    /// The only group of --user [default: the user's own]
+    #[arg(long, value_name = "GROUP", requires = "user")]
+    group: Option<String>,
+
     /// Whether the daemon gives up what it does not need
     #[arg(long, value_enum, default_value_t = Sandbox::On, value_name = "MODE")]
     sandbox: Sandbox,
@@ -273,7 +284,8 @@ pub enum Cache {
 /// `--sandbox`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Sandbox {
-    /// It cannot gain privileges, be inspected by other processes of its user, or dump core
+    /// It drops its capabilities and cannot gain privileges, be inspected by other processes of its
+    /// user, or dump core
     On,
     /// It stays as it was started, for example to debug it
     Off,
@@ -355,6 +367,10 @@ pub struct Options {
     pub io_engine: Option<IoEngine>,
     /// Longest busy wait in microseconds.
     pub poll_us: u32,
+    /// `--user`.
+    pub user: Option<String>,
+    /// `--group`, only with a user.
+    pub group: Option<String>,
     /// `--sandbox`.
     pub sandbox: Sandbox,
     /// Log filter.
@@ -449,6 +465,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
         cow_cache: args.cow_cache,
         io_engine: args.io_engine.map(IoEngine::from),
         poll_us: args.poll_us,
+        user: args.user,
+        group: args.group,
         sandbox: args.sandbox,
         log_level: args.log_level.into(),
     })))
@@ -587,6 +605,8 @@ mod tests {
             "--cow-cache=buffered",
             "--io-engine=sync",
             "--poll-us=0",
+            "--user=u",
+            "--group=g",
             "--sandbox=off",
             "--log-level=debug",
         ]);
@@ -614,6 +634,8 @@ mod tests {
                 cow_cache: Cache::Buffered,
                 io_engine: Some(IoEngine::Sync),
                 poll_us: 0,
+                user: Some("u".to_owned()),
+                group: Some("g".to_owned()),
                 sandbox: Sandbox::Off,
                 log_level: LevelFilter::Debug,
             }
@@ -673,6 +695,7 @@ mod tests {
             (&["--fd=3", "a", "--base-cache=maybe"], "--base-cache"),
             (&["--fd=3", "a", "--io-engine=aio"], "--io-engine"),
             (&["--fd=3", "a", "--poll-us=1000001"], "--poll-us"),
+            (&["--fd=3", "a", "--group=g"], "--user"),
             (&["--fd=3", "a", "--sandbox=maybe"], "--sandbox"),
             (&["--fd=3", "a", "--log-level=loud"], "--log-level"),
             (&["--fd=3", "a", "--no-such-option"], "--no-such-option"),

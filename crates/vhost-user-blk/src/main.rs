@@ -4,11 +4,11 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
-use vhost_user_blk::cli::{self, Command, Options};
+use vhost_user_blk::cli::{self, Command, Options, Sandbox};
 use vhost_user_blk::lifecycle::error::DaemonError;
 use vhost_user_blk::lifecycle::{daemon, takeover};
 use vhost_user_blk::process::control::{Reply, Request};
-use vhost_user_blk::process::{logger, requirements};
+use vhost_user_blk::process::{logger, privileges, requirements};
 
 fn main() -> ExitCode {
     let options = match cli::parse(std::env::args_os()) {
@@ -37,6 +37,9 @@ fn main() -> ExitCode {
 /// Serves the disk: from the start, or in the place of this process's last program.
 fn serve(options: &Options) -> Result<(), DaemonError> {
     requirements::check_page_size()?;
+    if options.sandbox == Sandbox::On {
+        privileges::hide().map_err(DaemonError::system("give up privileges"))?;
+    }
     match options.takeover {
         Some(handover) => takeover::run(options, handover),
         None => daemon::run(options),

@@ -10,6 +10,8 @@ pub(crate) mod lock;
 pub(crate) mod proc_fs;
 pub(crate) mod witness;
 
+pub use witness::{adopt_boot_id, hidden_boot_id};
+
 use std::fmt;
 use std::io;
 use std::ops::Range;

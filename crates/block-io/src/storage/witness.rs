@@ -119,13 +119,27 @@ fn unique_mount_id(file: &File) -> Option<u64> {
 }
 
 /// The boot id of the host, read once: it does not change while the kernel runs.
+static BOOT: OnceLock<BootId> = OnceLock::new();
+
 pub(crate) fn boot_id() -> io::Result<BootId> {
-    static READ: OnceLock<BootId> = OnceLock::new();
-    if let Some(boot) = READ.get() {
+    if let Some(boot) = BOOT.get() {
         return Ok(*boot);
     }
     let boot = read_boot_id()?;
-    Ok(*READ.get_or_init(|| boot))
+    Ok(*BOOT.get_or_init(|| boot))
+}
+
+/// The boot id of the host, if a disk has been opened and a process that has given up its
+/// privileges reads another one (that of a container) or none.
+#[must_use]
+pub fn hidden_boot_id() -> Option<BootId> {
+    let seen = File::open(BOOT_ID).ok().filter(is_in_proc);
+    BOOT.get().copied().filter(|_| seen.is_none())
+}
+
+/// Adopts the [`hidden_boot_id`] of a predecessor, before a disk is opened.
+pub fn adopt_boot_id(boot: BootId) {
+    BOOT.get_or_init(|| boot);
 }
 
 /// Containers (LXC, Incus, systemd-nspawn) get a boot id of their own, mounted over the host's. In

@@ -10,14 +10,15 @@ use log::Level;
 use nix::poll::PollTimeout;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use crate::cli::{Options, Sandbox};
+use crate::cli::Options;
 use crate::lifecycle::commands::ControlSocket;
+use crate::lifecycle::confinement;
 use crate::lifecycle::disk_slot::DiskSlot;
 use crate::lifecycle::error::DaemonError;
 use crate::lifecycle::upgrade::running_program;
 use crate::process::log_limit::{self, CONNECTIONS};
 use crate::process::socket::{Listener, Socket};
-use crate::process::{privileges, signals, systemd};
+use crate::process::{signals, systemd};
 use crate::session::Session;
 use crate::session::connection::{Commands, Connection, Readable, wait_readable};
 
@@ -33,20 +34,25 @@ const ACCEPT_RETRY_MS: u16 = 1000;
 pub fn run(options: &Options) -> Result<(), DaemonError> {
     systemd::install();
     signals::install(None).map_err(DaemonError::system("take over signals"))?;
+    let account = confinement::account(options)?;
     // Before the disk: a command line with a bad socket must not create a COW file.
     options.endpoint.check()?;
     let control = options.control.as_deref().map(Listener::control).transpose()?;
     raise_fd_limit();
-    give_up_privileges(options)?;
-    let slot =
-        if options.incoming { DiskSlot::incoming(options) } else { DiskSlot::open(options) }?;
-    let socket = match Socket::open(&options.endpoint) {
-        Ok(socket) => socket,
-        Err(e) => {
-            slot.close()?;
-            return Err(e.into());
+    let (slot, disk) = DiskSlot::open(options)?;
+    let opened = Socket::open(&options.endpoint).map_err(DaemonError::from).and_then(|socket| {
+        confinement::enter(options, account, disk.as_ref())?;
+        Ok(socket)
+    });
+    let socket = match (opened, &disk) {
+        (Ok(socket), _) => socket,
+        (Err(e), None) => return Err(e),
+        (Err(e), Some(disk)) => {
+            disk.close()?;
+            return Err(e);
         }
     };
+    slot.begin(disk)?;
     live(Daemon::new(options, socket, control, slot), None)
 }
 
@@ -123,14 +129,6 @@ pub(crate) fn raise_fd_limit() {
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(e) = raised {
         log::warn!("cannot raise the limit of open files: {e}");
-    }
-}
-
-/// Before the first thread; see [`privileges`].
-pub(crate) fn give_up_privileges(options: &Options) -> Result<(), DaemonError> {
-    match options.sandbox {
-        Sandbox::On => privileges::drop().map_err(DaemonError::system("give up privileges")),
-        Sandbox::Off => Ok(()),
     }
 }
 

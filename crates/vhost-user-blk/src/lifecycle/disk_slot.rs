@@ -53,22 +53,29 @@ struct Open {
 }
 
 impl DiskSlot {
-    /// Opens the disk.
-    pub fn open(options: &Options) -> Result<Self, DaemonError> {
+    /// Opens the disk; or only looks at it, if its guest is still to arrive. It is used only after
+    /// [`DiskSlot::begin`].
+    pub fn open(options: &Options) -> Result<(Self, Option<Disk>), DaemonError> {
+        if options.incoming {
+            return Ok((Self::incoming(options)?, None));
+        }
         // Before a COW file is created.
         let engine = choose_engine(options)?;
         engine.report();
         let disk = open_disk(options, None)?;
         describe(&disk);
         let slot = Self::of(options, (disk.capacity(), disk.logical_block()), engine)?;
-        *slot.lock() = Some(slot.serve(disk).map_err(DaemonError::system("start a thread"))?);
-        Ok(slot)
+        Ok((slot, Some(disk)))
     }
 
     /// Takes the disk over from a predecessor by the descriptions of its top file: the buffered one
     /// and possibly the direct one. Without any, the disk is read-only and is opened beside the
     /// predecessor's. A `rehearsal` changes nothing.
-    pub fn inherit(options: &Options, top: &[RawFd], rehearsal: bool) -> Result<Self, DaemonError> {
+    pub fn inherit(
+        options: &Options,
+        top: &[RawFd],
+        rehearsal: bool,
+    ) -> Result<(Self, Disk), DaemonError> {
         let engine = choose_engine(options)?;
         // The successor logs this, so its rehearsal does not.
         if !rehearsal {
@@ -81,10 +88,14 @@ impl DiskSlot {
         let disk = open_disk(options, file)?;
         describe(&disk);
         let slot = Self::of(options, (disk.capacity(), disk.logical_block()), engine)?;
-        if !rehearsal {
-            *slot.lock() = Some(slot.serve(disk).map_err(DaemonError::system("start a thread"))?);
-        }
-        Ok(slot)
+        Ok((slot, disk))
+    }
+
+    /// Starts the threads that the disk needs.
+    pub fn begin(&self, disk: Option<Disk>) -> Result<(), DaemonError> {
+        let open = disk.map(|disk| self.serve(disk)).transpose();
+        *self.lock() = open.map_err(DaemonError::system("start a thread"))?;
+        Ok(())
     }
 
     /// The disk, if it is open.
@@ -98,7 +109,7 @@ impl DiskSlot {
     /// # Errors
     /// The reason, if opening the disk would fail even without the other daemon, as far as can be
     /// seen.
-    pub fn incoming(options: &Options) -> Result<Self, DaemonError> {
+    fn incoming(options: &Options) -> Result<Self, DaemonError> {
         let engine = choose_engine(options)?;
         engine.report();
         let (path, base, format) = match &options.image {

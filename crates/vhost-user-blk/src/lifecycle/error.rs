@@ -11,6 +11,7 @@ use crate::cli::Format;
 use crate::lifecycle::handover::HandoverError;
 use crate::process::requirements::RequirementError;
 use crate::process::socket::SocketError;
+use crate::process::users::UserError;
 use crate::session::connection::ResumeError;
 
 /// Why the daemon ended with a failure.
@@ -92,6 +93,22 @@ pub enum DaemonError {
     /// The host lacks something that the daemon needs.
     #[error(transparent)]
     Requirement(#[from] RequirementError),
+    /// A user or group on the command line.
+    #[error(transparent)]
+    User(#[from] UserError),
+    /// The user cannot open a file that has to be opened later.
+    #[error(
+        "--user={user}: {}: this user cannot open it: {source}; give the file to the user",
+        path.display()
+    )]
+    NotForUser {
+        /// As given.
+        user: String,
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// The system refused an operation that normally works.
     #[error("cannot {what}: {source}")]
     System {
@@ -109,7 +126,8 @@ impl DaemonError {
         matches!(self, DaemonError::Socket(e) if e.is_usage())
     }
 
-    pub(crate) fn system(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+    /// An error of an operation of the system.
+    pub fn system(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| DaemonError::System { what, source }
     }
 }

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `vhost-user-blk handover 1` | always the first; the number is the version of all this |
 //! | `from VERSION` | the version of the program that hands over |
+//! | `boot HEX` | the boot id of the host, where a process without privileges sees another |
 //! | `rehearsal FD` | only a rehearsal: write to this pipe whether a takeover is possible, and exit |
 //! | `paused NANOSECONDS` | when the rings were stopped (`CLOCK_MONOTONIC`) |
 //! | `wake FD` | readable if a signal has asked for the end |
@@ -26,6 +27,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::str::SplitAsciiWhitespace;
 use std::time::Duration;
 
+use block_io::storage::BootId;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::process::fd;
@@ -51,6 +53,8 @@ pub struct Listening {
 pub struct Handover {
     /// Version of the program that hands over.
     pub from: String,
+    /// See [`block_io::storage::hidden_boot_id`].
+    pub boot: Option<BootId>,
     /// The pipe for the answer, if this is a rehearsal.
     pub rehearsal: Option<RawFd>,
     /// When the rings stopped, since the host's start.
@@ -130,6 +134,9 @@ impl Handover {
 
     fn encode(&self) -> String {
         let mut text = format!("{FIRST_LINE}\nfrom {}\n", self.from);
+        if let Some(BootId(id)) = self.boot {
+            _ = writeln!(text, "boot {:032x}", u128::from_be_bytes(id));
+        }
         let mut line = |key: &str, values: &[u64]| {
             text += key;
             values.iter().for_each(|value| _ = write!(text, " {value}"));
@@ -187,6 +194,10 @@ impl Handover {
         let words = &mut words;
         match words.next()? {
             "from" => self.from = words.next()?.to_owned(),
+            "boot" => {
+                let id = u128::from_str_radix(words.next()?, 16).ok()?;
+                self.boot = Some(BootId(id.to_be_bytes()));
+            }
             "rehearsal" => self.rehearsal = Some(number(words)?),
             "wake" => self.wake = Some(number(words)?),
             "connection" => self.connection = Some(number(words)?),
@@ -253,6 +264,7 @@ mod tests {
     fn sample() -> Handover {
         Handover {
             from: "0.1.0".to_owned(),
+            boot: Some(BootId([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 255])),
             rehearsal: Some(3),
             paused: Some(Duration::new(12, 34)),
             wake: Some(15),

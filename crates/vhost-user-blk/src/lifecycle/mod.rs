@@ -2,6 +2,7 @@
 //! end.
 
 mod commands;
+mod confinement;
 pub mod daemon;
 mod disk_slot;
 pub mod error;

@@ -6,10 +6,12 @@ use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
+use block_io::storage::adopt_boot_id;
 use log::LevelFilter;
 use vhost::vhost_user::message::FrontendReq;
 
 use crate::cli::Options;
+use crate::lifecycle::confinement;
 use crate::lifecycle::daemon::{self, Daemon, Guest};
 use crate::lifecycle::disk_slot::DiskSlot;
 use crate::lifecycle::error::DaemonError;
@@ -28,6 +30,7 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Continues where the predecessor stopped or, in a rehearsal, answers whether it could.
 pub fn run(options: &Options, handover_fd: RawFd) -> Result<(), DaemonError> {
     let handover = Handover::fetch(handover_fd)?;
+    handover.boot.into_iter().for_each(adopt_boot_id);
     if let Some(pipe) = handover.rehearsal {
         // The takeover itself logs the rest, once.
         log::set_max_level(options.log_level.min(LevelFilter::Warn));
@@ -103,8 +106,12 @@ fn take_over(
     };
     let control = handover.control.map(|it| listen(it, options.control.clone())).transpose()?;
     daemon::raise_fd_limit();
-    daemon::give_up_privileges(options)?;
-    let slot = DiskSlot::inherit(options, &handover.top, rehearsal)?;
+    let (slot, disk) = DiskSlot::inherit(options, &handover.top, rehearsal)?;
+    // The predecessor has become the user.
+    confinement::enter(options, None, Some(&disk))?;
+    if !rehearsal {
+        slot.begin(Some(disk))?;
+    }
     let daemon = Daemon::new(options, socket, control, slot);
     let Some(stream) = stream else { return Ok((daemon, None)) };
     let state = DeviceState { write_cache: handover.write_cache };

@@ -18,6 +18,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use block_io::Disk;
+use block_io::storage::hidden_boot_id;
 use nix::poll::PollTimeout;
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, killpg};
@@ -237,6 +238,7 @@ impl Handoff<'_> {
         };
         Handover {
             from: env!("CARGO_PKG_VERSION").to_owned(),
+            boot: hidden_boot_id(),
             rehearsal: None,
             paused: now(),
             wake: signals::wake_fd().map(|fd| fd.as_raw_fd()),

@@ -10,4 +10,5 @@ pub mod requirements;
 pub(crate) mod signals;
 pub(crate) mod socket;
 pub(crate) mod systemd;
+pub mod users;
 pub(crate) mod watchdog;

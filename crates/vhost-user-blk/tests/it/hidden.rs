@@ -101,6 +101,30 @@ fn without_inotify_the_base_is_leased_all_the_same() {
     );
 }
 
+/// A container's own boot id lies over the host's. The daemon reads the host's beneath it, which
+/// takes a privilege that its successor does not have.
+#[test]
+fn a_successor_without_privileges_knows_the_hosts_boot_id() {
+    const OWN_ID: &str = "echo 11111111-2222-3333-4444-555555555555 >id &&
+        mount --bind id /proc/sys/kernel/random/boot_id";
+    let directory = tempfile::tempdir().unwrap();
+    image(directory.path());
+    let args = ["--control=control", "new.cow,disk.img"];
+    let Some(command) = program(directory.path(), OWN_ID, &args) else { return };
+    let mut daemon = Daemon::spawn(command, directory.path().join("socket"));
+    daemon.wait_line("listening");
+    const WARNING: &str = "is the container's and not the host's";
+    if daemon.said().contains(WARNING) {
+        println!("skipped: the host's boot id cannot be read here");
+        return;
+    }
+    for _ in 0..2 {
+        upgrade_ok(directory.path());
+    }
+    let log = daemon.terminate();
+    assert!(!log.contains(WARNING), "{log}");
+}
+
 /// Comes before the C library's: a file system that has no locks, or none that are shared.
 const LOCKLESS: &str = r#"
 #define _GNU_SOURCE

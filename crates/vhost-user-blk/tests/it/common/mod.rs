@@ -262,7 +262,9 @@ impl Daemon {
                 Err(_) => panic!("does not end; it said\n{}", self.seen.join("\n")),
             }
         }
-        (self.child.wait().unwrap().code(), self.seen.join("\n"))
+        let status = self.child.wait().unwrap();
+        println!("ended: {status}");
+        (status.code(), self.seen.join("\n"))
     }
 
     /// Asks it to end, and checks that it ends cleanly.

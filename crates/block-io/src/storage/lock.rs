@@ -4,10 +4,11 @@
 //! in an io_uring is such a reference. A successor that gets the lock therefore knows that its
 //! predecessor's I/O has ended. This holds for each description that does I/O: the buffered one
 //! locks `[0, 2^62)` and the direct one `[2^62, 2^63)`; without a direct one the buffered one locks
-//! both. They conflict with the POSIX whole-file lock of UML's ubd driver.
+//! both. They conflict with the POSIX whole-file lock of UML's ubd driver. A shared lock leaves out
+//! the byte by which QEMU says that it writes, so that it never hides QEMU's lock there.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -43,11 +44,15 @@ impl LockRange {
 /// Takes the lock or fails at once.
 pub(crate) fn try_lock(file: impl AsFd, kind: LockKind, range: LockRange) -> Result<(), LockError> {
     let request = flock(kind, range);
-    match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&request)) {
-        Ok(_) if kind == LockKind::Shared && qemu_writes(&file) => {
+    let taken = fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&request)).and_then(|_| match kind {
+        LockKind::Shared => unlock_range(&file, QEMU_WRITES, 1),
+        LockKind::Exclusive => Ok(()),
+    });
+    match taken {
+        Ok(()) if kind == LockKind::Shared && qemu_writes(&file) && !no_writer(&file) => {
             Err(LockError::Held { pid: None })
         }
-        Ok(_) => Ok(()),
+        Ok(()) => Ok(()),
         Err(Errno::EAGAIN | Errno::EACCES) => {
             Err(LockError::Held { pid: holder(file, kind, range) })
         }
@@ -60,14 +65,18 @@ pub(crate) fn try_lock(file: impl AsFd, kind: LockKind, range: LockRange) -> Res
 
 /// Releases everything that the description has locked.
 pub(crate) fn unlock(file: impl AsFd) -> io::Result<()> {
+    Ok(unlock_range(file, 0, 0)?)
+}
+
+fn unlock_range(file: impl AsFd, start: i64, len: i64) -> nix::Result<()> {
     let mut request = flock(LockKind::Shared, LockRange::Whole);
+    (request.l_start, request.l_len) = (start, len);
     // 2: no truncation.
     #[allow(clippy::cast_possible_truncation)]
     {
         request.l_type = libc::F_UNLCK as i16;
     }
-    fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&request))?;
-    Ok(())
+    fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&request)).map(|_| ())
 }
 
 /// The process that holds a conflicting POSIX lock, as UML's driver does. OFD locks belong to no
@@ -78,18 +87,36 @@ fn holder(file: impl AsFd, kind: LockKind, range: LockRange) -> Option<i32> {
     (i32::from(answer.l_type) != libc::F_UNLCK && answer.l_pid > 0).then_some(answer.l_pid)
 }
 
-/// Whether QEMU has the file open for writing.
+/// Whether QEMU says that it has the file open for writing.
 ///
 /// All its locks are shared: byte 100 + n is locked by a process that does the n-th of a list of
 /// things with the file, of which writing is number 1 (`block/file-posix.c`,
-/// `include/block/block-common.h`). Our own shared lock keeps QEMU from writing, and locks from
-/// byte 0 on.
+/// `include/block/block-common.h`). Our own shared lock keeps QEMU from writing: it locks byte 201.
+/// What begins at byte 0 is the shared lock of an older version of this program.
 fn qemu_writes(file: impl AsFd) -> bool {
     let mut answer = flock(LockKind::Exclusive, LockRange::Whole);
     (answer.l_start, answer.l_len) = (QEMU_WRITES, 1);
     let asked = fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut answer));
     asked.is_ok() && i32::from(answer.l_type) != libc::F_UNLCK && answer.l_start != 0
 }
+
+/// Whether it is certain that no process has the file open for writing, whatever the locks say:
+/// for a shared lock it takes no more than permission to read. A read lease is granted only on a
+/// file that nobody has open for writing, and only to the file's owner and with CAP_LEASE.
+fn no_writer(file: impl AsFd) -> bool {
+    let fd = file.as_fd().as_raw_fd();
+    // SAFETY: these commands take a number, and the descriptor is open. The first makes the kernel
+    // report the end of the lease by a signal that is ignored unless a program handles it; SIGIO,
+    // the default, would kill the process. The end of the lease undoes that.
+    unsafe {
+        libc::fcntl(fd, F_SETSIG, libc::SIGURG) == 0
+            && libc::fcntl(fd, libc::F_SETLEASE, libc::F_RDLCK) == 0
+            && libc::fcntl(fd, libc::F_SETLEASE, libc::F_UNLCK) == 0
+    }
+}
+
+/// linux/fcntl.h; libc does not have it.
+const F_SETSIG: libc::c_int = 10;
 
 /// The byte that QEMU locks in a file that it may write to.
 const QEMU_WRITES: i64 = 101;
@@ -166,6 +193,44 @@ mod tests {
                 open(&path, false).try_lock(LockKind::Shared).unwrap();
             }
         }
+    }
+
+    /// Takes the lock of a QEMU that writes, on a description of the file with this access.
+    fn like_qemu(path: &Path, access: Access) -> File {
+        let file = Host.open(path, access).unwrap();
+        let mut byte = flock(LockKind::Shared, LockRange::Whole);
+        (byte.l_start, byte.l_len) = (QEMU_WRITES, 1);
+        fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&byte)).unwrap();
+        file
+    }
+
+    #[test]
+    fn who_only_reads_cannot_pretend_to_write() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, [0; 4096]).unwrap();
+        let ours = || Host.open(&path, Access::Read).unwrap();
+        if !no_writer(ours()) {
+            println!("skipped: no lease here");
+            return;
+        }
+        let _reader = like_qemu(&path, Access::Read);
+        ours().try_lock(LockKind::Shared).unwrap();
+        let _writer = like_qemu(&path, Access::ReadWrite);
+        assert!(held(ours().try_lock(LockKind::Shared)));
+    }
+
+    #[test]
+    fn another_reader_of_ours_does_not_hide_a_writer() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, [0; 4096]).unwrap();
+        let first = open(&path, false);
+        // Also one that was exclusive before.
+        first.try_lock(LockKind::Exclusive).unwrap();
+        first.try_lock(LockKind::Shared).unwrap();
+        let _writer = like_qemu(&path, Access::ReadWrite);
+        assert!(held(open(&path, false).try_lock(LockKind::Shared)));
     }
 
     #[test]

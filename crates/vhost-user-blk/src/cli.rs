@@ -108,6 +108,17 @@ struct Args {
     #[arg(long, value_name = "FDNUM")]
     fd: Option<RawFd>,
 
+    /// Serve only frontends of these users (names or numbers)
+    ///
+    /// The user is that of the process that connects. Of --allow-uid and --allow-gid one that
+    /// applies is enough. The permissions of the socket must let the frontend connect, too.
+    #[arg(long, value_name = "USER,...", value_delimiter = ',')]
+    allow_uid: Vec<String>,
+
+    /// Serve only frontends of these groups, also if it is one of several (names or numbers)
+    #[arg(long, value_name = "GROUP,...", value_delimiter = ',')]
+    allow_gid: Vec<String>,
+
     /// Create this socket and take commands from it; see `vhost-user-blk upgrade --help`
     ///
     /// Only the daemon's user and root can connect to it.
@@ -339,6 +350,10 @@ pub type Serial = [u8; ID_LEN];
 pub struct Options {
     /// The socket for frontends.
     pub endpoint: Endpoint,
+    /// `--allow-uid`: the users whose frontends are served; all if this and the next are empty.
+    pub allow_uid: Vec<String>,
+    /// `--allow-gid`: the groups.
+    pub allow_gid: Vec<String>,
     /// `--control`: the socket for commands.
     pub control: Option<PathBuf>,
     /// `--upgrade-dir`: where other programs for an upgrade may be, absolute.
@@ -451,6 +466,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
     };
     Ok(Command::Serve(Box::new(Options {
         endpoint,
+        allow_uid: args.allow_uid,
+        allow_gid: args.allow_gid,
         control: args.control,
         upgrade_dir: args.upgrade_dir,
         takeover,
@@ -594,6 +611,8 @@ mod tests {
             "--socket-path=s",
             "--control=c",
             "--upgrade-dir=/u",
+            "--allow-uid=qemu,1000",
+            "--allow-gid=kvm",
             "a,b",
             "--format=uml",
             "--read-only",
@@ -616,6 +635,8 @@ mod tests {
             options,
             Options {
                 endpoint: Endpoint::Path("s".into()),
+                allow_uid: vec!["qemu".to_owned(), "1000".to_owned()],
+                allow_gid: vec!["kvm".to_owned()],
                 control: Some("c".into()),
                 upgrade_dir: Some("/u".into()),
                 takeover: None,

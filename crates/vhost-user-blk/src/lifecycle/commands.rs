@@ -13,7 +13,7 @@ use crate::lifecycle::disk_slot::DiskSlot;
 use crate::lifecycle::upgrade::{Handoff, UpgradeError};
 use crate::process::control::{Reply, Request, Upgrade};
 use crate::process::log_limit::CONTROL;
-use crate::process::peer::Peer;
+use crate::process::peer::{Admission, Peer};
 use crate::process::socket::Listener;
 use crate::session::Session;
 use crate::session::connection::Commands;
@@ -32,6 +32,8 @@ pub struct ControlSocket<'a> {
     pub program: &'a Path,
     /// `--upgrade-dir`.
     pub upgrade_dir: Option<&'a Path>,
+    /// Whose frontends are let in.
+    pub admission: &'a Admission,
 }
 
 impl Commands for ControlSocket<'_> {
@@ -79,8 +81,10 @@ impl ControlSocket<'_> {
     ) -> Reply {
         let why = match self.slot.disk() {
             Some(disk) => {
-                let &ControlSocket { control, listener, program, upgrade_dir, .. } = self;
-                let handoff = Handoff { disk: &disk, listener, control, program, upgrade_dir };
+                let &ControlSocket { control, listener, program, upgrade_dir, admission, .. } =
+                    self;
+                let disk = &disk;
+                let handoff = Handoff { disk, listener, control, program, upgrade_dir, admission };
                 handoff.hand_over(upgrade, self.session, frontend, client.as_fd())
             }
             None => UpgradeError::DiskElsewhere,

@@ -1,10 +1,11 @@
 //! The daemon's life: socket, disk, one frontend after the other, a clean end.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use log::Level;
 use nix::poll::PollTimeout;
@@ -17,14 +18,20 @@ use crate::lifecycle::disk_slot::DiskSlot;
 use crate::lifecycle::error::DaemonError;
 use crate::lifecycle::upgrade::running_program;
 use crate::process::log_limit::{self, CONNECTIONS};
+use crate::process::peer::{Admission, Peer};
 use crate::process::socket::{Listener, Socket};
 use crate::process::{signals, systemd};
 use crate::session::Session;
-use crate::session::connection::{Commands, Connection, Readable, wait_readable};
+use crate::session::connection::{Commands, Connection, Readable, Rivals, Waiting, wait_readable};
 
 /// How long to wait after a failed accept, in milliseconds. What is short then (descriptors,
 /// memory) is short in the whole system.
 const ACCEPT_RETRY_MS: u16 = 1000;
+
+/// How long a frontend that has replaced a silent one may be silent itself while others wait. It
+/// has waited before, so its first message should be there. Many silent ones together thus hold the
+/// place not much longer than one.
+const CONTESTED_PATIENCE: Duration = Duration::from_millis(200);
 
 /// Serves until a signal ends the daemon or, with a connected socket, until the frontend
 /// disconnects.
@@ -34,9 +41,10 @@ const ACCEPT_RETRY_MS: u16 = 1000;
 pub fn run(options: &Options) -> Result<(), DaemonError> {
     systemd::install();
     signals::install(None).map_err(DaemonError::system("take over signals"))?;
+    let admission = Admission::find(&options.allow_uid, &options.allow_gid)?;
     let account = confinement::account(options)?;
     // Before the disk: a command line with a bad socket must not create a COW file.
-    options.endpoint.check()?;
+    options.endpoint.check(admission.is_selective())?;
     let control = options.control.as_deref().map(Listener::control).transpose()?;
     raise_fd_limit();
     let (slot, disk) = DiskSlot::open(options)?;
@@ -53,7 +61,7 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
         }
     };
     slot.begin(disk)?;
-    live(Daemon::new(options, socket, control, slot), None)
+    live(Daemon::new(options, socket, control, slot, admission), None)
 }
 
 /// A frontend that is connected to the disk.
@@ -69,6 +77,8 @@ pub(crate) struct Daemon {
     program: PathBuf,
     /// `--upgrade-dir`.
     upgrade_dir: Option<PathBuf>,
+    /// Whose frontends are let in.
+    admission: Admission,
 }
 
 impl Daemon {
@@ -78,11 +88,13 @@ impl Daemon {
         socket: Socket,
         control: Option<Listener>,
         slot: DiskSlot,
+        admission: Admission,
     ) -> Self {
         let slot = Arc::new(slot);
         let session = Arc::new(Mutex::new(Session::new(Arc::clone(&slot), &slot.shape())));
         let upgrade_dir = options.upgrade_dir.clone();
-        Daemon { socket, control, slot, session, program: running_program(), upgrade_dir }
+        let program = running_program();
+        Daemon { socket, control, slot, session, program, upgrade_dir, admission }
     }
 
     pub fn session(&self) -> &Arc<Mutex<Session<Arc<DiskSlot>>>> {
@@ -105,6 +117,7 @@ impl Daemon {
             session: &self.session,
             program: &self.program,
             upgrade_dir: self.upgrade_dir.as_deref(),
+            admission: &self.admission,
         })
     }
 }
@@ -135,32 +148,95 @@ pub(crate) fn raise_fd_limit() {
 fn serve(daemon: &Daemon, connected: Option<Guest>) -> io::Result<()> {
     let commands = daemon.control_socket();
     let commands = commands.as_ref().map(|commands| commands as &dyn Commands);
-    let was_connected = connected.is_some();
-    if let Some(connection) = connected {
-        connection.serve(commands)?;
-    }
-    match &daemon.socket {
-        Socket::Connected(_) if was_connected => Ok(()),
+    let listener = match &daemon.socket {
         Socket::Connected(stream) => {
-            Connection::new(stream.try_clone()?, &daemon.session)?.serve(commands)
+            let connection = match connected {
+                Some(connection) => connection,
+                None => {
+                    let peer = Peer::of(stream)?;
+                    let line = format_args!("frontend connected by {peer}, before the start");
+                    CONNECTIONS.say(Level::Info, line);
+                    Connection::new(stream.try_clone()?, &daemon.session)?
+                }
+            };
+            return connection.serve(commands, None).map(|_| ());
         }
-        Socket::Listening(listener) => {
-            log::info!("listening");
-            while let Some(stream) = next_frontend(listener, commands)? {
-                CONNECTIONS.say(Level::Info, format_args!("frontend connected"));
-                Connection::new(stream, &daemon.session)?.serve(commands)?;
+        Socket::Listening(listener) => listener,
+    };
+    let door = Door { listener, admission: &daemon.admission };
+    let mut rival = match connected {
+        Some(connection) => connection.serve(commands, Some(Rivals::new(&door)))?,
+        None => None,
+    };
+    log::info!("listening");
+    loop {
+        let mut rivals = Rivals::new(&door);
+        let stream = match rival.take() {
+            Some(stream) => {
+                rivals.patience = CONTESTED_PATIENCE;
+                stream
             }
-            Ok(())
+            None => match next_frontend(&door, commands)? {
+                Some(stream) => stream,
+                None => return Ok(()),
+            },
+        };
+        rival = Connection::new(stream, &daemon.session)?.serve(commands, Some(rivals))?;
+    }
+}
+
+/// Where frontends come in.
+struct Door<'a> {
+    listener: &'a Listener,
+    admission: &'a Admission,
+}
+
+impl Door<'_> {
+    /// Accepts a connection; `None` if it is refused, or gone already.
+    fn accept(&self) -> io::Result<Option<UnixStream>> {
+        let stream = match self.listener.accept() {
+            Ok(stream) => stream,
+            // The frontend is gone already, or another process that shares the socket accepted it.
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock
+                        | io::ErrorKind::ConnectionAborted
+                        | io::ErrorKind::Interrupted
+                ) =>
+            {
+                return Ok(None);
+            }
+            Err(e) => return Err(e),
+        };
+        let peer = Peer::of(&stream)?;
+        if !self.admission.admits(peer, &stream)? {
+            let line = format_args!("frontend refused: {peer}: not in --allow-uid or --allow-gid");
+            CONNECTIONS.say(Level::Warn, line);
+            return Ok(None);
         }
+        CONNECTIONS.say(Level::Info, format_args!("frontend connected: {peer}"));
+        Ok(Some(stream))
+    }
+}
+
+impl Waiting for Door<'_> {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+
+    fn next(&self) -> Option<UnixStream> {
+        // The one that is connected keeps its place if nobody can take it.
+        self.accept().ok().flatten()
     }
 }
 
 /// Waits for the next connection. `None` if the daemon should end.
 fn next_frontend(
-    listener: &Listener,
+    door: &Door<'_>,
     commands: Option<&dyn Commands>,
 ) -> io::Result<Option<UnixStream>> {
-    let fds: Vec<_> = [listener.as_fd()].into_iter().chain(commands.map(Commands::fd)).collect();
+    let fds: Vec<_> = [door.fd()].into_iter().chain(commands.map(Commands::fd)).collect();
     loop {
         match wait_readable(&fds, PollTimeout::NONE)? {
             Readable::Stop => return Ok(None),
@@ -170,16 +246,9 @@ fn next_frontend(
             }
             _ => {}
         }
-        match listener.accept() {
-            Ok(stream) => return Ok(Some(stream)),
-            // The frontend is gone already, or another process that shares the socket accepted it.
-            Err(e)
-                if matches!(
-                    e.kind(),
-                    io::ErrorKind::WouldBlock
-                        | io::ErrorKind::ConnectionAborted
-                        | io::ErrorKind::Interrupted
-                ) => {}
+        match door.accept() {
+            Ok(None) => {}
+            Ok(accepted) => return Ok(accepted),
             Err(e) => {
                 CONNECTIONS.say(Level::Error, format_args!("cannot accept a connection: {e}"));
                 if wait_readable(&[], ACCEPT_RETRY_MS.into())? == Readable::Stop {

@@ -11,6 +11,7 @@
 //! | `wake FD` | readable if a signal has asked for the end |
 //! | `listener FD DEV INO` | the listening socket, and which file it made; 0 0 for none |
 //! | `control FD DEV INO` | the same for the control socket |
+//! | `allow-uid UID...`, `allow-gid GID...` | whose frontends are let in; all if both are missing |
 //! | `connection FD` | the frontend |
 //! | `top FD [FD]` | the description of the top file, and the direct one |
 //! | `hold FD` | carries a lock: keep it open until the disk is open |
@@ -31,6 +32,7 @@ use block_io::storage::BootId;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::process::fd;
+use crate::process::peer::Admission;
 use crate::session::replay::Message;
 
 const FIRST_LINE: &str = "vhost-user-blk handover 1";
@@ -65,6 +67,8 @@ pub struct Handover {
     pub listener: Option<Listening>,
     /// The control socket.
     pub control: Option<Listening>,
+    /// Whose frontends are let in. A name need not be known to the successor.
+    pub admission: Admission,
     /// The frontend.
     pub connection: Option<RawFd>,
     /// The top file's descriptions.
@@ -159,6 +163,12 @@ impl Handover {
                 line(key, &[number(fd), dev, ino]);
             }
         }
+        for (key, ids) in [("allow-uid", &self.admission.uids), ("allow-gid", &self.admission.gids)]
+        {
+            if !ids.is_empty() {
+                line(key, &ids.iter().copied().map(u64::from).collect::<Vec<_>>());
+            }
+        }
         if !self.top.is_empty() {
             line("top", &self.top.iter().copied().map(number).collect::<Vec<_>>());
         }
@@ -207,6 +217,8 @@ impl Handover {
             "listener" => self.listener = Some(listening(words)?),
             "control" => self.control = Some(listening(words)?),
             "top" => self.top = rest(words)?,
+            "allow-uid" => self.admission.uids = rest(words)?,
+            "allow-gid" => self.admission.gids = rest(words)?,
             "write-cache" => self.write_cache = number::<u8>(words)? == 1,
             "message" => {
                 let (request, body) = (number(words)?, from_hex(words.next()?)?);
@@ -242,7 +254,7 @@ fn listening(words: &mut SplitAsciiWhitespace<'_>) -> Option<Listening> {
     Some(Listening { fd, file: (file != (0, 0)).then_some(file) })
 }
 
-fn rest(words: &mut SplitAsciiWhitespace<'_>) -> Option<Vec<RawFd>> {
+fn rest<T: std::str::FromStr>(words: &mut SplitAsciiWhitespace<'_>) -> Option<Vec<T>> {
     words.map(|word| word.parse().ok()).collect()
 }
 
@@ -271,6 +283,7 @@ mod tests {
             listener: Some(Listening { fd: 4, file: Some((5, 6)) }),
             control: Some(Listening { fd: 7, file: None }),
             connection: Some(8),
+            admission: Admission { uids: vec![1000, 0], gids: vec![36] },
             top: vec![9, 10],
             hold: vec![11, 12],
             reply: Some(13),

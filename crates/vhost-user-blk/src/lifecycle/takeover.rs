@@ -112,7 +112,7 @@ fn take_over(
     if !rehearsal {
         slot.begin(Some(disk))?;
     }
-    let daemon = Daemon::new(options, socket, control, slot);
+    let daemon = Daemon::new(options, socket, control, slot, handover.admission.clone());
     let Some(stream) = stream else { return Ok((daemon, None)) };
     let state = DeviceState { write_cache: handover.write_cache };
     let messages = handover.messages.iter().filter(|message| !(rehearsal && starts(message)));

@@ -32,6 +32,7 @@ use crate::lifecycle::trusted_program;
 use crate::process::control::Upgrade;
 use crate::process::fd::set_inherited;
 use crate::process::log_limit;
+use crate::process::peer::Admission;
 use crate::process::signals;
 use crate::process::socket::Listener;
 use crate::session::connection::{Readable, lock, wait_readable};
@@ -153,6 +154,8 @@ pub struct Handoff<'a> {
     pub program: &'a Path,
     /// `--upgrade-dir`: where other programs may be.
     pub upgrade_dir: Option<&'a Path>,
+    /// Whose frontends are let in.
+    pub admission: &'a Admission,
 }
 
 impl Handoff<'_> {
@@ -244,6 +247,7 @@ impl Handoff<'_> {
             wake: signals::wake_fd().map(|fd| fd.as_raw_fd()),
             listener: self.listener.map(listening),
             control: Some(listening(self.control)),
+            admission: self.admission.clone(),
             connection: connection.map(|fd| fd.as_raw_fd()),
             top,
             hold: descriptions.flatten().collect(),

@@ -108,6 +108,16 @@ pub enum SocketError {
         /// The system's reason.
         source: io::Error,
     },
+    /// Whoever has the other end of a pair need not be who made it.
+    #[error(
+        "--fd={fd}: a connected socket cannot be combined with --allow-uid and --allow-gid: its other \
+         end is in the hands of whoever got it from the process that made it; leave them out, or pass \
+         a listening socket"
+    )]
+    ConnectedPeer {
+        /// As given.
+        fd: RawFd,
+    },
     /// `--fd` names no usable socket.
     #[error(
         "--fd={fd}: {found}; expected a listening or connected unix stream socket that the parent \
@@ -125,7 +135,8 @@ impl SocketError {
     /// Whether the command line itself is wrong, independent of the state of the system.
     #[must_use]
     pub fn is_usage(&self) -> bool {
-        matches!(self, SocketError::PathTooLong { .. } | SocketError::BadFd { .. })
+        use SocketError::{BadFd, ConnectedPeer, PathTooLong};
+        matches!(self, PathTooLong { .. } | BadFd { .. } | ConnectedPeer { .. })
     }
 }
 
@@ -139,11 +150,15 @@ pub enum Socket {
 }
 
 impl Endpoint {
-    /// Checks that the socket can be opened. No frontend can connect yet, and no file is left.
-    pub fn check(&self) -> Result<(), SocketError> {
-        match self {
-            Endpoint::Path(path) => Place::of_frontends(path).make(bind_and_remove),
-            Endpoint::Fd(fd) => check_fd(*fd).map(|_| ()),
+    /// Checks that the socket can be opened; a `selective` one must tell who connects. No frontend
+    /// can connect yet, and no file is left.
+    pub fn check(&self, selective: bool) -> Result<(), SocketError> {
+        match *self {
+            Endpoint::Path(ref path) => Place::of_frontends(path).make(bind_and_remove),
+            Endpoint::Fd(fd) => match check_fd(fd)? {
+                false if selective => Err(SocketError::ConnectedPeer { fd }),
+                _ => Ok(()),
+            },
         }
     }
 }

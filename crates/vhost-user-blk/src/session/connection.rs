@@ -45,6 +45,36 @@ pub trait Commands {
     fn handle(&self, frontend: Option<BorrowedFd<'_>>);
 }
 
+/// Other frontends that want to be served.
+pub trait Waiting {
+    /// Readable when there is one.
+    fn fd(&self) -> BorrowedFd<'_>;
+
+    /// Accepts one; `None` if it is gone, or not let in.
+    fn next(&self) -> Option<UnixStream>;
+}
+
+/// The frontends that wait while one is served. It keeps its place from SET_OWNER on.
+#[derive(Clone, Copy)]
+pub struct Rivals<'a> {
+    /// Where they wait.
+    pub waiting: &'a dyn Waiting,
+    /// How long the connected frontend may take for its first message. It has the whole
+    /// [`SILENCE`] for SET_OWNER if there is one.
+    pub patience: Duration,
+}
+
+/// How long a frontend may be connected without SET_OWNER before another one that waits replaces
+/// it. Frontends send it with their first messages.
+const SILENCE: Duration = Duration::from_secs(5);
+
+impl<'a> Rivals<'a> {
+    /// For a frontend that has just connected.
+    pub fn new(waiting: &'a dyn Waiting) -> Self {
+        Rivals { waiting, patience: SILENCE }
+    }
+}
+
 /// A frontend that is connected.
 pub struct Connection<D: Device> {
     handler: BackendReqHandler<Mutex<Session<D>>>,
@@ -119,29 +149,42 @@ impl<D: Device> Connection<D> {
         if result < 0 { Err(io::Error::last_os_error().into()) } else { Ok(connection) }
     }
 
-    /// Serves the frontend until it disconnects, sends something that is refused, or a signal ends
-    /// the daemon. When this returns, nothing is in flight and the connection is closed.
+    /// Serves the frontend until it disconnects, sends something that is refused, is replaced by one
+    /// that waits, or a signal ends the daemon. When this returns, nothing is in flight and the
+    /// connection is closed. The frontend that replaces it is returned.
     ///
     /// # Errors
     /// If the socket cannot be used at all. A mistake of the frontend is logged and is not an error
     /// here.
-    pub fn serve(mut self, commands: Option<&dyn Commands>) -> io::Result<()> {
-        let result = self.converse(commands);
+    pub fn serve(
+        mut self,
+        commands: Option<&dyn Commands>,
+        rivals: Option<Rivals<'_>>,
+    ) -> io::Result<Option<UnixStream>> {
+        let result = self.converse(commands, rivals);
         lock(&self.session).disconnect();
         drop(self.handler);
         log::debug!("connection ended");
         result
     }
 
-    fn converse(&mut self, commands: Option<&dyn Commands>) -> io::Result<()> {
+    fn converse(
+        &mut self,
+        commands: Option<&dyn Commands>,
+        rivals: Option<Rivals<'_>>,
+    ) -> io::Result<Option<UnixStream>> {
         // SAFETY: the socket stays open as long as the handler, which `self` keeps.
         let socket = unsafe { BorrowedFd::borrow_raw(self.handler.as_raw_fd()) };
         let _interruptible = signals::Connection::new(socket);
         let say = |level, line: fmt::Arguments<'_>| CONNECTIONS.say(level, line);
+        let begun = Instant::now();
+        let mut patience = rivals.map_or(SILENCE, |rivals| rivals.patience);
         loop {
-            match wait(socket, &self.session, commands)? {
+            let rivals = rivals.map(|rivals| (rivals.waiting, begun + patience));
+            match wait(socket, &self.session, commands, rivals)? {
                 Event::Message => {
                     let request = next_request(socket);
+                    patience = SILENCE;
                     match self.take_message() {
                         Ok(()) => continue,
                         Err(vhost_user::Error::Disconnected) => {
@@ -163,6 +206,14 @@ impl<D: Device> Connection<D> {
                     commands.inspect(|commands| commands.handle(Some(socket)));
                     continue;
                 }
+                Event::Rival => {
+                    let Some(rival) = rivals.and_then(|(waiting, _)| waiting.next()) else {
+                        continue;
+                    };
+                    let line = "connection closed: it has sent no SET_OWNER, and another one waits";
+                    say(Level::Warn, format_args!("{line}"));
+                    return Ok(Some(rival));
+                }
                 Event::Stalled => {
                     let name = request_name(next_request(socket));
                     say(
@@ -175,7 +226,7 @@ impl<D: Device> Connection<D> {
                 }
                 Event::Stop => {}
             }
-            return Ok(());
+            return Ok(None);
         }
     }
 
@@ -250,6 +301,8 @@ enum Event {
     RingFailed,
     /// There is a command.
     Command,
+    /// Another frontend waits, and this one has had its time.
+    Rival,
     /// A signal has asked for the end.
     Stop,
 }
@@ -258,18 +311,27 @@ fn wait<D: Device>(
     socket: BorrowedFd<'_>,
     session: &Mutex<Session<D>>,
     commands: Option<&dyn Commands>,
+    rivals: Option<(&dyn Waiting, Instant)>,
 ) -> io::Result<Event> {
     // When an incomplete message was first seen.
     let mut begun: Option<Instant> = None;
     loop {
         let session = lock(session);
-        let timeout = match begun {
+        let rivals = rivals.filter(|_| !session.is_owned());
+        let left = rivals.map(|(_, from)| from.saturating_duration_since(Instant::now()));
+        let timeout = match (begun, left) {
             _ if session.poll_rings() => POLLING_INTERVAL_MS.into(),
-            Some(_) => REST_INTERVAL_MS.into(),
-            None => PollTimeout::NONE,
+            (Some(_), _) => REST_INTERVAL_MS.into(),
+            // To the next millisecond, so that it is over then.
+            (None, Some(left)) if !left.is_zero() => {
+                PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
+            }
+            (None, _) => PollTimeout::NONE,
         };
         let fds = [(session.failure().fd(), Event::RingFailed)].into_iter();
         let fds = fds.chain(commands.map(|commands| (commands.fd(), Event::Command)));
+        let due = rivals.filter(|_| left.is_some_and(|left| left.is_zero()));
+        let fds = fds.chain(due.map(|(waiting, _)| (waiting.fd(), Event::Rival)));
         // The frontend comes last, because it could always be readable. With an incomplete message
         // it is readable all the time, so it is left out then.
         let frontend = begun.is_none().then_some((socket, Event::Message));

@@ -59,6 +59,9 @@ impl<D: Device> Session<D> {
             // For the messages that follow. The session's own protocol features come last.
             Message::new(FrontendReq::SET_PROTOCOL_FEATURES, &[PROTOCOL_FEATURES.bits()]),
         ];
+        if self.owned {
+            messages.push(Message::new(FrontendReq::SET_OWNER, &[]));
+        }
         // Before the memory, so that ring addresses are not checked before the rings start.
         for (queue, vring) in (0..).zip(&self.vrings) {
             messages.extend(vring.export(queue));

@@ -107,6 +107,8 @@ pub struct Session<D: Device> {
     config: DeviceConfig,
     offered: u64,
     queue_size_max: u16,
+    /// SET_OWNER.
+    owned: bool,
     /// SET_FEATURES; `None` before it.
     features: Option<u64>,
     /// SET_PROTOCOL_FEATURES.
@@ -150,6 +152,7 @@ impl<D: Device> Session<D> {
             config: DeviceConfig::new(shape),
             offered: config::features(shape.read_only),
             queue_size_max: shape.queue_size_max,
+            owned: false,
             features: None,
             protocol_features: 0,
             write_through: Arc::new(AtomicBool::new(true)),
@@ -169,6 +172,7 @@ impl<D: Device> Session<D> {
     /// session.
     pub fn disconnect(&mut self) {
         self.reset_rings();
+        self.owned = false;
         self.protocol_features = 0;
         self.transfer = None;
         self.inflight = None;
@@ -192,6 +196,11 @@ impl<D: Device> Session<D> {
             area.clear();
         }
         self.config.set_write_cache(true);
+    }
+
+    /// Whether the frontend means to use the disk. Some may leave SET_OWNER out.
+    pub fn is_owned(&self) -> bool {
+        self.owned || self.features.is_some()
     }
 
     /// Whether a ring is being served.
@@ -360,6 +369,7 @@ fn region_info(region: &VhostUserMemoryRegion) -> RegionInfo {
 impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
     fn set_owner(&mut self) -> Result<()> {
         // The connection is the owner; another SET_OWNER changes nothing.
+        self.owned = true;
         Ok(())
     }
 

@@ -16,6 +16,7 @@ mod log_limits;
 mod logical_block;
 mod migration;
 mod negotiation;
+mod peers;
 mod privileges;
 mod recovery;
 mod restarts;

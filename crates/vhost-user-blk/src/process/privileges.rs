@@ -5,6 +5,7 @@
 
 use std::io;
 
+use caps::errors::CapsError;
 use caps::{CapSet, Capability, CapsHashSet, securebits};
 use nix::sys::prctl::{set_dumpable, set_no_new_privs};
 use nix::sys::resource::{Resource, setrlimit};
@@ -55,5 +56,11 @@ fn keep_only(account: Option<Account>, keep: &[Capability]) -> io::Result<()> {
     }
     // The last one makes the next program have them, whoever its user is.
     let sets = [CapSet::Effective, CapSet::Permitted, CapSet::Inheritable, CapSet::Ambient];
-    sets.into_iter().try_for_each(|set| caps::set(None, set, &keep)).map_err(failed)
+    sets.into_iter().try_for_each(|set| limit(set, &keep)).map_err(failed)
+}
+
+/// Service managers forbid capset(2) where there are no capabilities, so it is called only if it
+/// changes something.
+fn limit(set: CapSet, keep: &CapsHashSet) -> Result<(), CapsError> {
+    if caps::read(None, set)? == *keep { Ok(()) } else { caps::set(None, set, keep) }
 }

@@ -20,6 +20,7 @@ mod peers;
 mod privileges;
 mod recovery;
 mod restarts;
+mod seccomp_profile;
 mod shared_memory;
 mod systemd;
 mod untracked;

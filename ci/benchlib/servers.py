@@ -147,15 +147,20 @@ class Ours(Server):
 
     def argv(self, tools, directory, base, socket, queues):
         argv = [tools.daemon, f"--socket-path={socket}", f"--num-queues={queues}", "--log-level=error"]
-        return argv + self.options + [self.image(directory)]
+        return argv + self.options + [below(base), self.image(directory)]
+
+
+def below(base):
+    """Lets the header of a COW file name the base, and what is kept beside it."""
+    return f"--backing-dir={base.parent}"
 
 
 class OursChain(Ours):
     """This project's daemon over frozen layers with scattered writes."""
 
     def create(self, tools, directory, base, size):
-        below = self.prepared(tools, directory, base, size)
-        tools.run([tools.cow, "create", "--quiet", "-b", below, "-F", "native", self.image(directory)])
+        last = self.prepared(tools, directory, base, size)
+        tools.run([tools.cow, "create", "--quiet", below(base), "-b", last, "-F", "native", self.image(directory)])
 
     def prepared(self, tools, directory, base, size):
         """All layers but the top one, made once and kept beside the runs' directories; gives the last."""
@@ -168,9 +173,9 @@ class OursChain(Ours):
         kept.mkdir()
         tools.run([tools.cow, "create", "--quiet", "-b", base, "-F", "raw", layers[0]])
         for seed, (layer, above) in enumerate(zip(layers, layers[1:]), start=1):
-            argv = [tools.daemon, f"--socket-path={kept / 'socket'}", layer]
+            argv = [tools.daemon, f"--socket-path={kept / 'socket'}", below(base), layer]
             scatter(self, tools, argv, kept, seed)
-            tools.run([tools.cow, "snapshot", "--quiet", layer, above])
+            tools.run([tools.cow, "snapshot", "--quiet", below(base), layer, above])
         return layers[-2]
 
 

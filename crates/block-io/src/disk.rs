@@ -5,7 +5,8 @@
 //! Everything that must happen in a certain order (docs/architecture.md, "Durability") happens
 //! here.
 
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
@@ -14,13 +15,15 @@ use cow_format::{Bitmap, ByteOffset, Extents, Header, LayerMap, Sector, SectorCo
 use crate::fault_injection;
 use crate::image::bitmap::demand_load::{Failed, demand_load, demand_load_top};
 use crate::image::bitmap::source::BitmapSource;
+use crate::image::chain::Held;
 use crate::image::layer::Layer;
+use crate::image::references::Below;
 use crate::image::write::flush::{FlushFailure, flush};
 use crate::image::write::header_io::{Newest, NotMarked, log_not_marked, mark_settled, void_live};
 use crate::image::write::journal::Journal;
 use crate::image::write::writable::WritableCow;
 use crate::image::write::write_tracker::WriteTracker;
-use crate::image::{Chain, DiskError, DiskOptions, ImageError, open_chain, open_single};
+use crate::image::{Chain, DiskError, DiskOptions, ImageError, Source, open_chain, open_single};
 use crate::shown::Shown;
 use crate::storage::file::{File, Host};
 use crate::storage::{Env, Storage};
@@ -66,9 +69,9 @@ pub struct Writing<'a, E: Env = Host> {
 }
 
 impl Disk {
-    /// Opens the COW file at `path`, or creates it over `base` if it does not exist. Its backing
-    /// file is the one named in its header, or `base`, which must then match the header's size and
-    /// mtime.
+    /// Opens the COW file at `path`, or creates it over `base` if it does not exist. The file below
+    /// is `base`, or the one that its header names, if that is allowed (see
+    /// [`Host::allow_backing_dir`]). It must be the one that the header was made for.
     pub fn open_cow(
         path: &Path,
         base: Option<&Path>,
@@ -84,19 +87,84 @@ impl Disk {
         Self::open_raw_in(Host, path, options)
     }
 
-    /// [`Disk::open_cow`] for the successor of a process that has it open: the descriptions of
+    /// [`Disk::open_cow`] with all the files `below` it, nearest first. If any is named, those are
+    /// used whatever paths the headers have, and only [`Host::allow_backing_dir`] allows others.
+    pub fn open_named(
+        path: &Path,
+        below: &[PathBuf],
+        options: &DiskOptions,
+    ) -> Result<Self, ImageError> {
+        let chain = open_chain(&Host, Source::named(path, below), options)?;
+        Ok(Self::new(Host, chain, options))
+    }
+
+    /// [`Disk::open_named`] for the successor of a process that has it open: the descriptions of
     /// `top`, with their locks, are passed on and nothing is written, so that the predecessor can
     /// continue if the successor fails. The successor must not write until the predecessor has
     /// exited. The files below are opened again.
-    pub fn inherit_cow(path: &Path, top: File, options: &DiskOptions) -> Result<Self, ImageError> {
-        let chain = open_chain(&Host, path, None, Some(top), options)?;
+    pub fn inherit_cow(
+        path: &Path,
+        below: &[PathBuf],
+        top: File,
+        options: &DiskOptions,
+    ) -> Result<Self, ImageError> {
+        let held = Some(Held { file: top, inherited: true, by_name: true });
+        let chain = open_chain(&Host, Source { held, ..Source::named(path, below) }, options)?;
         Ok(Self::new(Host, chain, options))
     }
 
     /// The same for [`Disk::open_raw`].
     pub fn inherit_raw(path: &Path, top: File, options: &DiskOptions) -> Result<Self, ImageError> {
-        let chain = open_single(&Host, path, Some(top), options)?;
+        let held = Some(Held { file: top, inherited: true, by_name: true });
+        let chain = open_single(&Host, Source { held, ..Source::named(path, &[]) }, options)?;
         Ok(Self::new(Host, chain, options))
+    }
+
+    /// A native COW file, and all files below it, that are open already; no path is opened. With
+    /// `inherited` as for [`Disk::inherit_cow`].
+    pub fn open_cow_files(
+        files: GivenFiles,
+        inherited: bool,
+        options: &DiskOptions,
+    ) -> Result<Self, ImageError> {
+        let chain = open_chain(&Host, files.source(inherited), options)?;
+        Ok(Self::new(Host, chain, options))
+    }
+
+    /// The same for a raw image.
+    pub fn open_raw_files(
+        files: GivenFiles,
+        inherited: bool,
+        options: &DiskOptions,
+    ) -> Result<Self, ImageError> {
+        let chain = open_single(&Host, files.source(inherited), options)?;
+        Ok(Self::new(Host, chain, options))
+    }
+}
+
+/// Files that are open already, each with a name for messages. See [`File::given`].
+#[derive(Debug)]
+pub struct GivenFiles {
+    /// The top.
+    pub top: File,
+    /// Its name.
+    pub name: PathBuf,
+    /// The files below it, nearest first.
+    pub below: Vec<(File, PathBuf)>,
+}
+
+impl GivenFiles {
+    /// The same files once more: see [`File::again`].
+    pub fn again(&self) -> io::Result<Self> {
+        let below = self.below.iter().map(|(file, name)| Ok((file.again()?, name.clone())));
+        let below = below.collect::<io::Result<_>>()?;
+        Ok(GivenFiles { top: self.top.again()?, name: self.name.clone(), below })
+    }
+
+    fn source(self, inherited: bool) -> Source<File> {
+        let held = Some(Held { file: self.top, inherited, by_name: false });
+        let below = self.below.into_iter().map(|(file, name)| Below::Open(file, name)).collect();
+        Source { path: self.name, held, below }
     }
 }
 
@@ -108,13 +176,14 @@ impl<E: Env> Disk<E> {
         base: Option<&Path>,
         options: &DiskOptions,
     ) -> Result<Self, ImageError> {
-        let chain = open_chain(&env, path, base, None, options)?;
+        let base = base.map(Path::to_owned);
+        let chain = open_chain(&env, Source::named(path, base.as_slice()), options)?;
         Ok(Self::new(env, chain, options))
     }
 
     /// [`Disk::open_raw`] in another environment.
     pub fn open_raw_in(env: E, path: &Path, options: &DiskOptions) -> Result<Self, ImageError> {
-        let chain = open_single(&env, path, None, options)?;
+        let chain = open_single(&env, Source::named(path, &[]), options)?;
         Ok(Self::new(env, chain, options))
     }
 

@@ -18,7 +18,7 @@ mod sync;
 pub mod testing;
 
 pub use committer::{Committer, Flushed, Waiter};
-pub use disk::{Disk, Writing};
+pub use disk::{Disk, GivenFiles, Writing};
 pub use image::layer::Layer;
 pub use image::{CachePolicy, CowFormat, DiskError, DiskOptions, ImageError};
 pub use shown::Shown;

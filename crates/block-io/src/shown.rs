@@ -36,6 +36,19 @@ impl fmt::Display for ShownPath<'_> {
     }
 }
 
+/// `path` as an argument that is safe to paste into a shell; `PATH` if there is none.
+#[must_use]
+pub fn argument(path: &Path) -> String {
+    let plain = |char: char| char.is_ascii_alphanumeric() || "_@%+=:,./-".contains(char);
+    match path.to_str() {
+        Some(text) if text.chars().all(plain) => text.to_owned(),
+        Some(text) if text.chars().all(is_harmless) => {
+            format!("'{}'", text.replace('\'', r"'\''"))
+        }
+        _ => "PATH".to_owned(),
+    }
+}
+
 /// Neither a control character (C0, DEL, C1) nor one that breaks lines or reorders text.
 fn is_harmless(char: char) -> bool {
     let moves = matches!(char,
@@ -47,6 +60,18 @@ fn is_harmless(char: char) -> bool {
 mod tests {
     use super::*;
     use std::ffi::OsStr;
+
+    #[test]
+    fn an_argument_is_one_word_of_a_shell() {
+        for (path, argument) in [
+            ("/srv/base-1.img", "/srv/base-1.img"),
+            ("/x; rm -rf $HOME", "'/x; rm -rf $HOME'"),
+            ("it's", r"'it'\''s'"),
+            ("a\nb", "PATH"),
+        ] {
+            assert_eq!(super::argument(Path::new(path)), argument);
+        }
+    }
 
     #[test]
     fn a_path_is_shown_in_one_harmless_line() {

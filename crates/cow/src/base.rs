@@ -59,8 +59,8 @@ impl BaseArgs {
 }
 
 /// Warns if the new COW file at `cow` cannot identify its base reliably.
-pub fn warn_of_base(cow: &Path, ui: Ui) -> Result<(), CowError> {
-    let found = inspect(&Host, cow, None)?;
+pub fn warn_of_base(cow: &Path, base: Option<&Path>, ui: Ui) -> Result<(), CowError> {
+    let found = inspect(&Host, cow, base)?;
     if let Some(backing) = found.files.first().and_then(|top| top.backing.as_ref())
         && let Some(doubt) = &backing.doubt
     {

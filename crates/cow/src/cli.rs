@@ -1,8 +1,10 @@
 //! The command line: what the commands share; each command's own arguments are beside its code.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
+use block_io::{Host, Shown};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 
@@ -39,6 +41,13 @@ pub struct Cli {
     /// Show progress even if standard error is not a terminal
     #[arg(short, long, global = true, conflicts_with = "quiet")]
     progress: bool,
+
+    /// Let the header of a COW file name files in DIR; may be repeated
+    ///
+    /// What a header names is opened only if it is in the directory of the COW file, or in DIR. A
+    /// file that is named on the command line can be anywhere.
+    #[arg(long, global = true, value_name = "DIR")]
+    backing_dir: Vec<PathBuf>,
 
     #[command(subcommand)]
     command: Command,
@@ -84,7 +93,8 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
             return if asked { ExitCode::SUCCESS } else { ExitCode::from(statuses.usage) };
         }
     };
-    match cli.command.run(Ui::new(cli.quiet, cli.progress)) {
+    let ui = Ui::new(cli.quiet, cli.progress);
+    match allow(&cli.backing_dir).and_then(|()| cli.command.run(ui)) {
         Ok(status) => status,
         Err(err) => {
             eprintln!("cow: {err}");
@@ -92,6 +102,14 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
             ExitCode::from(if usage { statuses.usage } else { statuses.failure })
         }
     }
+}
+
+/// `--backing-dir`.
+fn allow(dirs: &[PathBuf]) -> Result<(), CowError> {
+    dirs.iter().try_for_each(|dir| {
+        let wrong = |err| CowError::Usage(format!("--backing-dir: {}: {err}", dir.shown()));
+        Host::allow_backing_dir(dir).map_err(wrong)
+    })
 }
 
 /// Exit statuses of a command that could not do its work. As with qemu-img, 1 and 2 mean something
@@ -104,7 +122,8 @@ struct Statuses {
 impl Statuses {
     fn of(args: &[OsString]) -> Self {
         let words = args.iter().skip(1).filter_map(|arg| arg.to_str());
-        match words.into_iter().find(|word| !word.starts_with('-')) {
+        let cli = Cli::command();
+        match words.into_iter().find(|word| cli.find_subcommand(word).is_some()) {
             Some("check") => Statuses { usage: STATUS_FAILURE, failure: STATUS_FAILURE },
             Some("compare") => Statuses { usage: STATUS_USAGE, failure: STATUS_USAGE },
             _ => Statuses { usage: STATUS_USAGE, failure: STATUS_FAILURE },

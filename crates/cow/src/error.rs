@@ -4,8 +4,9 @@
 use std::io;
 use std::path::PathBuf;
 
-use block_io::image::ChangeError;
+use block_io::image::{ChangeError, Outside};
 use block_io::ops::OpError;
+use block_io::shown::argument;
 use block_io::{DiskError, ImageError};
 use cow_format::identity::{Doubt, IdentityError};
 
@@ -99,6 +100,13 @@ pub enum CowError {
 fn image_hint(error: &ImageError) -> String {
     let text = match error {
         ImageError::Backing { .. } => "; if it is elsewhere, give its path with -b BASE",
+        ImageError::NotAllowed { why: Outside::LeadsOut, .. } => {
+            "; if that is right, record its real path: cow rebind COW BASE"
+        }
+        ImageError::NotAllowed { path, .. } => {
+            let dir = argument(path.parent().unwrap_or(path));
+            return format!("; if that is right, pass --backing-dir={dir}");
+        }
         ImageError::SideFile { .. } => "; to convert it: cow convert -O native",
         ImageError::Journal { .. } => "; run cow check --repair, or start its daemon",
         ImageError::NotFrozen { .. } => "; to freeze it: cow snapshot",

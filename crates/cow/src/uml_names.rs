@@ -29,6 +29,9 @@ struct Moo {
     /// Merge into the base image itself: it is overwritten
     #[arg(short = 'd', conflicts_with = "out")]
     in_place: bool,
+    /// Let the header of COW name a base in DIR; may be repeated
+    #[arg(long, value_name = "DIR")]
+    backing_dir: Vec<PathBuf>,
     /// The COW file
     cow: PathBuf,
     /// The new image
@@ -61,6 +64,9 @@ impl Moo {
     fn translate(self) -> Vec<OsString> {
         let mut args = words(&["cow", "merge"]);
         args.extend(words(if self.in_place { &["--in-place", "--yes"] } else { &["--force"] }));
+        for dir in self.backing_dir {
+            args.extend(["--backing-dir".into(), dir.into()]);
+        }
         if let Some(base) = self.base {
             args.extend(["--base".into(), base.into()]);
         }

@@ -85,14 +85,27 @@ struct Args {
     #[command(subcommand)]
     command: Option<Subcommand>,
 
-    /// COW file, and its base image
+    /// COW file, and the files below it
     ///
-    /// The text is split at its first comma, as in UML's ubd0=. A COW file that does not exist is
-    /// created over BASE. For an existing COW file BASE may be left out; if given, it must be the
-    /// image that the COW file was created over (same size and modification time). If the name of
-    /// the COW file contains a comma, use --blk-file.
+    /// The text is split at its commas. A COW file that does not exist is created over BASE. For an
+    /// existing one the files below it may be left out, if they are where its header may name them
+    /// (see --backing-dir). If given, they must be all that the disk consists of, the nearest first
+    /// (COW,LAYER,...,BASE), and each must be the one that the header above it was made for. If a
+    /// name contains a comma, use --blk-file and --base.
     #[arg(value_name = "COW[,BASE]")]
     image: Option<OsString>,
+
+    /// Let the header of a COW file name files in DIR; may be repeated
+    ///
+    /// A header can have been written by anybody, so what it names is opened only if it is in the
+    /// directory of the COW file, or in DIR. If the files below the COW file are given, it is only
+    /// DIR, for files that are not given.
+    #[arg(long, value_name = "DIR")]
+    backing_dir: Vec<PathBuf>,
+
+    /// With --blk-file: the next file below it; may be repeated, down to the base
+    #[arg(long, value_name = "PATH", requires = "blk_file", conflicts_with = "image")]
+    base: Vec<PathBuf>,
 
     /// Create this socket and listen on it
     ///
@@ -362,6 +375,8 @@ pub struct Options {
     pub takeover: Option<RawFd>,
     /// What is served.
     pub image: Image,
+    /// `--backing-dir`.
+    pub backing_dirs: Vec<PathBuf>,
     /// The guest cannot write.
     pub read_only: bool,
     /// The disk's file system may have no locks.
@@ -395,12 +410,12 @@ pub struct Options {
 /// What is served.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Image {
-    /// `COW[,BASE]`.
+    /// `COW[,LAYER...][,BASE]`.
     Cow {
-        /// The COW file, to be created from `base` if it does not exist.
+        /// The COW file, to be created over the first of `below` if it does not exist.
         cow: PathBuf,
-        /// The base image, if named.
-        base: Option<PathBuf>,
+        /// The files below it, nearest first, if named.
+        below: Vec<PathBuf>,
         /// Its format, if named; one of the COW formats.
         format: Option<Format>,
     },
@@ -472,6 +487,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
         upgrade_dir: args.upgrade_dir,
         takeover,
         image,
+        backing_dirs: args.backing_dir,
         read_only: args.read_only,
         allow_unlocked: args.allow_unlocked,
         incoming: args.incoming,
@@ -524,29 +540,33 @@ fn image(args: &Args) -> Result<Image, clap::Error> {
                      --blk-file=PATH --format=raw",
                 ));
             }
-            let (cow, base) = split_at_comma(text);
+            let mut names = text.as_bytes().split(|&byte| byte == b',').map(OsStr::from_bytes);
+            let cow = names.next().unwrap_or_default();
+            let below: Vec<_> = names.map(PathBuf::from).collect();
             if cow.is_empty() {
                 return Err(usage(ErrorKind::InvalidValue, "COW[,BASE]: the COW file has no name"));
             }
-            if base.is_some_and(OsStr::is_empty) {
+            if below.iter().any(|name| name.as_os_str().is_empty()) {
                 return Err(usage(
                     ErrorKind::InvalidValue,
-                    "COW[,BASE]: nothing follows the comma; leave it out, or use --blk-file for a \
-                     file whose name has a comma",
+                    "COW[,BASE]: nothing follows a comma; leave it out, or use --blk-file and --base \
+                     for files whose names have commas",
                 ));
             }
-            Ok(Image::Cow { cow: cow.into(), base: base.map(PathBuf::from), format: args.format })
+            Ok(Image::Cow { cow: cow.into(), below, format: args.format })
         }
-        (None, Some(path)) => Ok(Image::File { path: path.clone(), format: args.format }),
+        (None, Some(path)) if args.base.is_empty() => {
+            Ok(Image::File { path: path.clone(), format: args.format })
+        }
+        (None, Some(cow)) => {
+            let (cow, below) = (cow.clone(), args.base.clone());
+            if args.format == Some(Format::Raw) {
+                let why = "--format=raw: a raw image has no base; leave --base out";
+                return Err(usage(ErrorKind::ArgumentConflict, why));
+            }
+            Ok(Image::Cow { cow, below, format: args.format })
+        }
         _ => Err(usage(ErrorKind::MissingRequiredArgument, "give COW[,BASE] or --blk-file")),
-    }
-}
-
-fn split_at_comma(text: &OsStr) -> (&OsStr, Option<&OsStr>) {
-    let bytes = text.as_bytes();
-    match bytes.iter().position(|&byte| byte == b',') {
-        Some(at) => (OsStr::from_bytes(&bytes[..at]), Some(OsStr::from_bytes(&bytes[at + 1..]))),
-        None => (text, None),
     }
 }
 
@@ -598,9 +618,13 @@ mod tests {
     #[test]
     fn the_first_comma_separates_cow_from_base() {
         let cow = |text: &str| serve(&["--fd=3", text]).image;
-        assert_eq!(cow("a"), Image::Cow { cow: "a".into(), base: None, format: None });
-        let both = Image::Cow { cow: "a".into(), base: Some("b,c".into()), format: None };
+        assert_eq!(cow("a"), Image::Cow { cow: "a".into(), below: Vec::new(), format: None });
+        let below = vec!["b".into(), "c".into()];
+        let both = Image::Cow { cow: "a".into(), below, format: None };
         assert_eq!(cow("a,b,c"), both);
+        let named = serve(&["--fd=3", "--blk-file=a,b", "--base=c,d", "--base=e"]).image;
+        let below = vec!["c,d".into(), "e".into()];
+        assert_eq!(named, Image::Cow { cow: "a,b".into(), below, format: None });
         let options = serve(&["--fd=3", "--blk-file=a,b"]);
         assert_eq!(options.image, Image::File { path: "a,b".into(), format: None });
     }
@@ -642,9 +666,10 @@ mod tests {
                 takeover: None,
                 image: Image::Cow {
                     cow: "a".into(),
-                    base: Some("b".into()),
+                    below: vec!["b".into()],
                     format: Some(Format::Uml)
                 },
+                backing_dirs: Vec::new(),
                 read_only: true,
                 allow_unlocked: false,
                 incoming: true,
@@ -682,7 +707,7 @@ mod tests {
         // It is a command as the first argument only, and never in the form `./upgrade`.
         for name in ["upgrade", "./upgrade"] {
             let image = serve(&["--fd=3", name]).image;
-            assert_eq!(image, Image::Cow { cow: name.into(), base: None, format: None });
+            assert_eq!(image, Image::Cow { cow: name.into(), below: Vec::new(), format: None });
         }
     }
 
@@ -720,6 +745,9 @@ mod tests {
             (&["--fd=3", "a", "--sandbox=maybe"], "--sandbox"),
             (&["--fd=3", "a", "--log-level=loud"], "--log-level"),
             (&["--fd=3", "a", "--no-such-option"], "--no-such-option"),
+            (&["--fd=3", "a,b,,c"], "comma"),
+            (&["--fd=3", "a", "--base=b"], "--base"),
+            (&["--fd=3", "--blk-file=a", "--base=b", "--format=raw"], "--base"),
         ];
         for (args, expected) in cases {
             let error = run(args).unwrap_err();

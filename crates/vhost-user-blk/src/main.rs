@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use vhost_user_blk::cli::{self, Command, Options, Sandbox};
 use vhost_user_blk::lifecycle::error::DaemonError;
+use vhost_user_blk::lifecycle::open_disk::allow_backing_dirs;
 use vhost_user_blk::lifecycle::{daemon, takeover};
 use vhost_user_blk::process::control::{Reply, Request};
 use vhost_user_blk::process::{logger, privileges, requirements};
@@ -40,6 +41,7 @@ fn serve(options: &Options) -> Result<(), DaemonError> {
     if options.sandbox == Sandbox::On {
         privileges::hide().map_err(DaemonError::system("give up privileges"))?;
     }
+    allow_backing_dirs(&options.backing_dirs)?;
     match options.takeover {
         Some(handover) => takeover::run(options, handover),
         None => daemon::run(options),

@@ -8,7 +8,6 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::path::Path;
 
 use nix::errno::Errno;
 use vmm_sys_util::signal::create_sigset;
@@ -32,7 +31,8 @@ pub(crate) struct Leases {
 
 /// A file that has, or may get, a lease.
 pub(crate) struct Lease {
-    /// A file description of its own: owner and signal are properties of the description.
+    /// Owner and signal are properties of the description, which the disk reads from: nothing else
+    /// uses these two, and it need not be opened again.
     file: File,
     held: bool,
 }
@@ -80,9 +80,12 @@ impl AsFd for Leases {
 }
 
 impl Lease {
-    /// For the file at `path`.
-    pub(crate) fn new(path: &Path) -> io::Result<Self> {
-        Ok(Self { file: File::open(path)?, held: false })
+    /// For the file that is open here, for reading only.
+    pub(crate) fn new(file: impl AsFd) -> io::Result<Self> {
+        let file = File::from(file.as_fd().try_clone_to_owned()?);
+        // One that a predecessor has left on the description; usually there is none.
+        _ = fcntl(&file, libc::F_SETLEASE, libc::F_UNLCK);
+        Ok(Self { file, held: false })
     }
 
     /// Takes the lease, unless it is held, and makes the kernel notify the calling thread, which
@@ -114,11 +117,23 @@ impl Lease {
         if !self.held || fcntl(&self.file, libc::F_GETLEASE, 0).ok() == Some(libc::F_RDLCK) {
             return false;
         }
-        self.held = false;
-        if let Err(err) = fcntl(&self.file, libc::F_SETLEASE, libc::F_UNLCK) {
+        self.release();
+        true
+    }
+
+    fn release(&mut self) {
+        if std::mem::take(&mut self.held)
+            && let Err(err) = fcntl(&self.file, libc::F_SETLEASE, libc::F_UNLCK)
+        {
             log::debug!("releasing a lease: {err}");
         }
-        true
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // The disk may keep the description.
+        self.release();
     }
 }
 

@@ -123,8 +123,8 @@ impl BaseWatch {
         };
         let mut descriptors = descriptors.into_iter();
         let mut watched = Vec::new();
-        for (layer, path) in below.iter().zip(paths) {
-            let (descriptor, lease) = (descriptors.next(), Lease::new(&path).ok());
+        for layer in below {
+            let (descriptor, lease) = (descriptors.next(), Lease::new(layer.file()).ok());
             let path = layer.path().to_owned();
             watched.push(Watched { descriptor, path, lease, unseen: flags, opened: false });
         }
@@ -368,7 +368,7 @@ mod tests {
         leases.block().unwrap();
         let other = dir.path().join("other");
         fs::write(&other, b"").unwrap();
-        let mut lease = Lease::new(&other).unwrap();
+        let mut lease = Lease::new(fs::File::open(&other).unwrap()).unwrap();
         match lease.take(&leases) {
             // A child process that another test is just starting may have it open for a moment.
             Err(err) if err.raw_os_error() != Some(libc::EAGAIN) => {

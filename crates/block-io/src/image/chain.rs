@@ -13,6 +13,7 @@ use cow_format::{Geometry, Header};
 use super::bitmap::source::BitmapSource;
 use super::identity::verify;
 use super::opened::Opened;
+use super::references::{Below, References};
 use super::trust::Trust;
 use super::{CHAIN_DEPTH_MAX, CachePolicy, CowFormat, DiskOptions, ImageError};
 use crate::shown::Shown;
@@ -30,8 +31,18 @@ pub(crate) struct Opener<'a, E: Env> {
     /// The file below the top that is going to be written, counted from 0 for the nearest.
     writing: Option<usize>,
     accept_mismatch: Option<&'a AcceptMismatch<'a, E::File>>,
-    /// The top, if it is open and locked already.
-    held: Option<E::File>,
+    /// The top, if it is open already.
+    held: Option<Held<E::File>>,
+    references: References<E::File>,
+}
+
+/// A top that is open already.
+pub(crate) struct Held<F> {
+    pub(crate) file: F,
+    /// A predecessor, which may go on, has it in use, with its locks.
+    pub(crate) inherited: bool,
+    /// It still has its name here, and so have the files beside it.
+    pub(crate) by_name: bool,
 }
 
 /// Decides whether to accept a file that does not match the reference.
@@ -39,14 +50,29 @@ pub(crate) type AcceptMismatch<'a, F> = dyn Fn(&Reference, &Opened<F>) -> bool +
 
 impl<'a, E: Env> Opener<'a, E> {
     pub(crate) fn new(env: &'a E, options: &'a DiskOptions, top: &Path) -> Self {
-        let (top, seen) = (top.to_owned(), Vec::new());
-        Opener { env, options, top, seen, writing: None, accept_mismatch: None, held: None }
+        let (references, top) = (References::new(top), top.to_owned());
+        Opener {
+            env,
+            options,
+            top,
+            seen: Vec::new(),
+            writing: None,
+            accept_mismatch: None,
+            held: None,
+            references,
+        }
     }
 
-    /// Takes the top from a predecessor, with its descriptions and their locks, instead of opening
-    /// it.
-    pub(crate) fn holding(self, top: Option<E::File>) -> Self {
+    /// Takes a top that is open already.
+    pub(crate) fn holding(self, top: Option<Held<E::File>>) -> Self {
         Opener { held: top, ..self }
+    }
+
+    /// Opens these files below the top, if any are named, whatever paths the headers have. If the
+    /// top has no name here, nothing else.
+    pub(crate) fn naming(self, below: impl IntoIterator<Item = Below<E::File>>) -> Self {
+        let by_name = self.held.as_ref().is_none_or(|held| held.by_name);
+        Opener { references: References::of_user(&self.top, by_name, below), ..self }
     }
 
     /// Opens the file at `index` below the top, counted from 0 for the nearest, for writing. It
@@ -66,17 +92,25 @@ impl<'a, E: Env> Opener<'a, E> {
             true => (Access::Read, LockKind::Shared),
             false => (Access::ReadWrite, LockKind::Exclusive),
         };
-        let file = self.env.open(&path, access).map_err(ImageError::io(&path, "open"))?;
-        let Some(held) = self.held.take() else {
-            return self.admit(file, path, access, self.options.cow_cache, lock);
+        let open = || self.env.open(&path, access).map_err(ImageError::io(&path, "open"));
+        let held = match self.held.take() {
+            None => return self.admit(open()?, path, access, self.options.cow_cache, lock),
+            Some(held) => held,
         };
+        // Its direct description, if any, is already open.
+        let cache = CachePolicy::Buffered;
+        if !held.by_name {
+            let opened = self.admit(held.file, path, access, cache, lock)?;
+            return Ok(Opened { by_name: false, ..opened });
+        }
+        let (held, file) = (held.file, open()?);
         let id = |file: &E::File| Ok(file.stat()?.id);
         let same = id(&file).and_then(|named| Ok(named == id(&held)?));
         if !same.map_err(ImageError::io(&path, "stat"))? {
             return Err(ImageError::NotHeld { path });
         }
-        // Its direct description, if any, is already open; locking it again succeeds.
-        self.admit(held, path, access, CachePolicy::Buffered, lock)
+        // Locking it again succeeds.
+        self.admit(held, path, access, cache, lock)
     }
 
     /// Opens the base of a new COW file `cow`, and everything below it, in the same way as opening
@@ -87,7 +121,7 @@ impl<'a, E: Env> Opener<'a, E> {
         format: BackingFormat,
         cow: &Path,
     ) -> Result<(Opened<E::File>, Option<Header>), ImageError> {
-        let opened = self.backing(cow, path.to_owned())?;
+        let opened = self.backing(cow, path)?;
         let header = opened.header_as(format, cow)?;
         if let Some(header) = &header {
             self.frozen(&opened, header, cow)?;
@@ -98,20 +132,32 @@ impl<'a, E: Env> Opener<'a, E> {
         Ok((opened, header))
     }
 
-    /// Opens the chain below `cow`, and refuses one that has no room for another file on top.
+    /// Opens the chain below `cow`, which the user has named, and refuses one that has no room for
+    /// another file on top.
     pub(crate) fn room_above(&mut self, cow: &Path, header: &Header) -> Result<(), ImageError> {
-        let below = self.below(cow, header, None)?.len();
+        self.references.also_beside(cow);
+        let below = self.below(cow, header)?.len();
         if below + 2 > CHAIN_DEPTH_MAX {
             return Err(ImageError::TooDeep { top: self.top.clone() });
         }
         Ok(())
     }
 
-    /// Opens and locks the file at `path` that backs `cow`.
+    /// Opens and locks the file at `path`, which the user has named, to back `cow`.
     pub(crate) fn backing(
         &mut self,
         cow: &Path,
-        path: PathBuf,
+        path: &Path,
+    ) -> Result<Opened<E::File>, ImageError> {
+        self.references.name_next(path);
+        self.referred(cow, path)
+    }
+
+    /// Opens and locks the file for which the header of `cow` has the path `stored`.
+    pub(crate) fn referred(
+        &mut self,
+        cow: &Path,
+        stored: &Path,
     ) -> Result<Opened<E::File>, ImageError> {
         if self.seen.len() == CHAIN_DEPTH_MAX {
             return Err(ImageError::TooDeep { top: self.top.clone() });
@@ -121,11 +167,9 @@ impl<'a, E: Env> Opener<'a, E> {
             true => (Access::ReadWrite, LockKind::Exclusive),
             false => (Access::Read, LockKind::Shared),
         };
-        let file = match self.env.open(&path, access) {
-            Ok(file) => file,
-            Err(source) => return Err(ImageError::Backing { cow: cow.to_owned(), path, source }),
-        };
-        self.admit(file, path, access, self.options.base_cache, lock)
+        let (file, path, by_name) = self.references.open(self.env, cow, stored, access)?;
+        let opened = self.admit(file, path, access, self.options.base_cache, lock)?;
+        Ok(Opened { by_name, ..opened })
     }
 
     fn admit(
@@ -162,7 +206,7 @@ impl<'a, E: Env> Opener<'a, E> {
         self.seen.push((stat.id, path.clone()));
         // Stat again: only the state under the lock matters.
         let stat = file.stat().map_err(ImageError::io(&path, "stat"))?;
-        Ok(Opened { file, path, stat })
+        Ok(Opened { file, path, stat, by_name: true })
     }
 }
 
@@ -247,7 +291,7 @@ pub(crate) fn resolve<E: Env>(env: &E, cow: &Path, stored: &Path) -> Result<Path
 }
 
 /// The directory in which the file `path` really is, or will be created.
-fn real_dir<E: Env>(env: &E, path: &Path) -> Result<PathBuf, ImageError> {
+pub(crate) fn real_dir<E: Env>(env: &E, path: &Path) -> Result<PathBuf, ImageError> {
     let error = || ImageError::io(path, "resolve");
     let real = match env.canonical(path) {
         Ok(real) => real,
@@ -288,21 +332,16 @@ impl<F> Lower<F> {
 }
 
 impl<E: Env> Opener<'_, E> {
-    /// Opens everything below `cow`, nearest first. `named` replaces the path in the first header.
+    /// Opens everything below `cow`, nearest first.
     pub(crate) fn below(
         &mut self,
         cow: &Path,
         header: &Header,
-        named: Option<&Path>,
     ) -> Result<Vec<Lower<E::File>>, ImageError> {
         let mut lowers = Vec::new();
-        let (mut cow, mut next, mut named) = (cow.to_owned(), reference(header), named);
+        let (mut cow, mut next) = (cow.to_owned(), reference(header));
         while let Some(reference) = next {
-            let path = match named.take() {
-                Some(path) => path.to_owned(),
-                None => resolve(self.env, &cow, &reference.stored)?,
-            };
-            let opened = self.backing(&cow, path)?;
+            let opened = self.referred(&cow, &reference.stored)?;
             let header = opened.header_as(reference.format, &cow)?;
             match verify(&reference.identity, &opened, header.as_ref())? {
                 Ok(doubt) => warn(&opened.path, doubt),
@@ -320,6 +359,7 @@ impl<E: Env> Opener<'_, E> {
             next = header.as_ref().and_then(self::reference);
             lowers.push(Lower { opened, header, content });
         }
+        self.references.check_all_used(&cow)?;
         Ok(lowers)
     }
 }

@@ -29,6 +29,8 @@ pub struct CreateOptions {
     pub replace: bool,
     /// The size of a native file's journal area in bytes; 0 for none, `None` for the default.
     pub journal_len: Option<u64>,
+    /// Who may do what with the file, as for chmod(2); `None`: only its owner may read and write.
+    pub mode: Option<u32>,
 }
 
 /// The backing file of a new COW file.
@@ -47,7 +49,14 @@ impl CreateOptions {
     /// A COW file over a raw image, under a name that must be free.
     pub fn over(format: CowFormat, base: &Path) -> Self {
         let base = BaseOptions { path: base.to_owned(), format: BackingFormat::Raw, digest: None };
-        CreateOptions { format, base: Some(base), size: None, replace: false, journal_len: None }
+        CreateOptions {
+            format,
+            base: Some(base),
+            size: None,
+            replace: false,
+            journal_len: None,
+            mode: None,
+        }
     }
 }
 
@@ -120,7 +129,7 @@ pub(crate) fn create_file<E: Env>(
 /// Creates the COW file `path`. It is sparse.
 pub fn create_cow<E: Env>(env: &E, path: &Path, options: &CreateOptions) -> Result<(), ImageError> {
     let mut new = NewCow::new(env, path, options)?;
-    create_file(env, path, options.replace, |file| new.write(file, path))
+    create_file(env, path, options.replace, |file| new.write(file, path, options.mode))
 }
 
 /// The header of a COW file that is being created.
@@ -155,7 +164,15 @@ impl<F: Storage> NewCow<F> {
     }
 
     /// Fills the new file, which has no content yet.
-    pub(crate) fn write(&mut self, file: &F, path: &Path) -> Result<(), ImageError> {
+    pub(crate) fn write(
+        &mut self,
+        file: &F,
+        path: &Path,
+        mode: Option<u32>,
+    ) -> Result<(), ImageError> {
+        if let Some(mode) = mode {
+            file.set_mode(mode).map_err(ImageError::io(path, "set the permissions of"))?;
+        }
         match &mut self.header {
             Header::Native(native) => write_new_native(file, path, native),
             Header::Uml(uml) => {

@@ -63,6 +63,18 @@ pub enum ImageError {
         /// The system's error.
         source: io::Error,
     },
+    /// The side file of a UML COW file may not be the work of a daemon.
+    #[error(
+        "{}: {why}, so it is not used: it is where a daemon keeps the last writes to the COW file; if no \
+         daemon has made it, remove it",
+        path.shown()
+    )]
+    ForeignSideFile {
+        /// The side file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// The file is not the one that the predecessor passed on, or the predecessor was not using it.
     #[error("{}: is not the file that the predecessor has open", path.shown())]
     NotHeld {
@@ -107,6 +119,21 @@ pub enum ImageError {
         path: PathBuf,
         /// Why it failed.
         source: io::Error,
+    },
+    /// A header names a file that it may not name. Nothing of the file was opened.
+    #[error(
+        "{}: its header names {} as the file below, which {}",
+        cow.shown(), path.shown(), outside(*why, dirs)
+    )]
+    NotAllowed {
+        /// The COW file.
+        cow: PathBuf,
+        /// The file below.
+        path: PathBuf,
+        /// What is against it.
+        why: Outside,
+        /// The directories in which a header may name a file.
+        dirs: Vec<PathBuf>,
     },
     /// The backing file does not match the header.
     #[error("{} is not the backing file of {}: {source}", path.shown(), cow.shown())]
@@ -221,6 +248,27 @@ pub enum ImageError {
         /// Its length in bytes.
         len: u64,
     },
+}
+
+/// Why a file that a header names is not opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outside {
+    /// The user has named the files of the chain, but not this one.
+    NotNamed,
+    /// It is not in one of the directories.
+    Elsewhere,
+    /// A symbolic link leads out of the directory.
+    LeadsOut,
+}
+
+fn outside(why: Outside, dirs: &[PathBuf]) -> String {
+    let dirs: Vec<_> = dirs.iter().map(|dir| dir.shown().to_string()).collect();
+    let dirs = dirs.join(" and ");
+    match why {
+        Outside::NotNamed => "is not one of those that were given for it".to_owned(),
+        Outside::Elsewhere => format!("is outside of {dirs}"),
+        Outside::LeadsOut => format!("leads out of {dirs} through a symbolic link"),
+    }
 }
 
 impl ImageError {

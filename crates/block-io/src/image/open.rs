@@ -1,16 +1,17 @@
 //! Opening a disk: every file of its chain, the map of the chain, and the state needed for writing.
 
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use cow_format::{Bitmap, ByteOffset, Geometry, Header, LayerMap, SECTOR_SIZE};
 
 use super::bitmap::source::BitmapSource;
-use super::chain::{Content, Lower, Opener, path_to_store, reference, resolve};
+use super::chain::{Content, Held, Lower, Opener, path_to_store, reference, resolve};
 use super::create::{CreateOptions, create_cow};
 use super::identity::renewed;
 use super::layer::Layer;
 use super::opened::Opened;
+use super::references::Below;
 use super::trust::{Trust, recover};
 use super::write::header_io::{check_writable, set_backing_path};
 use super::write::journal::Journal;
@@ -34,14 +35,30 @@ pub(crate) struct Chain<F> {
     pub(crate) leaky: bool,
 }
 
+/// What is opened.
+pub(crate) struct Source<F> {
+    /// The top; if it is `held`, for messages, and for comparing.
+    pub(crate) path: PathBuf,
+    pub(crate) held: Option<Held<F>>,
+    /// The files below the top, nearest first, if the user has named them.
+    pub(crate) below: Vec<Below<F>>,
+}
+
+impl<F> Source<F> {
+    /// A file, and perhaps those below it, by path.
+    pub(crate) fn named(path: &Path, below: &[PathBuf]) -> Self {
+        let below = below.iter().cloned().map(Below::Named).collect();
+        Source { path: path.to_owned(), held: None, below }
+    }
+}
+
 /// Opens a raw image.
 pub(crate) fn open_single<E: Env>(
     env: &E,
-    path: &Path,
-    held: Option<E::File>,
+    source: Source<E::File>,
     options: &DiskOptions,
 ) -> Result<Chain<E::File>, ImageError> {
-    let top = Opener::new(env, options, path).holding(held).top()?;
+    let top = Opener::new(env, options, &source.path).holding(source.held).top()?;
     let len = top.stat.size;
     if len == 0 || (!options.read_only && !len.is_multiple_of(SECTOR_SIZE)) {
         return Err(ImageError::RawLength { path: top.path, len });
@@ -61,37 +78,36 @@ pub(crate) fn open_single<E: Env>(
     })
 }
 
-/// Opens the COW file at `path` and everything below it. Creates it first if it does not exist and
-/// `base` is given. Nothing on disk is changed before every file has been checked, and nothing at
-/// all if the top is `held` by a predecessor that may still be running.
+/// Opens a COW file and everything below it. Creates it first if it does not exist and the file
+/// below it is named. Nothing on disk is changed before every file has been checked, and nothing at
+/// all if the top is inherited from a predecessor that may still be running.
 pub(crate) fn open_chain<E: Env>(
     env: &E,
-    path: &Path,
-    base: Option<&Path>,
-    held: Option<E::File>,
+    source: Source<E::File>,
     options: &DiskOptions,
 ) -> Result<Chain<E::File>, ImageError> {
-    let inherited = held.is_some();
-    // The predecessor has already adopted the base.
-    let base = base.filter(|_| !inherited);
+    let Source { path, held, below } = source;
+    let path = path.as_path();
+    let inherited = held.as_ref().is_some_and(|held| held.inherited);
+    let base = match below.first() {
+        // A predecessor has already adopted it.
+        Some(Below::Named(base)) if !inherited => Some(base.clone()),
+        _ => None,
+    };
+    let base = base.as_deref();
     if let Some(base) = base
         && !options.read_only
         && !env.exists(path).map_err(ImageError::io(path, "look for"))?
     {
         create_cow(env, path, &CreateOptions::over(options.format, base))?;
     }
-    let mut opener = Opener::new(env, options, path).holding(held);
+    let mut opener = Opener::new(env, options, path).holding(held).naming(below);
     let top = opener.top()?;
     let mut header = top.header()?;
     if !options.read_only {
         check_writable(path, &header)?;
     }
-    if let Some(base) = base
-        && reference(&header).is_none()
-    {
-        return Err(ImageError::NoBacking { path: path.to_owned(), base: base.to_owned() });
-    }
-    let below = opener.below(path, &header, base)?;
+    let below = opener.below(path, &header)?;
     let geometry = *header.geometry();
     let trust = match (inherited, options.read_only) {
         (true, _) => Trust::Held,
@@ -101,7 +117,8 @@ pub(crate) fn open_chain<E: Env>(
     if !options.read_only && !inherited {
         renew_backing(path, &mut header, below.first())?;
     }
-    let bits = BitmapSource::find(env, &top, &header, trust)?;
+    let access = if options.read_only { Access::Read } else { Access::ReadWrite };
+    let bits = BitmapSource::find_for(access, env, &top, &header, trust)?;
     bits.check_data(&top)?;
 
     if inherited && !bits.live_counts() {
@@ -115,7 +132,7 @@ pub(crate) fn open_chain<E: Env>(
         }
         // A journal record is read back from the page cache, which direct I/O bypasses.
         journal = Journal::new(&header, options.cow_cache == CachePolicy::Buffered);
-        cow = Some(make_writable(env, &top, header, bits.live_counts(), inherited)?);
+        cow = Some(make_writable(env, &top, header, &bits, inherited)?);
     }
     let chain = join(top, below, geometry, bits, cow, journal)?;
     Ok(Chain { leaky: trust == Trust::Nothing, ..chain })
@@ -210,8 +227,7 @@ fn adopt_base<E: Env>(
 ) -> Result<(), ImageError> {
     let Some(reference) = reference(header) else { return Ok(()) };
     let stored = resolve(env, &top.path, &reference.stored)?;
-    let same = env.open(&stored, Access::Read).and_then(|file| file.stat());
-    if same.is_ok_and(|stat| stat.id == found.stat.id) {
+    if env.id(&stored).is_ok_and(|id| id == found.stat.id) {
         return Ok(());
     }
     let path = path_to_store(env, &top.path, base, CowFormat::of(header))?;

@@ -15,6 +15,8 @@ pub(crate) struct Opened<F> {
     pub(crate) file: F,
     pub(crate) path: PathBuf,
     pub(crate) stat: FileStat,
+    /// It was opened by its path, so there can be files beside it.
+    pub(crate) by_name: bool,
 }
 
 impl<F: Storage> Opened<F> {

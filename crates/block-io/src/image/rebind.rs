@@ -8,7 +8,7 @@ use cow_format::Header;
 use cow_format::header::Backing;
 use cow_format::identity::{ActualIdentity, BackingIdentity};
 
-use super::chain::{Opener, path_to_store, reference, resolve};
+use super::chain::{Opener, path_to_store, reference};
 use super::edit::ChangeError;
 use super::identity::{identity_of, verify};
 use super::opened::Opened;
@@ -43,11 +43,11 @@ pub fn rebind<E: Env>(
     let Some(reference) = reference(&header) else {
         return Err(ChangeError::NoBase(cow.to_owned()));
     };
-    let path = match base {
-        Some(base) => base.to_owned(),
-        None => resolve(env, cow, &reference.stored)?,
+    let opened = match base {
+        Some(base) => opener.backing(cow, base)?,
+        None => opener.referred(cow, &reference.stored)?,
     };
-    let opened = opener.backing(cow, path.clone())?;
+    let path = opened.path.clone();
     let found = opened.header_as(reference.format, cow)?;
     if verify(&reference.identity, &opened, found.as_ref())?.is_err() {
         same_kind(&reference.identity, &opened.identity(found.as_ref()), cow, &path)?;

@@ -69,7 +69,7 @@ pub fn resize<E: Env>(
 /// expose it.
 fn size_below<E: Env>(env: &E, path: &Path, edit: &Edit<E::File>) -> Result<u64, ImageError> {
     let options = DiskOptions { read_only: true, ..DiskOptions::default() };
-    let below = Opener::new(env, &options, path).below(path, &edit.header, None)?;
+    let below = Opener::new(env, &options, path).below(path, &edit.header)?;
     Ok(below.first().map_or(0, |nearest| nearest.disk_size()))
 }
 

@@ -32,6 +32,9 @@ pub fn snapshot<E: Env>(env: &E, cow: &Path, new: &Path) -> Result<(), ChangeErr
     let native = native_of(&mut edit.header, cow, "be frozen")?;
     let mut header = header_above(env, new, cow, native)?;
     create_file(env, new, false, |file| {
+        // Who could use the disk still can.
+        let mode = edit.cow.stat.mode;
+        file.set_mode(mode).map_err(ImageError::io(new, "set the permissions of"))?;
         write_new_native(file, new, &mut header)?;
         // Everything that can fail for the new file has succeeded before the old one is frozen.
         file.sync().map_err(ImageError::io(new, "sync"))?;

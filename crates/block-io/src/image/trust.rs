@@ -19,7 +19,7 @@ use super::opened::Opened;
 use super::write::header_io::UpdateError;
 use super::write::journal::{read_journal, replay};
 use crate::shown::Shown;
-use crate::storage::{Access, Env, Storage};
+use crate::storage::{Access, Env, FileKind, FileStat, Storage};
 
 /// How the live bitmap of a file in use is judged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,17 +78,13 @@ pub(crate) fn valid_side_file<E: Env>(
     cow: &Opened<E::File>,
     header: &Header,
     trust: Trust,
+    access: Access,
 ) -> Result<Option<E::File>, ImageError> {
     if trust == Trust::Nothing {
         return Ok(None);
     }
-    let read = ImageError::io(&cow.path, "read the live bitmap");
-    let Some((file, valid)) =
-        find_side_file(env, cow, header, trust, Access::Read).map_err(read)?
-    else {
-        return Ok(None);
-    };
-    Ok(valid.then_some(file))
+    let found = find_side_file(env, cow, header, trust, access)?;
+    Ok(found.and_then(|(file, valid)| valid.then_some(file)))
 }
 
 /// The side file, if there is one, and whether its live bitmap is valid.
@@ -98,23 +94,56 @@ fn find_side_file<E: Env>(
     header: &Header,
     trust: Trust,
     access: Access,
-) -> io::Result<Option<(E::File, bool)>> {
-    let path = side_file::path_for(&env.canonical(&cow.path)?);
-    let file = match env.open(&path, access) {
+) -> Result<Option<(E::File, bool)>, ImageError> {
+    let io = |action| ImageError::io(&cow.path, action);
+    if !cow.by_name {
+        let what = "be used by its descriptor alone, since there is a file beside it";
+        return Err(ImageError::UmlCannot { path: cow.path.clone(), what });
+    }
+    let path = side_file::path_for(&env.canonical(&cow.path).map_err(io("resolve"))?);
+    let file = match env.open_itself(&path, access) {
         Ok(file) => file,
         Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(err) => return Err(err),
+        Err(err) if err.raw_os_error() == Some(libc::ELOOP) => {
+            return Err(ImageError::ForeignSideFile { path, why: "is a symbolic link" });
+        }
+        Err(err) => return Err(ImageError::io(path, "open")(err)),
     };
-    let mut found = RawSideHeader::buffer();
-    file.read_zero_filled(&mut found, ByteOffset::new(0))?;
-    let witness = match trust {
-        Trust::Held => RawSideHeader::witness_in(&found),
-        Trust::Witness | Trust::Nothing => env.cache_witness(&cow.file),
+    let side = file.stat().map_err(ImageError::io(&path, "stat"))?;
+    if let Some(why) = is_foreign(env, &side, &cow.stat) {
+        return Err(ImageError::ForeignSideFile { path, why });
+    }
+    let valid = || -> io::Result<bool> {
+        let mut found = RawSideHeader::buffer();
+        file.read_zero_filled(&mut found, ByteOffset::new(0))?;
+        let witness = match trust {
+            Trust::Held => RawSideHeader::witness_in(&found),
+            Trust::Witness | Trust::Nothing => env.cache_witness(&cow.file),
+        };
+        let expected =
+            RawSideHeader::new(env.boot_id()?, witness, &cow.file.stat()?, header.geometry());
+        Ok(found == *expected.bytes() && (witness.is_some() || trust == Trust::Held))
     };
-    let expected =
-        RawSideHeader::new(env.boot_id()?, witness, &cow.file.stat()?, header.geometry());
-    let valid = found == *expected.bytes() && (witness.is_some() || trust == Trust::Held);
+    let valid = valid().map_err(io("read the live bitmap"))?;
     Ok(Some((file, valid)))
+}
+
+/// Why a side file may have been put in place by somebody else, who wants this process to write
+/// into another file or to believe bits that no daemon has set.
+fn is_foreign<E: Env>(env: &E, side: &FileStat, cow: &FileStat) -> Option<&'static str> {
+    const ROOT: u32 = 0;
+    const WRITABLE_BY_OTHERS: u32 = 0o022;
+    if side.kind != FileKind::Regular {
+        return Some("is not a regular file");
+    }
+    if side.links != 1 {
+        return Some("has another name as well (a hard link)");
+    }
+    if ![cow.owner, ROOT].contains(&side.owner) && !env.is_user(side.owner) {
+        return Some("belongs neither to the COW file's owner nor to this user");
+    }
+    (side.mode & !cow.mode & WRITABLE_BY_OTHERS != 0)
+        .then_some("can be written by users who cannot write the COW file")
 }
 
 /// For a file under its exclusive lock, before its bitmaps are read: decides whether what a
@@ -182,8 +211,8 @@ fn believe_uml<E: Env>(
     header: &Header,
 ) -> Result<bool, ImageError> {
     let io = |action| ImageError::io(&cow.path, action);
-    let found = find_side_file(env, cow, header, Trust::Witness, Access::ReadWrite);
-    let Some((file, valid)) = found.map_err(io("read the live bitmap"))? else { return Ok(true) };
+    let found = find_side_file(env, cow, header, Trust::Witness, Access::ReadWrite)?;
+    let Some((file, valid)) = found else { return Ok(true) };
     // Check both, even if the result no longer matters: the next sync must report only new errors.
     let written = (cow.file.check_writeback(), file.check_writeback());
     if !valid {

@@ -8,12 +8,15 @@ use cow_format::identity::{ActualIdentity, BackingIdentity, Doubt, IdentityError
 use cow_format::{Bitmap, Header, HeaderError, SectorCount};
 
 use super::merge_marker::marker_path;
+use crate::disk::GivenFiles;
 use crate::image::bitmap::source::BitmapSource;
 use crate::image::chain::{Reference, reference, resolve};
 use crate::image::identity::verify;
 use crate::image::opened::Opened;
+use crate::image::references::{Below, References};
 use crate::image::trust::Trust;
 use crate::image::{CHAIN_DEPTH_MAX, ImageError};
+use crate::storage::file::Host;
 use crate::storage::{Access, Env, FileId, FileKind, FileStat, LockError, LockKind, Storage};
 
 /// The result of an inspection.
@@ -102,32 +105,55 @@ pub fn inspect<E: Env>(
     path: &Path,
     base: Option<&Path>,
 ) -> Result<Inspection, ImageError> {
-    let file = env.open(path, Access::Read).map_err(ImageError::io(path, "open"))?;
-    let top = opened(file, path.to_owned())?;
+    inspect_chain(env, path, base.map(Path::to_owned).as_slice())
+}
+
+/// The same with all paths below the file, nearest first, if any is given.
+pub fn inspect_chain<E: Env>(
+    env: &E,
+    path: &Path,
+    below: &[PathBuf],
+) -> Result<Inspection, ImageError> {
+    let top = env.open(path, Access::Read).map_err(ImageError::io(path, "open"))?;
+    let below = below.iter().cloned().map(Below::Named);
+    inspect_opened(env, opened(top, path.to_owned(), true)?, below)
+}
+
+/// The same for files that are open already.
+pub fn inspect_files(files: GivenFiles) -> Result<Inspection, ImageError> {
+    let below = files.below.into_iter().map(|(file, name)| Below::Open(file, name));
+    inspect_opened(&Host, opened(files.top, files.name, false)?, below)
+}
+
+fn inspect_opened<E: Env>(
+    env: &E,
+    top: Opened<E::File>,
+    below: impl IntoIterator<Item = Below<E::File>>,
+) -> Result<Inspection, ImageError> {
+    let references = References::of_user(&top.path, top.by_name, below);
     let mut found = Inspection { files: Vec::new(), problem: None };
-    found.problem = found.follow(env, top, base).err();
+    found.problem = found.follow(env, top, references).err();
     Ok(found)
 }
 
 /// Whether the file at `path` is a COW file that refers to the file `backing`. Only its header is
-/// read.
+/// read, and what it refers to is not opened.
 pub fn refers_to<E: Env>(env: &E, path: &Path, backing: FileId) -> bool {
     let referred = || -> Option<FileId> {
-        let file = opened(env.open(path, Access::Read).ok()?, path.to_owned()).ok()?;
+        let file = opened(env.open(path, Access::Read).ok()?, path.to_owned(), true).ok()?;
         let reference = reference(&file.header().ok()?)?;
-        let path = resolve(env, path, &reference.stored).ok()?;
-        Some(env.open(&path, Access::Read).ok()?.stat().ok()?.id)
+        env.id(&resolve(env, path, &reference.stored).ok()?).ok()
     };
     referred() == Some(backing)
 }
 
-fn opened<F: Storage>(file: F, path: PathBuf) -> Result<Opened<F>, ImageError> {
+fn opened<F: Storage>(file: F, path: PathBuf, by_name: bool) -> Result<Opened<F>, ImageError> {
     let stat = file.stat().map_err(ImageError::io(&path, "stat"))?;
     if !matches!(stat.kind, FileKind::Regular | FileKind::BlockDevice) {
         let expected = "a regular file or a block device";
         return Err(ImageError::Kind { path, found: stat.kind, expected });
     }
-    Ok(Opened { file, path, stat })
+    Ok(Opened { file, path, stat, by_name })
 }
 
 impl Inspection {
@@ -135,7 +161,7 @@ impl Inspection {
         &mut self,
         env: &E,
         top: Opened<E::File>,
-        mut base: Option<&Path>,
+        mut references: References<E::File>,
     ) -> Result<(), ImageError> {
         let mut next = (top, None);
         loop {
@@ -143,23 +169,17 @@ impl Inspection {
             self.look(env, &opened, format)?;
             self.refuse(&opened)?;
             let Some(facts) = self.files.last_mut() else { return Ok(()) };
-            let Content::Cow(cow) = &facts.content else { return Ok(()) };
-            let Some(reference) = reference(&cow.header) else {
-                return match base {
-                    Some(base) => Err(ImageError::NoBacking {
-                        path: facts.path.clone(),
-                        base: base.to_owned(),
-                    }),
-                    None => Ok(()),
-                };
+            let header = match &facts.content {
+                Content::Cow(cow) => Some(&cow.header),
+                Content::Raw | Content::Unknown => None,
             };
-            let path = match base.take() {
-                Some(path) => path.to_owned(),
-                None => resolve(env, &facts.path, &reference.stored)?,
+            let Some((header, reference)) = header.and_then(|it| Some((it, reference(it)?))) else {
+                return references.check_all_used(&facts.path);
             };
-            let digest = digest(&cow.header);
-            facts.backing = Some(BackingFacts::new(&reference, digest, path.clone()));
-            next = (self.open_backing(env, path)?, Some(reference.format));
+            let path = references.path(env, &facts.path, &reference.stored)?;
+            facts.backing = Some(BackingFacts::new(&reference, digest(header), path));
+            let backing = self.open_backing(env, &mut references, &reference)?;
+            next = (backing, Some(reference.format));
             self.verify(&next.0, &reference)?;
         }
     }
@@ -173,9 +193,8 @@ impl Inspection {
     ) -> Result<(), ImageError> {
         let path = opened.path.clone();
         let in_use = matches!(opened.file.try_lock(LockKind::Shared), Err(LockError::Held { .. }));
-        let real = env.canonical(&path).map_err(ImageError::io(&path, "resolve"))?;
-        let merging =
-            env.exists(&marker_path(&real)).map_err(ImageError::io(&path, "look beside"))?;
+        let marked = || env.exists(&marker_path(&env.canonical(&path)?));
+        let merging = opened.by_name && marked().map_err(ImageError::io(&path, "look beside"))?;
         let (stat, content) = (opened.stat, Content::Unknown);
         self.files.push(FileFacts { path, stat, in_use, merging, content, backing: None });
         let content = look_inside(env, opened, format, self.files.len() == 1)?;
@@ -198,17 +217,19 @@ impl Inspection {
     }
 
     /// Opens the file that the last one refers to.
-    fn open_backing<E: Env>(&self, env: &E, path: PathBuf) -> Result<Opened<E::File>, ImageError> {
-        let cow = || self.files.last().map(|facts| facts.path.clone()).unwrap_or_default();
+    fn open_backing<E: Env>(
+        &self,
+        env: &E,
+        references: &mut References<E::File>,
+        reference: &Reference,
+    ) -> Result<Opened<E::File>, ImageError> {
+        let cow = self.files.last().map(|facts| facts.path.clone()).unwrap_or_default();
         let top = || self.files.first().map(|facts| facts.path.clone()).unwrap_or_default();
         if self.files.len() == CHAIN_DEPTH_MAX {
             return Err(ImageError::TooDeep { top: top() });
         }
-        let file = match env.open(&path, Access::Read) {
-            Ok(file) => file,
-            Err(source) => return Err(ImageError::Backing { cow: cow(), path, source }),
-        };
-        let opened = opened(file, path)?;
+        let (file, path, by_name) = references.open(env, &cow, &reference.stored, Access::Read)?;
+        let opened = opened(file, path, by_name)?;
         let again = self.files.iter().find(|facts| facts.stat.id == opened.stat.id);
         match again {
             None => Ok(opened),

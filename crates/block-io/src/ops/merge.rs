@@ -158,7 +158,7 @@ impl<E: Env> CowWriter<E> {
         let inputs: Vec<_> = inputs.iter().copied().chain(base).collect();
         let output = Output::create(env, out, options.replace, &inputs)?;
         let mut new = NewCow::new(env, out, options)?;
-        new.write(output.file(), out)?;
+        new.write(output.file(), out, options.mode)?;
         let geometry = *new.header.geometry();
         let bitmap = Bitmap::new(geometry.sectors());
         Ok(CowWriter { output, path: out.to_owned(), geometry, bitmap, _new: new })

@@ -35,6 +35,7 @@ use crate::image::chain::{Content, Lower, Opener, Reference, path_to_store, refe
 use crate::image::identity::identity_of;
 use crate::image::open::new_map;
 use crate::image::opened::Opened;
+use crate::image::references::Below;
 use crate::image::trust::{Trust, recover};
 use crate::image::write::flush::flush;
 use crate::image::write::header_io::{set_backing_path, settle, write_native_synced};
@@ -131,8 +132,9 @@ impl<'a, E: Env> Merge<'a, E> {
         let interrupted = |reference: &Reference, target: &Opened<E::File>| {
             marker(reference, target).exists(env).unwrap_or(false)
         };
-        let mut opener = opener.writing(depth.get() - 1, &interrupted);
-        let mut below = opener.below(cow, &header, base)?;
+        let named = base.map(|base| Below::Named(base.to_owned()));
+        let mut opener = opener.writing(depth.get() - 1, &interrupted).naming(named);
+        let mut below = opener.below(cow, &header)?;
         let map = whole_map(env, &top, &header, &below, trust)?;
         below.truncate(depth.get());
         let above = below.len().checked_sub(2).and_then(|above| below.get(above));

@@ -67,8 +67,7 @@ pub fn check_target<E: Env>(
     let stat = old.stat().map_err(OpError::io(target, "stat"))?;
     for input in inputs {
         // A missing input is reported elsewhere.
-        let other = env.open(input, Access::Read).and_then(|input| input.stat());
-        if other.is_ok_and(|other| other.id == stat.id) {
+        if env.id(input).is_ok_and(|id| id == stat.id) {
             return Err(OpError::SameFile { path: target.to_owned(), input: (*input).to_owned() });
         }
     }

@@ -111,8 +111,7 @@ impl<'a, F: Storage> NewBase<'a, F> {
         let Some(base) = base else { return Ok(NewBase { base: None }) };
         let options = DiskOptions { read_only: true, ..DiskOptions::default() };
         let own = top.stat().map_err(OpError::io(cow, "stat"))?.id;
-        let same = env.open(&base.path, crate::storage::Access::Read).and_then(|file| file.stat());
-        if same.is_ok_and(|stat| stat.id == own) {
+        if env.id(&base.path).is_ok_and(|id| id == own) {
             let (top, path, again) = (cow.to_owned(), base.path.clone(), cow.to_owned());
             return Err(ImageError::Repeated { top, path, again }.into());
         }

@@ -4,9 +4,9 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::UNIX_EPOCH;
 
 use cow_format::ByteOffset;
@@ -14,13 +14,13 @@ use cow_format::header::CacheWitness;
 use cow_format::identity::Timestamp;
 use nix::errno::Errno;
 use nix::fcntl::{
-    AT_FDCWD, AtFlags, FallocateFlags, FcntlArg, OFlag, PosixFadviseAdvice, RenameFlags, fallocate,
-    fcntl, posix_fadvise, renameat2,
+    AT_FDCWD, AtFlags, FallocateFlags, FcntlArg, OFlag, OpenHow, PosixFadviseAdvice, RenameFlags,
+    ResolveFlag, fallocate, fcntl, openat2, posix_fadvise, readlinkat, renameat2,
 };
 use nix::sys::stat::futimens;
 use nix::sys::statfs::fstatfs;
 use nix::sys::time::TimeSpec;
-use nix::unistd::{Whence, fdatasync, linkat, lseek64};
+use nix::unistd::{Uid, Whence, fdatasync, geteuid, linkat, lseek64, setfsuid};
 
 use crate::storage::filesystem::is_believed;
 use crate::storage::lock::{LockRange, try_lock, unlock};
@@ -29,6 +29,7 @@ use crate::storage::witness;
 use crate::storage::{
     Access, BootId, Env, FILE_BLOCK, FileId, FileKind, FileStat, LockError, LockKind, PAGE, Storage,
 };
+use crate::sync::lock;
 
 /// The alignment for direct I/O if the kernel does not report it (statx has since Linux 6.1): no
 /// disk needs more.
@@ -36,6 +37,11 @@ const DIRECT_ALIGN_DEFAULT: u32 = 4096;
 
 /// Fewer bytes go through the page cache, where the kernel combines them into larger transfers.
 const LARGE_MIN: usize = 128 << 10;
+/// Permissions of a new file: it has, or will have, a guest's data, which is nobody else's
+/// business, and who can read a file can also lock it.
+const NEW_MODE: u32 = 0o600;
+/// The bits of `st_mode` that are permissions.
+const MODE_BITS: u32 = 0o7777;
 /// The number of cachestat(2), Linux 6.5, on all architectures except Alpha.
 const SYS_CACHESTAT: libc::c_long = 451;
 
@@ -53,6 +59,9 @@ pub struct File {
     logical_block: u32,
     /// Whether the file system can be asked for holes; determined on first use.
     knows_holes: OnceLock<bool>,
+    /// See [`Env::cache_witness`]; determined on first use. It does not change while the file is
+    /// open.
+    witness: OnceLock<Option<CacheWitness>>,
     /// For large transfers that bypass the page cache: opened on first use; `None` if the file
     /// system does not support it. It has no lock, since no I/O on it outlasts the call.
     large: OnceLock<Option<fs::File>>,
@@ -81,8 +90,8 @@ impl File {
             FileKind::BlockDevice => logical_block(&buffered)?,
             _ => FILE_BLOCK,
         };
-        let (knows_holes, large) = (OnceLock::new(), OnceLock::new());
-        Ok(File { buffered, direct: None, kind, logical_block, knows_holes, large })
+        let (knows_holes, witness, large) = (OnceLock::new(), OnceLock::new(), OnceLock::new());
+        Ok(File { buffered, direct: None, kind, logical_block, knows_holes, witness, large })
     }
 
     /// The description for large transfers.
@@ -131,6 +140,55 @@ impl File {
         let align = |direct: &fs::File| direct_align(direct, file.logical_block);
         file.direct = direct.map(|direct| Direct { align: align(&direct), file: direct });
         Ok(file)
+    }
+
+    /// The top of a disk, opened by whoever started this program: as [`File::inherit`], but the
+    /// descriptions are checked. They must be open for `access` at least.
+    ///
+    /// # Errors
+    /// `InvalidInput` with what is wrong with a description; errors of fstat(2) and fcntl(2).
+    pub fn given(buffered: OwnedFd, direct: Option<OwnedFd>, access: Access) -> io::Result<Self> {
+        let flags = check_given(&buffered, access)?;
+        if flags.contains(OFlag::O_DIRECT) {
+            return Err(wrong("bypasses the page cache (O_DIRECT); one that does not is needed"));
+        }
+        if let Some(direct) = &direct {
+            // So the two are different descriptions, too.
+            if !check_given(direct, access)?.contains(OFlag::O_DIRECT) {
+                return Err(wrong("the direct one does not bypass the page cache (O_DIRECT)"));
+            }
+            if fstat_id(&buffered)? != fstat_id(direct)? {
+                return Err(wrong("the direct one is of another file"));
+            }
+        }
+        let file = Self::inherit(buffered, direct)?;
+        // Now: when the same file is used again, nothing may be opened any more.
+        Host.cache_witness(&file);
+        Ok(file)
+    }
+
+    /// The same for a file below the top, which must be open for reading only.
+    pub fn given_base(fd: OwnedFd) -> io::Result<Self> {
+        if check_given(&fd, Access::Read)?.contains(OFlag::O_RDWR) {
+            return Err(wrong("is open for writing too; a file below the top is only read"));
+        }
+        Self::given(fd, None, Access::Read)
+    }
+
+    /// The same descriptions once more, and what has been found out about them.
+    pub fn again(&self) -> io::Result<Self> {
+        let direct = self.direct.as_ref().map(|direct| {
+            Ok::<_, io::Error>(Direct { file: direct.file.try_clone()?, align: direct.align })
+        });
+        Ok(File {
+            buffered: self.buffered.try_clone()?,
+            direct: direct.transpose()?,
+            kind: self.kind,
+            logical_block: self.logical_block,
+            knows_holes: self.knows_holes.clone(),
+            witness: self.witness.clone(),
+            large: OnceLock::new(),
+        })
     }
 
     /// The description that goes through the page cache. It carries the lock: register it in every
@@ -315,6 +373,10 @@ impl Storage for File {
         self.buffered.set_len(len)
     }
 
+    fn set_mode(&self, mode: u32) -> io::Result<()> {
+        self.buffered.set_permissions(fs::Permissions::from_mode(mode))
+    }
+
     fn knows_holes(&self) -> bool {
         *self.knows_holes.get_or_init(|| match self.kind {
             FileKind::Regular => {
@@ -378,7 +440,7 @@ impl Storage for File {
         let mtime = nanos.and_then(|nanos| Timestamp::new(meta.mtime(), nanos));
         let born = meta.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
         Ok(FileStat {
-            id: FileId { dev: meta.dev(), ino: meta.ino() },
+            id: id_of(&meta),
             kind: self.kind,
             size,
             mtime: mtime
@@ -386,6 +448,9 @@ impl Storage for File {
             born: born.and_then(|d| Timestamp::new(d.as_secs().cast_signed(), d.subsec_nanos())),
             allocated: meta.blocks() * 512,
             logical_block: self.logical_block,
+            owner: meta.uid(),
+            links: meta.nlink(),
+            mode: meta.mode() & MODE_BITS,
         })
     }
 
@@ -402,17 +467,80 @@ impl Storage for File {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Host;
 
+/// The directories of [`Host::allow_backing_dir`].
+static BACKING_DIRS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn backing_dirs() -> MutexGuard<'static, Vec<PathBuf>> {
+    lock(&BACKING_DIRS)
+}
+
+impl Host {
+    /// From now on, and in this whole process, a header may name files in `dir`. It always may name
+    /// those in the directory of a file that the user has named, unless the whole chain is named.
+    ///
+    /// # Errors
+    /// If it is no directory, or cannot be found.
+    pub fn allow_backing_dir(dir: &Path) -> io::Result<()> {
+        if !fs::metadata(dir)?.is_dir() {
+            return Err(io::ErrorKind::NotADirectory.into());
+        }
+        // A header can name it in either way.
+        let both = [std::path::absolute(dir)?, fs::canonicalize(dir)?];
+        let mut dirs = backing_dirs();
+        for dir in both {
+            if !dirs.contains(&dir) {
+                dirs.push(dir);
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Env for Host {
     type File = File;
 
     fn open(&self, path: &Path, access: Access) -> io::Result<File> {
-        // O_NONBLOCK: opening a pipe by mistake must not wait for its other end.
-        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-        let file = open_options(access).custom_flags(flags).open(path)?;
-        // It has no effect on files and disks, but io_uring on some kernels would not wait for
-        // them.
-        fcntl(&file, FcntlArg::F_SETFL(OFlag::empty()))?;
-        File::new(file)
+        open_if_harmless(access, |flags| open_options(access).custom_flags(flags).open(path))
+    }
+
+    fn open_beneath(&self, dir: &Path, path: &Path, access: Access) -> io::Result<File> {
+        let write = if access == Access::ReadWrite { OFlag::O_RDWR } else { OFlag::O_RDONLY };
+        open_if_harmless(access, |flags| {
+            let flags = OFlag::from_bits_retain(flags);
+            // Unlike open(2), openat2(2) refuses flags that O_PATH would ignore.
+            let write = if flags.contains(OFlag::O_PATH) { OFlag::empty() } else { write };
+            beneath(dir, path, flags | write)
+        })
+    }
+
+    fn link_beneath(&self, dir: &Path, path: &Path) -> io::Result<PathBuf> {
+        let link = beneath(dir, path, OFlag::O_PATH | OFlag::O_NOFOLLOW)?;
+        Ok(readlinkat(&link, c"")?.into())
+    }
+
+    fn open_itself(&self, path: &Path, access: Access) -> io::Result<File> {
+        open_if_harmless(access, |flags| {
+            let flags = flags | libc::O_NOFOLLOW;
+            let file = open_options(access).custom_flags(flags).open(path)?;
+            // With O_PATH, O_NOFOLLOW opens the link.
+            match file.metadata()?.is_symlink() {
+                true => Err(io::Error::from_raw_os_error(libc::ELOOP)),
+                false => Ok(file),
+            }
+        })
+    }
+
+    fn id(&self, path: &Path) -> io::Result<FileId> {
+        fs::metadata(path).map(|meta| id_of(&meta))
+    }
+
+    fn backing_dirs(&self) -> Vec<PathBuf> {
+        backing_dirs().clone()
+    }
+
+    fn is_user(&self, uid: u32) -> bool {
+        // No user has the highest number, so the call only says who makes files.
+        [geteuid, || setfsuid(Uid::from_raw(u32::MAX))].iter().any(|who| who().as_raw() == uid)
     }
 
     fn with_direct(&self, mut file: File, access: Access) -> io::Result<File> {
@@ -427,7 +555,8 @@ impl Env for Host {
     }
 
     fn create_new(&self, path: &Path) -> io::Result<File> {
-        File::new(open_options(Access::ReadWrite).create_new(true).open(path)?)
+        let mut options = open_options(Access::ReadWrite);
+        File::new(options.create_new(true).mode(NEW_MODE).open(path)?)
     }
 
     fn create_unpublished(&self, near: &Path) -> io::Result<(File, Option<PathBuf>)> {
@@ -440,7 +569,7 @@ impl Env for Host {
             return named();
         }
         let mut options = open_options(Access::ReadWrite);
-        match options.custom_flags(libc::O_TMPFILE).open(parent(near)) {
+        match options.custom_flags(libc::O_TMPFILE).mode(NEW_MODE).open(parent(near)) {
             Ok(file) => Ok((File::new(file)?, None)),
             Err(err)
                 if matches!(
@@ -511,7 +640,7 @@ impl Env for Host {
     }
 
     fn cache_witness(&self, file: &File) -> Option<CacheWitness> {
-        witness::of(&file.buffered)
+        *file.witness.get_or_init(|| witness::of(&file.buffered))
     }
 }
 
@@ -529,6 +658,79 @@ fn temporary_name(path: &Path) -> PathBuf {
     name.push(path.file_name().unwrap_or_default());
     name.push(format!(".{}.new", std::process::id()));
     path.with_file_name(name)
+}
+
+fn id_of(meta: &fs::Metadata) -> FileId {
+    FileId { dev: meta.dev(), ino: meta.ino() }
+}
+
+fn fstat_id(fd: &OwnedFd) -> io::Result<FileId> {
+    let found = nix::sys::stat::fstat(fd)?;
+    Ok(FileId { dev: found.st_dev, ino: found.st_ino })
+}
+
+fn wrong(what: &'static str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, what)
+}
+
+/// Refuses a description that does not do for `access`; returns its flags.
+fn check_given(fd: &OwnedFd, access: Access) -> io::Result<OFlag> {
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    if flags.contains(OFlag::O_PATH) {
+        return Err(wrong("stands for a place and is not open (O_PATH)"));
+    }
+    match (access, flags & OFlag::O_ACCMODE) {
+        (_, OFlag::O_WRONLY) => return Err(wrong("is open for writing only")),
+        (Access::ReadWrite, OFlag::O_RDONLY) => {
+            return Err(wrong("is open for reading only, but the disk is to be written"));
+        }
+        _ => {}
+    }
+    if flags.contains(OFlag::O_APPEND) {
+        return Err(wrong("appends whatever is written (O_APPEND)"));
+    }
+    // As in `open_if_harmless`; and nobody waits for signals of it.
+    let unwanted = OFlag::O_NONBLOCK | OFlag::O_ASYNC;
+    if flags.intersects(unwanted) {
+        fcntl(fd, FcntlArg::F_SETFL(flags - unwanted))?;
+    }
+    Ok(flags)
+}
+
+/// Opens `path` in `dir`, which nothing on the way may leave.
+fn beneath(dir: &Path, path: &Path, flags: OFlag) -> io::Result<fs::File> {
+    let place = libc::O_PATH | libc::O_DIRECTORY;
+    let dir = open_options(Access::Read).custom_flags(place).open(dir)?;
+    let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS;
+    let how = OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(resolve);
+    Ok(openat2(&dir, path, how)?.into())
+}
+
+/// Opens a file with `open`, which is given flags of open(2), but only if it is a regular file or a
+/// block device. To open others can do harm: a watchdog starts, a tape is rewound, a program at the
+/// other end of a pipe goes on. So the kind is known first, by a descriptor that only stands for
+/// the place (`O_PATH`), and that is what is returned for all others.
+fn open_if_harmless(
+    access: Access,
+    open: impl Fn(i32) -> io::Result<fs::File>,
+) -> io::Result<File> {
+    let place = open(libc::O_PATH)?;
+    let meta = place.metadata()?;
+    if !matches!(kind_of(&meta), FileKind::Regular | FileKind::BlockDevice) {
+        return File::new(place);
+    }
+    // O_NONBLOCK: not to wait for the holder of a lease.
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = match shows_descriptors() {
+        true => open_options(access).custom_flags(flags).open(descriptor_path(&place))?,
+        false => open(flags)?,
+    };
+    if id_of(&file.metadata()?) != id_of(&meta) {
+        return Err(io::Error::other("was replaced while it was being opened"));
+    }
+    // It has no effect on files and disks, but io_uring on some kernels would not wait for them.
+    fcntl(&file, FcntlArg::F_SETFL(OFlag::empty()))?;
+    File::new(file)
 }
 
 fn open_options(access: Access) -> OpenOptions {

@@ -67,6 +67,12 @@ pub struct FileStat {
     /// multiple of it are read, modified and written by the page cache, and such ranges can be
     /// neither discarded nor zeroed. 512 for any other file.
     pub logical_block: u32,
+    /// The user id of its owner.
+    pub owner: u32,
+    /// How many names it has.
+    pub links: u64,
+    /// Who may do what: the lower twelve bits of `st_mode`.
+    pub mode: u32,
 }
 
 impl FileStat {
@@ -210,6 +216,9 @@ pub trait Storage: Send + Sync {
     /// Sets the file's length in bytes.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
+    /// Sets who may do what, as [`FileStat::mode`] reports it.
+    fn set_mode(&self, mode: u32) -> io::Result<()>;
+
     /// The next range of bytes at or after `from` that may not be zeros; `None` if only a hole
     /// follows. If holes are unknown, everything up to the end is data.
     fn next_data(&self, from: ByteOffset) -> io::Result<Option<Range<u64>>> {
@@ -302,16 +311,37 @@ pub trait Env: Clone + Send + Sync + 'static {
     /// An open file.
     type File: Storage;
 
-    /// Opens an existing file. Directories and special files may open too: the caller checks
-    /// [`Storage::stat`].
+    /// Opens an existing file. What is neither a regular file nor a block device is never opened
+    /// for real, because opening a device can do harm: it can only be asked for [`Storage::stat`],
+    /// and everything else fails. The caller checks the kind.
     fn open(&self, path: &Path, access: Access) -> io::Result<Self::File>;
+
+    /// The same for the file at `path` in `dir`, which no `..`, symbolic link or magic link of
+    /// /proc on the way may leave (`CrossesDevices` otherwise).
+    fn open_beneath(&self, dir: &Path, path: &Path, access: Access) -> io::Result<Self::File>;
+
+    /// Where the symbolic link at `path` in `dir` leads. The way to it may not leave `dir` either.
+    fn link_beneath(&self, dir: &Path, path: &Path) -> io::Result<PathBuf>;
+
+    /// [`Env::open`] for a file that a program has created beside another: `path` itself is no symbolic
+    /// link (ELOOP otherwise).
+    fn open_itself(&self, path: &Path, access: Access) -> io::Result<Self::File>;
+
+    /// Which file has this name. Opens nothing.
+    fn id(&self, path: &Path) -> io::Result<FileId>;
+
+    /// The directories in which a header may name a file, besides that of its own file. Absolute.
+    fn backing_dirs(&self) -> Vec<PathBuf>;
+
+    /// Whether this process accesses or makes files as this user.
+    fn is_user(&self, uid: u32) -> bool;
 
     /// Adds a second description that bypasses the page cache for data, with a lock range of its
     /// own: call it before [`Storage::try_lock`].
     fn with_direct(&self, file: Self::File, access: Access) -> io::Result<Self::File>;
 
-    /// Creates a file in the directory of `near`, open for reading and writing, that is invisible
-    /// until it is published: without a name if the file system supports that, otherwise with the
+    /// Creates a file in the directory of `near`, open for reading and writing and for this user
+    /// only (mode 0600), that is invisible until it is published: without a name if the file system supports that, otherwise with the
     /// temporary name that is returned.
     fn create_unpublished(&self, near: &Path) -> io::Result<(Self::File, Option<PathBuf>)>;
 
@@ -326,7 +356,7 @@ pub trait Env: Clone + Send + Sync + 'static {
         to: &Path,
     ) -> io::Result<()>;
 
-    /// Creates a file directly under its name, which must not exist.
+    /// Creates a file of mode 0600 directly under its name, which must not exist.
     fn create_new(&self, path: &Path) -> io::Result<Self::File>;
 
     /// Removes a name.

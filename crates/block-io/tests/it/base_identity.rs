@@ -222,6 +222,7 @@ fn lost_nanoseconds_are_taken_if_the_sample_agrees() {
 fn a_block_device_is_known_by_size_and_sample() {
     let place = Place::new();
     let Some(device) = LoopDevice::new(&place.path("base"), 512) else { return };
+    Host::allow_backing_dir(Path::new("/dev")).unwrap();
     let create = |name, format| {
         let options = CreateOptions::over(format, device.path());
         create_cow(&Host, &place.path(name), &options).unwrap();

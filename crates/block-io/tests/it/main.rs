@@ -13,4 +13,5 @@ mod lying_holes;
 mod merge_in_place;
 mod model;
 mod rebase;
+mod references;
 mod sweep;

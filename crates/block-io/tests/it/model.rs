@@ -66,7 +66,7 @@ fn bytes(range: SectorRange) -> std::ops::Range<usize> {
 
 impl Model {
     fn new(format: CowFormat, seed: u64) -> Self {
-        let (sim, base) = (Sim::new(), PathBuf::from("/base"));
+        let (sim, base) = (Sim::new(), PathBuf::from("/layers/base"));
         let mut content: Vec<u8> =
             (0..BASE_LEN).map(|at| u8::try_from(at / 512 % 251 + 1).unwrap()).collect();
         sim.create_new(&base).unwrap().write_all_at(&content, ByteOffset::new(0)).unwrap();

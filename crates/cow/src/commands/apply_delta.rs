@@ -70,6 +70,7 @@ impl Args {
             size,
             replace: self.force,
             journal_len: None,
+            mode: None,
         };
         let new = CowWriter::create(&Host, &self.new, &options, &[path])?;
         while let Some(record) = reader.record().map_err(broken)? {

@@ -107,8 +107,7 @@ impl Report {
         }
         for facts in found.files.iter().filter(|facts| facts.merging) {
             let message = "a merge of it was interrupted; run it again: cow merge --in-place";
-            let (filename, message) = (facts.path.clone(), message.to_owned());
-            self.findings.push(Found { filename, severity: "note", message, repaired: false });
+            self.add_note(&facts.path, message.to_owned());
         }
         // A broken header has been reported above; with data past the end, the check of the file
         // has found that.
@@ -117,8 +116,12 @@ impl Report {
             Some(ImageError::Header { .. } | ImageError::Data { .. }) | None
         );
         if let (Some(problem), false) = (&found.problem, seen) {
-            let last = found.files.last().map(|facts| facts.path.clone());
-            self.add_problem(&last.unwrap_or_default(), problem);
+            let last = found.files.last().map(|facts| facts.path.clone()).unwrap_or_default();
+            match problem {
+                // What is below it was not looked at.
+                ImageError::NotAllowed { .. } => self.add_note(&last, advised(problem)),
+                _ => self.add_problem(&last, problem),
+            }
         }
         Ok(())
     }
@@ -163,6 +166,11 @@ impl Report {
         let message = found.finding.to_string();
         let filename = path.to_owned();
         self.findings.push(Found { filename, severity, message, repaired: found.repaired });
+    }
+
+    fn add_note(&mut self, path: &Path, message: String) {
+        let filename = path.to_owned();
+        self.findings.push(Found { filename, severity: "note", message, repaired: false });
     }
 
     fn add_problem(&mut self, path: &Path, problem: &ImageError) {

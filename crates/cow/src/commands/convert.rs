@@ -114,7 +114,14 @@ impl Args {
         let base = self.base.options()?;
         let below = base.as_ref().map(open_base).transpose()?;
         let size = Some(image.size());
-        let options = CreateOptions { format, base, size, replace: self.force, journal_len: None };
+        let options = CreateOptions {
+            format,
+            base,
+            size,
+            replace: self.force,
+            journal_len: None,
+            mode: None,
+        };
         let progress = ui.progress("convert", image.size());
         let add = |bytes| progress.add(bytes);
         ops::convert_to_cow(

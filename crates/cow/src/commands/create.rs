@@ -103,9 +103,10 @@ impl Args {
             size: self.size(),
             replace: self.force,
             journal_len: None,
+            mode: None,
         };
         create_cow(&Host, &path, &options)?;
-        warn_of_base(&path, ui)?;
+        warn_of_base(&path, self.base.base.as_deref(), ui)?;
         ui.note(self.describe(format));
         Ok(())
     }

@@ -35,6 +35,7 @@ impl Args {
             return Err(found.problem.map_or(CowError::NotCow(self.cow.clone()), CowError::from));
         };
         let size = Some(cow.header.geometry().virtual_size());
+        let mode = found.files.first().map(|top| top.stat.mode);
         let (format, frozen) = match &cow.header {
             Header::Uml(_) => (CowFormat::Uml, false),
             Header::Native(native) => (CowFormat::Native, native.state() == NativeState::Frozen),
@@ -63,7 +64,7 @@ impl Args {
         create_cow(
             &Host,
             &self.new,
-            &CreateOptions { format, base, size, replace: false, journal_len: None },
+            &CreateOptions { format, base, size, replace: false, journal_len: None, mode },
         )?;
         ui.note(format_args!("{}: over {over}", self.new.display()));
         Ok(ExitCode::SUCCESS)

@@ -48,7 +48,7 @@ fn another_base_of_the_same_size_and_time_is_refused() {
     );
     warns(&scratch, "create --digest -b base vm/digest.cow", &["does not identify it"]);
     for cow in ["vm/native.cow", "vm/uml.cow", "vm/digest.cow"] {
-        let info = scratch.json(&format!("info {cow}"));
+        let info = scratch.json(&format!("--backing-dir=. info {cow}"));
         assert_eq!(info["backing"]["matches"], true, "{info}");
         assert!(
             info["backing"]["warning"].as_str().unwrap().contains("does not identify it"),
@@ -56,31 +56,35 @@ fn another_base_of_the_same_size_and_time_is_refused() {
         );
     }
     link(&scratch, "v2.img");
-    let uml = scratch.json("info vm/uml.cow");
+    let uml = scratch.json("--backing-dir=. info vm/uml.cow");
     assert!(uml["backing"]["warning"].as_str().unwrap().contains("is not noticed"), "{uml}");
     for cow in ["vm/native.cow", "vm/digest.cow"] {
-        let info = scratch.json(&format!("info {cow}"));
+        let info = scratch.json(&format!("--backing-dir=. info {cow}"));
         assert_eq!(info["backing"]["matches"], false, "{info}");
         let words = ["replaced by another of the same size and time", "cow rebind"];
         assert!(words.iter().all(|word| info["problem"].as_str().unwrap().contains(word)));
-        for command in ["merge CRE out.img", "fork CRE vm/new.cow", "map CRE"] {
+        for command in [
+            "--backing-dir=. merge CRE out.img",
+            "--backing-dir=. fork CRE vm/new.cow",
+            "--backing-dir=. map CRE",
+        ] {
             scratch.cow_fails(&command.replace("CRE", cow), 1, &words);
         }
     }
     // The whole digest decides where there is one, and the user where there is none.
-    scratch.cow_fails("rebind vm/digest.cow", 1, &["digests differ"]);
-    scratch.cow_fails("rebind vm/native.cow", 1, &["no digest", "--trust"]);
-    scratch.cow_ok("rebind --trust vm/native.cow");
-    assert_eq!(scratch.json("info vm/native.cow")["backing"]["matches"], true);
+    scratch.cow_fails("--backing-dir=. rebind vm/digest.cow", 1, &["digests differ"]);
+    scratch.cow_fails("--backing-dir=. rebind vm/native.cow", 1, &["no digest", "--trust"]);
+    scratch.cow_ok("--backing-dir=. rebind --trust vm/native.cow");
+    assert_eq!(scratch.json("--backing-dir=. info vm/native.cow")["backing"]["matches"], true);
     link(&scratch, "v1.img");
-    assert_eq!(scratch.json("info vm/native.cow")["backing"]["matches"], false);
-    assert_eq!(scratch.json("info vm/digest.cow")["backing"]["matches"], true);
+    assert_eq!(scratch.json("--backing-dir=. info vm/native.cow")["backing"]["matches"], false);
+    assert_eq!(scratch.json("--backing-dir=. info vm/digest.cow")["backing"]["matches"], true);
     // A copy is as good.
     fs::copy(scratch.path("store/v1.img"), scratch.path("store/v3.img")).unwrap();
     set_mtime(&scratch.path("store/v3.img"), NIX);
     link(&scratch, "v3.img");
-    assert_eq!(scratch.json("info vm/digest.cow")["backing"]["matches"], true);
-    scratch.cow_ok("rebind vm/digest.cow");
+    assert_eq!(scratch.json("--backing-dir=. info vm/digest.cow")["backing"]["matches"], true);
+    scratch.cow_ok("--backing-dir=. rebind vm/digest.cow");
 }
 
 #[test]
@@ -107,14 +111,14 @@ fn a_block_device_is_a_base_whatever_the_time_of_its_node() {
     warns(&scratch, &format!("create -f uml -b {base} uml.cow"), &["size alone"]);
     set_mtime(device.path(), 5);
     for (cow, warned) in [("native.cow", false), ("uml.cow", true)] {
-        let info = scratch.json(&format!("info {cow}"));
+        let info = scratch.json(&format!("--backing-dir=/dev info {cow}"));
         assert_eq!(info["backing"]["matches"], true, "{info}");
         assert_eq!(info["backing"]["warning"].is_string(), warned, "{info}");
         assert_eq!(info["backing"]["stored"]["mtime"], Value::Null, "{info}");
-        scratch.cow_ok(&format!("map {cow}"));
+        scratch.cow_ok(&format!("--backing-dir=/dev map {cow}"));
     }
     // Its content is.
     let file = fs::File::options().write(true).open(device.path()).unwrap();
     file.write_all_at(&[7; 512], 1024).unwrap();
-    assert_eq!(scratch.json("info native.cow")["backing"]["matches"], false);
+    assert_eq!(scratch.json("--backing-dir=/dev info native.cow")["backing"]["matches"], false);
 }

@@ -29,7 +29,7 @@ fn it_is_asked_for_twice_and_says_who_becomes_invalid() {
     let found = ["base.img", "b.cow, ", "c.cow, ", "over-c.cow; found in ", "--yes"];
     scratch.cow_fails("merge --in-place a.cow", 1, &found);
     let found = ["/a.cow, ", "over-c.cow, sub/e.cow; found in ", " and sub)", "--yes"];
-    scratch.cow_fails("merge --in-place sub/d.cow", 1, &found);
+    scratch.cow_fails("--backing-dir=. merge --in-place sub/d.cow", 1, &found);
     scratch.cow_ok("create --size 1M alone.cow");
     scratch.cow_ok("snapshot alone.cow over-alone.cow");
     scratch.cow_fails("merge --in-place over-alone.cow", 1, &["alone.cow", "none found in /"]);

@@ -124,7 +124,14 @@ fn info_of_every_bad_vector_shows_what_can_be_shown() {
         let info: Value = serde_json::from_str(&run.stdout).unwrap();
         assert!(info["problem"].as_str().unwrap().contains(word), "{name}: {info}");
         assert!(info["file-length"].is_u64(), "{name}");
-        assert_eq!(scratch.cow(&format!("check {name}.cow")).status, 2, "{name}");
+        let check = scratch.cow(&format!("check {name}.cow"));
+        match status {
+            1 => assert_eq!(check.status, 2, "{name}"),
+            // The header is right, and the base that it names is elsewhere.
+            _ => {
+                assert!(check.stdout.contains("--backing-dir=/xmlvec"), "{name}: {}", check.stdout)
+            }
+        }
     }
     // Without its magic it cannot be distinguished from a raw image.
     scratch.vector("bad-magic");

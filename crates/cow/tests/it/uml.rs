@@ -122,11 +122,13 @@ fn every_bad_vector_is_refused_by_name() {
         assert!(!scratch.path("out.img").exists(), "{name}");
     }
     scratch.vector("bad-path-missing");
-    scratch.cow_fails(
-        "merge bad-path-missing.cow out.img",
-        1,
-        &["bad-path-missing.cow", "No such file"],
-    );
+    let words = ["bad-path-missing.cow", "/xmlvec/base-1m.img", "--backing-dir=/xmlvec"];
+    scratch.cow_fails("merge bad-path-missing.cow out.img", 1, &words);
+    // Its directory does not exist either.
+    let words = ["--backing-dir", "/xmlvec", "No such file"];
+    scratch.cow_fails("merge --backing-dir /xmlvec bad-path-missing.cow out.img", 2, &words);
+    let words = ["bad-path-missing.cow", "No such file"];
+    scratch.cow_fails("merge -b gone.img bad-path-missing.cow out.img", 1, &words);
 }
 
 #[test]

@@ -72,8 +72,8 @@ fn files<'a>(options: &'a Options, disk: Option<&'a Disk>) -> Vec<&'a Path> {
     match (disk, &options.image) {
         (Some(disk), _) => disk.layers().iter().map(|layer| layer.path()).collect(),
         (None, Image::File { path, .. }) => vec![path],
-        (None, Image::Cow { cow, base, .. }) => {
-            std::iter::once(cow).chain(base).map(PathBuf::as_path).collect()
+        (None, Image::Cow { cow, below, .. }) => {
+            std::iter::once(cow).chain(below).map(PathBuf::as_path).collect()
         }
     }
 }

@@ -4,28 +4,25 @@
 
 use std::io;
 use std::os::fd::RawFd;
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use block_io::Shown;
 use block_io::base_watch::watch::BaseWatch;
-use block_io::ops::inspect::{Content, inspect};
-use block_io::storage::FILE_BLOCK;
 use block_io::storage::file::File;
-use block_io::{Committer, Disk, DiskError, Host, ImageError};
+use block_io::{Committer, Disk, DiskError};
 use cow_format::SectorCount;
 use log::Level;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::cli::{Format, Image, Options};
+use crate::cli::{Image, Options};
 use crate::datapath::holes::Holes;
 use crate::datapath::queue_threads::QueueThreads;
 use crate::datapath::resident::Mappings;
 use crate::datapath::worker::{self, RingStart, Shared, WorkerHandle};
 use crate::lifecycle::error::DaemonError;
 use crate::lifecycle::handover;
-use crate::lifecycle::open_disk::{check_format, describe, open_disk};
+use crate::lifecycle::open_disk::{describe, look, open_disk};
 use crate::process::log_limit::DISK;
 use crate::process::requirements::Engine;
 use crate::process::{signals, watchdog};
@@ -112,17 +109,9 @@ impl DiskSlot {
     fn incoming(options: &Options) -> Result<Self, DaemonError> {
         let engine = choose_engine(options)?;
         engine.report();
-        let (path, base, format) = match &options.image {
-            Image::File { path, format } => (path, None, *format),
-            Image::Cow { cow, base, format } => (cow, base.as_deref(), *format),
-        };
-        let raw = format == Some(Format::Raw);
-        if !raw {
-            check_format(path, format)?;
-        }
-        let (capacity, logical_block) = look(path, base, raw)?;
-        log::info!("disk {}: opens when its guest arrives", path.shown());
-        Self::of(options, (capacity, logical_block), engine)
+        let seen = look(options)?;
+        log::info!("disk {}: opens when its guest arrives", seen.name.shown());
+        Self::of(options, (seen.capacity, seen.logical_block), engine)
     }
 
     fn of(
@@ -133,8 +122,8 @@ impl DiskSlot {
         let failure = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
             .map_err(DaemonError::system("make an eventfd"))?;
         let (options, failure) = (options.clone(), Arc::new(failure));
-        let threads = Arc::new(QueueThreads::new(engine));
-        Ok(DiskSlot { options, capacity, logical_block, threads, failure, open: Mutex::new(None) })
+        let (threads, open) = (Arc::new(QueueThreads::new(engine)), Mutex::new(None));
+        Ok(DiskSlot { options, capacity, logical_block, threads, failure, open })
     }
 
     /// The disk's properties, for the session.
@@ -224,26 +213,6 @@ impl DiskSlot {
 
 fn choose_engine(options: &Options) -> Result<Engine, DaemonError> {
     Ok(Engine::choose(options.io_engine, options.num_queues, options.queue_size_max)?)
-}
-
-/// The size of a disk that another daemon may be writing to, and its logical block in bytes.
-fn look(path: &Path, base: Option<&Path>, raw: bool) -> Result<(SectorCount, u32), DaemonError> {
-    let found = inspect(&Host, path, base)?;
-    let not_cow = || DaemonError::NotCow { path: path.to_owned() };
-    let top = found.files.first();
-    let capacity = match top.map(|top| (&top.content, top.stat.size)) {
-        Some((_, len)) if raw => SectorCount::covering(len),
-        Some((Content::Cow(cow), _)) => cow.header.geometry().sectors(),
-        Some((Content::Raw, _)) => return Err(not_cow()),
-        _ => return found.problem.map_or_else(|| Err(not_cow()), |e| Err(e.into())),
-    };
-    let logical_block = top.map_or(FILE_BLOCK, |top| top.stat.logical_block);
-    match found.problem {
-        // Its writer may have extended it meanwhile.
-        None | Some(ImageError::Data { .. }) => Ok((capacity, logical_block)),
-        Some(_) if raw => Ok((capacity, logical_block)),
-        Some(problem) => Err(problem.into()),
-    }
 }
 
 impl Device for Arc<DiskSlot> {

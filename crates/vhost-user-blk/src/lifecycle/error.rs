@@ -4,6 +4,8 @@ use std::io;
 use std::path::PathBuf;
 
 use block_io::Shown;
+use block_io::image::Outside;
+use block_io::shown::argument;
 use block_io::{DiskError, ImageError};
 use cow_format::identity::IdentityError;
 
@@ -59,6 +61,14 @@ pub enum DaemonError {
         path: PathBuf,
         /// What it looks like.
         found: &'static str,
+    },
+    /// `--backing-dir`.
+    #[error("--backing-dir: {}: {source}", path.shown())]
+    BackingDir {
+        /// The directory.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
     },
     /// A file that existed when the daemon started.
     #[error("{}: does not exist any more: {source}", path.shown())]
@@ -123,7 +133,11 @@ impl DaemonError {
     /// Whether the command line itself is wrong, independent of the state of the system.
     #[must_use]
     pub fn is_usage(&self) -> bool {
-        matches!(self, DaemonError::Socket(e) if e.is_usage())
+        match self {
+            DaemonError::Socket(e) => e.is_usage(),
+            DaemonError::BackingDir { .. } => true,
+            _ => false,
+        }
     }
 
     /// An error of an operation of the system.
@@ -133,8 +147,21 @@ impl DaemonError {
 }
 
 /// Names the daemon's option that helps.
-fn hint(error: &ImageError) -> &'static str {
-    match error {
+fn hint(error: &ImageError) -> String {
+    let text = match error {
+        ImageError::NotAllowed { why: Outside::LeadsOut, .. } => {
+            "; if that is right, give the files below by their real paths: COW,BASE"
+        }
+        ImageError::NotAllowed { path, why: Outside::NotNamed, .. } => {
+            return format!("; if that is right, add it: COW,...,{}", argument(path));
+        }
+        ImageError::NotAllowed { path, .. } => {
+            let dir = argument(path.parent().unwrap_or(path));
+            return format!(
+                "; if that is right, pass --backing-dir={dir}, or give the files below: COW,{}",
+                argument(path)
+            );
+        }
         ImageError::NoLocks { .. } => {
             "; if no other daemon or tool can write to it, pass --allow-unlocked"
         }
@@ -151,5 +178,6 @@ fn hint(error: &ImageError) -> &'static str {
             "; put the right one back, or run `cow rebind` if this one is meant"
         }
         _ => "",
-    }
+    };
+    text.to_owned()
 }

@@ -7,7 +7,7 @@ pub mod daemon;
 mod disk_slot;
 pub mod error;
 mod handover;
-mod open_disk;
+pub mod open_disk;
 pub mod takeover;
 mod trusted_program;
 mod upgrade;

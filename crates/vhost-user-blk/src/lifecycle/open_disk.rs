@@ -1,9 +1,12 @@
 //! Opens the disk that the command line names.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use block_io::Shown;
+use block_io::ops::inspect::{Content, inspect_chain};
 use block_io::ops::signature::{Signature, signature_of};
+use block_io::storage::FILE_BLOCK;
+use block_io::storage::file::File;
 use block_io::{CachePolicy, CowFormat, Disk, DiskOptions, Host, ImageError};
 use cow_format::{HeaderError, Sector, SectorCount, SectorRange};
 
@@ -14,10 +17,7 @@ use crate::process::socket::PREDECESSOR_WAIT;
 
 /// Opens the disk that the command line names, and creates a COW file that does not exist. With
 /// `inherited`, takes the disk over from a predecessor by the descriptions of its top file.
-pub fn open_disk(
-    options: &Options,
-    inherited: Option<block_io::storage::file::File>,
-) -> Result<Disk, DaemonError> {
+pub fn open_disk(options: &Options, inherited: Option<File>) -> Result<Disk, DaemonError> {
     let policy = |cache| match cache {
         Cache::Buffered => CachePolicy::Buffered,
         Cache::Direct => CachePolicy::Direct,
@@ -37,27 +37,80 @@ pub fn open_disk(
         (Image::File { path, format: Some(Format::Raw) }, Some(top)) => {
             Disk::inherit_raw(path, top, &disk_options)?
         }
-        (Image::File { path, .. } | Image::Cow { cow: path, .. }, Some(top)) => {
-            Disk::inherit_cow(path, top, &disk_options)?
+        (Image::File { path, .. }, Some(top)) => Disk::inherit_cow(path, &[], top, &disk_options)?,
+        (Image::Cow { cow, below, .. }, Some(top)) => {
+            Disk::inherit_cow(cow, below, top, &disk_options)?
         }
         (Image::File { path, format }, None) => {
             check_format(path, *format)?;
             Disk::open_cow(path, None, &disk_options).map_err(|e| unless_raw(path, e))?
         }
-        (Image::Cow { cow, base, format }, None) => {
+        (Image::Cow { cow, below, format }, None) => {
             check_format(cow, *format)?;
             if *format == Some(Format::Uml) {
                 disk_options.format = CowFormat::Uml;
             }
-            if let Some(base) = base
+            if let Some(base) = below.first()
                 && !cow.exists()
             {
                 check_base(base)?;
             }
-            Disk::open_cow(cow, base.as_deref(), &disk_options)?
+            Disk::open_named(cow, below, &disk_options)?
         }
     };
     Ok(disk)
+}
+
+/// `--backing-dir`.
+pub fn allow_backing_dirs(dirs: &[PathBuf]) -> Result<(), DaemonError> {
+    dirs.iter().try_for_each(|dir| {
+        let wrong = |source| DaemonError::BackingDir { path: dir.clone(), source };
+        Host::allow_backing_dir(dir).map_err(wrong)
+    })
+}
+
+/// What can be seen of a disk that another daemon has open.
+pub struct Seen {
+    /// The name of its top file.
+    pub name: PathBuf,
+    /// Its size.
+    pub capacity: SectorCount,
+    /// Its logical block in bytes.
+    pub logical_block: u32,
+}
+
+/// Looks at a disk that another daemon may be writing to.
+///
+/// # Errors
+/// The reason, if opening it would fail even without the other daemon, as far as can be seen.
+pub fn look(options: &Options) -> Result<Seen, DaemonError> {
+    let named = |path: &Path, below: &[PathBuf], format| {
+        if format != Some(Format::Raw) {
+            check_format(path, format)?;
+        }
+        Ok::<_, DaemonError>((inspect_chain(&Host, path, below)?, format == Some(Format::Raw)))
+    };
+    let (found, raw) = match &options.image {
+        Image::File { path, format } => named(path, &[], *format)?,
+        Image::Cow { cow, below, format } => named(cow, below, *format)?,
+    };
+    let name = found.files.first().map(|top| top.path.clone()).unwrap_or_default();
+    let not_cow = || DaemonError::NotCow { path: name.clone() };
+    let top = found.files.first();
+    let capacity = match top.map(|top| (&top.content, top.stat.size)) {
+        Some((_, len)) if raw => SectorCount::covering(len),
+        Some((Content::Cow(cow), _)) => cow.header.geometry().sectors(),
+        Some((Content::Raw, _)) => return Err(not_cow()),
+        _ => return found.problem.map_or_else(|| Err(not_cow()), |e| Err(e.into())),
+    };
+    let logical_block = top.map_or(FILE_BLOCK, |top| top.stat.logical_block);
+    match found.problem {
+        // Its writer may have extended it meanwhile.
+        None | Some(ImageError::Data { .. }) => {}
+        Some(_) if raw => {}
+        Some(problem) => return Err(problem.into()),
+    }
+    Ok(Seen { name, capacity, logical_block })
 }
 
 /// Logs the files of the disk, its size, and how it is used.

@@ -9,7 +9,7 @@ use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::Path;
 use std::process::{Command, Output};
 
-use crate::common::{PROGRAM, image, with_fd};
+use crate::common::{Daemon, PROGRAM, image, with_fd};
 
 /// Every name under `directory`, with kind and content.
 fn snapshot(directory: &Path) -> Vec<(OsString, fs::FileType, Option<Vec<u8>>)> {
@@ -96,6 +96,29 @@ fn wrong_usage() {
     for (args, expected) in cases {
         refused(directory.path(), program(args), 2, expected);
     }
+}
+
+#[test]
+fn what_a_header_names_elsewhere_is_refused_with_the_option_that_allows_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    image(here);
+    fs::create_dir(here.join("vms")).unwrap();
+    let serves = |args: &[&str]| {
+        let mut command = program(args);
+        command.current_dir(here);
+        let mut daemon = Daemon::spawn(command, here.join("s"));
+        daemon.wait_line("listening");
+        daemon.terminate();
+    };
+    serves(&["--socket-path=s", "vms/cow,disk.img"]);
+    let dir = fs::canonicalize(here).unwrap();
+    let hint = format!("--backing-dir={}, or give the files below: COW,", dir.display());
+    let alone = ["--socket-path=s", "vms/cow"];
+    refused(here, program(&alone), 1, &["vms/cow: its header names", "disk.img", &hint]);
+    let gone = [&alone[..], &["--backing-dir=gone"]].concat();
+    refused(here, program(&gone), 2, &["--backing-dir: gone", "No such file"]);
+    serves(&[&alone[..], &["--backing-dir=."]].concat());
 }
 
 #[test]

@@ -228,6 +228,7 @@ fn a_disk_that_has_changed_is_refused() {
         size: Some(2 * SECTORS * 512),
         replace: false,
         journal_len: None,
+        mode: None,
     };
     block_io::image::create_cow(&Host, &cow, &options).unwrap();
     let why = arriving.start_in_vain(&mut target);

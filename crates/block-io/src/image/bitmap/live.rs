@@ -4,7 +4,7 @@
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use cow_format::{
     BITMAP_PAGE_LEN, Bitmap, ByteOffset, Geometry, PAGE_SECTORS, Sector, SectorCount, SectorRange,
@@ -12,12 +12,14 @@ use cow_format::{
 
 use super::pages::for_each_stray;
 use super::side_file::{self, RawSideHeader, make_void};
-use crate::storage::{Access, Env, Storage};
+use crate::storage::{Env, Storage};
 use crate::sync::lock;
 
 /// Locks for the pages of the live bitmap. Few queues set new bits at the same time, so collisions
 /// are rare.
 const STRIPES: usize = 64;
+/// The permissions to read and write, without the right to execute.
+const READ_WRITE_MODE: u32 = 0o666;
 /// Sectors that one word of the bitmap covers.
 const WORD_SECTORS: u64 = 64;
 
@@ -38,7 +40,7 @@ enum Place<F> {
     /// In the COW file itself.
     Native(ByteOffset),
     /// In a side file.
-    SideFile { file: F, path: PathBuf },
+    SideFile { file: Arc<F>, path: PathBuf },
 }
 
 impl<F: Storage> LiveBitmap<F> {
@@ -61,26 +63,27 @@ impl<F: Storage> LiveBitmap<F> {
         Ok(Self::new(Place::Native(at)))
     }
 
-    /// The live bitmap in the side file of `cow`, which is created unless it is `valid`.
+    /// The live bitmap in the side file of `cow`: the `valid` one, or a new one, which who can
+    /// access `cow` can access.
     pub(crate) fn side_file<E: Env<File = F>>(
         env: &E,
         cow: &F,
         cow_path: &Path,
         geometry: &Geometry,
-        valid: bool,
+        valid: Option<Arc<F>>,
     ) -> io::Result<Self> {
         let path = side_file::path_for(cow_path);
-        if valid {
-            let file = env.open(&path, Access::ReadWrite)?;
+        if let Some(file) = valid {
             return Ok(Self::new(Place::SideFile { file, path }));
         }
         match env.remove(&path) {
             Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
             _ => {}
         }
-        let file = env.create_new(&path)?;
-        let witness = env.cache_witness(cow);
-        let header = RawSideHeader::new(env.boot_id()?, witness, &cow.stat()?, geometry);
+        let file = Arc::new(env.create_new(&path)?);
+        let (witness, stat) = (env.cache_witness(cow), cow.stat()?);
+        file.set_mode(stat.mode & READ_WRITE_MODE)?;
+        let header = RawSideHeader::new(env.boot_id()?, witness, &stat, geometry);
         file.write_all_at(header.bytes(), ByteOffset::new(0))?;
         Ok(Self::new(Place::SideFile { file, path }))
     }
@@ -139,7 +142,7 @@ impl<F: Storage> LiveBitmap<F> {
     pub(crate) fn make_void(&self) -> io::Result<()> {
         match &self.place {
             Place::Native(_) => Ok(()),
-            Place::SideFile { file, .. } => make_void(file),
+            Place::SideFile { file, .. } => make_void(&**file),
         }
     }
 

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
 use cow_format::{
     BITMAP_PAGE_LEN, Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS, SECTOR_SIZE,
@@ -13,7 +14,7 @@ use super::side_file;
 use crate::image::ImageError;
 use crate::image::opened::Opened;
 use crate::image::trust::{Trust, live_counts, needs_replay, valid_side_file};
-use crate::storage::{Env, Storage};
+use crate::storage::{Access, Env, Storage};
 
 const PAGE_LEN: u64 = BITMAP_PAGE_LEN as u64;
 
@@ -27,7 +28,7 @@ pub(crate) struct BitmapSource<F> {
 enum Live<F> {
     /// In the COW file itself.
     Native(ByteOffset),
-    SideFile(F),
+    SideFile(Arc<F>),
 }
 
 impl<F: Storage> BitmapSource<F> {
@@ -39,12 +40,23 @@ impl<F: Storage> BitmapSource<F> {
         header: &Header,
         trust: Trust,
     ) -> Result<Self, ImageError> {
+        Self::find_for(Access::Read, env, cow, header, trust)
+    }
+
+    /// The same, with a live bitmap that can be written.
+    pub(crate) fn find_for<E: Env<File = F>>(
+        access: Access,
+        env: &E,
+        cow: &Opened<F>,
+        header: &Header,
+        trust: Trust,
+    ) -> Result<Self, ImageError> {
         if let Header::Native(native) = header
             && needs_replay(env, cow, native, trust)?
         {
             return Err(ImageError::Journal { path: cow.path.clone() });
         }
-        Self::find_as_it_is(env, cow, header, trust)
+        Self::find_live(access, env, cow, header, trust)
     }
 
     /// The same for a file that is only inspected: its bitmap may lack what is in the journal.
@@ -54,9 +66,20 @@ impl<F: Storage> BitmapSource<F> {
         header: &Header,
         trust: Trust,
     ) -> Result<Self, ImageError> {
+        Self::find_live(Access::Read, env, cow, header, trust)
+    }
+
+    fn find_live<E: Env<File = F>>(
+        access: Access,
+        env: &E,
+        cow: &Opened<F>,
+        header: &Header,
+        trust: Trust,
+    ) -> Result<Self, ImageError> {
         let geometry = *header.geometry();
         let live = match header {
-            Header::Uml(_) => valid_side_file(env, cow, header, trust)?.map(Live::SideFile),
+            Header::Uml(_) => valid_side_file(env, cow, header, trust, access)?
+                .map(|file| Live::SideFile(Arc::new(file))),
             Header::Native(native) => match live_counts(env, &cow.file, native, trust)? {
                 true => geometry.live_bitmap_offset().map(Live::Native),
                 false => None,
@@ -68,6 +91,14 @@ impl<F: Storage> BitmapSource<F> {
     /// Whether the live bitmap is valid and supplements the durable one.
     pub(crate) fn live_counts(&self) -> bool {
         self.live.is_some()
+    }
+
+    /// The side file, if it has the valid live bitmap.
+    pub(crate) fn side_file(&self) -> Option<Arc<F>> {
+        match self.live.as_ref()? {
+            Live::Native(_) => None,
+            Live::SideFile(file) => Some(Arc::clone(file)),
+        }
     }
 
     /// The file of the live bitmap, if it is valid, and its offset there.

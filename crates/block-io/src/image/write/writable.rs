@@ -12,6 +12,7 @@ use cow_format::{Geometry, Header};
 use super::header_io::{Newest, UpdateError, void_live};
 use crate::image::ImageError;
 use crate::image::bitmap::live::LiveBitmap;
+use crate::image::bitmap::source::BitmapSource;
 use crate::image::opened::Opened;
 use crate::image::trust::page_cache;
 use crate::shown::Shown;
@@ -27,22 +28,22 @@ pub(crate) struct WritableCow<F> {
 }
 
 /// Prepares a COW file for writes: the live bitmap exists, and a successor will be able to tell
-/// whether it is valid. If it already is, the header says so and is left alone. A file that is
-/// `inherited` is not written to at all.
+/// whether it is valid. If it already is, as `bits` say, the header says so and is left alone. A
+/// file that is `inherited` is not written to at all.
 pub(crate) fn make_writable<E: Env>(
     env: &E,
     cow: &Opened<E::File>,
     mut header: Header,
-    live_is_valid: bool,
+    bits: &BitmapSource<E::File>,
     inherited: bool,
 ) -> Result<WritableCow<E::File>, ImageError> {
-    let geometry = *header.geometry();
+    let (geometry, live_is_valid) = (*header.geometry(), bits.live_counts());
     hold_last_sector(&cow.file, &geometry).map_err(ImageError::io(&cow.path, "lengthen"))?;
     let make = ImageError::io(&cow.path, "make the live bitmap");
     let live = match &mut header {
         Header::Uml(_) => {
             let path = env.canonical(&cow.path).map_err(ImageError::io(&cow.path, "resolve"))?;
-            LiveBitmap::side_file(env, &cow.file, &path, &geometry, live_is_valid)
+            LiveBitmap::side_file(env, &cow.file, &path, &geometry, bits.side_file())
                 .map_err(ImageError::side_file(&path))?
         }
         Header::Native(native) => {
@@ -66,6 +67,8 @@ pub(crate) fn make_writable<E: Env>(
     };
     if !inherited {
         warn_without_witness(env, cow);
+    }
+    if !inherited && cow.by_name {
         hold_name(env, &cow.path).map_err(ImageError::io(&cow.path, "sync the directory of"))?;
     }
     let unread = AtomicBool::new(live_is_valid);

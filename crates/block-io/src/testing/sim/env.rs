@@ -8,7 +8,7 @@ use cow_format::header::CacheWitness;
 use super::file::SimFile;
 use super::inode::{Inode, NameChange};
 use super::{Go, Operation, Sim, Verdict, crash_error};
-use crate::storage::{Access, BootId, Env};
+use crate::storage::{Access, BootId, Env, FileId, Storage};
 
 impl Env for Sim {
     type File = SimFile;
@@ -18,6 +18,30 @@ impl Env for Sim {
         world.alive(world.life)?;
         let ino = *world.names.get(&absolute(path)).ok_or(io::ErrorKind::NotFound)?;
         Ok(SimFile::new(self, &mut world, ino, access))
+    }
+
+    fn open_beneath(&self, dir: &Path, path: &Path, access: Access) -> io::Result<SimFile> {
+        self.open(&dir.join(path), access)
+    }
+
+    fn link_beneath(&self, _dir: &Path, _path: &Path) -> io::Result<PathBuf> {
+        Err(io::ErrorKind::InvalidInput.into())
+    }
+
+    fn open_itself(&self, path: &Path, access: Access) -> io::Result<SimFile> {
+        self.open(path, access)
+    }
+
+    fn id(&self, path: &Path) -> io::Result<FileId> {
+        self.open(path, Access::Read)?.stat().map(|stat| stat.id)
+    }
+
+    fn backing_dirs(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
+
+    fn is_user(&self, uid: u32) -> bool {
+        uid == 0
     }
 
     fn with_direct(&self, file: SimFile, _access: Access) -> io::Result<SimFile> {

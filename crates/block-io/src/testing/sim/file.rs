@@ -180,6 +180,10 @@ impl Storage for SimFile {
         })
     }
 
+    fn set_mode(&self, _mode: u32) -> io::Result<()> {
+        Ok(())
+    }
+
     fn knows_holes(&self) -> bool {
         !self.sim.world().lies_about_holes
     }
@@ -207,6 +211,9 @@ impl Storage for SimFile {
             born: Timestamp::new(0, 0),
             allocated: (inode.current.sectors_present() * SECTOR) as u64,
             logical_block: FILE_BLOCK,
+            owner: 0,
+            links: 1,
+            mode: 0o600,
         })
     }
 

@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use block_io::ring::IoEngine;
@@ -15,7 +15,7 @@ use log::LevelFilter;
 use crate::datapath::spin;
 use crate::process::control::{Request, Upgrade};
 use crate::process::socket::Endpoint;
-use crate::process::systemd;
+use crate::process::systemd::{self, Passed};
 use crate::virtio::device_queue::QUEUE_SIZE_MAX;
 use crate::virtio::request::ID_LEN;
 
@@ -79,7 +79,7 @@ Examples:
     disable_help_subcommand = true,
     subcommand_help_heading = "Commands for a running daemon",
     group(ArgGroup::new("endpoint").required(true).args(["socket_path", "fd"])),
-    group(ArgGroup::new("disk").required(true).args(["image", "blk_file"])),
+    group(ArgGroup::new("disk").required(true).args(["image", "blk_file", "cow_fd"])),
 )]
 struct Args {
     #[command(subcommand)]
@@ -106,6 +106,21 @@ struct Args {
     /// With --blk-file: the next file below it; may be repeated, down to the base
     #[arg(long, value_name = "PATH", requires = "blk_file", conflicts_with = "image")]
     base: Vec<PathBuf>,
+
+    /// Serve this open file, a native COW file (or a raw image with --format=raw), and open no path
+    ///
+    /// It must be open for reading and writing (with --read-only, for reading), and only this daemon
+    /// may have it. systemd can pass it as well: OpenFile=PATH:cow. An upgrade passes it on.
+    #[arg(long, value_name = "FDNUM")]
+    cow_fd: Option<RawFd>,
+
+    /// The same file once more, open with O_DIRECT; needed for --cow-cache=direct (systemd: cow-direct)
+    #[arg(long, value_name = "FDNUM", requires = "cow_fd", conflicts_with_all = ["image", "blk_file"])]
+    cow_direct_fd: Option<RawFd>,
+
+    /// The files below it, the nearest first, each open for reading only (systemd: base)
+    #[arg(long, value_name = "FDNUM", value_delimiter = ',', requires = "cow_fd", conflicts_with_all = ["image", "blk_file"])]
+    base_fd: Vec<RawFd>,
 
     /// Create this socket and listen on it
     ///
@@ -426,6 +441,31 @@ pub enum Image {
         /// Its format, if named. Without it the file must be recognisable.
         format: Option<Format>,
     },
+    /// `--cow-fd`: files that are open already.
+    Fds(DiskFds),
+}
+
+impl Image {
+    /// The path of the top, if it has one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Image::Cow { cow: path, .. } | Image::File { path, .. } => Some(path),
+            Image::Fds(_) => None,
+        }
+    }
+}
+
+/// The descriptors of a disk. They stay open under these numbers, for the successor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskFds {
+    /// The top.
+    pub cow: RawFd,
+    /// The top, open with `O_DIRECT`.
+    pub direct: Option<RawFd>,
+    /// The files below it, nearest first.
+    pub below: Vec<RawFd>,
+    /// The top is a raw image.
+    pub raw: bool,
 }
 
 /// What to do.
@@ -451,8 +491,11 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
     }
     let (takeover, args) = predecessor(args);
     // A predecessor hands its socket over, whichever option that came from.
-    let required = takeover.is_none() && systemd::listen_fd().is_none();
-    let command = Args::command().mut_group("endpoint", |group| group.required(required));
+    let passed = systemd::passed(takeover.is_some());
+    let required = takeover.is_none() && passed.socket.is_none();
+    let command = Args::command()
+        .mut_group("endpoint", |group| group.required(required))
+        .mut_group("disk", |group| group.required(passed.cow.is_none()));
     let mut args = Args::from_arg_matches(&command.try_get_matches_from(args)?)?;
     if let Some(subcommand) = args.command.take() {
         let (socket, request) = subcommand.request();
@@ -461,7 +504,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
     if args.control.as_deref().is_some_and(|path| path.as_os_str().is_empty()) {
         return Err(usage(ErrorKind::InvalidValue, "--control: the path is empty"));
     }
-    let image = image(&args)?;
+    let image = image(&args, &passed)?;
     let endpoint = match (args.socket_path, args.fd) {
         (Some(path), _) if path.as_os_str().is_empty() => {
             return Err(usage(ErrorKind::InvalidValue, "--socket-path: the path is empty"));
@@ -473,7 +516,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
         (None, None) => {
             let missing =
                 || usage(ErrorKind::MissingRequiredArgument, "give --socket-path or --fd");
-            Endpoint::Fd(systemd::listen_fd().ok_or_else(missing)?)
+            Endpoint::Fd(passed.socket.ok_or_else(missing)?)
         }
         (Some(_), Some(_)) => {
             return Err(usage(ErrorKind::ArgumentConflict, "give --socket-path or --fd, not both"));
@@ -530,9 +573,15 @@ fn usage(kind: ErrorKind, message: &str) -> clap::Error {
     Args::command().error(kind, message)
 }
 
-fn image(args: &Args) -> Result<Image, clap::Error> {
-    match (&args.image, &args.blk_file) {
-        (Some(text), None) => {
+fn image(args: &Args, passed: &Passed) -> Result<Image, clap::Error> {
+    let fds = match (args.cow_fd, passed.cow) {
+        (Some(cow), None) => Some((cow, args.cow_direct_fd, &args.base_fd)),
+        (None, Some(cow)) => Some((cow, passed.cow_direct, &passed.bases)),
+        (None, None) => None,
+        (Some(_), Some(_)) => return Err(given_twice()),
+    };
+    match (&args.image, &args.blk_file, fds) {
+        (Some(text), None, None) => {
             if args.format == Some(Format::Raw) {
                 return Err(usage(
                     ErrorKind::ArgumentConflict,
@@ -555,10 +604,10 @@ fn image(args: &Args) -> Result<Image, clap::Error> {
             }
             Ok(Image::Cow { cow: cow.into(), below, format: args.format })
         }
-        (None, Some(path)) if args.base.is_empty() => {
+        (None, Some(path), None) if args.base.is_empty() => {
             Ok(Image::File { path: path.clone(), format: args.format })
         }
-        (None, Some(cow)) => {
+        (None, Some(cow), None) => {
             let (cow, below) = (cow.clone(), args.base.clone());
             if args.format == Some(Format::Raw) {
                 let why = "--format=raw: a raw image has no base; leave --base out";
@@ -566,8 +615,42 @@ fn image(args: &Args) -> Result<Image, clap::Error> {
             }
             Ok(Image::Cow { cow, below, format: args.format })
         }
+        (None, None, Some((cow, direct, below))) => {
+            let below = below.clone();
+            let fds = DiskFds { cow, direct, below, raw: args.format == Some(Format::Raw) };
+            check_fds(&fds, args)?;
+            Ok(Image::Fds(fds))
+        }
+        (_, _, Some(_)) => Err(given_twice()),
         _ => Err(usage(ErrorKind::MissingRequiredArgument, "give COW[,BASE] or --blk-file")),
     }
+}
+
+fn given_twice() -> clap::Error {
+    let why =
+        "systemd passes the disk (OpenFile= with the name cow), and the command line names one";
+    usage(ErrorKind::ArgumentConflict, why)
+}
+
+/// Refuses what cannot be had without opening a path.
+fn check_fds(fds: &DiskFds, args: &Args) -> Result<(), clap::Error> {
+    let refuse = |why| Err(usage(ErrorKind::ArgumentConflict, why));
+    if args.format == Some(Format::Uml) {
+        return refuse("--format=uml: a UML COW file needs the file beside it; give its path");
+    }
+    if fds.raw && !fds.below.is_empty() {
+        return refuse("--format=raw: a raw image has no base; leave --base-fd out");
+    }
+    if !args.backing_dir.is_empty() {
+        return refuse("--backing-dir: with --cow-fd nothing that a header names is opened");
+    }
+    if args.base_cache == Cache::Direct {
+        return refuse("--base-cache=direct: not with --cow-fd; give the disk's path");
+    }
+    if (args.cow_cache == Cache::Direct) != fds.direct.is_some() {
+        return refuse("--cow-cache=direct: needs --cow-direct-fd, and that needs it");
+    }
+    Ok(())
 }
 
 fn default_queues() -> u16 {
@@ -625,6 +708,15 @@ mod tests {
         let named = serve(&["--fd=3", "--blk-file=a,b", "--base=c,d", "--base=e"]).image;
         let below = vec!["c,d".into(), "e".into()];
         assert_eq!(named, Image::Cow { cow: "a,b".into(), below, format: None });
+        let fds = serve(&[
+            "--fd=3",
+            "--cow-fd=4",
+            "--cow-direct-fd=5",
+            "--cow-cache=direct",
+            "--base-fd=6,7",
+        ]);
+        let expected = DiskFds { cow: 4, direct: Some(5), below: vec![6, 7], raw: false };
+        assert_eq!(fds.image, Image::Fds(expected));
         let options = serve(&["--fd=3", "--blk-file=a,b"]);
         assert_eq!(options.image, Image::File { path: "a,b".into(), format: None });
     }
@@ -748,6 +840,16 @@ mod tests {
             (&["--fd=3", "a,b,,c"], "comma"),
             (&["--fd=3", "a", "--base=b"], "--base"),
             (&["--fd=3", "--blk-file=a", "--base=b", "--format=raw"], "--base"),
+            (&["--fd=3", "a", "--cow-fd=4"], "--cow-fd"),
+            (&["--fd=3", "a", "--base-fd=4"], "--base-fd"),
+            (&["--fd=3", "--base-fd=4"], "--cow-fd"),
+            (&["--fd=3", "--cow-fd=4", "--base-fd=5,x"], "--base-fd"),
+            (&["--fd=3", "--cow-fd=4", "--format=uml"], "--format=uml"),
+            (&["--fd=3", "--cow-fd=4", "--base-fd=5", "--format=raw"], "--base-fd"),
+            (&["--fd=3", "--cow-fd=4", "--cow-cache=direct"], "--cow-direct-fd"),
+            (&["--fd=3", "--cow-fd=4", "--cow-direct-fd=5"], "--cow-cache=direct"),
+            (&["--fd=3", "--cow-fd=4", "--base-cache=direct"], "--base-cache=direct"),
+            (&["--fd=3", "--cow-fd=4", "--backing-dir=/"], "--backing-dir"),
         ];
         for (args, expected) in cases {
             let error = run(args).unwrap_err();

@@ -39,9 +39,10 @@ pub fn enter(
         (Sandbox::Off, None) => Ok(()),
     }
     .map_err(DaemonError::system("give up privileges"))?;
-    match &options.user {
-        Some(user) => check_access(options, user, disk),
-        None => Ok(()),
+    match (&options.user, &options.image) {
+        // Descriptors are not opened again.
+        (None, _) | (Some(_), Image::Fds(_)) => Ok(()),
+        (Some(user), _) => check_access(options, user, disk),
     }
 }
 
@@ -75,6 +76,7 @@ fn files<'a>(options: &'a Options, disk: Option<&'a Disk>) -> Vec<&'a Path> {
         (None, Image::Cow { cow, below, .. }) => {
             std::iter::once(cow).chain(below).map(PathBuf::as_path).collect()
         }
+        (None, Image::Fds(_)) => Vec::new(),
     }
 }
 

@@ -10,19 +10,19 @@ use std::time::Duration;
 use block_io::Shown;
 use block_io::base_watch::watch::BaseWatch;
 use block_io::storage::file::File;
-use block_io::{Committer, Disk, DiskError};
+use block_io::{Committer, Disk, DiskError, GivenFiles};
 use cow_format::SectorCount;
 use log::Level;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::cli::{Image, Options};
+use crate::cli::Options;
 use crate::datapath::holes::Holes;
 use crate::datapath::queue_threads::QueueThreads;
 use crate::datapath::resident::Mappings;
 use crate::datapath::worker::{self, RingStart, Shared, WorkerHandle};
 use crate::lifecycle::error::DaemonError;
 use crate::lifecycle::handover;
-use crate::lifecycle::open_disk::{describe, look, open_disk};
+use crate::lifecycle::open_disk::{describe, given_files, look, open_disk};
 use crate::process::log_limit::DISK;
 use crate::process::requirements::Engine;
 use crate::process::{signals, watchdog};
@@ -34,6 +34,8 @@ use crate::virtio::request::ParseLimits;
 /// A disk that is open or will be.
 pub struct DiskSlot {
     options: Options,
+    /// The files of the disk, if they were open when the daemon started.
+    given: Option<GivenFiles>,
     /// The size reported to frontends. The disk must still have it when it is opened.
     capacity: SectorCount,
     threads: Arc<QueueThreads>,
@@ -59,9 +61,10 @@ impl DiskSlot {
         // Before a COW file is created.
         let engine = choose_engine(options)?;
         engine.report();
-        let disk = open_disk(options, None)?;
+        let given = given_files(options)?;
+        let disk = open_disk(options, given.as_ref(), None)?;
         describe(&disk);
-        let slot = Self::of(options, (disk.capacity(), disk.logical_block()), engine)?;
+        let slot = Self::of(options, given, (disk.capacity(), disk.logical_block()), engine)?;
         Ok((slot, Some(disk)))
     }
 
@@ -82,9 +85,10 @@ impl DiskSlot {
         let (buffered, direct) = (top.next().transpose()?, top.next().transpose()?);
         let file = buffered.map(|buffered| File::inherit(buffered, direct)).transpose();
         let file = file.map_err(DaemonError::system("use the predecessor's files"))?;
-        let disk = open_disk(options, file)?;
+        let given = given_files(options)?;
+        let disk = open_disk(options, given.as_ref(), file)?;
         describe(&disk);
-        let slot = Self::of(options, (disk.capacity(), disk.logical_block()), engine)?;
+        let slot = Self::of(options, given, (disk.capacity(), disk.logical_block()), engine)?;
         Ok((slot, disk))
     }
 
@@ -109,13 +113,15 @@ impl DiskSlot {
     fn incoming(options: &Options) -> Result<Self, DaemonError> {
         let engine = choose_engine(options)?;
         engine.report();
-        let seen = look(options)?;
+        let given = given_files(options)?;
+        let seen = look(options, given.as_ref())?;
         log::info!("disk {}: opens when its guest arrives", seen.name.shown());
-        Self::of(options, (seen.capacity, seen.logical_block), engine)
+        Self::of(options, given, (seen.capacity, seen.logical_block), engine)
     }
 
     fn of(
         options: &Options,
+        given: Option<GivenFiles>,
         (capacity, logical_block): (SectorCount, u32),
         engine: Engine,
     ) -> Result<Self, DaemonError> {
@@ -123,7 +129,7 @@ impl DiskSlot {
             .map_err(DaemonError::system("make an eventfd"))?;
         let (options, failure) = (options.clone(), Arc::new(failure));
         let (threads, open) = (Arc::new(QueueThreads::new(engine)), Mutex::new(None));
-        Ok(DiskSlot { options, capacity, logical_block, threads, failure, open })
+        Ok(DiskSlot { options, given, capacity, logical_block, threads, failure, open })
     }
 
     /// The disk's properties, for the session.
@@ -167,16 +173,18 @@ impl DiskSlot {
 
     /// Opens a disk whose size is known from before.
     fn reopen(&self) -> Result<Disk, DaemonError> {
-        let (Image::File { path, .. } | Image::Cow { cow: path, .. }) = &self.options.image;
-        // A file that is gone must not be created again.
-        std::fs::metadata(path)
-            .map_err(|source| DaemonError::Gone { path: path.clone(), source })?;
-        let disk = open_disk(&self.options, None)?;
+        if let Some(path) = self.options.image.path() {
+            // A file that is gone must not be created again.
+            std::fs::metadata(path)
+                .map_err(|source| DaemonError::Gone { path: path.to_owned(), source })?;
+        }
+        let disk = open_disk(&self.options, self.given.as_ref(), None)?;
+        let path = disk.layers()[0].path();
         DISK.say(Level::Info, format_args!("disk {}: opened", path.shown()));
         let (found, expected) = (disk.capacity().get(), self.capacity.get());
         if found != expected {
             disk.close()?;
-            return Err(DaemonError::Capacity { path: path.clone(), found, expected });
+            return Err(DaemonError::Capacity { path: path.to_owned(), found, expected });
         }
         Ok(disk)
     }

@@ -1,6 +1,7 @@
 //! Why the daemon ends with a failure.
 
 use std::io;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use block_io::Shown;
@@ -61,6 +62,16 @@ pub enum DaemonError {
         path: PathBuf,
         /// What it looks like.
         found: &'static str,
+    },
+    /// A descriptor of the disk cannot be used.
+    #[error("{option}={fd}: {source}")]
+    Descriptor {
+        /// The option that names it.
+        option: &'static str,
+        /// Its number.
+        fd: RawFd,
+        /// What is wrong with it.
+        source: io::Error,
     },
     /// `--backing-dir`.
     #[error("--backing-dir: {}: {source}", path.shown())]
@@ -135,7 +146,7 @@ impl DaemonError {
     pub fn is_usage(&self) -> bool {
         match self {
             DaemonError::Socket(e) => e.is_usage(),
-            DaemonError::BackingDir { .. } => true,
+            DaemonError::Descriptor { .. } | DaemonError::BackingDir { .. } => true,
             _ => false,
         }
     }
@@ -153,7 +164,10 @@ fn hint(error: &ImageError) -> String {
             "; if that is right, give the files below by their real paths: COW,BASE"
         }
         ImageError::NotAllowed { path, why: Outside::NotNamed, .. } => {
-            return format!("; if that is right, add it: COW,...,{}", argument(path));
+            return format!(
+                "; if that is right, add it: COW,...,{} (with --cow-fd: its descriptor)",
+                argument(path)
+            );
         }
         ImageError::NotAllowed { path, .. } => {
             let dir = argument(path.parent().unwrap_or(path));

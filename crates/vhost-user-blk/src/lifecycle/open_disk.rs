@@ -1,23 +1,29 @@
 //! Opens the disk that the command line names.
 
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use block_io::Shown;
-use block_io::ops::inspect::{Content, inspect_chain};
+use block_io::ops::inspect::{Content, inspect_chain, inspect_files};
 use block_io::ops::signature::{Signature, signature_of};
-use block_io::storage::FILE_BLOCK;
 use block_io::storage::file::File;
-use block_io::{CachePolicy, CowFormat, Disk, DiskOptions, Host, ImageError};
+use block_io::storage::{Access, FILE_BLOCK};
+use block_io::{CachePolicy, CowFormat, Disk, DiskOptions, GivenFiles, Host, ImageError};
 use cow_format::{HeaderError, Sector, SectorCount, SectorRange};
 
-use crate::cli::{Cache, Format, Image, Options};
+use crate::cli::{Cache, DiskFds, Format, Image, Options};
 use crate::guest_memory::PAGE_SIZE;
 use crate::lifecycle::error::DaemonError;
+use crate::process::fd;
 use crate::process::socket::PREDECESSOR_WAIT;
 
 /// Opens the disk that the command line names, and creates a COW file that does not exist. With
 /// `inherited`, takes the disk over from a predecessor by the descriptions of its top file.
-pub fn open_disk(options: &Options, inherited: Option<File>) -> Result<Disk, DaemonError> {
+pub fn open_disk(
+    options: &Options,
+    given: Option<&GivenFiles>,
+    inherited: Option<File>,
+) -> Result<Disk, DaemonError> {
     let policy = |cache| match cache {
         Cache::Buffered => CachePolicy::Buffered,
         Cache::Direct => CachePolicy::Direct,
@@ -31,6 +37,14 @@ pub fn open_disk(options: &Options, inherited: Option<File>) -> Result<Disk, Dae
         ..DiskOptions::default()
     };
     let disk = match (&options.image, inherited) {
+        (Image::Fds(fds), inherited) => {
+            // A predecessor has the same descriptions.
+            let files = files_of(fds, given, options.read_only)?;
+            match fds.raw {
+                true => Disk::open_raw_files(files, inherited.is_some(), &disk_options)?,
+                false => Disk::open_cow_files(files, inherited.is_some(), &disk_options)?,
+            }
+        }
         (Image::File { path, format: Some(Format::Raw) }, None) => {
             Disk::open_raw(path, &disk_options)?
         }
@@ -69,6 +83,44 @@ pub fn allow_backing_dirs(dirs: &[PathBuf]) -> Result<(), DaemonError> {
     })
 }
 
+/// The files of the disk, if they are open already.
+pub fn given_files(options: &Options) -> Result<Option<GivenFiles>, DaemonError> {
+    match &options.image {
+        Image::Fds(fds) => files_of(fds, None, options.read_only).map(Some),
+        Image::Cow { .. } | Image::File { .. } => Ok(None),
+    }
+}
+
+/// The files with these numbers, or the same as `given` once more.
+fn files_of(
+    fds: &DiskFds,
+    given: Option<&GivenFiles>,
+    read_only: bool,
+) -> Result<GivenFiles, DaemonError> {
+    if let Some(given) = given {
+        return given.again().map_err(DaemonError::system("use the disk's descriptors"));
+    }
+    let wrong =
+        |option: &'static str, fd| move |source| DaemonError::Descriptor { option, fd, source };
+    let access = if read_only { Access::Read } else { Access::ReadWrite };
+    let top = fd::duplicate(fds.cow).map_err(wrong("--cow-fd", fds.cow))?;
+    let direct =
+        fds.direct.map(|direct| fd::duplicate(direct).map_err(wrong("--cow-direct-fd", direct)));
+    let top = File::given(top, direct.transpose()?, access).map_err(wrong("--cow-fd", fds.cow))?;
+    let below = fds.below.iter().map(|&base| {
+        let file = fd::duplicate(base).and_then(File::given_base);
+        Ok((file.map_err(wrong("--base-fd", base))?, name_of(base)))
+    });
+    let below = below.collect::<Result<_, DaemonError>>()?;
+    Ok(GivenFiles { top, name: name_of(fds.cow), below })
+}
+
+/// A name of an open file for messages: what the kernel says, or the descriptor's number.
+fn name_of(fd: RawFd) -> PathBuf {
+    let link = std::fs::read_link(format!("/proc/self/fd/{fd}"));
+    link.unwrap_or_else(|_| format!("descriptor {fd}").into())
+}
+
 /// What can be seen of a disk that another daemon has open.
 pub struct Seen {
     /// The name of its top file.
@@ -83,7 +135,7 @@ pub struct Seen {
 ///
 /// # Errors
 /// The reason, if opening it would fail even without the other daemon, as far as can be seen.
-pub fn look(options: &Options) -> Result<Seen, DaemonError> {
+pub fn look(options: &Options, given: Option<&GivenFiles>) -> Result<Seen, DaemonError> {
     let named = |path: &Path, below: &[PathBuf], format| {
         if format != Some(Format::Raw) {
             check_format(path, format)?;
@@ -93,6 +145,7 @@ pub fn look(options: &Options) -> Result<Seen, DaemonError> {
     let (found, raw) = match &options.image {
         Image::File { path, format } => named(path, &[], *format)?,
         Image::Cow { cow, below, format } => named(cow, below, *format)?,
+        Image::Fds(fds) => (inspect_files(files_of(fds, given, options.read_only)?)?, fds.raw),
     };
     let name = found.files.first().map(|top| top.path.clone()).unwrap_or_default();
     let not_cow = || DaemonError::NotCow { path: name.clone() };

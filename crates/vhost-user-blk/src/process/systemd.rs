@@ -2,7 +2,7 @@
 //! that it may have opened (sd_listen_fds(3)). Without a service manager in the environment,
 //! nothing happens.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::os::fd::RawFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
@@ -96,16 +96,50 @@ fn notify(what: &str) {
     }
 }
 
-/// The socket that the manager has opened for this process (`LISTEN_FDS`), if there is exactly one.
-pub fn listen_fd() -> Option<RawFd> {
-    let variable = |name| std::env::var_os(name);
-    passed(variable("LISTEN_PID"), variable("LISTEN_FDS"))
+/// The descriptors that the manager has opened for this process.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Passed {
+    /// The socket for frontends: the only one whose name is not one of the others.
+    pub socket: Option<RawFd>,
+    /// The top of the disk (`cow`), and what bypasses the page cache to it (`cow-direct`).
+    pub cow: Option<RawFd>,
+    pub cow_direct: Option<RawFd>,
+    /// The files below it (`base`), nearest first.
+    pub bases: Vec<RawFd>,
 }
 
-fn passed(pid: Option<OsString>, fds: Option<OsString>) -> Option<RawFd> {
-    let number = |text: Option<OsString>| text?.to_str()?.parse::<u32>().ok();
-    let ours = number(pid) == Some(std::process::id());
-    (ours && number(fds) == Some(1)).then_some(LISTEN_FDS_START)
+/// What the manager has passed (`LISTEN_FDS`, `LISTEN_FDNAMES`). A successor is run by the process
+/// that it was passed to, or by a child of that.
+pub fn passed(successor: bool) -> Passed {
+    let variable = |name| std::env::var(name).ok();
+    let pid = variable("LISTEN_PID").and_then(|pid| pid.parse::<u32>().ok());
+    match pid {
+        Some(pid) if successor || pid == std::process::id() => {
+            Passed::of(variable("LISTEN_FDS").as_deref(), variable("LISTEN_FDNAMES").as_deref())
+        }
+        _ => Passed::default(),
+    }
+}
+
+impl Passed {
+    fn of(count: Option<&str>, names: Option<&str>) -> Self {
+        let count = count.and_then(|count| count.parse::<RawFd>().ok()).unwrap_or(0);
+        let names = names.unwrap_or_default().split(':').map(Some).chain(std::iter::repeat(None));
+        let (mut passed, mut sockets) = (Passed::default(), Vec::new());
+        for (fd, name) in (LISTEN_FDS_START..).zip(names).take(usize::try_from(count).unwrap_or(0))
+        {
+            match name {
+                Some("cow") => passed.cow = Some(fd),
+                Some("cow-direct") => passed.cow_direct = Some(fd),
+                Some("base") => passed.bases.push(fd),
+                _ => sockets.push(fd),
+            }
+        }
+        if let [socket] = sockets[..] {
+            passed.socket = Some(socket);
+        }
+        passed
+    }
 }
 
 #[cfg(test)]
@@ -121,11 +155,21 @@ mod tests {
         for (pid, usec) in [(Some("1"), Some("20000")), (None, Some("0")), (None, Some("soon"))] {
             assert_eq!(watchdog_interval(pid, usec), None);
         }
-        let passed = |pid: &str, fds: &str| passed(Some(pid.into()), Some(fds.into()));
-        assert_eq!(passed(&own, "1"), Some(3));
-        assert_eq!(passed(&own, "2"), None);
-        assert_eq!(passed("1", "1"), None);
-        assert_eq!(super::passed(None, Some("1".into())), None);
+    }
+
+    #[test]
+    fn what_is_passed_is_known_by_its_name() {
+        let socket = |count, names| Passed::of(count, names).socket;
+        assert_eq!(socket(Some("1"), None), Some(3));
+        assert_eq!(socket(Some("1"), Some("vm1.socket")), Some(3));
+        assert_eq!(socket(Some("2"), None), None);
+        assert_eq!(socket(None, None), None);
+        assert_eq!(socket(Some("-1"), None), None);
+        let all = Passed::of(Some("6"), Some("vm1.socket:cow:cow-direct:base:base:base"));
+        let expected =
+            Passed { socket: Some(3), cow: Some(4), cow_direct: Some(5), bases: vec![6, 7, 8] };
+        assert_eq!(all, expected);
+        assert_eq!(Passed::of(Some("1"), Some("cow")).socket, None);
     }
 
     #[test]

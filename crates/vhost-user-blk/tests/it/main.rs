@@ -2,6 +2,7 @@
 
 mod command_line;
 mod common;
+mod descriptors;
 mod dirty_log;
 mod drain;
 mod engines;

@@ -17,7 +17,7 @@ use vhost::vhost_user::message::FrontendReq;
 const FEATURES: u64 = F_VERSION_1 | F_PROTOCOL_FEATURES | F_FLUSH;
 
 /// A frontend with one queue, whose guest can come and go.
-struct Guest {
+pub(crate) struct Guest {
     frontend: RawFrontend,
     memory: Memory,
     queue: Queue,
@@ -29,7 +29,7 @@ struct Guest {
 
 impl Guest {
     /// Connected, as QEMU is when it waits for its guest.
-    fn waiting(daemon: &Daemon) -> Self {
+    pub(crate) fn waiting(daemon: &Daemon) -> Self {
         let mut frontend = RawFrontend::new(daemon.connect());
         frontend.negotiate(FEATURES, PROTOCOL_FEATURES);
         let config = frontend.get_config(0, 60).unwrap();
@@ -41,12 +41,12 @@ impl Guest {
         Guest { frontend, memory, queue, head, status, data, log: None }
     }
 
-    fn start(&mut self) {
+    pub(crate) fn start(&mut self) {
         self.queue.start(&mut self.frontend, self.log.is_some());
     }
 
     /// Tries to start, which must end the connection.
-    fn start_in_vain(mut self, daemon: &mut Daemon) -> String {
+    pub(crate) fn start_in_vain(mut self, daemon: &mut Daemon) -> String {
         self.frontend.need_reply = false;
         self.start();
         let line = daemon.wait_line("connection closed: SET_VRING_");
@@ -54,7 +54,7 @@ impl Guest {
         line
     }
 
-    fn log(&mut self, on: bool) {
+    pub(crate) fn log(&mut self, on: bool) {
         let log = if on { F_LOG_ALL } else { 0 };
         if on {
             let log = self.memory.log();
@@ -64,12 +64,12 @@ impl Guest {
         self.frontend.send_u64(FrontendReq::SET_FEATURES, FEATURES | log);
     }
 
-    fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         self.frontend.get_vring_base(0);
     }
 
     /// What the sector holds; every byte of a sector is the same.
-    fn read(&mut self, sector: u64) -> u8 {
+    pub(crate) fn read(&mut self, sector: u64) -> u8 {
         self.memory.write(self.data, &[0xee; 512]);
         self.request(IN, sector, &[writable(self.data, 512)]);
         let bytes: [u8; 512] = self.memory.read(self.data);
@@ -77,7 +77,7 @@ impl Guest {
         bytes[0]
     }
 
-    fn write(&mut self, sector: u64, value: u8) {
+    pub(crate) fn write(&mut self, sector: u64, value: u8) {
         self.memory.write(self.data, &[value; 512]);
         self.request(OUT, sector, &[readable(self.data, 512)]);
     }

@@ -79,16 +79,14 @@ impl Finding {
 #[derive(Debug)]
 pub struct Check<'a> {
     geometry: &'a Geometry,
-    bitmap: &'a Bitmap,
     findings: Vec<Finding>,
     beyond: Option<(Sector, u64)>,
     leaked: u64,
 }
 
 impl<'a> Check<'a> {
-    /// Begins with what header and lengths say. `bitmap` holds all that counts of the file's
-    /// bitmaps.
-    pub fn new(header: &'a Header, bitmap: &'a Bitmap, file_len: u64) -> Self {
+    /// Begins with what header and lengths say. `last` is the last present sector.
+    pub fn new(header: &'a Header, last: Option<Sector>, file_len: u64) -> Self {
         let mut findings = Vec::new();
         if let Header::Native(native) = header {
             findings.extend(native.broken_copy().cloned().map(Finding::HeaderCopy));
@@ -100,8 +98,8 @@ impl<'a> Check<'a> {
             }
         }
         let geometry = header.geometry();
-        findings.extend(geometry.check_data(bitmap, file_len).err().map(Finding::Data));
-        Self { geometry, bitmap, findings, beyond: None, leaked: 0 }
+        findings.extend(geometry.check_last(last, file_len).err().map(Finding::Data));
+        Self { geometry, findings, beyond: None, leaked: 0 }
     }
 
     /// Examines page `page` of the durable bitmap as it is in the file; true if it has bits past
@@ -115,13 +113,15 @@ impl<'a> Check<'a> {
     }
 
     /// Takes a range of the file that has data, as the file system says, and gives those blocks of
-    /// it that belong to no present sector, as (offset, length in bytes).
+    /// it that belong to no present sector, as (offset, length in bytes). `bitmap` has the bits of
+    /// the sectors in that range; others may be missing.
     pub fn allocated(
         &mut self,
+        bitmap: &Bitmap,
         at: ByteOffset,
         len: u64,
     ) -> impl Iterator<Item = (ByteOffset, u64)> {
-        let leaked = leaks(self.geometry, self.bitmap, at, len);
+        let leaked = leaks(self.geometry, bitmap, at, len);
         let leaked_sum = &mut self.leaked;
         leaked.inspect(|(_, len)| *leaked_sum += len)
     }

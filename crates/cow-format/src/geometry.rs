@@ -83,7 +83,12 @@ impl Geometry {
     /// Refuses a file of `file_len` bytes that ends before the data of a sector that `bitmap` says
     /// is present.
     pub fn check_data(&self, bitmap: &Bitmap, file_len: u64) -> Result<(), DataTruncated> {
-        let Some(sector) = bitmap.last_present() else { return Ok(()) };
+        self.check_last(bitmap.last_present(), file_len)
+    }
+
+    /// The same, with the last present sector.
+    pub fn check_last(&self, last: Option<Sector>, file_len: u64) -> Result<(), DataTruncated> {
+        let Some(sector) = last else { return Ok(()) };
         // Of a partial last sector only what belongs to the disk has to be there: a discard sets
         // its bit and leaves the file's length alone.
         let expected_len = (self.sector_at(sector).get() + SECTOR_SIZE).min(self.full_len());

@@ -104,7 +104,8 @@ pub enum ChangeError {
 pub(crate) struct Edit<F> {
     pub(crate) cow: Opened<F>,
     pub(crate) header: Header,
-    pub(crate) bitmap: Bitmap,
+    /// Empty if all that counts is durable.
+    bitmap: Bitmap,
 }
 
 impl<F: Storage> Edit<F> {
@@ -112,8 +113,12 @@ impl<F: Storage> Edit<F> {
         let cow = Opener::new(env, &DiskOptions::default(), path).top()?;
         let mut header = cow.header()?;
         let trust = recover(env, &cow, &mut header)?;
-        let bitmap = BitmapSource::find(env, &cow, &header, trust)?.load_all(&cow)?;
-        cow.check_data(header.geometry(), &bitmap)?;
+        let bits = BitmapSource::find(env, &cow, &header, trust)?;
+        bits.check_data(&cow)?;
+        let bitmap = match bits.live_counts() {
+            true => bits.load_all(&cow)?,
+            false => Bitmap::new(header.geometry().sectors()),
+        };
         Ok(Edit { cow, header, bitmap })
     }
 

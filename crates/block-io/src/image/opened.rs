@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use cow_format::header::BackingFormat;
 use cow_format::identity::ActualIdentity;
-use cow_format::{Bitmap, ByteOffset, Geometry, HEADER_PREFIX_LEN, Header};
+use cow_format::{ByteOffset, Geometry, HEADER_PREFIX_LEN, Header, Sector};
 
 use super::ImageError;
 use crate::storage::{FileKind, FileStat, Storage};
@@ -80,13 +80,13 @@ impl<F: Storage> Opened<F> {
         header.map_or(self.stat.size, |header| header.geometry().virtual_size())
     }
 
-    /// Refuses a file that lacks the data of a present sector.
+    /// Refuses a file that lacks the data of the last present sector.
     pub(crate) fn check_data(
         &self,
         geometry: &Geometry,
-        bitmap: &Bitmap,
+        last: Option<Sector>,
     ) -> Result<(), ImageError> {
-        let checked = geometry.check_data(bitmap, self.stat.size);
+        let checked = geometry.check_last(last, self.stat.size);
         checked.map_err(|source| ImageError::Data { path: self.path.clone(), source })
     }
 }

@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
-use cow_format::check::{Check, Finding, clear_beyond_end};
+use cow_format::check::{Check, Finding, clear_beyond_end, leaks};
 use cow_format::header::NativeState;
 use cow_format::{BITMAP_PAGE_LEN, Bitmap, ByteOffset, Geometry, Header};
 
 use super::OpError;
+use super::windows::Windows;
 use crate::disk::Disk;
 use crate::image::DiskOptions;
 use crate::image::bitmap::source::BitmapSource;
@@ -51,13 +52,11 @@ pub fn check<E: Env>(env: &E, path: &Path, repair: bool) -> Result<Vec<Checked>,
         return Ok(checked);
     }
     let bits = BitmapSource::find(env, &cow, &header, trust)?;
-    let bitmap = bits.load_all(&cow)?;
     if bits.live_counts() && matches!(header, Header::Uml(_)) {
         checked.push(Checked { finding: Finding::NotClosed, repaired: false });
     }
-    let found = find(&cow, &header, &bitmap)?;
-    for finding in found.findings {
-        let repaired = repair && put_right(&cow, &mut header, &finding, &found.leaks)?;
+    for finding in find(&cow, &header, &bits)? {
+        let repaired = repair && put_right(&cow, &mut header, &finding, &bits)?;
         checked.push(Checked { finding, repaired });
     }
     Ok(checked)
@@ -80,34 +79,49 @@ fn close_in_order<E: Env>(env: &E, path: &Path) -> Result<bool, OpError> {
     Ok(not_closed)
 }
 
-/// The findings, and the leaked blocks.
-struct Found {
-    findings: Vec<Finding>,
-    /// Blocks to punch out.
-    leaks: Vec<(ByteOffset, u64)>,
-}
-
-fn find<F: Storage>(cow: &Opened<F>, header: &Header, bitmap: &Bitmap) -> Result<Found, OpError> {
-    let mut check = Check::new(header, bitmap, cow.stat.size);
+fn find<F: Storage>(
+    cow: &Opened<F>,
+    header: &Header,
+    bits: &BitmapSource<F>,
+) -> Result<Vec<Finding>, OpError> {
+    let present = bits.present(&cow.file, 0..bits.pages());
+    let present = present.map_err(OpError::io(&cow.path, "read the bitmap of"))?;
+    let mut check = Check::new(header, present.last, cow.stat.size);
     for_each_page(cow, header, |_, page, bytes| {
         check.bitmap_page(page, bytes);
         Ok(())
     })?;
-    let mut leaks = Vec::new();
+    for_each_data(cow, header, bits, |bitmap, at, len| {
+        check.allocated(bitmap, at, len).for_each(drop);
+        Ok(())
+    })?;
+    Ok(check.finish())
+}
+
+/// Passes to `found` the ranges of the file that have data, from its first sector on, each with the
+/// bits of the sectors in it.
+fn for_each_data<F: Storage>(
+    cow: &Opened<F>,
+    header: &Header,
+    bits: &BitmapSource<F>,
+    mut found: impl FnMut(&Bitmap, ByteOffset, u64) -> Result<(), OpError>,
+) -> Result<(), OpError> {
+    // If all counts as data it is unknown what is allocated.
+    if !cow.file.knows_holes() {
+        return Ok(());
+    }
+    let mut windows = Windows::new(bits, cow, header.geometry());
     let mut at = header.geometry().data_offset().get();
     let end = match header {
         Header::Native(_) => u64::MAX,
         // A new UML file is created by writing its last byte: that block is not leaked.
         Header::Uml(_) => cow.stat.size.saturating_sub(1) / FS_BLOCK * FS_BLOCK,
     };
-    // If all counts as data it is unknown what is allocated.
-    let knows = cow.file.knows_holes();
-    while let Some(data) = next_data(cow, at)?.filter(|data| knows && data.start < end) {
-        let len = data.end.min(end) - data.start;
-        leaks.extend(check.allocated(ByteOffset::new(data.start), len));
+    while let Some(data) = next_data(cow, at)?.filter(|data| data.start < end) {
+        windows.for_each(data.start..data.end.min(end), &mut found)?;
         at = data.end;
     }
-    Ok(Found { findings: check.finish(), leaks })
+    Ok(())
 }
 
 fn next_data<F: Storage>(
@@ -158,14 +172,14 @@ fn put_right<F: Storage>(
     cow: &Opened<F>,
     header: &mut Header,
     finding: &Finding,
-    leaks: &[(ByteOffset, u64)],
+    bits: &BitmapSource<F>,
 ) -> Result<bool, OpError> {
     match (finding, header) {
         (Finding::HeaderCopy(_) | Finding::UnknownFeatures(_), Header::Native(native)) => {
             write_native_synced(&cow.file, native).map_err(|err| err.at(&cow.path))?;
         }
         (Finding::BitsBeyondEnd { .. }, header) => clear_bits(cow, header)?,
-        (Finding::Leaked { .. }, _) => punch(cow, leaks)?,
+        (Finding::Leaked { .. }, header) => punch(cow, header, bits)?,
         // Lost data stays lost; a file that is still open elsewhere was refused earlier.
         _ => return Ok(false),
     }
@@ -183,10 +197,16 @@ fn clear_bits<F: Storage>(cow: &Opened<F>, header: &Header) -> Result<(), OpErro
     sync(cow)
 }
 
-fn punch<F: Storage>(cow: &Opened<F>, leaks: &[(ByteOffset, u64)]) -> Result<(), OpError> {
-    for (at, len) in leaks {
-        cow.file.punch(*at, *len).map_err(OpError::write(&cow.path, at.get()))?;
-    }
+fn punch<F: Storage>(
+    cow: &Opened<F>,
+    header: &Header,
+    bits: &BitmapSource<F>,
+) -> Result<(), OpError> {
+    for_each_data(cow, header, bits, |bitmap, at, len| {
+        leaks(header.geometry(), bitmap, at, len).try_for_each(|(at, len)| {
+            cow.file.punch(at, len).map_err(OpError::write(&cow.path, at.get()))
+        })
+    })?;
     sync(cow)
 }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use cow_format::header::{BackingFormat, NativeState};
 use cow_format::identity::{ActualIdentity, BackingIdentity, Doubt, IdentityError};
-use cow_format::{Bitmap, Header, HeaderError, SectorCount};
+use cow_format::{Header, HeaderError, Sector, SectorCount};
 
 use super::merge_marker::marker_path;
 use crate::disk::GivenFiles;
@@ -62,18 +62,13 @@ pub enum Content {
 pub struct CowFacts {
     /// Its header.
     pub header: Header,
-    /// The sectors that are present: the durable ones, and the live ones if the live bitmap is
-    /// valid.
-    pub bitmap: Bitmap,
+    /// The number of sectors that are present: the durable ones, and the live ones if the live
+    /// bitmap is valid.
+    pub present: SectorCount,
+    /// The last of them.
+    pub last_present: Option<Sector>,
     /// It has a valid live bitmap: it is in use, or was not closed.
     pub live: bool,
-}
-
-impl CowFacts {
-    /// How many sectors are present.
-    pub fn present(&self) -> SectorCount {
-        self.bitmap.present()
-    }
 }
 
 /// The reference of a COW file, and the file that was found there.
@@ -213,7 +208,7 @@ impl Inspection {
         {
             return Err(ImageError::NotFrozen { cow: above.path.clone(), path: last.path.clone() });
         }
-        opened.check_data(cow.header.geometry(), &cow.bitmap)
+        opened.check_data(cow.header.geometry(), cow.last_present)
     }
 
     /// Opens the file that the last one refers to.
@@ -262,7 +257,7 @@ impl Inspection {
     }
 }
 
-/// Reads header and bitmap. A top without a known magic is a raw image; below the top, the
+/// Reads the header and counts the bits. A top without a known magic is a raw image; below the top, the
 /// reference determines the format.
 fn look_inside<E: Env>(
     env: &E,
@@ -284,8 +279,14 @@ fn look_inside<E: Env>(
         Err(err) => return Err(err),
     };
     let bits = BitmapSource::find_as_it_is(env, opened, &header, Trust::Witness)?;
-    let (bitmap, live) = (bits.load_all(opened)?, bits.live_counts());
-    Ok(Content::Cow(Box::new(CowFacts { header, bitmap, live })))
+    let found = bits.present(&opened.file, 0..bits.pages());
+    let found = found.map_err(ImageError::io(&opened.path, "read the bitmap"))?;
+    Ok(Content::Cow(Box::new(CowFacts {
+        header,
+        present: SectorCount::new(found.count),
+        last_present: found.last,
+        live: bits.live_counts(),
+    })))
 }
 
 impl BackingFacts {

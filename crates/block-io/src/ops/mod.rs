@@ -15,6 +15,7 @@ mod rebase;
 mod reset;
 pub mod signature;
 pub mod walk;
+mod windows;
 mod zeroes;
 
 pub use compare::{Pair, first_difference};

@@ -37,10 +37,11 @@ fn leaks(
     bitmap: &Bitmap,
     allocated: &[(u64, u64)],
 ) -> (Vec<(u64, u64)>, Vec<Finding>) {
-    let mut check = Check::new(header, bitmap, u64::MAX);
+    let mut check = Check::new(header, bitmap.last_present(), u64::MAX);
     let mut leaked = Vec::new();
     for &(at, len) in allocated {
-        leaked.extend(check.allocated(ByteOffset::new(at), len).map(|(at, len)| (at.get(), len)));
+        let found = check.allocated(bitmap, ByteOffset::new(at), len);
+        leaked.extend(found.map(|(at, len)| (at.get(), len)));
     }
     (leaked, check.finish())
 }
@@ -50,17 +51,19 @@ fn a_sound_file_has_no_findings() {
     for header in [uml(1_000_001), native(|_, _| ())] {
         let bitmap = with_sectors(&header, &[(0, 8), (100, 30)]);
         let geometry = header.geometry();
-        let mut check = Check::new(&header, &bitmap, geometry.full_len());
+        let mut check = Check::new(&header, bitmap.last_present(), geometry.full_len());
         let mut page = [0; BITMAP_PAGE_LEN];
         bitmap.render_page(0, &mut page);
         assert!(!check.bitmap_page(0, &page[..geometry.bitmap_page_len(0)]));
         // Header, bitmaps, and whole blocks round what is present.
         assert_eq!(
-            check.allocated(ByteOffset::new(0), geometry.data_offset().get() + 4096).count(),
+            check
+                .allocated(&bitmap, ByteOffset::new(0), geometry.data_offset().get() + 4096)
+                .count(),
             0
         );
         let block = geometry.data_offset().get() + 12 * 4096;
-        assert_eq!(check.allocated(ByteOffset::new(block), 5 * 4096).count(), 0);
+        assert_eq!(check.allocated(&bitmap, ByteOffset::new(block), 5 * 4096).count(), 0);
         assert_eq!(check.finish(), []);
     }
 }
@@ -69,7 +72,7 @@ fn a_sound_file_has_no_findings() {
 fn header_states_are_found() {
     let header = native(|_, prefix| prefix[4096] ^= 1);
     let bitmap = with_sectors(&header, &[]);
-    let findings = Check::new(&header, &bitmap, u64::MAX).finish();
+    let findings = Check::new(&header, bitmap.last_present(), u64::MAX).finish();
     assert!(matches!(findings[..], [Finding::HeaderCopy(_)]));
     assert_eq!(findings[0].severity(), Severity::Corrupt);
 
@@ -78,7 +81,7 @@ fn header_states_are_found() {
         let write = header.next_write().unwrap();
         prefix[..4096].copy_from_slice(&*write.bytes);
     });
-    let findings = Check::new(&header, &bitmap, u64::MAX).finish();
+    let findings = Check::new(&header, bitmap.last_present(), u64::MAX).finish();
     assert_eq!(findings, [Finding::NotClosed]);
     assert_eq!(findings[0].severity(), Severity::Note);
 }
@@ -87,8 +90,8 @@ fn header_states_are_found() {
 fn lost_data_is_the_worst() {
     let header = uml(1 << 20);
     let bitmap = with_sectors(&header, &[(2047, 1)]);
-    let mut check = Check::new(&header, &bitmap, header.geometry().full_len() - 1);
-    assert_eq!(check.allocated(ByteOffset::new(12288), 4096).count(), 1);
+    let mut check = Check::new(&header, bitmap.last_present(), header.geometry().full_len() - 1);
+    assert_eq!(check.allocated(&bitmap, ByteOffset::new(12288), 4096).count(), 1);
     let findings = check.finish();
     assert!(
         matches!(findings[..], [Finding::Data(lost), Finding::Leaked { bytes: 4096 }] if lost.sector.get() == 2047)
@@ -102,7 +105,7 @@ fn bits_past_the_end_are_found_and_cleared() {
     let geometry = header.geometry();
     let bitmap = with_sectors(&header, &[]);
     let mut page = vec![0xff; BITMAP_PAGE_LEN];
-    let mut check = Check::new(&header, &bitmap, u64::MAX);
+    let mut check = Check::new(&header, bitmap.last_present(), u64::MAX);
     assert!(check.bitmap_page(0, &page[..246]));
     assert!(!check.bitmap_page(0, &page[..244]));
     assert!(check.bitmap_page(3, &[0, 0x10]));

@@ -187,7 +187,7 @@ impl CowPart {
             },
         };
         CowPart {
-            present_sectors: cow.present().get(),
+            present_sectors: cow.present.get(),
             sectors: cow.header.geometry().sectors().get(),
             state,
             uuid: native.map(|native| native.uuid().to_string()),

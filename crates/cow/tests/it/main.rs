@@ -6,6 +6,7 @@ mod commands;
 mod common;
 mod convert;
 mod delta;
+mod hostile;
 mod in_place;
 mod info;
 mod merge;

@@ -1,12 +1,14 @@
 //! Where the bits of a COW file are stored, and how they are read: all at once, or page by page on
 //! demand.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+use cow_format::check::clear_beyond_end;
 use cow_format::{
-    BITMAP_PAGE_LEN, Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS, SECTOR_SIZE,
+    BITMAP_PAGE_LEN, Bitmap, ByteOffset, Geometry, Header, PAGE_SECTORS, SECTOR_SIZE, Sector,
 };
 
 use super::pages::{for_each_stray, read_pages};
@@ -17,6 +19,8 @@ use crate::image::trust::{Trust, live_counts, needs_replay, valid_side_file};
 use crate::storage::{Access, Env, Storage};
 
 const PAGE_LEN: u64 = BITMAP_PAGE_LEN as u64;
+/// Bitmap pages in memory at a time when all are looked at: 4 MiB, which cover 16 GiB of disk.
+const WINDOW_PAGES: usize = 1024;
 
 /// The valid bitmaps of one COW file.
 pub(crate) struct BitmapSource<F> {
@@ -177,16 +181,69 @@ impl<F: Storage> BitmapSource<F> {
         }
     }
 
+    /// What is present in `pages`. They are looked at in windows: their number is up to whoever
+    /// made the file.
+    pub(crate) fn present(&self, cow: &F, pages: Range<u64>) -> io::Result<Present> {
+        let mut found = Present::default();
+        let mut window = BTreeMap::new();
+        let last = self.pages().saturating_sub(1);
+        for start in pages.clone().step_by(WINDOW_PAGES) {
+            let pages = start..(start + WINDOW_PAGES as u64).min(pages.end);
+            if !self.may_have(cow, &pages)? {
+                continue;
+            }
+            self.for_each(cow, &pages, |page, bytes, _live| {
+                let all = window.entry(page).or_insert([0; BITMAP_PAGE_LEN]);
+                all.iter_mut().zip(bytes).for_each(|(all, byte)| *all |= byte);
+            })?;
+            while let Some((page, mut bytes)) = window.pop_first() {
+                if page == last {
+                    // UML leaves anything past the end.
+                    clear_beyond_end(&self.geometry, page, &mut bytes);
+                }
+                found.add(page, &bytes);
+            }
+        }
+        Ok(found)
+    }
+
+    /// The number of pages that the disk needs.
+    pub(crate) fn pages(&self) -> u64 {
+        self.geometry.sectors().get().div_ceil(PAGE_SECTORS)
+    }
+
     /// Refuses a file that lacks the data of a present sector. Only pages that cover sectors past
     /// the end of the file are read.
     pub(crate) fn check_data(&self, cow: &Opened<F>) -> Result<(), ImageError> {
         let held = cow.disk_bytes(&self.geometry);
-        let bitmap = Bitmap::new(self.geometry.sectors());
-        if held < self.geometry.virtual_size() {
-            let first = held / (PAGE_SECTORS * SECTOR_SIZE);
-            let read = self.load(&cow.file, &bitmap, first..bitmap.pages());
-            read.map_err(ImageError::io(&cow.path, "read the bitmap"))?;
+        if held >= self.geometry.virtual_size() {
+            return Ok(());
         }
-        cow.check_data(&self.geometry, &bitmap)
+        let first = held / (PAGE_SECTORS * SECTOR_SIZE);
+        let past = self.present(&cow.file, first..self.pages());
+        let past = past.map_err(ImageError::io(&cow.path, "read the bitmap"))?;
+        cow.check_data(&self.geometry, past.last)
+    }
+}
+
+/// What bitmaps say of a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Present {
+    /// The number of present sectors.
+    pub(crate) count: u64,
+    /// The last of them.
+    pub(crate) last: Option<Sector>,
+}
+
+impl Present {
+    /// Adds the bits of page `page`.
+    fn add(&mut self, page: u64, bytes: &[u8; BITMAP_PAGE_LEN]) {
+        let words = bytes.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes));
+        for (start, word) in (page * PAGE_SECTORS..).step_by(64).zip(words) {
+            if word != 0 {
+                self.count += u64::from(word.count_ones());
+                self.last = Some(Sector::new(start + u64::from(word.ilog2())));
+            }
+        }
     }
 }

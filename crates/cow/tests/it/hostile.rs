@@ -1,0 +1,56 @@
+//! Files from strangers: what they name, and what they make the tool use.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::process::Command;
+
+use cow_format::VIRTUAL_SIZE_MAX;
+use cow_format::header::NativeHeader;
+
+use crate::common::{Run, Scratch};
+
+/// The memory that a command may allocate in the tests, in KiB: what it uses anyway (a stack for
+/// each thread included) and one window of a bitmap.
+const MEMORY_MAX_KIB: u32 = 64 << 10;
+
+/// Runs `cow`, which may allocate [`MEMORY_MAX_KIB`].
+fn cow_in_little_memory(scratch: &Scratch, args: &str) -> Run {
+    let limited = format!("ulimit -d {MEMORY_MAX_KIB} && exec \"$0\" {args}");
+    scratch.run(Command::new("sh").args(["-c", &limited, env!("CARGO_BIN_EXE_cow")]))
+}
+
+/// A header of the largest disk there can be, whose bitmap has a page of alternating bits in every
+/// fourth of its 16384 regions. That bitmap took 180 MiB in memory.
+fn bitmap_bomb(scratch: &Scratch) {
+    let mut header =
+        NativeHeader::create(VIRTUAL_SIZE_MAX, uuid::Uuid::from_u128(7), None).unwrap();
+    let file = fs::File::create(scratch.path("bomb.cow")).unwrap();
+    for _ in ["one copy", "the other"] {
+        let write = header.next_write().unwrap();
+        file.write_all_at(&*write.bytes, write.at.get()).unwrap();
+    }
+    let geometry = *header.geometry();
+    file.set_len(geometry.data_offset().get()).unwrap();
+    for region in (0..geometry.bitmap_pages()).step_by(4 * 1024) {
+        file.write_all_at(&[0xaa; 4096], geometry.page_at(region).get()).unwrap();
+    }
+}
+
+#[test]
+fn a_bitmap_of_any_size_is_looked_at_in_little_memory() {
+    let scratch = Scratch::new();
+    bitmap_bomb(&scratch);
+    let info = cow_in_little_memory(&scratch, "info --output=json bomb.cow");
+    assert_eq!(info.status, 0, "{}", info.stderr);
+    let info: serde_json::Value = serde_json::from_str(&info.stdout).unwrap();
+    assert_eq!(info["present-sectors"], 4096 * 4 * 4096);
+    assert!(info["problem"].as_str().unwrap().contains("data truncated"), "{info}");
+    let check = cow_in_little_memory(&scratch, "check bomb.cow");
+    assert_eq!(check.status, 2, "{}", check.stderr);
+    assert!(check.stdout.contains("data truncated"), "{}", check.stdout);
+    for args in ["map bomb.cow", "merge bomb.cow out", "snapshot bomb.cow new"] {
+        let run = cow_in_little_memory(&scratch, args);
+        assert_eq!(run.status, 1, "{args}: {}", run.stderr);
+        assert!(run.stderr.contains("data truncated"), "{args}: {}", run.stderr);
+    }
+}

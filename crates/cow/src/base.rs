@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use block_io::Host;
 use block_io::image::BaseOptions;
 use block_io::ops::inspect::inspect;
 use block_io::ops::signature::{Signature, signature_of};
+use block_io::{Host, Shown};
 use clap::ValueEnum;
 use cow_format::header::BackingFormat;
 
@@ -64,7 +64,7 @@ pub fn warn_of_base(cow: &Path, base: Option<&Path>, ui: Ui) -> Result<(), CowEr
     if let Some(backing) = found.files.first().and_then(|top| top.backing.as_ref())
         && let Some(doubt) = &backing.doubt
     {
-        ui.warn(format_args!("{}: {}", backing.path.display(), advised_doubt(doubt)));
+        ui.warn(format_args!("{}: {}", backing.path.shown(), advised_doubt(doubt)));
     }
     Ok(())
 }
@@ -80,7 +80,7 @@ pub fn base_format(base: &Path, said: Option<BaseFormat>) -> Result<BackingForma
             return Err(CowError::Usage(format!(
                 "{}: begins like a qcow2 image: convert it to a raw image (cow convert -f qcow2 -O raw) and use \
                  that as base, or pass -F raw to use the file's own bytes as a disk",
-                base.display()
+                base.shown()
             )));
         }
         Some(Signature::Uml) => "uml",
@@ -90,6 +90,6 @@ pub fn base_format(base: &Path, said: Option<BaseFormat>) -> Result<BackingForma
     Err(CowError::Usage(format!(
         "{}: begins like a COW file ({found}): pass -F native or -F uml to use the disk in it, or -F raw to use \
          the file's own bytes as a disk",
-        base.display()
+        base.shown()
     )))
 }

@@ -3,9 +3,9 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use block_io::Host;
 use block_io::ops::inspect::refers_to;
 use block_io::storage::FileId;
+use block_io::{Host, Shown};
 
 /// The COW files over a file, and the directories that were searched.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ impl Dependents {
 impl fmt::Display for Dependents {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let join = |paths: &[PathBuf], by| {
-            paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(by)
+            paths.iter().map(|path| path.shown().to_string()).collect::<Vec<_>>().join(by)
         };
         let dirs = join(&self.dirs, " and ");
         match self.files.is_empty() {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use block_io::image::{ChangeError, Outside};
 use block_io::ops::OpError;
 use block_io::shown::argument;
-use block_io::{DiskError, ImageError};
+use block_io::{DiskError, ImageError, Shown};
 use cow_format::identity::{Doubt, IdentityError};
 
 use crate::delta::DeltaError;
@@ -24,10 +24,10 @@ pub enum CowError {
     #[error("{0}{hint}", hint = change_hint(.0))]
     Change(#[from] ChangeError),
     /// A file without a COW header, and no option that says it is a raw image.
-    #[error("{}: not a COW file; pass --format raw if it is a raw image", .0.display())]
+    #[error("{}: not a COW file; pass --format raw if it is a raw image", .0.shown())]
     NotCow(PathBuf),
     /// A COW file of another format than --format names.
-    #[error("{}: is a {} COW file, not what --format says", path.display(), format!("{is:?}").to_lowercase())]
+    #[error("{}: is a {} COW file, not what --format says", path.shown(), format!("{is:?}").to_lowercase())]
     OtherFormat {
         /// The file.
         path: PathBuf,
@@ -35,7 +35,7 @@ pub enum CowError {
         is: FileFormat,
     },
     /// A delta could not be read to its end.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", path.shown())]
     Delta {
         /// The stream.
         path: PathBuf,
@@ -43,7 +43,7 @@ pub enum CowError {
         source: DeltaError,
     },
     /// A delta is over another base.
-    #[error("{}: is not the base of {}: {why}", base.display(), delta.display())]
+    #[error("{}: is not the base of {}: {why}", base.shown(), delta.shown())]
     OtherBase {
         /// The base that was named.
         base: PathBuf,
@@ -55,11 +55,11 @@ pub enum CowError {
     /// A qcow2 image whose clusters are encrypted.
     #[error(
         "{}: is encrypted, which is not supported; decrypt it first: qemu-img convert with --object secret",
-        .0.display()
+        .0.shown()
     )]
     Encrypted(PathBuf),
     /// Neither way to read a qcow2 image worked.
-    #[error("{}: cannot be read as qcow2: {imago}; and by qemu-img: {qemu_img}", path.display())]
+    #[error("{}: cannot be read as qcow2: {imago}; and by qemu-img: {qemu_img}", path.shown())]
     Qcow2 {
         /// The image.
         path: PathBuf,
@@ -75,7 +75,7 @@ pub enum CowError {
     #[error(
         "{}: would be overwritten with the merged disk, and every other COW file over it would become invalid ({others}); \
          pass --yes to confirm",
-        target.display()
+        target.shown()
     )]
     NotConfirmed {
         /// The file that would be written.
@@ -84,7 +84,7 @@ pub enum CowError {
         others: Dependents,
     },
     /// The file is no part of the chain.
-    #[error("{}: is not one of the files below {}", file.display(), cow.display())]
+    #[error("{}: is not one of the files below {}", file.shown(), cow.shown())]
     NotBelow {
         /// As named.
         file: PathBuf,

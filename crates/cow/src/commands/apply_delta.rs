@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use block_io::image::{BaseOptions, CreateOptions};
 use block_io::ops::inspect::{Content, inspect};
 use block_io::ops::{CowWriter, OpError};
-use block_io::{CowFormat, Host};
+use block_io::{CowFormat, Host, Shown};
 use cow_format::Header as CowHeader;
 use cow_format::identity::{ActualIdentity, BackingIdentity, Verdict};
 
@@ -53,7 +53,7 @@ impl Args {
             let len = file.metadata().map_err(OpError::io(&self.delta, "stat"))?.len();
             self.apply(file, &self.delta, len, ui)?;
         }
-        ui.note(format_args!("{}: complete", self.new.display()));
+        ui.note(format_args!("{}: complete", self.new.shown()));
         Ok(ExitCode::SUCCESS)
     }
 
@@ -93,7 +93,7 @@ impl Args {
             (None, None) => return Ok(None),
             (Some(base), Some(identity)) => (base, identity),
             (Some(base), None) => {
-                let (delta, base) = (delta.display(), base.path.display());
+                let (delta, base) = (delta.shown(), base.path.shown());
                 let why = format!(
                     "{delta}: was exported from a disk without a base, so {base} cannot be its base"
                 );
@@ -102,7 +102,7 @@ impl Args {
             (None, Some(_)) => {
                 let why = format!(
                     "{}: was exported from a disk with a base; pass it with --base",
-                    delta.display()
+                    delta.shown()
                 );
                 return Err(CowError::Usage(why));
             }
@@ -116,7 +116,7 @@ impl Args {
         match identity.verify(&found) {
             Ok(Verdict { doubt: None, .. }) => return Ok(Some(options)),
             Ok(Verdict { doubt: Some(doubt), .. }) if digest.is_none() => {
-                ui.warn(format_args!("{}: {doubt}", base.display()));
+                ui.warn(format_args!("{}: {doubt}", base.shown()));
                 return Ok(Some(options));
             }
             // The digest decides.
@@ -135,7 +135,7 @@ impl Args {
         match digest {
             _ if self.trust => ui.warn(format_args!(
                 "{}: accepted without proof that its content is the same",
-                base.display()
+                base.shown()
             )),
             Some(digest) if digest_of(base, ui)? == digest => {}
             Some(_) => return Err(wrong("its content has another digest".into())),

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use block_io::ops::OpError;
 use block_io::ops::check::{Checked, check};
 use block_io::ops::inspect::{Content, Inspection, inspect};
-use block_io::{Host, ImageError};
+use block_io::{Host, ImageError, Shown};
 use cow_format::HeaderError;
 use cow_format::check::Severity;
 use cow_format::header::BackingFormat;
@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::digest::digest_of;
 use crate::error::{CowError, advised};
-use crate::output::OutputArgs;
+use crate::output::{Name, OutputArgs};
 use crate::ui::Ui;
 
 /// Check a COW file and the chain below it
@@ -46,7 +46,8 @@ pub struct Args {
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Report {
-    filename: PathBuf,
+    #[serde(flatten)]
+    filename: Name,
     /// Findings that are left.
     corruptions: u64,
     leaks: u64,
@@ -55,7 +56,8 @@ struct Report {
 
 #[derive(Serialize)]
 struct Found {
-    filename: PathBuf,
+    #[serde(flatten)]
+    filename: Name,
     severity: &'static str,
     message: String,
     repaired: bool,
@@ -68,7 +70,7 @@ const STATUS_LEAKS: u8 = 3;
 impl Args {
     pub fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
         let mut report =
-            Report { filename: self.file.clone(), corruptions: 0, leaks: 0, findings: Vec::new() };
+            Report { filename: name(&self.file), corruptions: 0, leaks: 0, findings: Vec::new() };
         report.add_file(&self.file, self.repair)?;
         let found = inspect(&Host, &self.file, None)?;
         report.add_chain(&found)?;
@@ -133,7 +135,7 @@ impl Report {
             else {
                 continue;
             };
-            let base = backing.path.display();
+            let base = backing.path.shown();
             let (severity, message) = match backing.digest {
                 _ if backing.format == BackingFormat::Native => continue,
                 None => ("note", format!("there is no digest to compare {base} with")),
@@ -145,7 +147,7 @@ impl Report {
                     ("corruption", format!("the content of {base} does not match the digest"))
                 }
             };
-            let filename = facts.path.clone();
+            let filename = name(&facts.path);
             self.findings.push(Found { filename, severity, message, repaired: false });
         }
         Ok(())
@@ -164,24 +166,28 @@ impl Report {
             Severity::Corrupt => self.corruptions += 1,
         }
         let message = found.finding.to_string();
-        let filename = path.to_owned();
+        let filename = name(path);
         self.findings.push(Found { filename, severity, message, repaired: found.repaired });
     }
 
     fn add_note(&mut self, path: &Path, message: String) {
-        let filename = path.to_owned();
+        let filename = name(path);
         self.findings.push(Found { filename, severity: "note", message, repaired: false });
     }
 
     fn add_problem(&mut self, path: &Path, problem: &ImageError) {
         self.corruptions += 1;
         self.findings.push(Found {
-            filename: path.to_owned(),
+            filename: name(path),
             severity: "corruption",
             message: advised(problem),
             repaired: false,
         });
     }
+}
+
+fn name(path: &Path) -> Name {
+    Name::new("filename", path)
 }
 
 /// For example a raw image: there is nothing to check.
@@ -194,15 +200,15 @@ impl std::fmt::Display for Report {
         for found in &self.findings {
             let repaired = if found.repaired { " (repaired)" } else { "" };
             let Found { filename, severity, message, .. } = found;
-            match message.starts_with(&*filename.to_string_lossy()) {
+            match message.starts_with(&filename.to_string()) {
                 true => writeln!(f, "{severity}: {message}{repaired}")?,
-                false => writeln!(f, "{severity}: {}: {message}{repaired}", filename.display())?,
+                false => writeln!(f, "{severity}: {filename}: {message}{repaired}")?,
             }
         }
         match (self.corruptions, self.leaks) {
-            (0, 0) => writeln!(f, "{}: no errors", self.filename.display()),
+            (0, 0) => writeln!(f, "{}: no errors", self.filename),
             (corruptions, leaks) => {
-                writeln!(f, "{}: {corruptions} corruptions, {leaks} leaks", self.filename.display())
+                writeln!(f, "{}: {corruptions} corruptions, {leaks} leaks", self.filename)
             }
         }
     }

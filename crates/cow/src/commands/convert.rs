@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use block_io::image::{BaseOptions, CreateOptions};
 use block_io::ops;
 use block_io::ops::walk::Image;
-use block_io::{CowFormat, Disk, DiskOptions, Host};
+use block_io::{CowFormat, Disk, DiskOptions, Host, Shown};
 use cow_format::header::BackingFormat;
 
 use crate::base::BaseArgs;
@@ -97,7 +97,7 @@ impl Args {
                 convert_to_qcow2(&image, &inputs, &self.out, self.force, copying)?;
             }
         }
-        ui.note(format_args!("{}: {}", self.out.display(), Human(image.size())));
+        ui.note(format_args!("{}: {}", self.out.shown(), Human(image.size())));
         Ok(ExitCode::SUCCESS)
     }
 

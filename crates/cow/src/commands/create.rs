@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use block_io::image::{CreateOptions, create_cow};
 use block_io::ops;
-use block_io::{CowFormat, Host};
+use block_io::{CowFormat, Host, Shown};
 use clap::ValueEnum;
 
 use crate::base::{BaseArgs, warn_of_base};
@@ -86,7 +86,7 @@ impl Args {
             return Err(CowError::Usage(why.into()));
         };
         ops::create_raw(&Host, &self.file, size, self.force)?;
-        ui.note(format_args!("{}: raw, {}", self.file.display(), Human(size)));
+        ui.note(format_args!("{}: raw, {}", self.file.shown(), Human(size)));
         Ok(())
     }
 
@@ -121,13 +121,13 @@ impl Args {
             CowFormat::Uml => "uml",
         };
         let over = match &self.base.base {
-            Some(base) => format!(" over {}", base.display()),
+            Some(base) => format!(" over {}", base.shown()),
             None => String::new(),
         };
         let size = match self.size() {
             Some(bytes) => format!(", {}", Human(bytes)),
             None => String::new(),
         };
-        format!("{}: {format}{over}{size}", self.file.display())
+        format!("{}: {format}{over}{size}", self.file.shown())
     }
 }

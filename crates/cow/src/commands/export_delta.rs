@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use block_io::ops::inspect::{BackingFacts, inspect};
 use block_io::ops::{Holes, OpError, Output, threads};
 use block_io::storage::Storage;
-use block_io::{Disk, DiskOptions, Host};
+use block_io::{Disk, DiskOptions, Host, Shown};
 use cow_format::{ByteOffset, Extent, SECTOR_SIZE};
 
 use crate::delta::{Header, RECORD_MAX, Record, Writer};
@@ -62,7 +62,7 @@ impl Args {
         let file = file.map_err(OpError::io(&self.out, "write"))?;
         export.run(std::fs::File::from(file), &self.out, &header)?;
         output.place()?;
-        ui.note(format_args!("{}: complete", self.out.display()));
+        ui.note(format_args!("{}: complete", self.out.shown()));
         Ok(ExitCode::SUCCESS)
     }
 

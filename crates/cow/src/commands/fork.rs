@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use block_io::image::{BaseOptions, CreateOptions, create_cow};
 use block_io::ops;
 use block_io::ops::inspect::{Content, inspect};
-use block_io::{CowFormat, Host};
+use block_io::{CowFormat, Host, Shown};
 use cow_format::Header;
 use cow_format::header::{BackingFormat, NativeState};
 
@@ -60,13 +60,13 @@ impl Args {
                 digest: backing.digest,
             }),
         };
-        let over = base.as_ref().map_or("nothing".into(), |base| base.path.display().to_string());
+        let over = base.as_ref().map_or("nothing".into(), |base| base.path.shown().to_string());
         create_cow(
             &Host,
             &self.new,
             &CreateOptions { format, base, size, replace: false, journal_len: None, mode },
         )?;
-        ui.note(format_args!("{}: over {over}", self.new.display()));
+        ui.note(format_args!("{}: over {over}", self.new.shown()));
         Ok(ExitCode::SUCCESS)
     }
 }

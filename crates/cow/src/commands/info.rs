@@ -1,6 +1,5 @@
 //! `cow info`: what a file is, and whether its base is the recorded one.
 
-use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -13,7 +12,7 @@ use cow_format::{Header, SECTOR_SIZE};
 use serde::Serialize;
 
 use crate::error::{CowError, advised, advised_doubt};
-use crate::output::OutputArgs;
+use crate::output::{Name, OutputArgs, hex};
 use crate::size::Human;
 use crate::ui::Ui;
 
@@ -69,7 +68,8 @@ impl Args {
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Facts {
-    filename: PathBuf,
+    #[serde(flatten)]
+    filename: Name,
     /// `uml`, `native`, `raw`, or nothing if the header cannot be used.
     format: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -107,8 +107,10 @@ struct CowPart {
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Backing {
-    filename: PathBuf,
-    full_filename: PathBuf,
+    #[serde(flatten)]
+    filename: Name,
+    #[serde(flatten)]
+    full_filename: Name,
     format: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     digest: Option<String>,
@@ -156,7 +158,7 @@ impl Facts {
             (_, None) => (Some("raw"), None),
         };
         Facts {
-            filename: facts.path.clone(),
+            filename: Name::new("filename", &facts.path),
             format,
             format_version,
             virtual_size: match &facts.content {
@@ -207,8 +209,8 @@ impl Backing {
             _ => Identity::image(found.size, mtime(found.mtime, seconds_only)),
         });
         let mut told = Backing {
-            filename: backing.stored.clone(),
-            full_filename: backing.path.clone(),
+            filename: Name::new("filename", &backing.stored),
+            full_filename: Name::new("full-filename", &backing.path),
             format: backing.format.to_string(),
             digest: backing.digest.map(|digest| format!("blake3:{}", hex(&digest))),
             stored: match backing.identity {
@@ -255,21 +257,13 @@ fn uml_version(version: UmlVersion) -> String {
     format!("{}{padded}", version.number())
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a String does not fail.
-        _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
 fn text(files: &[Facts]) -> String {
     files.iter().map(Facts::to_string).collect::<Vec<_>>().join("\n")
 }
 
 impl std::fmt::Display for Facts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        writeln!(f, "image: {}", self.filename.display())?;
+        writeln!(f, "image: {}", self.filename)?;
         match (self.format, &self.format_version) {
             (Some(format), Some(version)) => {
                 writeln!(f, "file format: {format} (version {version})")?
@@ -293,15 +287,13 @@ impl std::fmt::Display for Facts {
         if let Some(problem) = &self.problem {
             writeln!(f, "problem: {problem}")?;
         }
-        match self.looks_like {
-            Some(format) => {
-                writeln!(
-                    f,
-                    "begins like: {format} (if it is one: cow convert -f {format} makes another of it)"
-                )
-            }
-            None => Ok(()),
+        if let Some(format) = self.looks_like {
+            writeln!(
+                f,
+                "begins like: {format} (if it is one: cow convert -f {format} makes another of it)"
+            )?;
         }
+        Ok(())
     }
 }
 
@@ -326,9 +318,9 @@ impl std::fmt::Display for CowPart {
 
 impl std::fmt::Display for Backing {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "backing file: {}", self.filename.display())?;
-        if self.filename != self.full_filename {
-            write!(f, " (at {})", self.full_filename.display())?;
+        write!(f, "backing file: {}", self.filename)?;
+        if self.filename.path != self.full_filename.path {
+            write!(f, " (at {})", self.full_filename)?;
         }
         writeln!(f, "\nbacking format: {}", self.format)?;
         let (stored, actual) = (&self.stored, self.actual.as_ref());

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use block_io::ops::walk::{Reader, Source, Walker};
-use block_io::{Disk, DiskOptions};
+use block_io::{Disk, DiskOptions, Shown};
 use serde::Serialize;
 
 use crate::error::CowError;
@@ -100,7 +100,7 @@ fn human(disk: &Disk, parts: &[Part]) -> String {
     let mut text =
         format!("{:<16} {:<16} {:<6} {:<16} File\n", "Offset", "Length", "Depth", "In file at");
     for part in parts.iter().filter(|part| part.data) {
-        let file = disk.layers()[part.depth].path().display();
+        let file = disk.layers()[part.depth].path().shown();
         let (start, length, depth, offset) =
             (part.start, part.length, part.depth, part.offset.unwrap_or(0));
         // Writing to a String does not fail.

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use block_io::ops::inspect::{FileFacts, inspect};
 use block_io::storage::FileKind;
-use block_io::{Disk, DiskOptions, Host, ops};
+use block_io::{Disk, DiskOptions, Host, Shown, ops};
 
 use crate::copying::CopyArgs;
 use crate::dependents::{Dependents, id_of};
@@ -88,7 +88,7 @@ impl Args {
         let add = |bytes| progress.add(bytes);
         ops::merge_to(&Host, &disk, out, self.force, self.copy.copying(&add))?;
         drop(progress);
-        ui.note(format_args!("{}: {}", out.display(), Human(disk.size())));
+        ui.note(format_args!("{}: {}", out.shown(), Human(disk.size())));
         Ok(())
     }
 
@@ -119,7 +119,7 @@ impl Args {
         let copying = self.copy.copying(&add);
         let merged = ops::merge_in_place(&Host, &self.cow, base, depth, copying)?;
         drop(progress);
-        let (cow, target) = (self.cow.display(), merged.target.display());
+        let (cow, target) = (self.cow.shown(), merged.target.shown());
         match merged.emptied {
             true => ui.note(format_args!("{target}: has the whole disk; {cow} is empty and based on it")),
             false => ui.warn(format_args!(
@@ -139,13 +139,13 @@ impl Args {
         }
         ui.warn(format_args!(
             "{} is overwritten with the merged disk; every other COW file over it becomes invalid ({others})",
-            target.display()
+            target.shown()
         ));
         if facts.stat.kind == FileKind::BlockDevice {
             ui.warn(format_args!(
                 "{}: is a block device, which has no lasting mtime: a native COW file over it detects the change only if a block \
                  of its sample changes, a UML COW file never",
-                target.display()
+                target.shown()
             ));
         }
         Ok(())

@@ -4,10 +4,10 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use block_io::Host;
 use block_io::image::BaseOptions;
 use block_io::ops;
 use block_io::ops::inspect::{Content, inspect};
+use block_io::{Host, Shown};
 
 use crate::base::{BaseFormat, base_format};
 use crate::error::CowError;
@@ -51,7 +51,7 @@ impl Args {
         if self.only_reference {
             ui.warn(format_args!(
                 "{}: its base is replaced without comparing the content",
-                self.cow.display()
+                self.cow.shown()
             ));
             ops::rebase_unsafe(&Host, &self.cow, base.as_ref())?;
         } else {
@@ -63,7 +63,7 @@ impl Args {
             let progress = ui.progress("rebase", size);
             ops::rebase(&Host, &self.cow, base.as_ref(), &|bytes| progress.add(bytes))?;
         }
-        ui.note(format_args!("{}: over {}", self.cow.display(), path.display()));
+        ui.note(format_args!("{}: over {}", self.cow.shown(), path.shown()));
         Ok(ExitCode::SUCCESS)
     }
 }

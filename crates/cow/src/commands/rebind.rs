@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use block_io::Host;
 use block_io::image::{Proof, rebind};
 use block_io::storage::Storage;
+use block_io::{Host, Shown};
 
 use crate::digest::digest;
 use crate::error::CowError;
@@ -37,7 +37,7 @@ impl Args {
         if self.trust {
             ui.warn(format_args!(
                 "{}: its base is accepted without proof that the content is the same",
-                self.cow.display()
+                self.cow.shown()
             ));
             rebind::<Host>(&Host, &self.cow, base, Proof::Trust)?;
         } else {
@@ -48,7 +48,7 @@ impl Args {
             rebind(&Host, &self.cow, base, Proof::Digest(&mut take))?;
         }
         let base = base.unwrap_or(Path::new("its base"));
-        ui.note(format_args!("{}: based on {}", self.cow.display(), base.display()));
+        ui.note(format_args!("{}: based on {}", self.cow.shown(), base.shown()));
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use block_io::{Host, ops};
+use block_io::{Host, Shown, ops};
 
 use crate::error::CowError;
 use crate::ui::Ui;
@@ -21,7 +21,7 @@ pub struct Args {
 impl Args {
     pub fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
         ops::reset(&Host, &self.cow)?;
-        ui.note(format_args!("{}: empty", self.cow.display()));
+        ui.note(format_args!("{}: empty", self.cow.shown()));
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use block_io::ops::inspect::{Content, inspect};
-use block_io::{Host, image};
+use block_io::{Host, Shown, image};
 
 use crate::error::CowError;
 use crate::size::{Human, SizeChange};
@@ -40,7 +40,7 @@ impl Args {
             }
         };
         image::resize(&Host, &self.file, size, self.shrink)?;
-        ui.note(format_args!("{}: {}", self.file.display(), Human(size)));
+        ui.note(format_args!("{}: {}", self.file.shown(), Human(size)));
         Ok(ExitCode::SUCCESS)
     }
 
@@ -50,7 +50,7 @@ impl Args {
             (Some(Content::Cow(cow)), _) => Ok(cow.header.geometry().virtual_size()),
             (Some(Content::Unknown), Some(problem)) => Err(problem.into()),
             _ => {
-                let file = self.file.display();
+                let file = self.file.shown();
                 let why = "not a COW file; truncate changes the size of a raw image";
                 Err(CowError::Usage(format!("{file}: {why}")))
             }

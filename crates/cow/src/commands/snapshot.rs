@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use block_io::{Host, image, ops};
+use block_io::{Host, Shown, image, ops};
 
 use crate::error::CowError;
 use crate::ui::Ui;
@@ -27,11 +27,7 @@ impl Args {
     pub fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
         ops::check_target(&Host, &self.new, false, &[&self.cow])?;
         image::snapshot(&Host, &self.cow, &self.new)?;
-        ui.note(format_args!(
-            "{}: native over {}, now frozen",
-            self.new.display(),
-            self.cow.display()
-        ));
+        ui.note(format_args!("{}: native over {}, now frozen", self.new.shown(), self.cow.shown()));
         Ok(ExitCode::SUCCESS)
     }
 }

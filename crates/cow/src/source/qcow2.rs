@@ -11,7 +11,7 @@ use block_io::ops::walk::{Image, Piece, Reader, Source};
 use block_io::ops::{Copying, OpError, Output, copy};
 use block_io::storage::file::File;
 use block_io::storage::{FileId, Storage as _};
-use block_io::{Disk, DiskOptions, Host, ImageError, Layer};
+use block_io::{Disk, DiskOptions, Host, ImageError, Layer, Shown};
 use cow_format::{ByteOffset, LayerIndex, SectorRange};
 use imago::format::builder::{FormatCreateBuilder, FormatDriverBuilder};
 use imago::format::gate::ImplicitOpenGate;
@@ -199,7 +199,7 @@ fn create(file: &File, size: u64) -> io::Result<FormatAccess<Storage>> {
 /// Lets qemu-img make a raw image of a qcow2 image that imago refused, and opens that. It has no
 /// name any more.
 pub fn open_with_qemu_img(path: &Path, refused: &io::Error, ui: Ui) -> Result<Disk, CowError> {
-    ui.note(format_args!("{}: {refused}; asking qemu-img", path.display()));
+    ui.note(format_args!("{}: {refused}; asking qemu-img", path.shown()));
     let dir = std::env::var_os("TMPDIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
     let raw = dir.join(format!(".cow-{}.raw", std::process::id()));
     let converted = Command::new("qemu-img")

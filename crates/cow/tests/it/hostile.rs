@@ -1,13 +1,15 @@
 //! Files from strangers: what they name, and what they make the tool use.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 
 use cow_format::VIRTUAL_SIZE_MAX;
 use cow_format::header::NativeHeader;
 
-use crate::common::{Run, Scratch};
+use crate::common::{Run, Scratch, base_image};
 
 /// The memory that a command may allocate in the tests, in KiB: what it uses anyway (a stack for
 /// each thread included) and one window of a bitmap.
@@ -53,4 +55,36 @@ fn a_bitmap_of_any_size_is_looked_at_in_little_memory() {
         assert_eq!(run.status, 1, "{args}: {}", run.stderr);
         assert!(run.stderr.contains("data truncated"), "{args}: {}", run.stderr);
     }
+}
+
+#[test]
+fn names_are_whole_in_json_and_harmless_in_text() {
+    let scratch = Scratch::new();
+    let name = OsStr::from_bytes(b"b\xff\nimage: \x1b[2J");
+    fs::write(scratch.path(name), base_image('B', 64)).unwrap();
+    let cow = OsStr::from_bytes(b"c\xfe.cow");
+    let run = scratch.cow_args([OsStr::new("create"), OsStr::new("-b"), name, cow]);
+    assert_eq!(run.status, 0, "{}", run.stderr);
+    let json = scratch.cow_args([OsStr::new("info"), OsStr::new("--output=json"), cow]);
+    assert_eq!(json.status, 0, "{}", json.stderr);
+    let json: serde_json::Value = serde_json::from_str(&json.stdout).unwrap();
+    assert_eq!(json["filename"], "c\u{fffd}.cow");
+    assert_eq!(json["filename-hex"], "63fe2e636f77");
+    let backing = &json["backing"];
+    assert_eq!(backing["filename"], "b\u{fffd}\nimage: \u{1b}[2J");
+    assert_eq!(backing["filename-hex"], "62ff0a696d6167653a201b5b324a");
+    assert!(
+        backing["full-filename-hex"].as_str().unwrap().ends_with("62ff0a696d6167653a201b5b324a")
+    );
+    let text = scratch.cow_args([OsStr::new("info"), cow]).stdout;
+    assert!(text.contains(r"backing file: b\xff\nimage: \u{1b}[2J"), "{text}");
+    assert!(!text.contains('\x1b') && text.matches("image: ").count() == 3, "{text}");
+    // Of a file with a name in UTF-8 there is no second one.
+    scratch.cow_ok("create plain.cow 1M");
+    assert_eq!(scratch.json("info plain.cow")["filename-hex"], serde_json::Value::Null);
+    let check = scratch.cow_args([OsStr::new("check"), OsStr::new("--output=json"), cow]);
+    assert!(check.stdout.contains(r#""filename-hex": "63fe2e636f77""#), "{}", check.stdout);
+    fs::write(scratch.path(name), "").unwrap();
+    let run = scratch.cow_args([OsStr::new("merge"), cow, OsStr::new("out")]);
+    assert_eq!((run.status, run.stderr.lines().count()), (1, 1), "{}", run.stderr);
 }

@@ -42,10 +42,10 @@ pub struct Cli {
     #[arg(short, long, global = true, conflicts_with = "quiet")]
     progress: bool,
 
-    /// Let the header of a COW file name files in DIR; may be repeated
+    /// Let the header of a COW file or qcow2 image name files in DIR; may be repeated
     ///
-    /// What a header names is opened only if it is in the directory of the COW file, or in DIR. A
-    /// file that is named on the command line can be anywhere.
+    /// What a header names is opened only if it is in the directory of the COW file, or in DIR; of a
+    /// qcow2 image only in DIR. A file that is named on the command line can be anywhere.
     #[arg(long, global = true, value_name = "DIR")]
     backing_dir: Vec<PathBuf>,
 

@@ -3,8 +3,8 @@
 
 use std::io::{self, Read, Write};
 
-use cow_format::SECTOR_SIZE;
 use cow_format::identity::{BackingIdentity, Timestamp, Witness};
+use cow_format::{SECTOR_SIZE, VIRTUAL_SIZE_MAX};
 use uuid::Uuid;
 use zerocopy::little_endian::{I64, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -174,6 +174,11 @@ impl Header {
         if raw.crc.get() != crc {
             return Err(DeltaError::corrupt("checksum of the header", 12, raw.crc, crc));
         }
+        let virtual_size = raw.virtual_size.get();
+        if virtual_size > VIRTUAL_SIZE_MAX {
+            let expected = format!("at most {VIRTUAL_SIZE_MAX} bytes (256 TiB)");
+            return Err(DeltaError::corrupt("size of the disk", 16, virtual_size, expected));
+        }
         let base = match raw.base_kind.get() {
             kind::BASE_NONE => None,
             kind::BASE_IMAGE => Some(check_image(raw)?),
@@ -188,7 +193,7 @@ impl Header {
             kind::DIGEST_BLAKE3 => Some(raw.digest),
             found => return Err(DeltaError::corrupt("kind of the digest", 72, found, "0 or 1")),
         };
-        Ok(Header { virtual_size: raw.virtual_size.get(), base, digest })
+        Ok(Header { virtual_size, base, digest })
     }
 }
 
@@ -416,6 +421,17 @@ mod tests {
             let mut reader = Reader::new(&stream[..]).unwrap();
             assert_eq!(*reader.header(), header);
             assert!(reader.record().unwrap().is_none());
+        }
+    }
+
+    #[test]
+    fn a_disk_that_no_cow_file_can_have_is_refused() {
+        for virtual_size in [VIRTUAL_SIZE_MAX + 1, u64::MAX - 100, u64::MAX] {
+            let header = Header { virtual_size, base: None, digest: None };
+            let mut writer = Writer::new(Vec::new(), &header, 0).unwrap();
+            writer.record(&Record::Zero { at: 0, len: 512 }).unwrap();
+            let refused = Reader::new(&writer.finish().unwrap()[..]).err().unwrap();
+            assert!(refused.to_string().contains("size of the disk"), "{refused}");
         }
     }
 

@@ -12,7 +12,9 @@ use cow_format::identity::{Doubt, IdentityError};
 
 use crate::delta::DeltaError;
 use crate::dependents::Dependents;
+use crate::size::Human;
 use crate::source::format::FileFormat;
+use crate::source::qcow2_header::Qcow2HeaderError;
 
 /// A failure of a command: one message.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +60,45 @@ pub enum CowError {
         .0.shown()
     )]
     Encrypted(PathBuf),
+    /// The header of a qcow2 image is broken.
+    #[error("{}: {source}", path.shown())]
+    Qcow2Header {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Qcow2HeaderError,
+    },
+    /// A qcow2 image names a file that is not opened.
+    #[error("{}: names {} as its {what}, {why}", image.shown(), name.shown())]
+    NotAllowed {
+        /// The image.
+        image: PathBuf,
+        /// What the file is to the image.
+        what: &'static str,
+        /// As it is in the header.
+        name: PathBuf,
+        /// Why it is not opened.
+        why: String,
+    },
+    /// A qcow2 image whose clusters are in a file that it does not name.
+    #[error(
+        "{}: its data is in another file, which it does not name; set that first: qemu-img amend -o data_file=FILE",
+        .0.shown()
+    )]
+    NoDataFile(PathBuf),
+    /// A disk that is larger than what the user wants.
+    #[error(
+        "{}: is a disk of {size} bytes ({}), more than the {max} of --max-size",
+        path.shown(), Human(*size)
+    )]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// The size of the disk in bytes.
+        size: u64,
+        /// The largest that is taken.
+        max: u64,
+    },
     /// Neither way to read a qcow2 image worked.
     #[error("{}: cannot be read as qcow2: {imago}; and by qemu-img: {qemu_img}", path.shown())]
     Qcow2 {

@@ -1,7 +1,10 @@
 //! Sizes as people write them (`10G`) and as they read them (`1.5 GiB`).
 
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
+
+use crate::error::CowError;
 
 /// The suffixes and their powers of two, smallest first.
 const SUFFIXES: [(char, u32); 6] =
@@ -66,6 +69,29 @@ fn split_suffix(text: &str) -> (&str, u32) {
         Some(shift) => (&text[..text.len() - 1], shift),
         None if letter == 'B' => (&text[..text.len() - 1], 0),
         None => (text, 0),
+    }
+}
+
+/// The largest disk that a command imports.
+#[derive(Clone, Copy, Debug, Default, clap::Args)]
+pub struct MaxSize {
+    /// Refuse a disk that is larger
+    ///
+    /// It is refused before anything is written. Use it for disks from strangers: a small file can
+    /// hold a disk of 256 TiB, the limit otherwise.
+    #[arg(long, value_name = "SIZE")]
+    max_size: Option<Size>,
+}
+
+impl MaxSize {
+    /// Refuses the disk in `path` if its size, in bytes, is larger.
+    pub fn check(self, path: &Path, size: u64) -> Result<(), CowError> {
+        match self.max_size {
+            Some(Size(max)) if size > max => {
+                Err(CowError::TooLarge { path: path.to_owned(), size, max })
+            }
+            _ => Ok(()),
+        }
     }
 }
 

@@ -22,6 +22,7 @@ pub use edit::ChangeError;
 pub use error::{DiskError, ImageError, Outside};
 pub(crate) use open::{Chain, Source, open_chain, open_single};
 pub use rebind::{Proof, rebind};
+pub use references::open_within;
 pub use resize::resize;
 pub use snapshot::snapshot;
 

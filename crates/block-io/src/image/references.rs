@@ -109,9 +109,7 @@ impl<F> References<F> {
         }
     }
 
-    /// Opens a path from the header of `cow`, if it is in one of the directories, or a symbolic link
-    /// there to a file in one of them. The outer error says that it is not, the inner one comes from
-    /// opening it.
+    /// [`open_within`] the directories for a path from the header of `cow`.
     fn open_allowed<E: Env<File = F>>(
         &self,
         env: &E,
@@ -120,28 +118,13 @@ impl<F> References<F> {
         access: Access,
     ) -> Result<io::Result<F>, ImageError> {
         let dirs = self.dirs(env)?;
-        let mut why = match self.follow {
-            Follow::Beside(_) => Outside::Elsewhere,
-            Follow::Allowed | Follow::Nothing => Outside::NotNamed,
-        };
-        let mut next = Some(normal(path));
-        for _ in 0..LINKS_MAX {
-            let Some(path) = next.take() else { break };
-            for dir in &dirs {
-                let Ok(within) = path.strip_prefix(dir) else { continue };
-                match env.open_beneath(dir, within, access) {
-                    Err(err) if err.kind() == io::ErrorKind::CrossesDevices => {}
-                    opened => return Ok(opened),
-                }
-                why = Outside::LeadsOut;
-                // Of links on the way, only the last is followed into another directory.
-                if let (Ok(link), Some(here)) = (env.link_beneath(dir, within), path.parent()) {
-                    next = Some(normal(&here.join(link)));
-                }
-            }
-        }
-        let (cow, path) = (cow.to_owned(), path.to_owned());
-        Err(ImageError::NotAllowed { cow, path, why, dirs })
+        open_within(env, &dirs, path, access).map_err(|why| {
+            let why = match (why, &self.follow) {
+                (Outside::Elsewhere, Follow::Allowed | Follow::Nothing) => Outside::NotNamed,
+                (why, _) => why,
+            };
+            ImageError::NotAllowed { cow: cow.to_owned(), path: path.to_owned(), why, dirs }
+        })
     }
 
     /// The directories, under each name that a header may have for them.
@@ -172,6 +155,35 @@ impl<F> References<F> {
             }
         }
     }
+}
+
+/// Opens `path`, which is from a header and absolute, if it is in one of `dirs`, or a symbolic link
+/// there to a file in one of them. The outer error says that it is not, the inner one comes from
+/// opening it.
+pub fn open_within<E: Env>(
+    env: &E,
+    dirs: &[PathBuf],
+    path: &Path,
+    access: Access,
+) -> Result<io::Result<E::File>, Outside> {
+    let mut why = Outside::Elsewhere;
+    let mut next = Some(normal(path));
+    for _ in 0..LINKS_MAX {
+        let Some(path) = next.take() else { break };
+        for dir in dirs {
+            let Ok(within) = path.strip_prefix(dir) else { continue };
+            match env.open_beneath(dir, within, access) {
+                Err(err) if err.kind() == io::ErrorKind::CrossesDevices => {}
+                opened => return Ok(opened),
+            }
+            why = Outside::LeadsOut;
+            // Of links on the way, only the last is followed into another directory.
+            if let (Ok(link), Some(here)) = (env.link_beneath(dir, within), path.parent()) {
+                next = Some(normal(&here.join(link)));
+            }
+        }
+    }
+    Err(why)
 }
 
 /// An absolute path without `.` and `..`. It can lead elsewhere if a directory on the way is a

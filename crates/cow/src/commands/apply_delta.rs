@@ -2,20 +2,25 @@
 
 use std::fs;
 use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use block_io::image::{BaseOptions, CreateOptions};
 use block_io::ops::inspect::{Content, inspect};
 use block_io::ops::{CowWriter, OpError};
+use block_io::storage::FileKind;
 use block_io::{CowFormat, Host, Shown};
 use cow_format::Header as CowHeader;
 use cow_format::identity::{ActualIdentity, BackingIdentity, Verdict};
+use nix::fcntl::OFlag;
 
 use crate::base::BaseArgs;
 use crate::delta::{Header, Reader, Record};
 use crate::digest::digest_of;
 use crate::error::CowError;
+use crate::size::MaxSize;
 use crate::ui::Ui;
 
 /// Make a COW file from the changes in a stream
@@ -33,6 +38,9 @@ pub struct Args {
     #[arg(long)]
     trust: bool,
 
+    #[command(flatten)]
+    max_size: MaxSize,
+
     /// Replace NEW if it exists
     #[arg(long)]
     force: bool,
@@ -49,12 +57,28 @@ impl Args {
         if self.delta.as_os_str() == "-" {
             self.apply(io::stdin().lock(), Path::new("standard input"), 0, ui)?;
         } else {
-            let file = fs::File::open(&self.delta).map_err(OpError::io(&self.delta, "open"))?;
-            let len = file.metadata().map_err(OpError::io(&self.delta, "stat"))?.len();
+            let (file, len) = self.open()?;
             self.apply(file, &self.delta, len, ui)?;
         }
         ui.note(format_args!("{}: complete", self.new.shown()));
         Ok(ExitCode::SUCCESS)
+    }
+
+    /// Opens the stream, which may be a pipe, and its length if it has one. A device is not opened:
+    /// a link to one could be in a directory with the files of strangers.
+    fn open(&self) -> Result<(fs::File, u64), CowError> {
+        let failed = || OpError::io(&self.delta, "open");
+        let mut options = fs::File::options();
+        options.read(true).custom_flags(OFlag::O_PATH.bits());
+        let found = options.open(&self.delta).map_err(failed())?;
+        let meta = found.metadata().map_err(failed())?;
+        let kind = meta.file_type();
+        if !kind.is_file() && !kind.is_fifo() {
+            let found = if kind.is_dir() { FileKind::Directory } else { FileKind::Other };
+            return Err(OpError::NotAFile { path: self.delta.clone(), found }.into());
+        }
+        let path = format!("/proc/self/fd/{}", found.as_raw_fd());
+        Ok((fs::File::open(path).map_err(failed())?, meta.len()))
     }
 
     fn apply(&self, input: impl Read, path: &Path, len: u64, ui: Ui) -> Result<(), CowError> {
@@ -62,12 +86,13 @@ impl Args {
         let progress = ui.progress("apply", len);
         let input = Counted { input, count: &|bytes| progress.add(bytes) };
         let mut reader = Reader::new(input).map_err(broken)?;
+        let size = reader.header().virtual_size;
+        self.max_size.check(path, size)?;
         let base = self.checked_base(reader.header(), path, ui)?;
-        let size = Some(reader.header().virtual_size);
         let options = CreateOptions {
             format: CowFormat::Native,
             base,
-            size,
+            size: Some(size),
             replace: self.force,
             journal_len: None,
             mode: None,

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::error::CowError;
 use crate::output::{OutputArgs, OutputFormat};
 use crate::source::format::FileFormat;
-use crate::source::open;
+use crate::source::open_to_look;
 use crate::ui::Ui;
 
 /// Compare the content of two disks
@@ -47,8 +47,8 @@ const STATUS_DIFFER: u8 = 1;
 
 impl Args {
     pub fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
-        let first = open(&self.first, self.first_format, ui)?;
-        let second = open(&self.second, self.second_format, ui)?;
+        let first = open_to_look(&self.first, self.first_format, ui)?;
+        let second = open_to_look(&self.second, self.second_format, ui)?;
         let sizes = (first.size(), second.size());
         let found = if self.strict && sizes.0 != sizes.1 {
             Found::Sizes { first: sizes.0, second: sizes.1 }

@@ -12,10 +12,10 @@ use cow_format::header::BackingFormat;
 use crate::base::BaseArgs;
 use crate::copying::CopyArgs;
 use crate::error::CowError;
-use crate::size::Human;
+use crate::size::{Human, MaxSize};
 use crate::source::format::FileFormat;
 use crate::source::qcow2::convert_to_qcow2;
-use crate::source::{AnyImage, open};
+use crate::source::{AnyImage, Opening, open};
 use crate::ui::Ui;
 
 /// Write a disk to a new file in another format
@@ -23,9 +23,10 @@ use crate::ui::Ui;
 /// Zeros become holes. OUT appears under its name only when it is complete and safely on the disk.
 /// With -b, OUT is a COW file over BASE that holds only the differences; without, it has no base.
 ///
-/// qcow2 images may be compressed and have backing files. Features that the library does not
-/// support (zstd, extended L2 entries) are left to qemu-img, which must then be installed. An image
-/// that QEMU has open for writing is refused.
+/// qcow2 images may be compressed. Features that the library does not support (zstd, extended L2
+/// entries) are left to qemu-img, which must then be installed. What an image names, its backing
+/// file or data file, is opened only in a directory that --backing-dir allows. An image that QEMU
+/// has open for writing is refused.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -47,6 +48,9 @@ pub struct Args {
     #[command(flatten)]
     copy: CopyArgs,
 
+    #[command(flatten)]
+    max_size: MaxSize,
+
     /// Replace OUT if it exists
     #[arg(long)]
     force: bool,
@@ -60,7 +64,8 @@ pub struct Args {
 
 impl Args {
     pub fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
-        let image = open(&self.file, self.format, ui)?;
+        let opening = Opening { max_size: self.max_size, scratch: &self.out, ui };
+        let image = open(&self.file, self.format, opening)?;
         match self.output_format {
             FileFormat::Native => self.cow(&image, CowFormat::Native, ui)?,
             FileFormat::Uml if self.base.base.is_none() => {

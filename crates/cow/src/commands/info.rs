@@ -1,11 +1,11 @@
 //! `cow info`: what a file is, and whether its base is the recorded one.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use block_io::Host;
 use block_io::ops::inspect::{BackingFacts, Content, CowFacts, FileFacts, inspect};
 use block_io::ops::signature::{Signature, signature_of};
+use block_io::{Host, Shown};
 use cow_format::header::{NativeState, UmlVersion};
 use cow_format::identity::{BackingIdentity, Timestamp};
 use cow_format::{Header, SECTOR_SIZE};
@@ -14,6 +14,8 @@ use serde::Serialize;
 use crate::error::{CowError, advised, advised_doubt};
 use crate::output::{Name, OutputArgs, hex};
 use crate::size::Human;
+use crate::source::qcow2::header_of;
+use crate::source::qcow2_header::{DataFile, Qcow2Header};
 use crate::ui::Ui;
 
 /// Print what a file is and whether its base matches
@@ -46,9 +48,11 @@ impl Args {
         if let (Some(problem), Some(top)) = (&found.problem, files.first_mut()) {
             top.problem = Some(advised(problem));
         }
-        if let Some(top) = files.first_mut().filter(|top| top.format == Some("raw")) {
-            top.looks_like =
-                (signature_of(&Host, &self.file) == Some(Signature::Qcow2)).then_some("qcow2");
+        if let Some(top) = files.first_mut().filter(|top| top.format == Some("raw"))
+            && signature_of(&Host, &self.file) == Some(Signature::Qcow2)
+        {
+            top.looks_like = Some("qcow2");
+            top.qcow2 = Some(Qcow2Part::new(header_of(&self.file)));
         }
         match self.chain {
             true => self.output.print(&files, |files| text(files))?,
@@ -87,6 +91,46 @@ struct Facts {
     /// What a raw image could be instead, by its first bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     looks_like: Option<&'static str>,
+    /// What its header says in that case. Nothing that it names has been opened.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    qcow2: Option<Qcow2Part>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Qcow2Part {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    virtual_size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    encrypted: Option<bool>,
+    #[serde(flatten)]
+    backing: Option<Name>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename_format: Option<String>,
+    #[serde(flatten)]
+    data_file: Option<Name>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problem: Option<String>,
+}
+
+impl Qcow2Part {
+    fn new(header: Result<Qcow2Header, CowError>) -> Self {
+        let (header, problem) = match header {
+            Ok(header) => (Some(header), None),
+            Err(err) => (None, Some(err.to_string())),
+        };
+        let backing = header.as_ref().and_then(|header| header.backing.as_ref());
+        let data_file = header.as_ref().and_then(|header| header.data_file.as_ref());
+        Qcow2Part {
+            virtual_size: header.as_ref().map(|header| header.virtual_size),
+            encrypted: header.as_ref().map(|header| header.encrypted),
+            backing: backing.map(|backing| Name::new("backing-filename", &backing.name)),
+            backing_filename_format: backing.and_then(|backing| backing.format.clone()),
+            data_file: data_file
+                .map(|DataFile(name)| Name::new("data-file", name.clone().unwrap_or_default())),
+            problem,
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -173,6 +217,7 @@ impl Facts {
             backing: facts.backing.as_ref().map(Backing::new),
             problem: None,
             looks_like: None,
+            qcow2: None,
         }
     }
 }
@@ -293,7 +338,28 @@ impl std::fmt::Display for Facts {
                 "begins like: {format} (if it is one: cow convert -f {format} makes another of it)"
             )?;
         }
-        Ok(())
+        self.qcow2.as_ref().map_or(Ok(()), |qcow2| write!(f, "{qcow2}"))
+    }
+}
+
+impl std::fmt::Display for Qcow2Part {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if let Some(size) = self.virtual_size {
+            writeln!(f, "its virtual size: {}", Bytes(size))?;
+        }
+        if self.encrypted == Some(true) {
+            writeln!(f, "its data: encrypted")?;
+        }
+        if let Some(backing) = &self.backing {
+            writeln!(f, "its backing file, not opened: {backing}")?;
+        }
+        if let Some(format) = &self.backing_filename_format {
+            writeln!(f, "its backing format: {}", Path::new(format).shown())?;
+        }
+        if let Some(data_file) = &self.data_file {
+            writeln!(f, "its data file, not opened: {data_file}")?;
+        }
+        self.problem.as_ref().map_or(Ok(()), |problem| writeln!(f, "its problem: {problem}"))
     }
 }
 

@@ -11,7 +11,7 @@ use crate::error::CowError;
 use crate::output::OutputArgs;
 use crate::size::Human;
 use crate::source::format::FileFormat;
-use crate::source::open;
+use crate::source::open_to_look;
 use crate::steps::steps;
 use crate::ui::Ui;
 
@@ -46,7 +46,7 @@ const BLOCK_LEN: u64 = 4096;
 
 impl Args {
     pub fn run(self, ui: Ui) -> Result<ExitCode, CowError> {
-        let disk = open(&self.file, self.format, ui)?;
+        let disk = open_to_look(&self.file, self.format, ui)?;
         let mut reader = disk.reader();
         let (mut required, mut counted_to) = (0, 0);
         for range in steps(SectorCount::covering(disk.size())) {

@@ -102,6 +102,11 @@ fn it_goes_through_a_pipe() {
     assert!(applied.status.success(), "{}", String::from_utf8_lossy(&applied.stderr));
     assert!(export.wait().unwrap().success());
     scratch.cow_ok("compare --strict a.cow b.cow");
+    // A pipe with a name.
+    let script = "mkfifo pipe && { \"$0\" export-delta a.cow - >pipe & exec \"$0\" apply-delta pipe c.cow; }";
+    let run = scratch.run(Command::new("sh").args(["-c", script, cow]));
+    assert_eq!(run.status, 0, "{}", run.stderr);
+    scratch.cow_ok("compare --strict a.cow c.cow");
 }
 
 #[test]
@@ -130,6 +135,9 @@ fn a_wrong_base_and_a_broken_stream_leave_nothing() {
     scratch.cow_fails("apply-delta with.delta d.cow", 2, &["with.delta", "--base"]);
     scratch.cow_fails("apply-delta -b base.img base.img d.cow", 1, &["base.img", "not a delta"]);
     scratch.cow_fails("apply-delta -b base.img nope d.cow", 1, &["nope", "No such file"]);
+    // A device is not even opened: some do harm then.
+    scratch.cow_fails("apply-delta -b base.img /dev/null d.cow", 1, &["/dev/null", "special file"]);
+    scratch.cow_fails("apply-delta -b base.img . d.cow", 1, &["directory"]);
     let whole = scratch.read("with.delta");
     for len in [100, 112, 120, whole.len() - 1] {
         scratch.write("cut.delta", &whole[..len]);

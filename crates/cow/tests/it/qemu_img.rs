@@ -106,7 +106,7 @@ fn create_takes_the_same_command_line() {
     }
     qemu_img(&scratch, "create -q -f qcow2 -b base.raw -F raw o.qcow2 3M");
     scratch.cow_ok("create -b base.raw -F raw o.cow 3M");
-    scratch.cow_ok("compare --strict -F qcow2 o.cow o.qcow2");
+    scratch.cow_ok("compare --backing-dir=. --strict -F qcow2 o.cow o.qcow2");
     for size in ["", "x", "1Q", "-5", "1.5", "0x", "9E", "1e3", "K"] {
         let theirs =
             scratch.run(Command::new("qemu-img").args(["create", "-f", "raw", "bad", size]));
@@ -206,7 +206,7 @@ fn resize_rebase_and_commit_leave_the_same_disk() {
     scratch.write("changed.raw", &changed);
     scratch.cow_ok("convert --force -f raw -b base.raw changed.raw a.cow");
     let same = |what: &str| {
-        let run = scratch.cow("compare --strict -F qcow2 a.cow a.qcow2");
+        let run = scratch.cow("compare --backing-dir=. --strict -F qcow2 a.cow a.qcow2");
         assert_eq!(run.status, 0, "{what}: {}{}", run.stdout, run.stderr);
         scratch.cow_ok("check a.cow");
     };
@@ -292,13 +292,13 @@ fn what_a_qcow2_image_can_have_is_read_or_refused() {
         "data_file=a.data,data_file_raw=on",
     ] {
         qemu_img(&scratch, &format!("convert -f raw -O qcow2 -o {options} a.raw a.qcow2"));
-        scratch.cow_ok("compare --strict -f qcow2 -F raw a.qcow2 a.raw");
-        scratch.cow_ok("convert --force -f qcow2 -O raw a.qcow2 b.raw");
+        scratch.cow_ok("compare --backing-dir=. --strict -f qcow2 -F raw a.qcow2 a.raw");
+        scratch.cow_ok("convert --backing-dir=. --force -f qcow2 -O raw a.qcow2 b.raw");
         assert_eq!(scratch.read("b.raw"), bytes, "{options}");
     }
     // Its data file is an input as well.
     scratch.cow_fails(
-        "convert --force -f qcow2 -O raw a.qcow2 a.data",
+        "convert --backing-dir=. --force -f qcow2 -O raw a.qcow2 a.data",
         1,
         &["a.data", "same file"],
     );
@@ -314,7 +314,7 @@ fn what_a_qcow2_image_can_have_is_read_or_refused() {
     // A backing file is an input as well.
     qemu_img(&scratch, "create -q -f qcow2 -b a.raw -F raw top.qcow2");
     scratch.cow_fails(
-        "convert --force -f qcow2 -O raw top.qcow2 a.raw",
+        "convert --backing-dir=. --force -f qcow2 -O raw top.qcow2 a.raw",
         1,
         &["a.raw", "same file"],
     );
@@ -331,7 +331,8 @@ fn what_a_qcow2_image_can_have_is_read_or_refused() {
     scratch.cow_fails("convert -f qcow2 -O raw e.qcow2 out", 1, &["e.qcow2", "encrypted"]);
     let over = ["rebase", "-u", "-f", "qcow2", "-b", "e.qcow2", "-F", "qcow2", "top.qcow2"];
     assert_eq!(scratch.run(Command::new("qemu-img").args(over)).status, 0);
-    scratch.cow_fails("convert -f qcow2 -O raw top.qcow2 out", 1, &["e.qcow2", "encrypted"]);
+    let over = "convert --backing-dir=. -f qcow2 -O raw top.qcow2 out";
+    scratch.cow_fails(over, 1, &["e.qcow2", "encrypted"]);
     assert!(!scratch.path("out").exists());
 }
 
@@ -378,7 +379,11 @@ fn a_file_that_qemu_writes_is_refused() {
             "a.raw",
             &["merge a.cow out", "convert -f raw a.raw out", "create -b a.raw out"][..],
         ),
-        ("qcow2", "a.qcow2", &["convert -f qcow2 a.qcow2 out", "convert -f qcow2 top.qcow2 out"]),
+        (
+            "qcow2",
+            "a.qcow2",
+            &["convert -f qcow2 a.qcow2 out", "convert --backing-dir=. -f qcow2 top.qcow2 out"],
+        ),
     ] {
         let holder = Holder::new(&scratch, format, file);
         for command in commands {

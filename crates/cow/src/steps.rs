@@ -2,9 +2,9 @@
 
 use cow_format::{Sector, SectorCount, SectorRange};
 
-/// Sectors examined at once (1 GiB): bounds the memory for their extents, and lets progress be
-/// shown.
-const STEP_SECTORS: u64 = 1 << 21;
+/// Sectors examined at once (256 MiB): bounds the memory for their extents, up to 40 MiB if every
+/// other sector is in another file, and lets progress be shown.
+const STEP_SECTORS: u64 = 1 << 19;
 
 /// The sectors of a disk in steps, in ascending order.
 pub fn steps(disk: SectorCount) -> impl Iterator<Item = SectorRange> {

@@ -1,15 +1,16 @@
 //! `cow map`: which file each part of a disk is read from.
 
-use std::fmt::Write;
+use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use block_io::ops::walk::{Reader, Source, Walker};
 use block_io::{Disk, DiskOptions, Shown};
-use serde::Serialize;
+use serde::ser::SerializeSeq;
+use serde::{Serialize, Serializer};
 
 use crate::error::CowError;
-use crate::output::{OutputArgs, OutputFormat, print};
+use crate::output::{OutputArgs, OutputFormat};
 use crate::steps::steps;
 use crate::ui::Ui;
 
@@ -50,19 +51,24 @@ impl Args {
     pub fn run(self, _ui: Ui) -> Result<ExitCode, CowError> {
         let options = DiskOptions { read_only: true, ..DiskOptions::default() };
         let disk = Disk::open_cow(&self.file, self.base.as_deref(), &options)?;
-        let parts = parts(&disk)?;
+        let mut out = BufWriter::new(io::stdout().lock());
         match self.output.format {
-            OutputFormat::Json => self.output.print(&parts, |_| String::new())?,
-            OutputFormat::Human => print(&human(&disk, &parts))?,
+            OutputFormat::Json => json(&disk, &mut out)?,
+            OutputFormat::Human => human(&disk, &mut out)?,
         }
+        out.flush().map_err(CowError::Output)?;
         Ok(ExitCode::SUCCESS)
     }
 }
 
-/// The parts of the disk, each as long as it can be.
-fn parts(disk: &Disk) -> Result<Vec<Part>, CowError> {
+/// Passes the parts of the disk to `found`, each as long as it can be. They are printed as they are
+/// found: there can be more than fit into memory.
+fn for_each_part(
+    disk: &Disk,
+    mut found: impl FnMut(&Part) -> io::Result<()>,
+) -> Result<(), CowError> {
     let mut walker = Walker::new(disk);
-    let mut parts: Vec<Part> = Vec::new();
+    let mut last: Option<Part> = None;
     for range in steps(disk.capacity()) {
         for piece in walker.pieces(range)? {
             let (start, length) = (piece.at.get(), piece.len.min(disk.size() - piece.at.get()));
@@ -79,13 +85,16 @@ fn parts(disk: &Disk) -> Result<Vec<Part>, CowError> {
                     offset: Some(at.get()),
                 },
             };
-            match parts.last_mut() {
-                Some(last) if last.continues(&part) => last.length += length,
-                _ => parts.push(part),
+            match last.as_mut().filter(|last| last.continues(&part)) {
+                Some(last) => last.length += length,
+                None => {
+                    let complete = last.replace(part);
+                    complete.map_or(Ok(()), |part| found(&part)).map_err(CowError::Output)?;
+                }
             }
         }
     }
-    Ok(parts)
+    last.map_or(Ok(()), |part| found(&part)).map_err(CowError::Output)
 }
 
 impl Part {
@@ -96,15 +105,21 @@ impl Part {
     }
 }
 
-fn human(disk: &Disk, parts: &[Part]) -> String {
-    let mut text =
-        format!("{:<16} {:<16} {:<6} {:<16} File\n", "Offset", "Length", "Depth", "In file at");
-    for part in parts.iter().filter(|part| part.data) {
-        let file = disk.layers()[part.depth].path().shown();
-        let (start, length, depth, offset) =
-            (part.start, part.length, part.depth, part.offset.unwrap_or(0));
-        // Writing to a String does not fail.
-        _ = writeln!(text, "{start:<#16x} {length:<#16x} {depth:<6} {offset:<#16x} {file}");
-    }
-    text
+fn json(disk: &Disk, out: &mut impl Write) -> Result<(), CowError> {
+    let failed = |err: serde_json::Error| CowError::Output(err.into());
+    let mut json = serde_json::Serializer::pretty(&mut *out);
+    let mut array = json.serialize_seq(None).map_err(failed)?;
+    for_each_part(disk, |part| array.serialize_element(part).map_err(io::Error::from))?;
+    array.end().map_err(failed)?;
+    writeln!(out).map_err(CowError::Output)
+}
+
+fn human(disk: &Disk, out: &mut impl Write) -> Result<(), CowError> {
+    writeln!(out, "{:<16} {:<16} {:<6} {:<16} File", "Offset", "Length", "Depth", "In file at")
+        .map_err(CowError::Output)?;
+    for_each_part(disk, |part| {
+        let Part { start, length, depth, offset: Some(offset), .. } = *part else { return Ok(()) };
+        let file = disk.layers()[depth].path().shown();
+        writeln!(out, "{start:<#16x} {length:<#16x} {depth:<6} {offset:<#16x} {file}")
+    })
 }

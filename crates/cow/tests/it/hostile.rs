@@ -287,3 +287,32 @@ fn names_are_whole_in_json_and_harmless_in_text() {
     let run = scratch.cow_args([OsStr::new("merge"), cow, OsStr::new("out")]);
     assert_eq!((run.status, run.stderr.lines().count()), (1, 1), "{}", run.stderr);
 }
+
+#[test]
+fn what_a_command_makes_is_for_its_owner_only() {
+    let scratch = Scratch::new();
+    let base = scratch.write("base.img", &base_image('B', 64));
+    fs::set_permissions(base, fs::Permissions::from_mode(0o644)).unwrap();
+    for (args, new) in [
+        ("create -b base.img a.cow", "a.cow"),
+        ("create --format uml -b base.img u.cow", "u.cow"),
+        ("create --format raw r.img 1M", "r.img"),
+        ("convert a.cow c.cow", "c.cow"),
+        ("convert -O raw a.cow c.img", "c.img"),
+        ("convert -O qcow2 a.cow c.qcow2", "c.qcow2"),
+        ("merge a.cow m.img", "m.img"),
+        ("export-delta a.cow a.delta", "a.delta"),
+        ("apply-delta -b base.img a.delta d.cow", "d.cow"),
+        ("fork a.cow f.cow", "f.cow"),
+        ("snapshot a.cow s.cow", "s.cow"),
+    ] {
+        let run = scratch.run(
+            Command::new("sh")
+                .args(["-c", &format!("umask 022 && exec \"$0\" {args}")])
+                .arg(env!("CARGO_BIN_EXE_cow")),
+        );
+        assert_eq!(run.status, 0, "{args}: {}", run.stderr);
+        let mode = fs::metadata(scratch.path(new)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o600, "{args}: {mode:o}");
+    }
+}

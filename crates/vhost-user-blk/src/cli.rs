@@ -186,6 +186,16 @@ struct Args {
     #[arg(long)]
     allow_unlocked: bool,
 
+    /// Take guest memory in files of any file system
+    ///
+    /// Without this option it must be in a memfd or a file of tmpfs or hugetlbfs, on a DAX device,
+    /// or in a file of a file system on a block device (as ext4 and XFS are). Other file systems,
+    /// FUSE and those over a network above all, may answer late or never, and a thread that touches
+    /// such memory can then not even be killed. The same holds for the in-flight area and the dirty
+    /// log.
+    #[arg(long)]
+    allow_file_memory: bool,
+
     /// Wait for a guest that is being migrated here: open the disk only when the guest starts to
     /// use it
     ///
@@ -396,6 +406,8 @@ pub struct Options {
     pub read_only: bool,
     /// The disk's file system may have no locks.
     pub allow_unlocked: bool,
+    /// Guest memory may be in files of any file system.
+    pub allow_file_memory: bool,
     /// The disk is opened when a ring starts.
     pub incoming: bool,
     /// Queues offered.
@@ -533,6 +545,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, clap::
         backing_dirs: args.backing_dir,
         read_only: args.read_only,
         allow_unlocked: args.allow_unlocked,
+        allow_file_memory: args.allow_file_memory,
         incoming: args.incoming,
         num_queues: args.num_queues.unwrap_or_else(default_queues),
         queue_size_max: args.queue_size,
@@ -743,6 +756,7 @@ mod tests {
             "--user=u",
             "--group=g",
             "--sandbox=off",
+            "--allow-file-memory",
             "--log-level=debug",
         ]);
         let mut serial = [0; ID_LEN];
@@ -764,6 +778,7 @@ mod tests {
                 backing_dirs: Vec::new(),
                 read_only: true,
                 allow_unlocked: false,
+                allow_file_memory: true,
                 incoming: true,
                 num_queues: 2,
                 queue_size_max: 256,

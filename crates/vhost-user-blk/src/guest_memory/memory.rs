@@ -13,6 +13,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::sync::Arc;
 
@@ -31,6 +32,7 @@ pub use vm_memory::GuestAddress;
 
 use crate::guest_memory::PAGE_SIZE;
 use crate::guest_memory::sigbus::{Registration, SigbusError};
+use crate::process::descriptor::Dax;
 
 /// Regions that one snapshot may hold. What QEMU calls memory slots: 509 is what the Linux kernel's
 /// KVM gives an x86 guest for its own use (512 less 3), and what vhost-user backends commonly
@@ -93,7 +95,7 @@ pub enum MemoryError {
         needed: u64,
     },
     /// The fd is nothing that memory can be mapped from.
-    #[error("memory region ({0}): its file descriptor is neither a file nor a character device")]
+    #[error("memory region ({0}): its file descriptor is neither a file nor a DAX device")]
     NotMappable(RegionInfo),
     /// `fstat` failed.
     #[error("memory region ({region}): cannot inspect its file: {source}")]
@@ -690,6 +692,10 @@ impl Region {
             .map_err(|errno| MemoryError::Inspect { region: info, source: errno.into() })?;
         if system.filesystem_type() == HUGETLBFS_MAGIC {
             return Ok(u64::try_from(system.block_size()).unwrap_or(PAGE_SIZE));
+        }
+        if kind.is_char_device() {
+            let size = Dax::of(file.as_fd()).and_then(|dax| dax.page_size());
+            return size.ok_or(MemoryError::NotMappable(info));
         }
         Ok(PAGE_SIZE)
     }

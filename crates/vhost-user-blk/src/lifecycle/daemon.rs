@@ -97,8 +97,9 @@ impl Daemon {
         Daemon { socket, control, slot, session, program, upgrade_dir, admission }
     }
 
-    pub fn session(&self) -> &Arc<Mutex<Session<Arc<DiskSlot>>>> {
-        &self.session
+    /// A connection with the frontend at the other end of `stream`.
+    pub fn connection(&self, stream: UnixStream) -> io::Result<Guest> {
+        Connection::new(stream, &self.session, self.slot.allows_file_memory())
     }
 
     /// The socket on which frontends connect, unless there is only one frontend.
@@ -156,7 +157,7 @@ fn serve(daemon: &Daemon, connected: Option<Guest>) -> io::Result<()> {
                     let peer = Peer::of(stream)?;
                     let line = format_args!("frontend connected by {peer}, before the start");
                     CONNECTIONS.say(Level::Info, line);
-                    Connection::new(stream.try_clone()?, &daemon.session)?
+                    daemon.connection(stream.try_clone()?)?
                 }
             };
             return connection.serve(commands, None).map(|_| ());
@@ -181,7 +182,7 @@ fn serve(daemon: &Daemon, connected: Option<Guest>) -> io::Result<()> {
                 None => return Ok(()),
             },
         };
-        rival = Connection::new(stream, &daemon.session)?.serve(commands, Some(rivals))?;
+        rival = daemon.connection(stream)?.serve(commands, Some(rivals))?;
     }
 }
 

@@ -143,6 +143,11 @@ impl DiskSlot {
         }
     }
 
+    /// Whether guest memory may be in files of any file system.
+    pub fn allows_file_memory(&self) -> bool {
+        self.options.allow_file_memory
+    }
+
     /// Closes the disk, if it is open, and makes everything durable. No ring may be running.
     ///
     /// # Errors

@@ -20,7 +20,6 @@ use crate::lifecycle::upgrade;
 use crate::process::control::Reply;
 use crate::process::socket::{Endpoint, Listener, Socket};
 use crate::process::{signals, systemd};
-use crate::session::connection::Connection;
 use crate::session::replay::Message;
 use crate::virtio::device_state::DeviceState;
 
@@ -116,8 +115,10 @@ fn take_over(
     let Some(stream) = stream else { return Ok((daemon, None)) };
     let state = DeviceState { write_cache: handover.write_cache };
     let messages = handover.messages.iter().filter(|message| !(rehearsal && starts(message)));
-    let connection = Connection::resume(stream, daemon.session(), state, messages);
-    Ok((daemon, Some(connection?)))
+    let mut connection =
+        daemon.connection(stream).map_err(DaemonError::system("use the socket"))?;
+    connection.resume(state, messages)?;
+    Ok((daemon, Some(connection)))
 }
 
 /// Whether this message starts a ring.

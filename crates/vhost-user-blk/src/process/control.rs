@@ -12,6 +12,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::process::signals;
+
 /// How long a client may take to send its whole request; meanwhile the frontend's messages wait.
 const REQUEST_TIME: Duration = Duration::from_secs(1);
 /// Longest request, in bytes: a path and a little more.
@@ -94,7 +96,7 @@ impl Request {
                 }
                 Ok(n) => bytes.extend(&piece[..n]),
                 // The kernel does not restart a read with a timeout after a signal.
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted && !signals::stopping() => {}
                 Err(e) => return Err(e),
             }
         }

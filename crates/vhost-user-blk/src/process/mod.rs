@@ -1,6 +1,7 @@
 //! The process and its system: sockets, descriptors, signals, the service manager, the log.
 
 pub mod control;
+pub(crate) mod descriptor;
 pub(crate) mod fd;
 pub(crate) mod log_limit;
 pub mod logger;

@@ -1,40 +1,41 @@
 //! One connection, from accept until the frontend disconnects, makes a mistake, or the daemon ends.
 
 use std::fmt;
-use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::Level;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
-use vhost::vhost_user::{self, BackendReqHandler, VhostUserBackendReqHandlerMut};
+use vhost::vhost_user::{self, BackendReqHandler};
 use zerocopy::native_endian::U32;
 
+use crate::process::descriptor::Foreign;
 use crate::process::fd::duplicate;
 use crate::process::log_limit::CONNECTIONS;
 use crate::process::{signals, systemd};
-use crate::session::message::{SCM_FDS_MAX, is_whole, peek};
-use crate::session::replay::{Message, skip_replies};
-use crate::session::{Device, Session};
-use crate::session::{log_fd, memory_table};
+use crate::session::admission::admit;
+use crate::session::message::{Arrival, Header, Message, arrival, peek, receive, receive_some};
+use crate::session::refusal::Refusal;
+use crate::session::{Device, Session, log_fd, memory_table, replay};
 use crate::virtio::device_state::DeviceState;
 use crate::virtio::notify::EventDescriptor;
 
 /// How often to look at a ring whose frontend has announced that it does not kick.
 const POLLING_INTERVAL_MS: u8 = 1;
 
-/// How often to look for the rest of an incomplete message, in milliseconds.
+/// How often to look for the rest of an incomplete message, or for room for a reply, in
+/// milliseconds.
 const REST_INTERVAL_MS: u8 = 2;
 
-/// How long the rest of a message may take. Usually it is there at once, but a frontend can be
-/// stopped between two pieces of a message and continue later. The rest never arrives if the
-/// frontend has died and its own end of the connection is among the descriptors of the message,
-/// which keeps it open.
-const REST_PATIENCE: Duration = Duration::from_secs(60);
+/// How long the rest of a message may take, and the frontend to read its replies. Usually a message
+/// is there at once, but a frontend can be stopped between two pieces of it and continue later. The
+/// rest never arrives if the frontend has died and its own end of the connection is among the
+/// descriptors of the message, which keeps it open.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Another source of commands while the daemon serves a frontend.
 pub trait Commands {
@@ -77,8 +78,15 @@ impl<'a> Rivals<'a> {
 
 /// A frontend that is connected.
 pub struct Connection<D: Device> {
+    /// The frontend's socket. Nothing that sleeps is done with it.
+    socket: Arc<UnixStream>,
+    /// To the handler, which thinks that it is the frontend's. The `vhost` crate sends and receives
+    /// with calls that sleep, but here there is always a whole message and room for the reply.
+    inner: UnixStream,
     handler: BackendReqHandler<Mutex<Session<D>>>,
     session: Arc<Mutex<Session<D>>>,
+    /// Memory may be in files of any file system (`--allow-file-memory`).
+    any_file: bool,
 }
 
 /// Why a successor cannot continue with the frontend of its predecessor.
@@ -107,46 +115,44 @@ pub enum ResumeError {
 }
 
 impl<D: Device> Connection<D> {
-    /// A connection with the frontend at the other end of `stream`.
-    pub fn new(stream: UnixStream, session: &Arc<Mutex<Session<D>>>) -> io::Result<Self> {
-        stream.set_nonblocking(false)?;
-        receive_whole_messages(stream.as_fd())?;
+    /// A connection with the frontend at the other end of `stream`. With `any_file`, memory may be
+    /// in files of any file system, and touching or closing it may take as long as that wants.
+    pub fn new(
+        stream: UnixStream,
+        session: &Arc<Mutex<Session<D>>>,
+        any_file: bool,
+    ) -> io::Result<Self> {
+        let (inner, handlers) = UnixStream::pair()?;
         let session = Arc::clone(session);
         Ok(Connection {
-            handler: BackendReqHandler::from_stream(stream, Arc::clone(&session)),
+            socket: Arc::new(stream),
+            inner,
+            handler: BackendReqHandler::from_stream(handlers, Arc::clone(&session)),
             session,
+            any_file,
         })
     }
 
-    /// Continues with a frontend that a predecessor served and that has sent `messages`.
+    /// Brings it to the state of a connection that a predecessor served and whose frontend has sent
+    /// `messages`.
     pub fn resume<'a>(
-        stream: UnixStream,
-        session: &Arc<Mutex<Session<D>>>,
+        &mut self,
         state: DeviceState,
-        messages: impl Iterator<Item = &'a Message<RawFd>>,
-    ) -> Result<Self, ResumeError> {
+        messages: impl Iterator<Item = &'a replay::Message<RawFd>>,
+    ) -> Result<(), ResumeError> {
         let refused = |request, source| ResumeError::Refused { request, source };
-        lock(session).inherit_state(state).map_err(|e| refused(None, e))?;
-        let (mut frontend, backend) = UnixStream::pair()?;
-        let mut connection = Self::new(backend, session)?;
+        lock(&self.session).inherit_state(state).map_err(|e| refused(None, e))?;
         for message in messages {
-            let fds = message
-                .fds
-                .iter()
-                .map(|&fd| duplicate(fd).map_err(|source| ResumeError::Descriptor { fd, source }));
-            let fds = fds.collect::<Result<_, _>>()?;
-            Message { request: message.request, body: message.body.clone(), fds }
-                .send(&frontend)?;
-            connection.take_message().map_err(|e| refused(Some(message.request), e))?;
-            skip_replies(&mut frontend)?;
+            let mut fds = Foreign::default();
+            for &fd in &message.fds {
+                let own = duplicate(fd).map_err(|source| ResumeError::Descriptor { fd, source });
+                fds.extend([own?]);
+            }
+            // The predecessor has sent the reply.
+            let (_, outcome) = self.handle(message.bytes(), fds);
+            outcome.map_err(|e| refused(Some(message.request), e))?;
         }
-        // The crate's handler keeps state about the session and cannot be given another socket, so
-        // the descriptor of its socket is replaced by the frontend's.
-        // SAFETY: the number belongs to the handler alone, and stays open.
-        let result = unsafe {
-            libc::dup3(stream.as_raw_fd(), connection.handler.as_raw_fd(), libc::O_CLOEXEC)
-        };
-        if result < 0 { Err(io::Error::last_os_error().into()) } else { Ok(connection) }
+        Ok(())
     }
 
     /// Serves the frontend until it disconnects, sends something that is refused, is replaced by one
@@ -163,7 +169,7 @@ impl<D: Device> Connection<D> {
     ) -> io::Result<Option<UnixStream>> {
         let result = self.converse(commands, rivals);
         lock(&self.session).disconnect();
-        drop(self.handler);
+        drop(self);
         log::debug!("connection ended");
         result
     }
@@ -173,8 +179,8 @@ impl<D: Device> Connection<D> {
         commands: Option<&dyn Commands>,
         rivals: Option<Rivals<'_>>,
     ) -> io::Result<Option<UnixStream>> {
-        // SAFETY: the socket stays open as long as the handler, which `self` keeps.
-        let socket = unsafe { BorrowedFd::borrow_raw(self.handler.as_raw_fd()) };
+        let own = Arc::clone(&self.socket);
+        let socket = own.as_fd();
         let _interruptible = signals::Connection::new(socket);
         let say = |level, line: fmt::Arguments<'_>| CONNECTIONS.say(level, line);
         let begun = Instant::now();
@@ -214,89 +220,81 @@ impl<D: Device> Connection<D> {
                     say(Level::Warn, format_args!("{line}"));
                     return Ok(Some(rival));
                 }
-                Event::Stalled => {
+                Event::Stalled(what) => {
                     let name = request_name(next_request(socket));
+                    let after = PATIENCE.as_secs();
                     say(
                         Level::Warn,
-                        format_args!(
-                            "connection closed: {name}: message incomplete after {} s",
-                            REST_PATIENCE.as_secs()
-                        ),
+                        format_args!("connection closed: {name}: {what} after {after} s"),
                     );
                 }
+                Event::OutOfBand => say(
+                    Level::Warn,
+                    format_args!("connection closed: a byte out of band, which is no message"),
+                ),
                 Event::Stop => {}
             }
             return Ok(None);
         }
     }
 
-    /// Receives the next message and handles it.
+    /// Receives the next message, handles it, and sends the reply.
     fn take_message(&mut self) -> vhost_user::Result<()> {
-        let session = &self.session;
-        // SAFETY: as in `converse`.
-        let socket = unsafe { BorrowedFd::borrow_raw(self.handler.as_raw_fd()) };
-        let padded_table = memory_table::handle_padded(socket, |regions, files| {
-            lock(session).set_mem_table(regions, files, None).map(|_| ())
-        });
-        if let Some(result) = padded_table {
-            return result;
-        }
-        if let Some(result) = log_fd::handle(socket, |call| lock(session).set_log_call(call)) {
-            return result;
-        }
-        let channel = request_channel(socket);
-        self.handler.handle_request()?;
-        if let Some(channel) = channel {
-            lock(session).keep_requests(channel);
-        }
-        Ok(())
+        let (bytes, fds) = receive(self.socket.as_fd())?;
+        let (reply, outcome) = self.handle(bytes, fds);
+        let sent = reply.map_or(Ok(()), |reply| reply.send(self.socket.as_fd()));
+        outcome.and(sent)
     }
-}
 
-/// A duplicate of the descriptor that comes with the next message, if that is SET_BACKEND_REQ_FD.
-/// The message itself stays in the socket.
-fn request_channel(socket: BorrowedFd<'_>) -> Option<OwnedFd> {
-    if next_request(socket)? != u32::from(FrontendReq::SET_BACKEND_REQ_FD) {
-        return None;
-    }
-    let (mut bytes, mut control) = ([0; 4], nix::cmsg_space!([RawFd; SCM_FDS_MAX]));
-    let mut iov = [IoSliceMut::new(&mut bytes)];
-    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-    let peeked = recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut control), flags).ok()?;
-    let mut channels = Vec::new();
-    for control in peeked.cmsgs().ok()? {
-        if let ControlMessageOwned::ScmRights(fds) = control {
-            // SAFETY: the kernel has just made them.
-            channels.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+    /// Handles a message that has come with these descriptors. Returns the reply, if there is one.
+    fn handle(
+        &mut self,
+        bytes: Vec<u8>,
+        fds: Foreign,
+    ) -> (Option<Message>, vhost_user::Result<()>) {
+        let mut message = Message { bytes, fds: Vec::new() };
+        let request = message.header().map_or(0, |header| header.request());
+        message.fds = match admit(fds, request, self.any_file) {
+            Ok(fds) => fds,
+            Err(unfit) => {
+                let reply = message.header().and_then(|header| header.acknowledgement(false));
+                return (reply, Err(Refusal::Unfit(unfit).into()));
+            }
+        };
+        let set_log_call = |call| lock(&self.session).set_log_call(call);
+        if let Some(done) = log_fd::handle(&mut message, set_log_call) {
+            return done;
         }
+        memory_table::trim(&mut message);
+        let outcome = message.send(self.inner.as_fd()).and_then(|()| self.handler.handle_request());
+        if outcome.is_ok()
+            && request == u32::from(FrontendReq::SET_BACKEND_REQ_FD)
+            && let Some(channel) = message.fds.pop()
+        {
+            lock(&self.session).keep_requests(channel);
+        }
+        (self.reply(), outcome)
     }
-    channels.pop()
-}
 
-/// Makes a receive of n bytes wait for all n, up to the length of a message. The `vhost` crate
-/// treats a message whose body arrives in two pieces as malformed.
-fn receive_whole_messages(socket: BorrowedFd<'_>) -> io::Result<()> {
-    let low_water = libc::c_int::try_from(MAX_MSG_SIZE).unwrap_or(libc::c_int::MAX);
-    let len = libc::socklen_t::try_from(size_of_val(&low_water)).unwrap_or_default();
-    // SAFETY: `low_water` is valid for reads of `len` bytes.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVLOWAT,
-            (&raw const low_water).cast(),
-            len,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    /// What the handler has replied.
+    fn reply(&self) -> Option<Message> {
+        let mut bytes = vec![0; size_of::<Header>() + MAX_MSG_SIZE];
+        let mut fds = Foreign::default();
+        let len = receive_some(self.inner.as_fd(), &mut bytes, &mut fds).ok()?;
+        bytes.truncate(len);
+        // Its descriptors are our own.
+        (len > 0).then(|| Message { bytes, fds: fds.admitted() })
+    }
 }
 
 /// What the main thread has to do next.
 enum Event {
     /// A message has arrived, or the frontend has gone.
     Message,
-    /// The rest of an incomplete message has not arrived in time.
-    Stalled,
+    /// The frontend has not done its part of the exchange in time.
+    Stalled(&'static str),
+    /// The frontend has sent a byte out of band.
+    OutOfBand,
     /// A worker has given up its ring.
     RingFailed,
     /// There is a command.
@@ -313,7 +311,7 @@ fn wait<D: Device>(
     commands: Option<&dyn Commands>,
     rivals: Option<(&dyn Waiting, Instant)>,
 ) -> io::Result<Event> {
-    // When an incomplete message was first seen.
+    // When a message was first seen that cannot be taken yet.
     let mut begun: Option<Instant> = None;
     loop {
         let session = lock(session);
@@ -332,8 +330,8 @@ fn wait<D: Device>(
         let fds = fds.chain(commands.map(|commands| (commands.fd(), Event::Command)));
         let due = rivals.filter(|_| left.is_some_and(|left| left.is_zero()));
         let fds = fds.chain(due.map(|(waiting, _)| (waiting.fd(), Event::Rival)));
-        // The frontend comes last, because it could always be readable. With an incomplete message
-        // it is readable all the time, so it is left out then.
+        // The frontend comes last, because it could always be readable. With a message that cannot
+        // be taken it is readable all the time, so it is left out then.
         let frontend = begun.is_none().then_some((socket, Event::Message));
         let (fds, mut events): (Vec<_>, Vec<_>) = fds.chain(frontend).unzip();
         match wait_readable(&fds, timeout)? {
@@ -345,11 +343,14 @@ fn wait<D: Device>(
             Readable::Timeout if begun.is_none() => continue,
             Readable::Timeout => {}
         }
-        if is_whole(socket) {
-            return Ok(Event::Message);
-        }
-        if begun.get_or_insert_with(Instant::now).elapsed() >= REST_PATIENCE {
-            return Ok(Event::Stalled);
+        let what = match arrival(socket) {
+            Arrival::Whole => return Ok(Event::Message),
+            Arrival::OutOfBand => return Ok(Event::OutOfBand),
+            Arrival::Incomplete => "message incomplete",
+            Arrival::RepliesUnread => "earlier replies not read",
+        };
+        if begun.get_or_insert_with(Instant::now).elapsed() >= PATIENCE {
+            return Ok(Event::Stalled(what));
         }
     }
 }

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use vhost::vhost_user::message::FrontendReq;
 
 use super::{Device, PROTOCOL_FEATURES, Result, Session};
+use crate::process::descriptor::Foreign;
 use crate::session::replay::Message;
 use crate::session::vring::Vring;
 use crate::virtio::device_state::DeviceState;
@@ -18,6 +19,8 @@ impl<D: Device> Session<D> {
             Some("the guest is being migrated")
         } else if self.check().is_err() {
             Some("the frontend has shortened its memory")
+        } else if Foreign::any_unclosed() {
+            Some("a descriptor that a frontend has passed cannot be closed yet")
         } else {
             None
         }
@@ -81,6 +84,11 @@ impl<D: Device> Session<D> {
         if let Some(channel) = &self.requests {
             let message = Message::new(FrontendReq::SET_BACKEND_REQ_FD, &[]);
             messages.push(message.with(channel.as_fd()));
+        }
+        if let Some((region, file)) = self.log.as_ref().and_then(|log| log.file()) {
+            let message =
+                Message::new(FrontendReq::SET_LOG_BASE, &[region.size, region.file_offset]);
+            messages.push(message.with(file.as_fd()));
         }
         if let Some(call) = &self.log_call {
             messages.push(Message::new(FrontendReq::SET_LOG_FD, &[]).with(call.as_fd()));

@@ -1,116 +1,96 @@
 //! SET_LOG_FD: a descriptor to signal when the dirty log is written.
 //!
-//! The `vhost` crate knows the message and refuses it, so it is received here. None of the
-//! frontends that this daemon is tested with sends it.
+//! The `vhost` crate knows the message and refuses it, so it is handled here. None of the frontends
+//! that this daemon is tested with sends it.
 
 use std::fs::File;
-use std::os::fd::BorrowedFd;
 
-use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
+use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{Error, Result};
 
-use crate::session::message::{Header, peek, receive};
+use crate::session::message::Message;
 
-/// If the next message on `socket` is SET_LOG_FD, receives it, passes its descriptor to `set`, and
-/// acknowledges it. Any other message stays where it is: `None`.
+/// If the message is SET_LOG_FD, passes its descriptor to `set`; returns the reply, if one was
+/// requested, and the outcome. `None`, and nothing happens, if it is another one.
 ///
-/// # Errors
-/// Those of `set`, of the socket, and [`Error::InvalidMessage`] for a message that does not consist
-/// of a header and one descriptor. The connection must end.
-pub fn handle(socket: BorrowedFd<'_>, set: impl FnOnce(File) -> Result<()>) -> Option<Result<()>> {
-    let header: Header = peek(socket)?;
-    // The crate refuses what is longer than any message.
-    if !header.is(FrontendReq::SET_LOG_FD) || header.size() > MAX_MSG_SIZE {
-        return None;
-    }
-    Some(receive_descriptor(socket, &header, set))
-}
-
-fn receive_descriptor(
-    socket: BorrowedFd<'_>,
-    header: &Header,
+/// The outcome is an error of `set`, or [`Error::InvalidMessage`] for a message that does not
+/// consist of a header and one descriptor. The connection must then end.
+pub fn handle(
+    message: &mut Message,
     set: impl FnOnce(File) -> Result<()>,
-) -> Result<()> {
-    let mut files = receive(socket, &mut [0; size_of::<Header>()])?.into_iter();
-    let result = match (files.next(), files.next()) {
-        (Some(file), None) if header.is_valid() && header.size() == 0 => set(file),
+) -> Option<(Option<Message>, Result<()>)> {
+    let header = message.header().filter(|header| header.is(FrontendReq::SET_LOG_FD))?;
+    let valid = header.is_valid() && header.size() == 0;
+    let mut fds = std::mem::take(&mut message.fds).into_iter();
+    let outcome = match (fds.next(), fds.next()) {
+        (Some(fd), None) if valid => set(fd.into()),
         _ => Err(Error::InvalidMessage),
     };
-    header.acknowledge(socket, result.is_ok())?;
-    result
+    let reply = message.header()?.acknowledgement(outcome.is_ok());
+    Some((reply, outcome))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
-    use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
     use super::*;
-    use crate::session::message::tests::send_with;
 
     const NEED_REPLY: u32 = 9;
 
-    fn log_fd(flags: u32, size: u32) -> Vec<u8> {
-        [7, flags, size].map(u32::to_ne_bytes).concat()
+    fn log_fd(flags: u32, size: u32, fds: usize) -> Message {
+        let bytes = [7, flags, size].map(u32::to_ne_bytes).concat();
+        let fds = (0..fds).map(|_| UnixStream::pair().unwrap().0.into()).collect();
+        Message { bytes, fds }
     }
 
-    /// What comes of a message: the result, whether a descriptor was set, and what was answered.
-    fn handled(bytes: &[u8], fds: usize) -> (Option<Result<()>>, bool, Vec<u8>) {
-        let (mut frontend, backend) = UnixStream::pair().unwrap();
-        send_with(&frontend, bytes, fds);
+    /// What comes of a message: the outcome, whether a descriptor was set, and what is answered.
+    fn handled(mut message: Message) -> (Result<()>, bool, Option<Vec<u8>>) {
         let mut set = false;
-        let result = handle(backend.as_fd(), |_| {
+        let (reply, outcome) = handle(&mut message, |_| {
             set = true;
             Ok(())
-        });
-        drop(backend);
-        let mut answer = Vec::new();
-        // What was not taken resets the connection instead of ending it.
-        _ = frontend.read_to_end(&mut answer);
-        (result, set, answer)
+        })
+        .unwrap();
+        (outcome, set, reply.map(|reply| reply.bytes))
     }
 
-    fn acknowledgement(result: u32) -> Vec<u8> {
-        [7, 5, 8, result, 0].map(u32::to_ne_bytes).concat()
+    fn acknowledgement(result: u32) -> Option<Vec<u8>> {
+        Some([7, 5, 8, result, 0].map(u32::to_ne_bytes).concat())
     }
 
     #[test]
     fn its_descriptor_is_taken_and_acknowledged() {
-        let (result, set, answer) = handled(&log_fd(NEED_REPLY, 0), 1);
-        assert!(matches!(result, Some(Ok(()))) && set, "{result:?}");
-        assert_eq!(answer, acknowledgement(0));
-        let (result, set, answer) = handled(&log_fd(1, 0), 1);
-        assert!(matches!(result, Some(Ok(()))) && set && answer.is_empty(), "{result:?}");
+        for (flags, answer) in [(NEED_REPLY, acknowledgement(0)), (1, None)] {
+            let (outcome, set, answered) = handled(log_fd(flags, 0, 1));
+            assert!(outcome.is_ok() && set, "{outcome:?}");
+            assert_eq!(answered, answer);
+        }
     }
 
     #[test]
     fn another_form_is_refused() {
-        for (flags, size, fds) in
-            [(NEED_REPLY, 0, 0), (NEED_REPLY, 0, 2), (NEED_REPLY, 0, 200), (NEED_REPLY, 8, 1)]
-        {
-            let (result, set, answer) = handled(&log_fd(flags, size), fds);
-            assert!(matches!(result, Some(Err(Error::InvalidMessage))) && !set, "{result:?}");
-            assert_eq!(answer, acknowledgement(1));
-        }
-        for flags in [0, 2, 5] {
-            let (result, set, answer) = handled(&log_fd(flags, 0), 1);
-            assert!(matches!(result, Some(Err(Error::InvalidMessage))) && !set, "{result:?}");
-            assert!(answer.is_empty(), "{answer:?}");
+        for (flags, size, fds) in [
+            (NEED_REPLY, 0, 0),
+            (NEED_REPLY, 0, 2),
+            (NEED_REPLY, 8, 1),
+            (NEED_REPLY, u32::MAX, 1),
+            (0, 0, 1),
+            (2, 0, 1),
+            (5, 0, 1),
+        ] {
+            let (outcome, set, answered) = handled(log_fd(flags, size, fds));
+            assert!(matches!(outcome, Err(Error::InvalidMessage)) && !set, "{outcome:?}");
+            let answer = if flags == NEED_REPLY { acknowledgement(1) } else { None };
+            assert_eq!(answered, answer);
         }
     }
 
     #[test]
-    fn other_messages_are_left_where_they_are() {
-        let other = [6, 1, 0].map(u32::to_ne_bytes).concat();
-        for message in [&other, &log_fd(1, 0)[..11], &log_fd(1, u32::MAX)] {
-            let (mut frontend, mut backend) = UnixStream::pair().unwrap();
-            frontend.write_all(message).unwrap();
-            assert!(handle(backend.as_fd(), |_| panic!("was taken")).is_none());
-            drop(frontend);
-            let mut left = Vec::new();
-            backend.read_to_end(&mut left).unwrap();
-            assert!(left == message);
-        }
+    fn other_messages_are_left_as_they_are() {
+        let mut message = log_fd(NEED_REPLY, 0, 1);
+        message.bytes[0] = 6;
+        assert!(handle(&mut message, |_| panic!("was taken")).is_none());
+        assert_eq!(message.fds.len(), 1);
     }
 }

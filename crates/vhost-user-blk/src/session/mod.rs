@@ -12,6 +12,7 @@
 //! that makes no difference for a ring without work, and loses no kick of a ring that was kicked
 //! too early.
 
+pub(crate) mod admission;
 pub(crate) mod connection;
 pub(crate) mod log_fd;
 pub(crate) mod memory_table;

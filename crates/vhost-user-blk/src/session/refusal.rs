@@ -5,6 +5,7 @@ use std::io;
 use vhost::vhost_user;
 
 use crate::guest_memory::memory::{Loss, MemoryError};
+use crate::session::admission::Unfit;
 use crate::virtio::config;
 use crate::virtio::device_state::StateError;
 use crate::virtio::dirty_log::LogError;
@@ -56,6 +57,8 @@ pub(super) enum Refusal {
     Lost { what: &'static str, loss: Loss },
     #[error("postcopy migration was not offered")]
     Postcopy,
+    #[error(transparent)]
+    Unfit(#[from] Unfit),
 }
 
 impl From<Refusal> for vhost_user::Error {

@@ -9,9 +9,12 @@
 //! | 9 | 7 | zeros |
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::AsRawFd;
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{SpliceFFlags, splice};
+use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::stat::{SFlag, fstat};
 
 const MAGIC: [u8; 8] = *b"VUBSTAT1";
 
@@ -68,35 +71,72 @@ impl DeviceState {
             .ok_or(StateError::Unknown { len: bytes.len() })
     }
 
-    /// Writes it into the frontend's pipe, which has room for it; if not, this does not wait.
+    /// Writes it into the frontend's pipe or socket, which has room for it; if not, this does not
+    /// wait.
     ///
     /// # Errors
     /// [`StateError::Io`]
-    pub(crate) fn save(self, mut pipe: File) -> Result<(), StateError> {
-        never_wait(&pipe)
-            .and_then(|()| pipe.write_all(&self.encode()))
-            .map_err(|source| StateError::Io { what: "write", source })
+    pub(crate) fn save(self, to: File) -> Result<(), StateError> {
+        let written = put(&to, self.encode());
+        written.map_err(|source| StateError::Io { what: "write", source })
     }
 
-    /// Reads it from the frontend's pipe, whose other end is closed by now. A saved state may be
-    /// empty: `None`.
+    /// Reads it from the frontend's pipe or socket, whose other end is closed by now. A saved state
+    /// may be empty: `None`.
     ///
     /// # Errors
     /// [`StateError`]
-    pub(crate) fn load(pipe: File) -> Result<Option<Self>, StateError> {
-        let mut bytes = Vec::new();
-        never_wait(&pipe)
-            .and_then(|()| pipe.take(STATE_LEN as u64 + 1).read_to_end(&mut bytes))
-            .map_err(|source| StateError::Io { what: "read", source })?;
-        if bytes.is_empty() { Ok(None) } else { Self::decode(&bytes).map(Some) }
+    pub(crate) fn load(from: File) -> Result<Option<Self>, StateError> {
+        let mut bytes = [0; STATE_LEN + 1];
+        let len = take(&from, &mut bytes);
+        let len = len.map_err(|source| StateError::Io { what: "read", source })?;
+        if len == 0 { Ok(None) } else { Self::decode(&bytes[..len]).map(Some) }
     }
 }
 
-/// A frontend that does not hold its end of the bargain must not hold up the daemon.
-fn never_wait(pipe: &File) -> io::Result<()> {
-    let flags = OFlag::from_bits_truncate(fcntl(pipe, FcntlArg::F_GETFL)?);
-    fcntl(pipe, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    Ok(())
+/// Writes the bytes to a pipe or socket of the frontend's, all of them or none, without waiting.
+fn put(to: &File, bytes: [u8; STATE_LEN]) -> io::Result<()> {
+    let written = match own_pipe(to)? {
+        None => send(to.as_raw_fd(), &bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL)?,
+        Some((reader, mut writer)) => {
+            writer.write_all(&bytes)?;
+            splice(&reader, None, to, None, bytes.len(), SpliceFFlags::SPLICE_F_NONBLOCK)?
+        }
+    };
+    if written == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
+
+/// Reads from a pipe or socket of the frontend's what is there, without waiting, until `bytes` is
+/// full or the other end closed.
+fn take(from: &File, bytes: &mut [u8]) -> io::Result<usize> {
+    let mut len = 0;
+    let mut pipe = own_pipe(from)?;
+    while len < bytes.len() {
+        let left = &mut bytes[len..];
+        let read = match &mut pipe {
+            None => recv(from.as_raw_fd(), left, MsgFlags::MSG_DONTWAIT)?,
+            Some((reader, writer)) => {
+                let flags = SpliceFFlags::SPLICE_F_NONBLOCK;
+                match splice(from, None, writer, None, left.len(), flags)? {
+                    0 => 0,
+                    moved => reader.read(&mut left[..moved])?,
+                }
+            }
+        };
+        match read {
+            0 => break,
+            n => len += n,
+        }
+    }
+    Ok(len)
+}
+
+/// If `file` is a pipe, one of our own, through which bytes go to it or come from it: splice(2)
+/// between pipes does not wait if it is told so, while the frontend can make read(2) and write(2)
+/// wait at any moment, as O_NONBLOCK belongs to both sides.
+fn own_pipe(file: &File) -> io::Result<Option<(PipeReader, PipeWriter)>> {
+    let kind = SFlag::from_bits_truncate(fstat(file)?.st_mode) & SFlag::S_IFMT;
+    if kind == SFlag::S_IFIFO { io::pipe().map(Some) } else { Ok(None) }
 }
 
 #[cfg(test)]

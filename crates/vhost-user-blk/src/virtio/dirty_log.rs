@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use crate::guest_memory::memory::{GuestAddress, Loss, Memory, MemoryError};
+use crate::guest_memory::memory::{GuestAddress, Loss, Memory, MemoryError, RegionInfo};
 use crate::virtio::notify::CallFd;
 
 /// Bytes of guest memory for which one bit stands (`VHOST_LOG_PAGE`).
@@ -54,6 +54,11 @@ impl DirtyLog {
     /// [`LogError::Memory`]
     pub(crate) fn map(len: u64, offset: u64, file: File) -> Result<Self, LogError> {
         Ok(DirtyLog { bytes: Memory::of_file(file, offset, len)?, len })
+    }
+
+    /// Where it is, and its file.
+    pub(crate) fn file(&self) -> Option<(RegionInfo, &File)> {
+        self.bytes.files().next()
     }
 
     /// Whether every page below the guest address `end` has a bit.

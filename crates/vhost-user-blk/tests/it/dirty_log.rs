@@ -425,7 +425,7 @@ fn a_log_that_cannot_be_used_ends_the_connection_and_nothing_else() {
         (len, 1, Some(&good), "its file has"),
         (len, 1 << 63, Some(&good), "file offset plus size overflows"),
         (1 << 62, 0, Some(&good), "its file has"),
-        (len, 0, Some(&pipe), "neither a file nor a character device"),
+        (len, 0, Some(&pipe), "its descriptor is a pipe"),
     ];
     for (len, offset, fd, reason) in cases {
         let (mut frontend, ..) = running(&daemon);

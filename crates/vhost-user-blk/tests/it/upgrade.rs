@@ -293,8 +293,7 @@ fn an_unknown_command_is_answered() {
     daemon.terminate();
 }
 
-/// Nothing of a frontend's stays open in a successor that is not handed to it: here a dirty log
-/// that is not in use.
+/// Nothing of a frontend's stays open in a successor that is not handed to it.
 #[test]
 fn an_upgrade_leaks_no_descriptor_of_the_frontend() {
     let directory = tempfile::tempdir().unwrap();
@@ -305,6 +304,7 @@ fn an_upgrade_leaks_no_descriptor_of_the_frontend() {
     frontend.negotiate(F_VERSION_1 | F_PROTOCOL_FEATURES, PROTOCOL_FEATURES);
     let memory = Memory::default();
     memory.set(&mut frontend);
+    frontend.set_log_base(4096, 0, &memory.file);
     upgrade_ok(directory);
     let memory_files =
         || daemon.kinds_of_files().iter().filter(|kind| kind.contains("memfd")).count();

@@ -7,11 +7,12 @@
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::Builder;
+use std::thread::{Builder, JoinHandle};
 
 use block_io::ring::Uring;
 
 use crate::process::requirements::Engine;
+use crate::process::signals;
 
 /// The stack of a thread, in bytes. Its data is on the heap.
 const STACK_BYTES: usize = 256 << 10;
@@ -33,6 +34,19 @@ pub(crate) struct QueueThreads {
 pub(crate) struct QueueThread {
     queue: usize,
     jobs: Sender<Job>,
+    thread: JoinHandle<()>,
+}
+
+impl QueueThread {
+    /// The number of its queue.
+    pub(crate) fn queue(&self) -> usize {
+        self.queue
+    }
+
+    /// Interrupts the system call in which it may sleep.
+    pub(crate) fn interrupt(&self) {
+        signals::interrupt(&self.thread);
+    }
 }
 
 impl QueueThreads {
@@ -78,13 +92,14 @@ impl QueueThreads {
         let (jobs, received) = channel();
         let engine = Arc::clone(&self.engine);
         let builder = Builder::new().name(format!("queue-{queue}")).stack_size(STACK_BYTES);
-        builder.spawn(move || work(&engine, received))?;
-        Ok(QueueThread { queue, jobs })
+        let thread = builder.spawn(move || work(&engine, received))?;
+        Ok(QueueThread { queue, jobs, thread })
     }
 }
 
 /// The body of a thread.
 fn work(engine: &Engine, jobs: Receiver<Job>) {
+    signals::be_interruptible();
     let mut uring = engine.uring();
     for job in jobs {
         job(&mut uring);

@@ -7,10 +7,10 @@
 //! fetches what has completed, and publishes it with one notification.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use block_io::pulse::Pulse;
@@ -24,7 +24,7 @@ use vmm_sys_util::event::{EventConsumer, EventNotifier};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::datapath::holes::Holes;
-use crate::datapath::queue_threads::{QueueThread, QueueThreads, ThreadUring};
+use crate::datapath::queue_threads::{QueueThreads, ThreadUring};
 use crate::datapath::resident::Mappings;
 use crate::datapath::route::Router;
 use crate::datapath::spin::{For, Spin};
@@ -35,11 +35,15 @@ use crate::process::watchdog;
 use crate::virtio::device_queue::DeviceQueue;
 use crate::virtio::dirty_log::RingLog;
 use crate::virtio::inflight::Tracker;
-use crate::virtio::notify::{CallFd, EventDescriptor, Kick};
+use crate::virtio::notify::{Bell, EventDescriptor, Kick};
 use crate::virtio::request::{
     Fault, ID_LEN, IoVecs, Operation, ParseLimits, Parsed, Pending, Reply, Segment, parse,
 };
 use crate::virtio::split_queue::{RingError, SplitQueue};
+
+pub(crate) mod handle;
+
+use handle::WorkerHandle;
 
 /// Requests taken in one turn: enough to share a system call and a
 /// notification among many, few enough that the first is not held up by the
@@ -114,15 +118,6 @@ pub(crate) struct RingStart {
     pub(crate) log: Option<RingLog>,
 }
 
-/// A queue that is being served.
-pub(crate) struct WorkerHandle {
-    thread: QueueThread,
-    threads: Arc<QueueThreads>,
-    stop: Arc<EventFd>,
-    /// Gets the next entry of the available ring, when the worker is done with everything.
-    done: Receiver<u16>,
-}
-
 /// Serves a ring until it is stopped. The call descriptor is signalled once at
 /// the start, and work that is in the ring already needs no kick.
 ///
@@ -131,32 +126,22 @@ pub(crate) struct WorkerHandle {
 /// used is no error here: it is given up, and [`Shared::failure`] signalled.
 pub(crate) fn spawn(mut start: RingStart, shared: Arc<Shared>) -> io::Result<WorkerHandle> {
     let stop = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
-    let theirs = Arc::clone(&stop);
     let inflight = start.inflight.take();
     let pulse = Arc::new(Pulse::waiting());
     watchdog::watch(&format!("queue-{}", start.queue), &pulse);
+    let theirs = (Arc::clone(&stop), Arc::clone(&pulse));
     let (threads, queue) = (Arc::clone(&shared.threads), start.queue);
     let (ending, done) = channel();
     let thread = threads.run(queue, move |uring| {
-        let next_avail = serve(&start, inflight, &shared, &theirs, &pulse, uring);
+        let (stop, pulse) = (&*theirs.0, &*theirs.1);
+        let next_avail = serve(&start, inflight, &shared, stop, pulse, uring);
+        // It has ended, even if its handle is kept.
+        pulse.rest();
         // Whoever waits for the end may count on it.
-        drop((start, shared, theirs, pulse));
+        drop((start, shared, theirs));
         _ = ending.send(next_avail);
     })?;
-    Ok(WorkerHandle { thread, threads, stop, done })
-}
-
-impl WorkerHandle {
-    /// Takes no more requests, answers those in flight, and says which entry of
-    /// the available ring comes next.
-    pub(crate) fn stop(self) -> u16 {
-        // It cannot fail: the counter starts at 0.
-        _ = self.stop.write(1);
-        // A panic aborts the process in every profile that is shipped, so the 0 is never seen.
-        let next_avail = self.done.recv().unwrap_or(0);
-        self.threads.keep(self.thread);
-        next_avail
-    }
+    Ok(WorkerHandle { thread, threads, stop, pulse, done })
 }
 
 fn serve(
@@ -200,7 +185,7 @@ fn give_up(start: &RingStart, shared: &Shared, why: &dyn std::fmt::Display) {
     let line = format_args!("queue {}: {why}; the ring is stopped", start.queue);
     RINGS.say(log::Level::Error, line);
     if let Some(err) = &start.err {
-        CallFd::new(err.fd()).signal();
+        Bell::new(err.fd()).signal();
     }
     _ = shared.failure.write(1);
 }
@@ -261,7 +246,7 @@ struct Worker<'a, Q: DeviceQueue> {
     shared: &'a Shared,
     router: Router<'a>,
     kick: Kick<'a>,
-    call: Option<CallFd<'a>>,
+    call: Option<Bell<BorrowedFd<'a>>>,
     /// Requests that are in flight at most.
     depth: u16,
     /// Requests that wait for the committer; the tag is the place.
@@ -299,7 +284,7 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
         let router = Router::new(&shared.disk, &shared.mappings, &shared.holes);
         let files = router.files().descriptors();
         let mut ring = Ring::new(uring, usize::from(depth), &files)?;
-        let kick = Kick::new(start.kick.fd())?;
+        let kick = Kick::new(start.kick.fd());
         ring.watch(start.kick.fd(), KICK)?;
         ring.watch(stop.fd(), STOP)?;
         ring.watch(shared.committer.event(start.queue), COMMIT)?;
@@ -312,7 +297,7 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
             shared,
             router,
             kick,
-            call: start.call.as_ref().map(|call| CallFd::new(call.fd())),
+            call: start.call.as_ref().map(|call| Bell::new(call.fd())),
             depth,
             committing: (0..depth).map(|_| None).collect(),
             uncommitted: (0..u32::from(depth)).rev().collect(),

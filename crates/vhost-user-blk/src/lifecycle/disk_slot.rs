@@ -5,12 +5,12 @@
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use block_io::Shown;
 use block_io::base_watch::watch::BaseWatch;
 use block_io::storage::file::File;
-use block_io::{Committer, Disk, DiskError, GivenFiles};
+use block_io::{Committer, Disk, GivenFiles};
 use cow_format::SectorCount;
 use log::Level;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -19,13 +19,14 @@ use crate::cli::Options;
 use crate::datapath::holes::Holes;
 use crate::datapath::queue_threads::QueueThreads;
 use crate::datapath::resident::Mappings;
-use crate::datapath::worker::{self, RingStart, Shared, WorkerHandle};
+use crate::datapath::worker::handle::{WorkerHandle, any_abandoned};
+use crate::datapath::worker::{self, RingStart, Shared};
 use crate::lifecycle::error::DaemonError;
 use crate::lifecycle::handover;
 use crate::lifecycle::open_disk::{describe, given_files, look, open_disk};
 use crate::process::log_limit::DISK;
 use crate::process::requirements::Engine;
-use crate::process::{signals, watchdog};
+use crate::process::{signals, systemd, watchdog};
 use crate::session::Device;
 use crate::session::vring::RunningRing;
 use crate::virtio::config::DiskShape;
@@ -151,10 +152,15 @@ impl DiskSlot {
     /// Closes the disk, if it is open, and makes everything durable. No ring may be running.
     ///
     /// # Errors
-    /// If not everything could be made durable. The disk then stays open.
-    pub fn close(&self) -> Result<(), DiskError> {
+    /// If not everything could be made durable, or a ring is running that cannot be stopped: then
+    /// the disk is flushed. In both cases it stays open.
+    pub fn close(&self) -> Result<(), DaemonError> {
         let mut open = self.lock();
         if let Some(held) = &*open {
+            if any_abandoned() {
+                held.shared.disk.flush()?;
+                return Err(DaemonError::RingRuns);
+            }
             held.shared.disk.close()?;
             for layer in held.shared.disk.layers() {
                 // No ring runs, so no I/O is in flight. If this fails the lock goes a little later.
@@ -232,6 +238,10 @@ impl Device for Arc<DiskSlot> {
     type Ring = WorkerHandle;
 
     fn start(&self, ring: RingStart) -> io::Result<WorkerHandle> {
+        if any_abandoned() {
+            // Its last worker may still be there.
+            return Err(io::Error::other("the daemon is shutting down"));
+        }
         let shared = self.shared()?;
         signals::starting_threads(|| worker::spawn(ring, shared))
     }
@@ -254,7 +264,11 @@ impl Device for Arc<DiskSlot> {
 }
 
 impl RunningRing for WorkerHandle {
-    fn stop(self) -> u16 {
-        WorkerHandle::stop(self)
+    fn ask(&self) {
+        WorkerHandle::ask(self);
+    }
+
+    fn stop(self, asked: Instant) -> Option<u16> {
+        WorkerHandle::stop(self, asked, || _ = systemd::ping_watchdog())
     }
 }

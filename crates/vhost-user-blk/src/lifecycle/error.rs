@@ -105,6 +105,13 @@ pub enum DaemonError {
     /// The disk was not closed cleanly.
     #[error("cannot close the disk: {0}; everything that was flushed before is safe")]
     Close(#[from] DiskError),
+    /// A queue's thread could not be stopped.
+    #[error(
+        "ended as if killed, because a queue did not stop; the disk was flushed first, and the \
+         guest's requests in flight are done again by the next daemon if its frontend keeps an \
+         in-flight area"
+    )]
+    RingRuns,
     /// The predecessor's handover cannot be used.
     #[error(transparent)]
     Handover(#[from] HandoverError),

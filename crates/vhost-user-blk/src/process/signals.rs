@@ -16,11 +16,14 @@ use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, Ordering};
+use std::sync::{Once, OnceLock};
+use std::thread::JoinHandle;
 
 use nix::errno::Errno;
+use nix::sys::pthread::pthread_kill;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::register_signal_handler;
@@ -134,6 +137,29 @@ pub fn release() -> nix::Result<()> {
 #[must_use]
 pub fn stopping() -> bool {
     STOPPING.load(Ordering::SeqCst)
+}
+
+/// Makes the system call in which `thread` may sleep return with EINTR, if that is possible. What
+/// is lost is an interruption just before such a call, so the caller repeats it.
+///
+/// SIGURG, because without a handler it is ignored, and programs expect to get it for no reason.
+pub fn interrupt<T>(thread: &JoinHandle<T>) {
+    static HANDLED: Once = Once::new();
+    HANDLED.call_once(|| {
+        if let Err(e) = register_signal_handler(libc::SIGURG, on_interrupt) {
+            log::error!("cannot interrupt threads: {e}");
+        }
+    });
+    // The thread was not joined, so it still has its handle, if it has ended as well.
+    _ = pthread_kill(thread.as_pthread_t(), Signal::SIGURG);
+}
+
+/// The signal has done its work by arriving.
+extern "C" fn on_interrupt(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+/// Lets this thread be interrupted, whatever it has inherited.
+pub fn be_interruptible() {
+    _ = SigSet::from(Signal::SIGURG).thread_unblock();
 }
 
 /// Readable once a signal has asked for the end; `None` before [`install`].

@@ -7,8 +7,9 @@ use vhost::vhost_user::message::FrontendReq;
 use super::{Device, PROTOCOL_FEATURES, Result, Session};
 use crate::process::descriptor::Foreign;
 use crate::session::replay::Message;
-use crate::session::vring::Vring;
+use crate::session::vring::pause_all;
 use crate::virtio::device_state::DeviceState;
+use crate::virtio::notify::EventDescriptor;
 
 impl<D: Device> Session<D> {
     /// The reason why the session cannot be handed over at the moment, if there is one.
@@ -28,7 +29,7 @@ impl<D: Device> Session<D> {
 
     /// Completes the requests in flight and takes no more.
     pub fn pause(&mut self) {
-        self.vrings.iter_mut().for_each(Vring::pause);
+        pause_all(&mut self.vrings);
     }
 
     /// Continues after [`Session::pause`].
@@ -91,7 +92,7 @@ impl<D: Device> Session<D> {
             messages.push(message.with(file.as_fd()));
         }
         if let Some(call) = &self.log_call {
-            messages.push(Message::new(FrontendReq::SET_LOG_FD, &[]).with(call.as_fd()));
+            messages.push(Message::new(FrontendReq::SET_LOG_FD, &[]).with(call.fd()));
         }
         if let Some(features) = self.features {
             messages.push(Message::new(FrontendReq::SET_FEATURES, &[features]));

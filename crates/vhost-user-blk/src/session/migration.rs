@@ -16,10 +16,11 @@ use std::sync::Arc;
 use vhost::vhost_user::message::{VhostUserLog, VhostUserProtocolFeatures};
 
 use super::{Device, Refusal, Result, Session};
-use crate::session::vring::Vring;
+use crate::session::vring::{Vring, pause_all};
 use crate::virtio::config;
 use crate::virtio::dirty_log::DirtyLog;
 use crate::virtio::inflight::Area;
+use crate::virtio::notify::Bell;
 use crate::virtio::split_queue::used_ring_len;
 
 impl<D: Device> Session<D> {
@@ -34,7 +35,7 @@ impl<D: Device> Session<D> {
     pub(super) fn change_log(&mut self, info: &VhostUserLog, file: File) -> Result<(), Refusal> {
         let log = DirtyLog::map(info.mmap_size, info.mmap_offset, file)?;
         if self.is_logging() {
-            self.vrings.iter_mut().for_each(Vring::pause);
+            pause_all(&mut self.vrings);
             self.check_intact()?;
         }
         self.log = Some(Arc::new(log));
@@ -45,9 +46,9 @@ impl<D: Device> Session<D> {
     /// longer used.
     pub fn set_log_call(&mut self, call: File) -> Result<()> {
         if self.is_logging() {
-            self.vrings.iter_mut().for_each(Vring::pause);
+            pause_all(&mut self.vrings);
         }
-        self.log_call = Some(Arc::new(call));
+        self.log_call = Some(Arc::new(Bell::new(call)));
         self.reconcile()
     }
 

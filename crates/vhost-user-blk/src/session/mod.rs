@@ -45,11 +45,12 @@ use crate::datapath::worker::RingStart;
 use crate::guest_memory::memory::{Memory, REGIONS_MAX, RegionInfo};
 use crate::process::fd::received;
 use crate::process::log_limit::{CONNECTIONS, RINGS, WRITE_CACHE};
-use crate::session::vring::{RingAddresses, RunningRing, StartCommon, Vring};
+use crate::session::vring::{RingAddresses, RunningRing, StartCommon, Vring, pause_all};
 use crate::virtio::config::{self, DeviceConfig, DiskShape};
 use crate::virtio::device_state::{DeviceState, StateError};
 use crate::virtio::dirty_log::DirtyLog;
 use crate::virtio::inflight::{Area, AreaInfo, Tracker};
+use crate::virtio::notify::Bell;
 
 /// The answer to GET_PROTOCOL_FEATURES. BACKEND_REQ is offered because User Mode Linux (6.1) cannot
 /// use a disk without it: its `virtio_uml` takes the interrupt of the rings from that channel.
@@ -126,7 +127,7 @@ pub struct Session<D: Device> {
     /// SET_LOG_BASE.
     log: Option<Arc<DirtyLog>>,
     /// SET_LOG_FD: signalled when the log is written.
-    log_call: Option<Arc<File>>,
+    log_call: Option<Arc<Bell<File>>>,
     /// A ring has run since the disk was last released.
     served: bool,
     vrings: Vec<Vring<D::Ring>>,
@@ -185,6 +186,7 @@ impl<D: Device> Session<D> {
 
     /// Stops every ring, and resets rings and features to their initial state.
     fn reset_rings(&mut self) {
+        pause_all(&mut self.vrings);
         self.vrings.iter_mut().for_each(Vring::reset);
         self.features = None;
         self.write_through.store(true, Ordering::SeqCst);
@@ -313,7 +315,7 @@ impl<D: Device> Session<D> {
 
     /// Makes every ring use `memory`, after the requests in flight on the old memory are complete.
     fn change_memory(&mut self, memory: Memory) -> Result<()> {
-        self.vrings.iter_mut().for_each(Vring::pause);
+        pause_all(&mut self.vrings);
         // Before the old memory goes, which knows whether some of it was lost.
         self.check_intact()?;
         self.set_memory(memory);
@@ -397,7 +399,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         }
         let changed = self.features.replace(features).unwrap_or(features) ^ features;
         if changed & (config::F_EVENT_IDX | config::F_LOG_ALL) != 0 {
-            self.vrings.iter_mut().for_each(Vring::pause);
+            pause_all(&mut self.vrings);
             self.check_intact()?;
         }
         let event_idx = self.has(config::F_EVENT_IDX);
@@ -634,7 +636,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         };
         info.check(self.vrings.len(), self.queue_size_max).map_err(Refusal::Inflight)?;
         let area = Area::map(&info, received(file)).map_err(Refusal::Inflight)?;
-        self.vrings.iter_mut().for_each(Vring::pause);
+        pause_all(&mut self.vrings);
         self.check_intact()?;
         let kept = area.kept().unwrap_or(self.state());
         self.inflight = Some(area);

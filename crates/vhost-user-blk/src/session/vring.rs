@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 use vhost::vhost_user::message::{FrontendReq, VhostUserVringAddrFlags};
 use vhost_user_backend::{VringMutex, VringT};
@@ -21,7 +22,7 @@ use crate::guest_memory::memory::Memory;
 use crate::session::replay::Message;
 use crate::virtio::dirty_log::{DirtyLog, RingLog};
 use crate::virtio::inflight::{Area, RingIndices, Tracker};
-use crate::virtio::notify::{CallFd, EventDescriptor, notifier};
+use crate::virtio::notify::{Bell, EventDescriptor, notifier};
 use crate::virtio::split_queue::indices;
 
 /// Flag in the number of a queue: no descriptor comes with the message, the ring is polled.
@@ -29,8 +30,19 @@ const NO_FD: u64 = 0x100;
 
 /// A ring that is being served.
 pub trait RunningRing {
-    /// Completes the requests in flight and ends; returns the index of the next available entry.
-    fn stop(self) -> u16;
+    /// Asks it to complete the requests in flight and to end. [`RunningRing::stop`] is to follow.
+    fn ask(&self);
+
+    /// Waits for the end of a ring that was asked at `asked`, and returns the index of the next
+    /// available entry. `None` if the daemon has to end and the ring does not.
+    fn stop(self, asked: Instant) -> Option<u16>;
+}
+
+/// Stops all rings as [`Vring::pause`] does, at the same time.
+pub fn pause_all<R: RunningRing>(vrings: &mut [Vring<R>]) {
+    let asked = Instant::now();
+    vrings.iter().filter_map(|vring| vring.running.as_ref()).for_each(RunningRing::ask);
+    vrings.iter_mut().for_each(|vring| vring.await_end(asked));
 }
 
 /// Ring addresses in the frontend's own address space (SET_VRING_ADDR).
@@ -242,8 +254,14 @@ impl<R: RunningRing> Vring<R> {
 
     /// Completes the requests in flight and stops serving the ring. All settings stay.
     pub fn pause(&mut self) {
-        if let Some(ring) = self.running.take() {
-            self.state.set_queue_next_avail(ring.stop());
+        self.running.as_ref().inspect(|ring| ring.ask());
+        self.await_end(Instant::now());
+    }
+
+    /// Waits for the ring's end, if it is being served. It was asked.
+    fn await_end(&mut self, asked: Instant) {
+        if let Some(next_avail) = self.running.take().and_then(|ring| ring.stop(asked)) {
+            self.state.set_queue_next_avail(next_avail);
         }
     }
 
@@ -321,17 +339,11 @@ impl<R: RunningRing> Vring<R> {
         }
     }
 
-    /// SET_VRING_CALL. The descriptor is signalled once, because completions may have been
-    /// published before it arrived. A running ring is paused, and signals when it starts again.
+    /// SET_VRING_CALL. A running ring is paused. When a ring starts, it signals its call descriptor
+    /// once, because completions may have been published before that arrived.
     pub fn set_call(&mut self, file: Option<File>) {
-        let was_running = self.is_running();
         self.pause();
         self.state.set_call(file);
-        if let Some(call) = self.call()
-            && !was_running
-        {
-            CallFd::new(call).signal();
-        }
     }
 
     /// SET_VRING_ERR. A running ring is paused.
@@ -352,5 +364,5 @@ pub struct StartCommon<'a> {
     /// The dirty log, if logging is on.
     pub log: Option<&'a Arc<DirtyLog>>,
     /// Signalled when the log is written.
-    pub log_call: Option<&'a Arc<File>>,
+    pub log_call: Option<&'a Arc<Bell<File>>>,
 }

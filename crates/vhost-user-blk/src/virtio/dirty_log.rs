@@ -7,12 +7,11 @@
 //! queues change the same bytes; each change is atomic.
 
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::guest_memory::memory::{GuestAddress, Loss, Memory, MemoryError, RegionInfo};
-use crate::virtio::notify::CallFd;
+use crate::virtio::notify::Bell;
 
 /// Bytes of guest memory for which one bit stands (`VHOST_LOG_PAGE`).
 pub(crate) const PAGE_LEN: u64 = 4096;
@@ -114,7 +113,7 @@ pub(crate) struct RingLog {
     /// The guest address under which the used ring is marked.
     pub(crate) used: u64,
     /// Rings when there are new marks (SET_LOG_FD).
-    pub(crate) call: Option<Arc<File>>,
+    pub(crate) call: Option<Arc<Bell<File>>>,
 }
 
 impl RingLog {
@@ -127,7 +126,7 @@ impl RingLog {
     /// Signals new marks to the frontend, if it has asked for that.
     pub(crate) fn announce(&self) {
         if let Some(call) = &self.call {
-            CallFd::new(call.as_fd()).signal();
+            call.signal();
         }
     }
 }

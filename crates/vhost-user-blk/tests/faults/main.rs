@@ -5,4 +5,5 @@ mod common;
 mod fault_injection;
 mod fault_points;
 mod operations;
+mod stuck;
 mod watchdog;

@@ -327,13 +327,15 @@ fn a_new_call_descriptor_is_signalled_once() {
     let directory = tempfile::tempdir().unwrap();
     let daemon = Daemon::with_image(directory.path(), &[]);
     let mut guest = Guest::new(daemon.connect());
-    for _ in 0..2 {
-        let event = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
-        guest.frontend.send_fd(FrontendReq::SET_VRING_CALL, 0, &event);
-        assert_eq!(event.read().unwrap(), 1);
-        // The second time the ring is stopped.
-        guest.frontend.get_vring_base(0);
-    }
+    let event = || vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    let (call, next_call, kick) = (event(), event(), event());
+    guest.frontend.send_fd(FrontendReq::SET_VRING_CALL, 0, &call);
+    assert_eq!(call.read().unwrap(), 1);
+    // That of a stopped ring is, when the ring starts.
+    guest.frontend.get_vring_base(0);
+    guest.frontend.send_fd(FrontendReq::SET_VRING_CALL, 0, &next_call);
+    guest.frontend.send_fd(FrontendReq::SET_VRING_KICK, 0, &kick);
+    assert_eq!(next_call.read().unwrap(), 1);
     daemon.terminate();
 }
 

@@ -1,5 +1,6 @@
 //! The integration tests of this crate, in one program: it is linked once.
 
+mod blocking;
 mod command_line;
 mod common;
 mod descriptors;

@@ -129,7 +129,7 @@ fn info_of_every_bad_vector_shows_what_can_be_shown() {
             1 => assert_eq!(check.status, 2, "{name}"),
             // The header is right, and the base that it names is elsewhere.
             _ => {
-                assert!(check.stdout.contains("--backing-dir=/xmlvec"), "{name}: {}", check.stdout)
+                assert!(check.stdout.contains("--backing-dir=/umlvec"), "{name}: {}", check.stdout)
             }
         }
     }

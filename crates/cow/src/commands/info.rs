@@ -417,7 +417,7 @@ fn compare(
 ) -> std::fmt::Result {
     let Some(stored) = stored else { return Ok(()) };
     match actual.map(|actual| actual.unwrap_or_else(|| "none".to_owned())) {
-        None => writeln!(f, "backing {what}: {stored} in the header, no file found"),
+        None => writeln!(f, "backing {what}: {stored} in the header, nothing to compare it with"),
         Some(actual) if actual == stored => writeln!(f, "backing {what}: {stored}"),
         Some(actual) => writeln!(f, "backing {what}: {stored} in the header, {actual} found"),
     }

@@ -1,8 +1,8 @@
 //! A file system that does not answer: a FUSE server that opens its one file, and then answers
 //! nothing any more. It is mounted nowhere.
 //!
-//! It says first that nobody need ask it when a file is closed. Else every process that has the file
-//! would wait for ever at its end: this one too, and whatever it starts.
+//! It says first that nobody need ask it when a file is closed. Else every process that has the
+//! file would wait for ever at its end: this one too, and whatever it starts.
 
 use std::ffi::CStr;
 use std::fs::File;

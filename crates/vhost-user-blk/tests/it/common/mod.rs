@@ -16,7 +16,7 @@ use std::sync::mpsc::{Receiver, channel};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use testkit::frontend::RawFrontend;
-use testkit::wait::{PATIENCE, wait_until};
+use testkit::wait::PATIENCE;
 
 /// Sectors of the raw image that most tests serve.
 pub const SECTORS: u64 = 2048;
@@ -196,9 +196,7 @@ impl Daemon {
         self.child.id()
     }
 
-    /// Its open files, once those are closed that it has refused.
     pub fn open_files(&self) -> usize {
-        wait_until("the end of what closes", || self.threads_named("closer") == 0);
         self.kinds_of_files().len()
     }
 

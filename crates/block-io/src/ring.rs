@@ -15,6 +15,7 @@
 //! open file descriptions, and with them the locks. `ring/threads.rs` explains why this holds for
 //! the other engine as well.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -42,6 +43,15 @@ pub const FILES_MAX: usize = 2 * CHAIN_DEPTH_MAX;
 
 /// Watched descriptors of a ring, with some to spare. Their numbers are below this.
 pub const WATCHES_MAX: usize = 8;
+
+/// Operations of requests that the engine of one ring has at most; the others wait here, where each
+/// takes eight bytes. In the kernel it takes up to a kilobyte. No disk gets faster by more.
+const OPERATIONS_MAX: usize = 256;
+
+/// Parts and pieces of memory for which a plan keeps its room from one request to the next: those
+/// of common requests. A ring has as many plans as requests at a time.
+const PARTS_KEPT: usize = 4;
+const IOVECS_KEPT: usize = 32;
 
 /// The top bit of an operation's identifier ([`Completion::data`]) distinguishes completions of
 /// watched file descriptors from those of requests.
@@ -107,6 +117,8 @@ struct Part {
 pub struct Plan {
     parts: Vec<Part>,
     iovecs: Vec<libc::iovec>,
+    /// To be read or written, in bytes.
+    moved: u64,
 }
 
 // SAFETY: the iovecs are plain addresses; the caller of `Ring::submit` promises that they are
@@ -114,10 +126,14 @@ pub struct Plan {
 unsafe impl Send for Plan {}
 
 impl Plan {
-    /// Forgets all parts.
+    /// Forgets all parts, and gives back the memory that only a long request needs.
     pub fn clear(&mut self) {
         self.parts.clear();
         self.iovecs.clear();
+        self.moved = 0;
+        if self.parts.capacity() > PARTS_KEPT || self.iovecs.capacity() > IOVECS_KEPT {
+            *self = Self::default();
+        }
     }
 
     /// No part was planned.
@@ -128,6 +144,11 @@ impl Plan {
     /// The number of parts.
     pub fn len(&self) -> usize {
         self.parts.len()
+    }
+
+    /// The parts, and the pieces of memory that they name.
+    pub fn pieces(&self) -> usize {
+        self.parts.len() + self.iovecs.len()
     }
 
     /// The bytes of all parts.
@@ -186,6 +207,7 @@ impl Plan {
             let first = self.iovecs.len();
             self.iovecs.extend_from_slice(chunk);
             let len = chunk.iter().map(|v| v.iov_len as u64).sum();
+            self.moved += len;
             let last = self.iovecs.len();
             self.parts.push(Part { action, file, at, len, first, last, force_async: false });
             at += len;
@@ -229,8 +251,13 @@ pub struct Ring<'a, R> {
     slots: Vec<Slot<R>>,
     free: Vec<usize>,
     touches_in_flight: usize,
-    /// Parts that are with the engine.
+    /// Parts that are with the engine, or wait for it.
     parts_in_flight: usize,
+    /// The latter, as [`Completion::data`] will name them.
+    waiting: VecDeque<u64>,
+    /// See [`Self::pieces_in_flight`] and [`Self::bytes_in_flight`].
+    pieces: usize,
+    bytes: u64,
     #[cfg(feature = "fault-points")]
     injected: fault_injection::Injected,
 }
@@ -268,6 +295,9 @@ impl<'a, R> Ring<'a, R> {
             free: (0..depth).rev().collect(),
             touches_in_flight: 0,
             parts_in_flight: 0,
+            waiting: VecDeque::new(),
+            pieces: 0,
+            bytes: 0,
             #[cfg(feature = "fault-points")]
             injected: Default::default(),
         }
@@ -281,6 +311,18 @@ impl<'a, R> Ring<'a, R> {
     /// No request is in flight.
     pub fn is_idle(&self) -> bool {
         self.free.len() == self.slots.len()
+    }
+
+    /// [`Plan::pieces`] of all requests in flight.
+    #[inline]
+    pub fn pieces_in_flight(&self) -> usize {
+        self.pieces
+    }
+
+    /// The bytes that the requests in flight read and write.
+    #[inline]
+    pub fn bytes_in_flight(&self) -> u64 {
+        self.bytes
     }
 
     /// Reports [`Event::Ready`] whenever `fd` becomes readable. The caller
@@ -311,7 +353,7 @@ impl<'a, R> Ring<'a, R> {
     }
 
     /// Takes `request` and queues the parts of `plan`; they reach the kernel with the next
-    /// [`Self::enter`]. `plan` comes back empty, with the capacity of an earlier one.
+    /// [`Self::enter`]. `plan` comes back empty, with the room of an earlier one if that is little.
     ///
     /// # Errors
     /// Gives `request` back if [`Self::room`] is 0 or the plan is empty.
@@ -326,10 +368,11 @@ impl<'a, R> Ring<'a, R> {
         let Some(index) = self.free.pop() else { return Err(request) };
         let slot = &mut self.slots[index];
         std::mem::swap(&mut slot.plan, plan);
-        plan.clear();
         slot.request = Some(request);
         slot.parts_left = slot.plan.parts.len();
         slot.error = None;
+        self.pieces += slot.plan.pieces();
+        self.bytes += slot.plan.moved;
         for part in 0..self.slots[index].parts_left {
             self.queue_part(index, part);
         }
@@ -342,13 +385,18 @@ impl<'a, R> Ring<'a, R> {
         if crate::fault_injection::is_on() {
             return self.injected.hold(slot, part);
         }
-        self.begin_part(slot, part);
+        // Both fit: a plan has far fewer than 2^32 parts, a ring fewer slots.
+        let data = (slot as u64) << 32 | part as u64;
+        if self.parts_in_flight > OPERATIONS_MAX {
+            self.waiting.push_back(data);
+        } else {
+            self.begin_part(data);
+        }
     }
 
     #[inline]
-    fn begin_part(&mut self, slot: usize, part: usize) {
-        // Both fit: a plan has far fewer than 2^32 parts, a ring fewer slots.
-        let data = (slot as u64) << 32 | part as u64;
+    fn begin_part(&mut self, data: u64) {
+        let (slot, part) = place(data);
         let plan = &self.slots[slot].plan;
         let part = plan.parts[part];
         self.engine.begin(part, &plan.iovecs[part.first..part.last], data);
@@ -392,8 +440,12 @@ impl<'a, R> Ring<'a, R> {
             if completion.data & WATCH != 0 {
                 return Some(self.woken(&completion));
             }
-            if let Some(event) = self.finish_part(&completion) {
-                return Some(event);
+            let event = self.finish_part(&completion);
+            if let Some(next) = self.waiting.pop_front() {
+                self.begin_part(next);
+            }
+            if event.is_some() {
+                return event;
             }
         }
     }
@@ -429,9 +481,7 @@ impl<'a, R> Ring<'a, R> {
 
     /// Counts the completion of a part; returns the request after the last one.
     fn finish_part(&mut self, completion: &Completion) -> Option<Event<R>> {
-        let data = completion.data;
-        // Two u32 that `queue_part` put together.
-        let (index, part) = ((data >> 32) as usize, (data & 0xffff_ffff) as usize);
+        let (index, part) = place(completion.data);
         self.parts_in_flight -= 1;
         let slot = &mut self.slots[index];
         match slot.plan.parts[part].outcome(completion.result) {
@@ -451,14 +501,26 @@ impl<'a, R> Ring<'a, R> {
         }
         let result = slot.error.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)));
         let request = slot.request.take()?;
+        self.pieces -= slot.plan.pieces();
+        self.bytes -= slot.plan.moved;
+        slot.plan.clear();
         self.free.push(index);
         Some(Event::Done(request, result))
     }
 }
 
+/// The request's slot, and the part in it, that an operation is for.
+#[inline]
+fn place(data: u64) -> (usize, usize) {
+    // Two u32 that `Ring::queue_part` put together.
+    ((data >> 32) as usize, (data & 0xffff_ffff) as usize)
+}
+
 impl<R> Ring<'_, R> {
     /// Waits until the kernel no longer uses any buffer, and gives up the files.
     fn end(&mut self) -> io::Result<()> {
+        self.parts_in_flight -= self.waiting.len();
+        self.waiting.clear();
         while self.parts_in_flight + self.touches_in_flight > 0 {
             self.enter(true)?;
             while self.next_event().is_some() {}

@@ -59,6 +59,7 @@ macro_rules! with_both_engines {
 
 with_both_engines! {
     a_request_comes_back_once_with_all_its_parts,
+    the_engine_gets_no_more_operations_than_the_limit_and_what_a_long_plan_took_is_given_back,
     more_parts_than_entries_and_more_iovecs_than_one_call_takes,
     a_read_past_the_end_is_an_error_and_not_zeros,
     the_first_error_is_kept_until_all_parts_are_done,
@@ -127,6 +128,48 @@ fn more_parts_than_entries_and_more_iovecs_than_one_call_takes(engine: &mut Opti
     // SAFETY: an empty plan, and no room: nothing is submitted.
     assert!(unsafe { ring.submit((), &mut plan) }.is_err());
     wait(&mut ring).1.unwrap();
+    assert!(buffer == content);
+}
+
+fn the_engine_gets_no_more_operations_than_the_limit_and_what_a_long_plan_took_is_given_back(
+    engine: &mut Option<Uring>,
+) {
+    const PARTS: usize = 3 * OPERATIONS_MAX + 7;
+    let content = pattern(PARTS * 512);
+    let file = file_of(&content);
+    let mut ring = ring_over(engine, 2, &file);
+    let mut buffer = vec![0u8; content.len()];
+    let mut plan = Plan::default();
+    let mut plan_all = |plan: &mut Plan| {
+        for (at, chunk) in (0..).step_by(512).zip(buffer.chunks_mut(512)) {
+            plan.read(SLOT, ByteOffset::new(at), &[iovec(chunk)]);
+        }
+    };
+    plan_all(&mut plan);
+    // SAFETY: the buffer lives to the end of the test, past `wait` and the ring.
+    unsafe { ring.submit((), &mut plan) }.unwrap();
+    let mut left = PARTS;
+    let result = loop {
+        assert_eq!(ring.waiting.len(), left.saturating_sub(OPERATIONS_MAX));
+        assert_eq!(
+            (ring.pieces_in_flight(), ring.bytes_in_flight()),
+            (2 * PARTS, PARTS as u64 * 512)
+        );
+        ring.enter(true).unwrap();
+        if let Some(Event::Done((), result)) = ring.next_event() {
+            break result;
+        }
+        left = ring.parts_in_flight;
+    };
+    result.unwrap();
+    assert_eq!((ring.pieces_in_flight(), ring.bytes_in_flight()), (0, 0));
+    let room = |plan: &Plan| (plan.parts.capacity(), plan.iovecs.capacity());
+    assert!(ring.slots.iter().all(|slot| room(&slot.plan) == (0, 0)) && room(&plan) == (0, 0));
+    // What waits is not begun by a ring that goes.
+    plan_all(&mut plan);
+    // SAFETY: as above.
+    unsafe { ring.submit((), &mut plan) }.unwrap();
+    drop(ring);
     assert!(buffer == content);
 }
 

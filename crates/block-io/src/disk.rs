@@ -22,7 +22,7 @@ use crate::image::write::flush::{FlushFailure, flush};
 use crate::image::write::header_io::{Newest, NotMarked, log_not_marked, mark_settled, void_live};
 use crate::image::write::journal::Journal;
 use crate::image::write::writable::WritableCow;
-use crate::image::write::write_tracker::WriteTracker;
+use crate::image::write::write_tracker::{WritePlace, WriteTracker};
 use crate::image::{Chain, DiskError, DiskOptions, ImageError, Source, open_chain, open_single};
 use crate::shown::Shown;
 use crate::storage::file::{File, Host};
@@ -65,7 +65,7 @@ pub struct Disk<E: Env = Host> {
 /// A write of data into layer 0, from before its first byte is moved until it has ended.
 pub struct Writing<'a, E: Env = Host> {
     disk: &'a Disk<E>,
-    range: SectorRange,
+    place: WritePlace,
 }
 
 impl Disk {
@@ -289,8 +289,7 @@ impl<E: Env> Disk<E> {
     /// Must be called before data is moved (or punched, or zeroed) in layer 0, anywhere within
     /// `range`.
     pub fn begin_write(&self, range: SectorRange) -> Writing<'_, E> {
-        self.unflushed.begin(range);
-        Writing { disk: self, range }
+        Writing { disk: self, place: self.unflushed.begin(range) }
     }
 
     fn written(&self, ranges: &[SectorRange]) -> Result<(), DiskError> {
@@ -553,6 +552,6 @@ impl<E: Env> Writing<'_, E> {
 
 impl<E: Env> Drop for Writing<'_, E> {
     fn drop(&mut self) {
-        self.disk.unflushed.end(self.range);
+        self.disk.unflushed.end(self.place);
     }
 }

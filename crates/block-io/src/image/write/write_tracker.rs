@@ -34,14 +34,20 @@ struct State {
     /// Written since the last flush, and how many sectors these are.
     ranges: Vec<SectorRange>,
     sectors: u64,
-    /// Being written.
-    under_way: Vec<SectorRange>,
+    /// Being written; `None` where no write is, which `free` lists. There may be thousands, so each
+    /// knows its place.
+    under_way: Vec<Option<SectorRange>>,
+    free: Vec<usize>,
     /// Being copied into a record, and whether a write has overlapped the copy.
     copied: Vec<SectorRange>,
     overlapped: bool,
     /// No write may begin here for the moment.
     reserved: Option<SectorRange>,
 }
+
+/// Where a write in progress is listed, if it is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WritePlace(Option<usize>);
 
 impl WriteTracker {
     /// For a disk that has just been opened: what its predecessor flushed is unknown. `leaky`: the
@@ -56,27 +62,29 @@ impl WriteTracker {
         }
     }
 
-    /// A write of data within `range` begins.
-    pub(crate) fn begin(&self, range: SectorRange) {
+    /// A write of data within `range` begins. The answer is for [`Self::end`].
+    pub(crate) fn begin(&self, range: SectorRange) -> WritePlace {
         if !self.tracked {
-            return;
+            return WritePlace(None);
         }
         let reserved = |state: &mut State| state.reserved.is_some_and(|held| meet(held, range));
         let waited = self.released.wait_while(self.state(), reserved);
         let mut state = waited.unwrap_or_else(PoisonError::into_inner);
         state.overlapped |= overlaps(&state.copied, range);
-        state.under_way.push(range);
+        let place = state.free.pop().unwrap_or_else(|| {
+            state.under_way.push(None);
+            state.under_way.len() - 1
+        });
+        state.under_way[place] = Some(range);
+        WritePlace(Some(place))
     }
 
     /// It has ended; if it succeeded, [`Self::add`] was called before.
-    pub(crate) fn end(&self, range: SectorRange) {
-        if !self.tracked {
-            return;
-        }
-        let under_way = &mut self.state().under_way;
-        if let Some(index) = under_way.iter().position(|other| *other == range) {
-            under_way.swap_remove(index);
-        }
+    pub(crate) fn end(&self, WritePlace(place): WritePlace) {
+        let Some(place) = place else { return };
+        let mut state = self.state();
+        state.under_way[place] = None;
+        state.free.push(place);
     }
 
     /// `ranges` have been written, and are about to be acknowledged.
@@ -116,7 +124,7 @@ impl WriteTracker {
     ) -> bool {
         debug_assert!(self.has_journal);
         let mut state = self.state();
-        if state.under_way.iter().any(|range| overlaps(ranges, *range)) {
+        if state.under_way.iter().flatten().any(|range| overlaps(ranges, *range)) {
             return false;
         }
         state.copied.extend_from_slice(ranges);
@@ -133,7 +141,7 @@ impl WriteTracker {
     pub(crate) fn exclusively(&self, range: SectorRange, change: impl FnOnce()) -> bool {
         debug_assert!(self.tracked);
         let mut state = self.state();
-        if state.under_way.iter().any(|other| meet(*other, range)) {
+        if state.under_way.iter().flatten().any(|other| meet(*other, range)) {
             return false;
         }
         state.reserved = Some(range);
@@ -203,25 +211,24 @@ mod tests {
     #[test]
     fn no_write_overlaps_an_exclusive_change() {
         let tracker = WriteTracker::new(false, true);
-        tracker.begin(range(8, 8));
+        let write = tracker.begin(range(8, 8));
         assert!(!tracker.exclusively(range(15, 4), || panic!("it is being written")));
         assert!(tracker.exclusively(range(16, 4), || ()));
-        tracker.end(range(8, 8));
+        tracker.end(write);
         let changed = AtomicBool::new(false);
         let (held, is_held) = std::sync::mpsc::channel();
         let (tracker, changed) = (&tracker, &changed);
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 is_held.recv().unwrap();
-                tracker.begin(range(8, 8));
+                let write = tracker.begin(range(8, 8));
                 assert!(changed.load(Ordering::SeqCst), "it did not wait");
-                tracker.end(range(8, 8));
+                tracker.end(write);
             });
             assert!(tracker.exclusively(range(15, 4), || {
                 held.send(()).unwrap();
                 // Writes elsewhere do not wait.
-                tracker.begin(range(19, 4));
-                tracker.end(range(19, 4));
+                tracker.end(tracker.begin(range(19, 4)));
                 changed.store(true, Ordering::SeqCst);
             }));
         });
@@ -241,22 +248,20 @@ mod tests {
             (range(16, 84), false),
             (range(101, 1), false),
         ] {
-            let write_now = || {
-                tracker.begin(write);
-                tracker.end(write);
-            };
+            let write_now = || tracker.end(tracker.begin(write));
             write_now();
             let found = tracker.copy_if_quiet(&few, || {
                 write_now();
                 true
             });
             assert_eq!(found, !disturbs, "{write} in between");
-            tracker.begin(write);
-            tracker.begin(write);
-            tracker.end(write);
+            let first = tracker.begin(write);
+            let second = tracker.begin(write);
+            tracker.end(first);
             assert_eq!(tracker.copy_if_quiet(&few, || true), !disturbs, "{write} under way");
-            tracker.end(write);
+            tracker.end(second);
         }
         assert!(tracker.copy_if_quiet(&few, || true));
+        assert_eq!(tracker.state().under_way.len(), 2, "places are used again");
     }
 }

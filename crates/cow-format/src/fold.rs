@@ -24,8 +24,8 @@ const CHUNK_BLOCKS: usize = CHUNK_SECTORS / BLOCK;
 
 /// Runs of a chunk that are searched; they fit a cache line.
 const RUNS_MAX: usize = 16;
-/// With more mixed blocks than this a byte for each sector is smaller.
-const MIXED_MAX: u32 = 2048;
+/// Bits of a word of [`Packed`].
+const WORD_BITS: usize = 64;
 
 /// Maps each sector to its layer. A region or chunk with a single layer is one entry.
 #[derive(Debug)]
@@ -53,8 +53,7 @@ enum Chunk {
     /// Ascending, the first at 0; each goes on to the next one's start.
     Runs(Box<[Span]>),
     Blocks(Box<Blocks>),
-    /// By sector.
-    Sectors(Box<[u8]>),
+    Packed(Box<Packed>),
 }
 
 /// The start, in sectors of the chunk, of a run that comes from one place.
@@ -76,6 +75,17 @@ struct Blocks {
     from: Box<[u8]>,
     /// Ascending by block: where each sector of a mixed block comes from.
     mixed: Box<[(u16, [u8; BLOCK])]>,
+}
+
+/// Any mixture: as few bits for each sector as tell its places apart.
+#[derive(Debug)]
+struct Packed {
+    /// In ascending order.
+    places: Box<[u8]>,
+    /// Bits of a sector: 1, 2, 4 or 8.
+    bits: usize,
+    /// By sector, from the lowest bits on: the index of its place.
+    words: Box<[u64]>,
 }
 
 impl Folded {
@@ -276,7 +286,11 @@ impl Chunk {
         let mut at = 0;
         for run in sectors.chunk_by(|a, b| a == b) {
             if spans.len() == RUNS_MAX {
-                return Blocks::new(&sectors).map_or(Chunk::Sectors(sectors), Chunk::Blocks);
+                let packed = Packed::new(&sectors);
+                return match Blocks::new(&sectors, packed.len()) {
+                    Some(blocks) => Chunk::Blocks(blocks),
+                    None => Chunk::Packed(Box::new(packed)),
+                };
             }
             // Below 2^15.
             let start = u16::try_from(at).unwrap_or(u16::MAX);
@@ -300,7 +314,7 @@ impl Chunk {
                 (spans[next - 1].from, end)
             }
             Self::Blocks(blocks) => blocks.lookup(sector, limit),
-            Self::Sectors(from) => run(&from[sector..limit], sector),
+            Self::Packed(packed) => packed.lookup(sector, limit),
         }
     }
 }
@@ -310,9 +324,53 @@ fn run(from: &[u8], start: usize) -> (u8, usize) {
     (from[0], start + from.iter().take_while(|&&other| other == from[0]).count())
 }
 
+impl Packed {
+    fn new(sectors: &[u8]) -> Self {
+        let mut index = [None; 256];
+        sectors.iter().for_each(|&from| index[usize::from(from)] = Some(0));
+        let mut places = Vec::new();
+        for (from, index) in (0..=u8::MAX).zip(&mut index).filter(|(_, index)| index.is_some()) {
+            *index = Some(places.len() as u64);
+            places.push(from);
+        }
+        let is_enough = |bits: &usize| places.len() <= 1 << bits;
+        let bits = [1, 2, 4].into_iter().find(is_enough).unwrap_or(8);
+        let pack = |of_word: &[u8]| {
+            let indices = of_word.iter().rev().map(|&from| index[usize::from(from)].unwrap_or(0));
+            indices.fold(0, |word, index| word << bits | index)
+        };
+        let words = sectors.chunks(WORD_BITS / bits).map(pack).collect();
+        Self { places: places.into(), bits, words }
+    }
+
+    /// In bytes, as far as it differs from chunk to chunk.
+    fn len(&self) -> usize {
+        self.places.len() + size_of_val(&*self.words)
+    }
+
+    fn lookup(&self, sector: usize, limit: usize) -> (u8, usize) {
+        let of_word = WORD_BITS / self.bits;
+        let lowest = u64::MAX >> (WORD_BITS - self.bits);
+        let index = self.words[sector / of_word] >> (sector % of_word * self.bits) & lowest;
+        // It in all places of a word.
+        let alike = u64::MAX / lowest * index;
+        let mut at = sector;
+        while at < limit {
+            let skip = at % of_word;
+            let unlike = (self.words[at / of_word] ^ alike) >> (skip * self.bits);
+            if unlike != 0 {
+                at += unlike.trailing_zeros() as usize / self.bits;
+                break;
+            }
+            at += of_word - skip;
+        }
+        (self.places[usize_of(index)], at.min(limit))
+    }
+}
+
 impl Blocks {
-    /// `None` if too many blocks come from several places each.
-    fn new(sectors: &[u8]) -> Option<Box<Self>> {
+    /// `None` if it would take more than `bytes_max` bytes.
+    fn new(sectors: &[u8], bytes_max: usize) -> Option<Box<Self>> {
         let mut count = [0u32; 256];
         let of_block = |block: &[u8]| match block.iter().all(|from| *from == block[0]) {
             true => block[0],
@@ -320,11 +378,13 @@ impl Blocks {
         };
         let blocks: Vec<u8> = sectors.chunks(BLOCK).map(of_block).collect();
         blocks.iter().for_each(|&from| count[usize::from(from)] += 1);
-        if count[usize::from(MIXED)] > MIXED_MAX {
-            return None;
-        }
+        let mixed = count[usize::from(MIXED)] as usize;
         count[usize::from(MIXED)] = 0;
         let most = (0..=u8::MAX).max_by_key(|&from| count[usize::from(from)])?;
+        let others = blocks.len() - count[usize::from(most)] as usize;
+        if size_of::<Self>() + others + mixed * size_of::<(u16, [u8; BLOCK])>() > bytes_max {
+            return None;
+        }
         let (mut other, mut before) = ([0; CHUNK_BLOCKS / 64], [0; CHUNK_BLOCKS / 64]);
         let (mut from, mut mixed) = (Vec::new(), Vec::new());
         for (index, &of) in blocks.iter().enumerate() {
@@ -368,5 +428,39 @@ impl Blocks {
         }
         let rank = (word & ((1 << bit) - 1)).count_ones() as usize;
         self.from[usize::from(self.before[block / 64]) + rank]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mixture_takes_no_more_bits_than_it_has_places() {
+        let mut state = 1u64;
+        let mut random = |limit: u64| {
+            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+            usize_of((state >> 33) % limit)
+        };
+        for (places, bits) in [(2, 1), (3, 2), (4, 2), (5, 4), (16, 4), (17, 8), (66, 8)] {
+            let from: Vec<u8> = (0..places - 1).map(|from| from * 3).chain([NOWHERE]).collect();
+            let mut sectors = vec![0; CHUNK_SECTORS];
+            // Runs of one sector to some, so that there are few blocks of one place.
+            let mut at = 0;
+            while at < CHUNK_SECTORS {
+                let longest = [1, 3, 9][random(3)];
+                let end = (at + 1 + random(longest)).min(CHUNK_SECTORS);
+                sectors[at..end].fill(from[random(places.into())]);
+                at = end;
+            }
+            let chunk = Chunk::new(sectors.clone().into());
+            let Chunk::Packed(packed) = &chunk else { panic!("{places} places") };
+            assert_eq!(packed.len(), CHUNK_SECTORS * bits / 8 + usize::from(places));
+            for _ in 0..10_000 {
+                let sector = random(CHUNK_SECTORS as u64);
+                let limit = sector + 1 + random((CHUNK_SECTORS - sector) as u64);
+                assert_eq!(chunk.lookup(sector, limit), run(&sectors[sector..limit], sector));
+            }
+        }
     }
 }

@@ -3,12 +3,14 @@
 //!
 //! How the data of an extent gets into guest memory is decided in [`Router::read_path`], and
 //! carried out in [`Router::read_extent`]. One more way of reading is one more [`ReadPath`].
+//!
+//! A long request is planned in windows: so much of it at a time as a [`Window`] takes.
 
 use block_io::ring::{FileSlot, Plan};
 use block_io::storage::ZEROS;
 use block_io::storage::file::whole_blocks;
 use block_io::{Disk, DiskError};
-use cow_format::{ByteOffset, Extent, LayerIndex, SectorRange};
+use cow_format::{ByteOffset, Extent, LayerIndex, SECTOR_SIZE, Sector, SectorCount, SectorRange};
 
 use crate::datapath::holes::Holes;
 use crate::datapath::inline_write::InlineWrites;
@@ -16,6 +18,57 @@ use crate::datapath::layer_files::{LayerFiles, TOP, buffered_slot};
 use crate::datapath::resident::{Mappings, READ_MAX, Resident, ResidentRange};
 use crate::guest_memory::memory::Memory;
 use crate::virtio::request::Segment;
+
+/// How much of a request is planned at once.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Window {
+    /// To be read or written, in bytes: a multiple of the page size.
+    pub(crate) bytes: u64,
+    /// Parts of a read, which has one for each extent.
+    pub(crate) parts: usize,
+    /// To be punched or zeroed by the file system, in bytes: a multiple of the page size. A
+    /// fragmented file takes some tenths of a second for a GiB.
+    pub(crate) allocated: u64,
+}
+
+/// A read to be planned.
+pub(crate) struct ReadWindow {
+    /// Its sectors, at most what a window takes.
+    pub(crate) range: SectorRange,
+    /// It ends after so many parts.
+    pub(crate) parts_max: usize,
+    /// It may be offloaded.
+    pub(crate) offload: bool,
+}
+
+/// More than guests send in one request, and no more than a worker copies in a millisecond.
+pub(crate) const WINDOW: Window = Window { bytes: 4 << 20, parts: 256, allocated: 128 << 20 };
+
+impl Window {
+    /// As much of `range` as is read or written at once.
+    #[inline]
+    pub(crate) fn of(&self, range: SectorRange) -> SectorRange {
+        cut(range, self.bytes)
+    }
+}
+
+/// All of `range` if it has at most `bytes` bytes; else its beginning, up to a multiple of them: so
+/// no page or block is divided.
+#[inline]
+fn cut(range: SectorRange, bytes: u64) -> SectorRange {
+    if range.len_bytes() <= bytes {
+        return range;
+    }
+    let unit = bytes / SECTOR_SIZE;
+    range.clipped_to(Sector::new((range.start().get() / unit + 1) * unit))
+}
+
+/// `range` without its first `done` sectors.
+pub(crate) fn after(range: SectorRange, done: u64) -> SectorRange {
+    let done = done.min(range.count().get());
+    let count = SectorCount::new(range.count().get() - done);
+    SectorRange::new(Sector::new(range.start().get() + done), count).unwrap_or(range)
+}
 
 /// Finds the file and the place for each piece of a request.
 pub(crate) struct Router<'a> {
@@ -78,27 +131,30 @@ impl<'a> Router<'a> {
         self.files
     }
 
-    /// Plans the read of `range` into `buffers`, which have its length. Zeros and what is in the
-    /// page cache are filled in at once; with `offload`, a kernel thread is planned to copy what is
-    /// in the page cache.
+    /// Plans a read into the buffers at `cursor`; how many sectors that makes. Zeros and what is in
+    /// the page cache are filled in at once; if it is offloaded, a kernel thread is planned to copy
+    /// what is in the page cache.
     ///
     /// # Errors
     /// The bitmaps could not be read, so nothing is planned.
     pub(crate) fn plan_read(
         &mut self,
-        range: SectorRange,
+        read: &ReadWindow,
         memory: &Memory,
-        buffers: &[libc::iovec],
-        offload: bool,
+        cursor: &mut Cursor<'_>,
         plan: &mut Plan,
-    ) -> Result<(), DiskError> {
-        let mut cursor = Cursor { left: buffers, skip: 0 };
-        for extent in self.disk.extents(range)? {
+    ) -> Result<u64, DiskError> {
+        let mut done = 0;
+        for extent in self.disk.extents(read.range)? {
             let (Extent::Data { len, .. } | Extent::Zero { len }) = extent;
-            let path = self.read_path(extent, offload);
-            self.read_extent(path, len, &mut cursor, memory, plan);
+            let path = self.read_path(extent, read.offload);
+            self.read_extent(path, len, cursor, memory, plan);
+            done += len;
+            if plan.len() >= read.parts_max {
+                break;
+            }
         }
-        Ok(())
+        Ok(done / SECTOR_SIZE)
     }
 
     /// The first way that is open to an extent, from the cheapest on. With `offload` what is in the
@@ -158,17 +214,20 @@ impl<'a> Router<'a> {
         self.resident.ahead().map(|(layer, at)| (buffered_slot(layer), at))
     }
 
-    /// Plans the write of `buffers` to `range`, which is as long as they.
+    /// Plans the write of the buffers at `cursor` to `range`.
     pub(crate) fn plan_write(
         &mut self,
         range: SectorRange,
-        buffers: &[libc::iovec],
+        cursor: &mut Cursor<'_>,
         plan: &mut Plan,
     ) {
-        let at = self.disk.write_at(range);
-        let slot = self.files.write_slot(at, range.len_bytes(), buffers);
+        let (at, len) = (self.disk.write_at(range), range.len_bytes());
+        let start = *cursor;
+        let buffers = cursor.take(len, &mut self.piece);
+        let slot = self.files.write_slot(at, len, buffers);
         if slot == TOP {
-            plan_pieces(at, range.len_bytes(), buffers, &mut self.piece, plan);
+            *cursor = start;
+            plan_pieces(at, len, cursor, &mut self.piece, plan);
         } else {
             plan.write(slot, at, buffers);
         }
@@ -190,13 +249,23 @@ impl<'a> Router<'a> {
         unsafe { self.inline_writes.write(file, self.disk.write_at(range), buffers) }
     }
 
-    /// Plans to turn `segments` into zeros: holes where their space may be given
-    /// back, else zeros that keep it. A file system that knows no such thing says
-    /// EOPNOTSUPP; then [`Self::plan_written_zeros`]. A block device takes whole blocks
-    /// only: what is left at the edges is written, or with `discard`, which promises
-    /// nothing, left as it is.
-    pub(crate) fn plan_zero(&self, segments: &[Segment], discard: bool, plan: &mut Plan) {
-        for segment in segments {
+    /// Plans to turn the sectors of `segments` into zeros, as many as `window` takes: holes where
+    /// their space may be given back, else zeros that keep it. A file system that knows no such
+    /// thing says EOPNOTSUPP; then [`Self::plan_written_zeros`]. A block device takes whole blocks
+    /// only: what is left at the edges is written, or with `discard`, which promises nothing, left
+    /// as it is.
+    pub(crate) fn plan_zero(
+        &self,
+        segments: &mut Segments,
+        discard: bool,
+        window: &Window,
+        plan: &mut Plan,
+    ) {
+        let mut taken = 0;
+        while taken < window.allocated
+            && let Some(segment) = segments.take(window.allocated)
+        {
+            taken += segment.range.len_bytes();
             let (at, len) = (self.disk.write_at(segment.range), segment.range.len_bytes());
             let blocks = whole_blocks(at, len, self.disk.logical_block());
             let (start, blocks_len) = (ByteOffset::new(blocks.start), blocks.end - blocks.start);
@@ -212,11 +281,63 @@ impl<'a> Router<'a> {
         }
     }
 
-    /// Plans to write zeros to `segments`.
-    pub(crate) fn plan_written_zeros(&self, segments: &[Segment], plan: &mut Plan) {
-        for segment in segments {
-            plan_zeros(self.disk.write_at(segment.range), segment.range.len_bytes(), plan);
+    /// Plans to write zeros to the sectors of `segments`, as many as `window` takes.
+    pub(crate) fn plan_written_zeros(
+        &self,
+        segments: &mut Segments,
+        window: &Window,
+        plan: &mut Plan,
+    ) {
+        let mut taken = 0;
+        while taken < window.bytes
+            && let Some(Segment { range, .. }) = segments.take(window.bytes)
+        {
+            taken += range.len_bytes();
+            plan_zeros(self.disk.write_at(range), range.len_bytes(), plan);
         }
+    }
+}
+
+/// The ranges of a discard or write-zeroes, and how far it has come.
+pub(crate) struct Segments {
+    all: Vec<Segment>,
+    next: usize,
+    /// Sectors of the next one that were taken.
+    done: u64,
+}
+
+impl Segments {
+    /// Nothing of `all`, none of which is empty, was taken.
+    pub(crate) fn new(all: Vec<Segment>) -> Self {
+        Self { all, next: 0, done: 0 }
+    }
+
+    /// All of them.
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = SectorRange> {
+        self.all.iter().map(|segment| segment.range)
+    }
+
+    /// Everything was taken.
+    pub(crate) fn is_over(&self) -> bool {
+        self.next == self.all.len()
+    }
+
+    /// Takes everything once more.
+    pub(crate) fn rewind(&mut self) {
+        (self.next, self.done) = (0, 0);
+    }
+
+    /// The next one, or as much of it as makes `bytes` bytes.
+    fn take(&mut self, bytes: u64) -> Option<Segment> {
+        let segment = self.all.get(self.next)?;
+        let left = after(segment.range, self.done);
+        let range = cut(left, bytes);
+        if range == left {
+            (self.next, self.done) = (self.next + 1, 0);
+        } else {
+            self.done += range.count().get();
+        }
+        Some(Segment { range, ..*segment })
     }
 }
 
@@ -224,11 +345,10 @@ impl<'a> Router<'a> {
 fn plan_pieces(
     at: ByteOffset,
     len: u64,
-    buffers: &[libc::iovec],
+    cursor: &mut Cursor<'_>,
     piece: &mut Vec<libc::iovec>,
     plan: &mut Plan,
 ) {
-    let mut cursor = Cursor { left: buffers, skip: 0 };
     let mut done = 0;
     while done < len {
         let take = (len - done).min(PIECE);
@@ -245,7 +365,7 @@ fn zero(memory: &Memory, buffers: &[libc::iovec]) {
     }
 }
 
-/// Plans to write zeros to `len` bytes of the top layer.
+/// Plans to write zeros to `len` bytes of the top layer, at most what a window takes.
 fn plan_zeros(at: ByteOffset, len: u64, plan: &mut Plan) {
     if len == 0 {
         return;
@@ -264,13 +384,26 @@ fn plan_zeros(at: ByteOffset, len: u64, plan: &mut Plan) {
 }
 
 /// Cuts consecutive pieces out of a list of buffers.
-struct Cursor<'b> {
-    left: &'b [libc::iovec],
+#[derive(Clone, Copy)]
+pub(crate) struct Cursor<'b> {
+    pub(crate) left: &'b [libc::iovec],
     /// Bytes of the first buffer that are taken.
-    skip: usize,
+    pub(crate) skip: usize,
 }
 
 impl<'b> Cursor<'b> {
+    /// At the beginning of `buffers`.
+    #[inline]
+    pub(crate) fn new(buffers: &'b [libc::iovec]) -> Self {
+        Self { left: buffers, skip: 0 }
+    }
+
+    /// The buffers that are left, and the bytes of the first that are taken.
+    #[inline]
+    pub(crate) fn place(&self) -> (usize, usize) {
+        (self.left.len(), self.skip)
+    }
+
     /// The next `len` bytes, as buffers in `piece`.
     fn take<'p>(&mut self, len: u64, piece: &'p mut Vec<libc::iovec>) -> &'p [libc::iovec] {
         piece.clear();
@@ -306,7 +439,7 @@ mod tests {
     #[test]
     fn pieces_are_cut_in_order_without_gap_or_overlap() {
         let buffers = [iovec(1000, 512), iovec(5000, 1536), iovec(9000, 512)];
-        let mut cursor = Cursor { left: &buffers, skip: 0 };
+        let mut cursor = Cursor::new(&buffers);
         let mut piece = Vec::new();
         let mut taken = |len| -> Vec<(usize, usize)> {
             cursor.take(len, &mut piece).iter().map(|v| (v.iov_base.addr(), v.iov_len)).collect()
@@ -325,10 +458,12 @@ mod tests {
         let whole = usize::try_from(len).unwrap();
         let (mut piece, mut plan) = (Vec::new(), Plan::default());
         let buffers = [iovec(1 << 20, 4096), iovec(1 << 30, whole - 4096)];
-        plan_pieces(ByteOffset::new(9 << 20), len, &buffers, &mut piece, &mut plan);
+        let mut cursor = Cursor::new(&buffers);
+        plan_pieces(ByteOffset::new(9 << 20), len, &mut cursor, &mut piece, &mut plan);
         assert_eq!((plan.len_bytes(), plan.len()), (len, 3));
         let mut plan = Plan::default();
-        plan_pieces(ByteOffset::new(9 << 20), PIECE, &buffers, &mut piece, &mut plan);
+        let mut cursor = Cursor::new(&buffers);
+        plan_pieces(ByteOffset::new(9 << 20), PIECE, &mut cursor, &mut piece, &mut plan);
         assert_eq!((plan.len_bytes(), plan.len()), (PIECE, 1));
     }
 

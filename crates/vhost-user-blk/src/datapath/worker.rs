@@ -5,9 +5,16 @@
 //! This is the only place where virtio and the layers meet. A turn of the loop
 //! takes a batch of requests, hands it to the kernel with one system call,
 //! fetches what has completed, and publishes it with one notification.
+//!
+//! A guest can make a request of 4 GiB by naming one piece of its memory many times, and offer
+//! thousands of them. So a long request is done in windows ([`WINDOW`]), and what a queue has in
+//! flight is limited in requests, pieces and bytes: the rest waits in the ring.
 
+use std::cell::Cell;
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
@@ -26,7 +33,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::datapath::holes::Holes;
 use crate::datapath::queue_threads::{QueueThreads, ThreadUring};
 use crate::datapath::resident::Mappings;
-use crate::datapath::route::Router;
+use crate::datapath::route::{Cursor, ReadWindow, Router, Segments, WINDOW, Window, after};
 use crate::datapath::spin::{For, Spin};
 use crate::fault;
 use crate::guest_memory::memory::Memory;
@@ -43,21 +50,31 @@ use crate::virtio::split_queue::{RingError, SplitQueue};
 
 pub(crate) mod handle;
 
-use handle::WorkerHandle;
+use handle::{StopOrder, WorkerHandle};
 
 /// Requests taken in one turn: enough to share a system call and a
 /// notification among many, few enough that the first is not held up by the
 /// last.
 const BATCH_MAX: usize = 32;
-/// Requests of one queue that are in flight at most, whatever the size of its ring: the others wait
-/// in the ring. No disk gets faster by more, and each takes some hundred bytes here.
-const IN_FLIGHT_MAX: u16 = 1024;
+/// Requests of one queue that are in flight at most, whatever the size of its ring. No disk gets
+/// faster by more, and each takes some hundred bytes here and in the kernel.
+const IN_FLIGHT_MAX: u16 = 256;
+/// Parts and pieces of memory in flight, of 16 to 48 bytes each, after which no more windows are
+/// begun: enough for 32 requests of as many segments as the device offers. Also the pieces of long
+/// requests that are kept, after which no more requests are taken.
+const PIECES_MAX: usize = 4096;
+/// Bytes to be read or written after which no more windows are begun: stopping the ring waits for
+/// them.
+const BYTES_MAX: u64 = 64 << 20;
+/// How long a ring that is stopped goes on with requests of several windows, before it fails them.
+/// Whoever stops it waits for that.
+const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
-/// Bytes to read after which a turn takes no more requests. A guest can make a request of 4 GiB by
-/// naming one piece of its memory many times. The worker itself zeroes holes and copies what is in
-/// the page cache, and stopping the ring waits for that. As much as [`BATCH_MAX`] of the longest
-/// requests that guests really send.
+/// Bytes to read after which a turn takes no more requests: the worker itself zeroes holes and
+/// copies what is in the page cache.
 const BATCH_BYTES_MAX: u64 = 64 << 20;
+/// The same for the next windows of requests that were taken before.
+const RESUMED_BYTES_MAX: u64 = BATCH_BYTES_MAX / 2;
 
 /// A read of at least so many bytes that are in the page cache can be offloaded to a thread of the
 /// kernel, while the queue's thread copies the next: for less it takes as long to offload it.
@@ -212,18 +229,98 @@ struct InFlight<'a, H> {
 
 /// What is being done for it, and so what remains when that is done.
 enum Work<'a> {
-    Read,
-    /// The one that is offloaded, see [`OFFLOAD_MIN`].
-    OffloadedRead,
-    Write(SectorRange, Writing<'a>),
-    Zero(ZeroWork<'a>),
-    /// A flush, for itself or for a write that must be durable.
-    Commit,
+    Read {
+        moving: Moving,
+        /// It is the one that is offloaded, see [`OFFLOAD_MIN`].
+        offloaded: bool,
+    },
+    Write {
+        range: SectorRange,
+        writing: Writing<'a>,
+        moving: Moving,
+    },
+    Zero(Box<ZeroWork<'a>>),
+}
+
+impl Work<'_> {
+    /// The last window was begun.
+    #[inline]
+    fn is_last(&self) -> bool {
+        match self {
+            Work::Read { moving, .. } | Work::Write { moving, .. } => moving.left.is_empty(),
+            Work::Zero(zero) => zero.segments.is_over(),
+        }
+    }
+}
+
+/// How far a read or write has come.
+struct Moving {
+    /// What was not begun.
+    left: SectorRange,
+    /// The memory for that; `None` before the first window, when it was just parsed, and if it is
+    /// the only one.
+    buffers: Option<Buffers>,
+}
+
+/// The memory of a long request.
+struct Buffers {
+    iovecs: Box<[libc::iovec]>,
+    /// The first of them that is left, and the bytes of it that are not.
+    first: usize,
+    skip: usize,
+    /// Counts the iovecs of all.
+    kept: Rc<Cell<usize>>,
+}
+
+impl Buffers {
+    fn new(iovecs: &[libc::iovec], kept: &Rc<Cell<usize>>) -> Self {
+        kept.set(kept.get() + iovecs.len());
+        Self { iovecs: iovecs.into(), first: 0, skip: 0, kept: Rc::clone(kept) }
+    }
+}
+
+impl Drop for Buffers {
+    fn drop(&mut self) {
+        self.kept.set(self.kept.get() - self.iovecs.len());
+    }
+}
+
+impl Moving {
+    fn new(range: SectorRange) -> Self {
+        Self { left: range, buffers: None }
+    }
+
+    /// The memory of what is left; `parsed` is that of the request that was parsed last.
+    #[inline]
+    fn cursor<'m>(&'m self, parsed: &'m [libc::iovec]) -> Cursor<'m> {
+        match &self.buffers {
+            None => Cursor::new(parsed),
+            Some(buffers) => Cursor { left: &buffers.iovecs[buffers.first..], skip: buffers.skip },
+        }
+    }
+
+    /// So many sectors were begun, after which so many iovecs are left, the first one without so
+    /// many bytes.
+    #[inline]
+    fn advance(
+        &mut self,
+        sectors: u64,
+        (left, skip): (usize, usize),
+        parsed: &[libc::iovec],
+        kept: &Rc<Cell<usize>>,
+    ) {
+        self.left = after(self.left, sectors);
+        if !self.left.is_empty() {
+            let buffers = self.buffers.get_or_insert_with(|| Buffers::new(parsed, kept));
+            (buffers.first, buffers.skip) = (buffers.iovecs.len() - left, skip);
+        }
+    }
 }
 
 /// Ranges that are being turned into zeros.
 struct ZeroWork<'a> {
-    segments: Vec<Segment>,
+    segments: Segments,
+    discard: bool,
     method: ZeroMethod,
     writing: Writing<'a>,
 }
@@ -235,6 +332,15 @@ enum ZeroMethod {
     Punch,
     /// By writing zeros, which always works.
     Written,
+}
+
+/// How a ring that takes no more requests ends.
+#[derive(Clone, Copy)]
+enum Closing {
+    /// All requests are answered; none of them begins a window after this time.
+    Answering(Instant),
+    /// Those that would have to begin one are not.
+    Leaving,
 }
 
 struct Worker<'a, Q: DeviceQueue> {
@@ -249,8 +355,13 @@ struct Worker<'a, Q: DeviceQueue> {
     call: Option<Bell<BorrowedFd<'a>>>,
     /// Requests that are in flight at most.
     depth: u16,
+    window: Window,
+    /// Requests of which a window is done, and not the last.
+    unfinished: VecDeque<InFlight<'a, Q::Head>>,
+    /// The iovecs of all [`Buffers`].
+    kept: Rc<Cell<usize>>,
     /// Requests that wait for the committer; the tag is the place.
-    committing: Vec<Option<InFlight<'a, Q::Head>>>,
+    committing: Vec<Option<(Q::Head, Pending)>>,
     uncommitted: Vec<u32>,
     spin: Spin,
     pulse: &'a Pulse,
@@ -258,8 +369,9 @@ struct Worker<'a, Q: DeviceQueue> {
     batch_bytes: u64,
     /// A read is offloaded. One at a time: two that copy take the memory's speed.
     offloaded: bool,
-    /// Requests are still being taken.
-    open: bool,
+    stop: &'a EventFd,
+    /// `None` while requests are taken.
+    closing: Option<Closing>,
     /// Reported as [`TIDY`].
     timer: TimerFd,
     /// It is set.
@@ -268,7 +380,6 @@ struct Worker<'a, Q: DeviceQueue> {
     plan: Plan,
     iovecs: IoVecs,
     answers: Vec<(u32, Flushed)>,
-    segments: Vec<Vec<Segment>>,
 }
 
 impl<'a, Q: DeviceQueue> Worker<'a, Q> {
@@ -299,19 +410,22 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
             kick,
             call: start.call.as_ref().map(|call| Bell::new(call.fd())),
             depth,
+            window: WINDOW,
+            unfinished: VecDeque::new(),
+            kept: Rc::default(),
             committing: (0..depth).map(|_| None).collect(),
             uncommitted: (0..u32::from(depth)).rev().collect(),
             spin: Spin::new(shared.poll),
             pulse,
             batch_bytes: 0,
             offloaded: false,
-            open: true,
+            stop,
+            closing: None,
             timer,
             tidying: false,
             plan: Plan::default(),
             iovecs: IoVecs::new(),
             answers: Vec::new(),
-            segments: Vec::new(),
         })
     }
 
@@ -321,7 +435,7 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
         loop {
             self.pulse.beat();
             let busy = self.turn();
-            if !self.open && self.in_flight() == 0 {
+            if self.is_over() {
                 return self.queue.next_avail();
             }
             if !busy {
@@ -332,11 +446,13 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
 
     /// One turn of the loop; whether there was anything to do.
     fn turn(&mut self) -> bool {
-        let mut busy = self.take();
+        self.batch_bytes = 0;
+        let mut busy = self.resume();
+        busy |= self.take();
         self.enter();
         busy |= self.reap();
         self.publish();
-        busy
+        busy || self.can_resume()
     }
 
     /// Hands over what was submitted, and has the kernel report what it has done.
@@ -361,14 +477,93 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
     }
 
     /// There is room for one more request, whatever it turns out to be.
+    #[inline]
     fn can_take(&self) -> bool {
-        self.open && self.in_flight() < self.depth
+        self.is_open()
+            && self.in_flight() < self.depth
+            && self.has_room()
+            && self.kept.get() < PIECES_MAX
+    }
+
+    /// One more window may be begun.
+    #[inline]
+    fn has_room(&self) -> bool {
+        self.ring.pieces_in_flight() < PIECES_MAX && self.ring.bytes_in_flight() < BYTES_MAX
+    }
+
+    /// The next window of a request may be begun.
+    #[inline]
+    fn can_resume(&self) -> bool {
+        !self.unfinished.is_empty()
+            && self.has_room()
+            && !matches!(self.closing, Some(Closing::Leaving))
+    }
+
+    /// Requests are still being taken.
+    #[inline]
+    fn is_open(&self) -> bool {
+        self.closing.is_none()
+    }
+
+    /// It is closed, and nothing is left to be done.
+    fn is_over(&self) -> bool {
+        match self.closing {
+            None => false,
+            Some(Closing::Answering(_)) => self.in_flight() == 0,
+            Some(Closing::Leaving) => usize::from(self.in_flight()) == self.unfinished.len(),
+        }
+    }
+
+    /// Takes no more requests.
+    fn close(&mut self, how: Closing) {
+        self.closing.get_or_insert(how);
+    }
+
+    fn told_to_stop(&mut self) {
+        let order = self.stop.read().unwrap_or(0);
+        let leaves = order >= StopOrder::Leave as u64 && self.queue.is_tracked();
+        let answering = || Closing::Answering(Instant::now() + STOP_PATIENCE);
+        self.close(if leaves { Closing::Leaving } else { answering() });
+    }
+
+    /// Goes on with requests of which a window is done; whether there was one.
+    fn resume(&mut self) -> bool {
+        let waiting = self.unfinished.len();
+        let is_late = |end| Instant::now() >= end;
+        let failing =
+            waiting > 0 && matches!(self.closing, Some(Closing::Answering(end)) if is_late(end));
+        for resumed in 0..waiting {
+            if !self.can_resume() || self.batch_bytes > RESUMED_BYTES_MAX {
+                return resumed > 0;
+            }
+            match self.unfinished.pop_front() {
+                Some(request) if failing => {
+                    let why = "the ring was stopped before its end";
+                    log_limit::request_failed(self.start.queue, "long request failed", &why);
+                    self.answer(request.head, request.pending.failed());
+                }
+                Some(request) => self.go_on(request),
+                None => {}
+            }
+        }
+        waiting > 0
+    }
+
+    /// Begins the next window of a request.
+    fn go_on(&mut self, request: InFlight<'a, Q::Head>) {
+        let InFlight { head, pending, work } = request;
+        match work {
+            Work::Read { moving, .. } => self.read(head, pending, moving),
+            Work::Write { range, writing, moving } => {
+                self.write_window(head, pending, (range, writing), moving);
+            }
+            Work::Zero(zero) => self.zero_window(head, pending, zero),
+        }
     }
 
     /// Takes and starts a batch of requests; whether there was one.
     fn take(&mut self) -> bool {
         self.router.resident().tick();
-        self.batch_bytes = 0;
         for taken in 0..BATCH_MAX {
             self.reap_offloaded();
             if !self.can_take() || self.batch_bytes > BATCH_BYTES_MAX {
@@ -398,7 +593,7 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
         };
         let (operation, pending) = request.start();
         match operation {
-            Operation::In(range) => self.read(head, pending, range),
+            Operation::In(range) => self.read(head, pending, Moving::new(range)),
             Operation::Out(range) => self.write(head, pending, range),
             Operation::Flush => self.commit(head, pending),
             Operation::Discard | Operation::WriteZeroes => {
@@ -412,19 +607,25 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
         }
     }
 
-    fn read(&mut self, head: Q::Head, pending: Pending, range: SectorRange) {
-        self.batch_bytes += range.len_bytes();
+    fn read(&mut self, head: Q::Head, pending: Pending, mut moving: Moving) {
+        let window = self.window.of(moving.left);
+        self.batch_bytes += window.len_bytes();
         let memory = &self.start.memory;
         // With nothing else to copy it would only take longer.
-        let offload = range.len_bytes() >= OFFLOAD_MIN && !self.offloaded && self.queue.has_work();
-        let (data, plan) = (self.iovecs.data(), &mut self.plan);
-        let planned = self.router.plan_read(range, memory, data, offload, plan);
-        if let Err(e) = planned {
-            log_limit::request_failed(self.start.queue, "read failed", &e);
-            return self.answer(head, pending.failed());
+        let offload = window.len_bytes() >= OFFLOAD_MIN && !self.offloaded && self.queue.has_work();
+        let mut cursor = moving.cursor(self.iovecs.data());
+        let read = ReadWindow { range: window, parts_max: self.window.parts, offload };
+        let planned = self.router.plan_read(&read, memory, &mut cursor, &mut self.plan);
+        let place = cursor.place();
+        match planned {
+            Ok(sectors) => moving.advance(sectors, place, self.iovecs.data(), &self.kept),
+            Err(e) => {
+                log_limit::request_failed(self.start.queue, "read failed", &e);
+                return self.answer(head, pending.failed());
+            }
         }
         self.offloaded |= offload && !self.plan.is_empty();
-        let work = if offload && self.offloaded { Work::OffloadedRead } else { Work::Read };
+        let work = Work::Read { moving, offloaded: offload && self.offloaded };
         self.submit(InFlight { head, pending, work });
         if offload {
             self.enter();
@@ -441,33 +642,56 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
             return self.answer(head, pending.failed());
         }
         let writing = self.shared.disk.begin_write(range);
-        let request = InFlight { head, pending, work: Work::Write(range, writing) };
-        let data = self.iovecs.data();
         // SAFETY: as in `submit`.
-        if unsafe { self.router.write_inline(range, data) } {
-            return self.completed(request, Ok(()));
+        if unsafe { self.router.write_inline(range, self.iovecs.data()) } {
+            return self.written(head, pending, writing, &[range]);
         }
-        self.router.plan_write(range, data, &mut self.plan);
-        self.submit(request);
+        self.write_window(head, pending, (range, writing), Moving::new(range));
+    }
+
+    fn write_window(
+        &mut self,
+        head: Q::Head,
+        pending: Pending,
+        (range, writing): (SectorRange, Writing<'a>),
+        mut moving: Moving,
+    ) {
+        let window = self.window.of(moving.left);
+        let mut cursor = moving.cursor(self.iovecs.data());
+        self.router.plan_write(window, &mut cursor, &mut self.plan);
+        let place = cursor.place();
+        moving.advance(window.count().get(), place, self.iovecs.data(), &self.kept);
+        self.submit(InFlight { head, pending, work: Work::Write { range, writing, moving } });
     }
 
     fn zero(&mut self, head: Q::Head, pending: Pending, discard: bool) {
         if self.shared.disk.is_failed() {
             return self.answer(head, pending.failed());
         }
-        let mut segments = self.segments.pop().unwrap_or_default();
-        segments.extend(self.iovecs.segments().iter().filter(|s| !s.range.is_empty()));
-        for segment in &mut segments {
-            segment.unmap |= discard;
-        }
+        let segments = self.iovecs.segments().iter().filter(|s| !s.range.is_empty());
+        let segments: Vec<_> =
+            segments.map(|s| Segment { unmap: s.unmap || discard, ..*s }).collect();
         let Some(hull) = segments.iter().map(|segment| segment.range).reduce(SectorRange::hull)
         else {
             return self.answer(head, pending.done());
         };
-        let writing = self.shared.disk.begin_write(hull);
-        self.router.plan_zero(&segments, discard, &mut self.plan);
-        let work = Work::Zero(ZeroWork { segments, method: ZeroMethod::Punch, writing });
-        self.submit(InFlight { head, pending, work });
+        let zero = ZeroWork {
+            segments: Segments::new(segments),
+            discard,
+            method: ZeroMethod::Punch,
+            writing: self.shared.disk.begin_write(hull),
+        };
+        self.zero_window(head, pending, Box::new(zero));
+    }
+
+    fn zero_window(&mut self, head: Q::Head, pending: Pending, mut zero: Box<ZeroWork<'a>>) {
+        let ZeroWork { segments, discard, method, .. } = &mut *zero;
+        let (window, plan) = (&self.window, &mut self.plan);
+        match method {
+            ZeroMethod::Punch => self.router.plan_zero(segments, *discard, window, plan),
+            ZeroMethod::Written => self.router.plan_written_zeros(segments, window, plan),
+        }
+        self.submit(InFlight { head, pending, work: Work::Zero(zero) });
     }
 
     /// Starts what was planned. An empty plan is done already.
@@ -498,11 +722,11 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
                 Event::Ready(TIDY) => {
                     self.tidying = !self.shared.mappings.forget_unused() && self.tidy_later()
                 }
-                Event::Ready(_) => self.open = false,
+                Event::Ready(_) => self.told_to_stop(),
                 Event::Lost(watch, e) => self.lost(watch, &e),
             }
         }
-        busy
+        busy || self.can_resume()
     }
 
     /// The kernel refuses to wake this thread for something. Requests that were begun are completed
@@ -523,18 +747,16 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
         }
     }
 
-    /// The data of a request has been moved, or could not be.
+    /// The data of a request, or of a window of it, has been moved, or could not be.
     fn completed(&mut self, request: InFlight<'a, Q::Head>, result: io::Result<()>) {
         let InFlight { head, pending, work } = request;
-        self.offloaded &= !matches!(work, Work::OffloadedRead);
+        self.offloaded &= !matches!(work, Work::Read { offloaded: true, .. });
         match (work, result) {
             (Work::Zero(zero), Err(e))
                 if zero.method == ZeroMethod::Punch
                     && e.raw_os_error() == Some(libc::EOPNOTSUPP) =>
             {
-                self.router.plan_written_zeros(&zero.segments, &mut self.plan);
-                let work = Work::Zero(ZeroWork { method: ZeroMethod::Written, ..zero });
-                self.submit(InFlight { head, pending, work });
+                self.not_punched(head, pending, zero);
             }
             // The kernel could not touch guest memory: a page was lost, for which the processor
             // would have raised SIGBUS.
@@ -547,19 +769,31 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
                 log_limit::request_failed(self.start.queue, "I/O failed", &e);
                 self.answer(head, pending.failed());
             }
-            (Work::Read | Work::OffloadedRead | Work::Commit, Ok(())) => {
-                self.answer(head, pending.done())
+            (work, Ok(())) if !work.is_last() => {
+                self.unfinished.push_back(InFlight { head, pending, work });
             }
-            (Work::Write(range, writing), Ok(())) => {
+            (Work::Read { .. }, Ok(())) => self.answer(head, pending.done()),
+            (Work::Write { range, writing, .. }, Ok(())) => {
                 self.written(head, pending, writing, &[range]);
             }
-            (Work::Zero(ZeroWork { mut segments, writing, .. }), Ok(())) => {
-                let ranges: Vec<_> = segments.iter().map(|s| s.range).collect();
-                self.written(head, pending, writing, &ranges);
-                segments.clear();
-                self.segments.push(segments);
+            (Work::Zero(zero), Ok(())) => {
+                let ranges: Vec<_> = zero.segments.ranges().collect();
+                self.written(head, pending, zero.writing, &ranges);
             }
         }
+    }
+
+    /// The file system gives no space back and makes no zeros. A discard promises nothing: without
+    /// a bit the sectors stay what they were. (To write zeros would take the space that is to be
+    /// given back.)
+    #[cold]
+    fn not_punched(&mut self, head: Q::Head, pending: Pending, mut zero: Box<ZeroWork<'a>>) {
+        if zero.discard {
+            return self.answer(head, pending.done());
+        }
+        zero.method = ZeroMethod::Written;
+        zero.segments.rewind();
+        self.unfinished.push_back(InFlight { head, pending, work: Work::Zero(zero) });
     }
 
     /// The data is in the top file: tells the disk, then the guest.
@@ -589,7 +823,7 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
             // As in `submit`: there are as many places as requests.
             return self.answer(head, pending.failed());
         };
-        self.committing[tag as usize] = Some(InFlight { head, pending, work: Work::Commit });
+        self.committing[tag as usize] = Some((head, pending));
         self.shared.committer.submit(Waiter { queue: self.start.queue, tag });
     }
 
@@ -599,7 +833,7 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
         self.shared.committer.drain(self.start.queue, &mut answers);
         for (tag, flushed) in answers.drain(..) {
             let waiting = self.committing.get_mut(tag as usize).and_then(Option::take);
-            let Some(InFlight { head, pending, .. }) = waiting else { continue };
+            let Some((head, pending)) = waiting else { continue };
             self.uncommitted.push(tag);
             let reply = match flushed {
                 Ok(()) => pending.done(),
@@ -625,7 +859,7 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
     /// it can be trusted.
     fn publish(&mut self) {
         if self.queue.poisoned() {
-            if self.open
+            if self.is_open()
                 && let Some(loss) = self.queue.loss()
             {
                 self.fail(&loss);
@@ -645,7 +879,7 @@ impl<'a, Q: DeviceQueue> Worker<'a, Q> {
 
     /// Takes nothing more from a ring that cannot be trusted.
     fn fail(&mut self, why: &dyn std::fmt::Display) {
-        self.open = false;
+        self.close(Closing::Answering(Instant::now()));
         give_up(self.start, self.shared, why);
     }
 

@@ -19,7 +19,7 @@ use crate::cli::Options;
 use crate::datapath::holes::Holes;
 use crate::datapath::queue_threads::QueueThreads;
 use crate::datapath::resident::Mappings;
-use crate::datapath::worker::handle::{WorkerHandle, any_abandoned};
+use crate::datapath::worker::handle::{StopOrder, WorkerHandle, any_abandoned};
 use crate::datapath::worker::{self, RingStart, Shared};
 use crate::lifecycle::error::DaemonError;
 use crate::lifecycle::handover;
@@ -264,8 +264,8 @@ impl Device for Arc<DiskSlot> {
 }
 
 impl RunningRing for WorkerHandle {
-    fn ask(&self) {
-        WorkerHandle::ask(self);
+    fn ask(&self, order: StopOrder) {
+        WorkerHandle::ask(self, order);
     }
 
     fn stop(self, asked: Instant) -> Option<u16> {

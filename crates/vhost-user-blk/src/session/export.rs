@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use vhost::vhost_user::message::FrontendReq;
 
 use super::{Device, PROTOCOL_FEATURES, Result, Session};
+use crate::datapath::worker::handle::StopOrder;
 use crate::process::descriptor::Foreign;
 use crate::session::replay::Message;
 use crate::session::vring::pause_all;
@@ -27,9 +28,10 @@ impl<D: Device> Session<D> {
         }
     }
 
-    /// Completes the requests in flight and takes no more.
+    /// Completes the requests in flight, except for long ones that the successor finds in the
+    /// in-flight area, and takes no more.
     pub fn pause(&mut self) {
-        pause_all(&mut self.vrings);
+        pause_all(&mut self.vrings, StopOrder::Leave);
     }
 
     /// Continues after [`Session::pause`].

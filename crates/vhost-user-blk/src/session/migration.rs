@@ -16,6 +16,7 @@ use std::sync::Arc;
 use vhost::vhost_user::message::{VhostUserLog, VhostUserProtocolFeatures};
 
 use super::{Device, Refusal, Result, Session};
+use crate::datapath::worker::handle::StopOrder;
 use crate::session::vring::{Vring, pause_all};
 use crate::virtio::config;
 use crate::virtio::dirty_log::DirtyLog;
@@ -35,7 +36,7 @@ impl<D: Device> Session<D> {
     pub(super) fn change_log(&mut self, info: &VhostUserLog, file: File) -> Result<(), Refusal> {
         let log = DirtyLog::map(info.mmap_size, info.mmap_offset, file)?;
         if self.is_logging() {
-            pause_all(&mut self.vrings);
+            pause_all(&mut self.vrings, StopOrder::Finish);
             self.check_intact()?;
         }
         self.log = Some(Arc::new(log));
@@ -46,7 +47,7 @@ impl<D: Device> Session<D> {
     /// longer used.
     pub fn set_log_call(&mut self, call: File) -> Result<()> {
         if self.is_logging() {
-            pause_all(&mut self.vrings);
+            pause_all(&mut self.vrings, StopOrder::Finish);
         }
         self.log_call = Some(Arc::new(Bell::new(call)));
         self.reconcile()

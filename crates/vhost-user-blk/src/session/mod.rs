@@ -42,6 +42,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::refusal::Refusal;
 use crate::datapath::worker::RingStart;
+use crate::datapath::worker::handle::StopOrder;
 use crate::guest_memory::memory::{Memory, REGIONS_MAX, RegionInfo};
 use crate::process::fd::received;
 use crate::process::log_limit::{CONNECTIONS, RINGS, WRITE_CACHE};
@@ -170,8 +171,8 @@ impl<D: Device> Session<D> {
         }
     }
 
-    /// The frontend is gone: completes the requests in flight on every ring, and resets the
-    /// session.
+    /// The frontend is gone: completes the requests in flight on every ring, except for long ones
+    /// that the next connection finds in its in-flight area, and resets the session.
     pub fn disconnect(&mut self) {
         self.reset_rings();
         self.owned = false;
@@ -186,7 +187,7 @@ impl<D: Device> Session<D> {
 
     /// Stops every ring, and resets rings and features to their initial state.
     fn reset_rings(&mut self) {
-        pause_all(&mut self.vrings);
+        pause_all(&mut self.vrings, StopOrder::Leave);
         self.vrings.iter_mut().for_each(Vring::reset);
         self.features = None;
         self.write_through.store(true, Ordering::SeqCst);
@@ -315,7 +316,7 @@ impl<D: Device> Session<D> {
 
     /// Makes every ring use `memory`, after the requests in flight on the old memory are complete.
     fn change_memory(&mut self, memory: Memory) -> Result<()> {
-        pause_all(&mut self.vrings);
+        pause_all(&mut self.vrings, StopOrder::Finish);
         // Before the old memory goes, which knows whether some of it was lost.
         self.check_intact()?;
         self.set_memory(memory);
@@ -399,7 +400,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         }
         let changed = self.features.replace(features).unwrap_or(features) ^ features;
         if changed & (config::F_EVENT_IDX | config::F_LOG_ALL) != 0 {
-            pause_all(&mut self.vrings);
+            pause_all(&mut self.vrings, StopOrder::Finish);
             self.check_intact()?;
         }
         let event_idx = self.has(config::F_EVENT_IDX);
@@ -636,7 +637,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Session<D> {
         };
         info.check(self.vrings.len(), self.queue_size_max).map_err(Refusal::Inflight)?;
         let area = Area::map(&info, received(file)).map_err(Refusal::Inflight)?;
-        pause_all(&mut self.vrings);
+        pause_all(&mut self.vrings, StopOrder::Finish);
         self.check_intact()?;
         let kept = area.kept().unwrap_or(self.state());
         self.inflight = Some(area);

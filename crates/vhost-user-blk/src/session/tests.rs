@@ -41,7 +41,7 @@ struct FakeRing {
 const TAKEN: u16 = 7;
 
 impl RunningRing for FakeRing {
-    fn ask(&self) {}
+    fn ask(&self, _order: StopOrder) {}
 
     fn stop(self, _asked: std::time::Instant) -> Option<u16> {
         self.calls.lock().unwrap().push(Call::Stop { queue: self.queue });

@@ -18,6 +18,7 @@ use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::event::{EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use crate::datapath::worker::RingStart;
+use crate::datapath::worker::handle::StopOrder;
 use crate::guest_memory::memory::Memory;
 use crate::session::replay::Message;
 use crate::virtio::dirty_log::{DirtyLog, RingLog};
@@ -31,7 +32,7 @@ const NO_FD: u64 = 0x100;
 /// A ring that is being served.
 pub trait RunningRing {
     /// Asks it to complete the requests in flight and to end. [`RunningRing::stop`] is to follow.
-    fn ask(&self);
+    fn ask(&self, order: StopOrder);
 
     /// Waits for the end of a ring that was asked at `asked`, and returns the index of the next
     /// available entry. `None` if the daemon has to end and the ring does not.
@@ -39,9 +40,9 @@ pub trait RunningRing {
 }
 
 /// Stops all rings as [`Vring::pause`] does, at the same time.
-pub fn pause_all<R: RunningRing>(vrings: &mut [Vring<R>]) {
+pub fn pause_all<R: RunningRing>(vrings: &mut [Vring<R>], order: StopOrder) {
     let asked = Instant::now();
-    vrings.iter().filter_map(|vring| vring.running.as_ref()).for_each(RunningRing::ask);
+    vrings.iter().filter_map(|vring| vring.running.as_ref()).for_each(|ring| ring.ask(order));
     vrings.iter_mut().for_each(|vring| vring.await_end(asked));
 }
 
@@ -254,7 +255,14 @@ impl<R: RunningRing> Vring<R> {
 
     /// Completes the requests in flight and stops serving the ring. All settings stay.
     pub fn pause(&mut self) {
-        self.running.as_ref().inspect(|ring| ring.ask());
+        self.running.as_ref().inspect(|ring| ring.ask(StopOrder::Finish));
+        self.await_end(Instant::now());
+    }
+
+    /// The same of a ring that starts again at once: with an in-flight area it need not complete
+    /// long requests.
+    fn interrupt(&mut self) {
+        self.running.as_ref().inspect(|ring| ring.ask(StopOrder::Leave));
         self.await_end(Instant::now());
     }
 
@@ -342,13 +350,13 @@ impl<R: RunningRing> Vring<R> {
     /// SET_VRING_CALL. A running ring is paused. When a ring starts, it signals its call descriptor
     /// once, because completions may have been published before that arrived.
     pub fn set_call(&mut self, file: Option<File>) {
-        self.pause();
+        self.interrupt();
         self.state.set_call(file);
     }
 
     /// SET_VRING_ERR. A running ring is paused.
     pub fn set_err(&mut self, file: Option<File>) {
-        self.pause();
+        self.interrupt();
         self.err = file.map(notifier);
     }
 }

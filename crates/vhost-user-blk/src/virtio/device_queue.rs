@@ -66,6 +66,9 @@ pub trait DeviceQueue {
     /// Requests that were popped and are not pushed.
     fn in_flight(&self) -> u16;
 
+    /// Whether a successor finds what was popped and not pushed, and does it again.
+    fn is_tracked(&self) -> bool;
+
     /// Whether a page of the memory that the ring is in, of the in-flight area or of the dirty log
     /// was lost: nothing read from it may be published.
     fn poisoned(&self) -> bool;

@@ -443,6 +443,10 @@ impl DeviceQueue for SplitQueue {
         self.in_flight
     }
 
+    fn is_tracked(&self) -> bool {
+        self.inflight.is_some()
+    }
+
     #[inline]
     fn poisoned(&self) -> bool {
         self.memory.poisoned()

@@ -16,6 +16,7 @@ mod lifecycle;
 mod log_fd;
 mod log_limits;
 mod logical_block;
+mod memory_limit;
 mod migration;
 mod negotiation;
 mod peers;

@@ -29,6 +29,18 @@ pub(crate) fn any_abandoned() -> bool {
     ABANDONED.load(Ordering::Relaxed)
 }
 
+/// What a ring that is to stop does with a request of which some windows are done and others not
+/// begun. It completes all others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub(crate) enum StopOrder {
+    /// It goes on for a while, then the request fails.
+    Finish = 1,
+    /// The same, unless there is an in-flight area: then it is left to who starts the ring next.
+    /// More than any number of the other order, so that it counts whatever else is said.
+    Leave = 1 << 32,
+}
+
 /// A queue that is being served.
 pub(crate) struct WorkerHandle {
     pub(super) thread: QueueThread,
@@ -42,9 +54,9 @@ pub(crate) struct WorkerHandle {
 
 impl WorkerHandle {
     /// Tells the worker to take no more requests. It then answers those in flight, and ends.
-    pub(crate) fn ask(&self) {
+    pub(crate) fn ask(&self, order: StopOrder) {
         // It cannot fail: the counter starts at 0, and is hardly ever written.
-        _ = self.stop.write(1);
+        _ = self.stop.write(order as u64);
     }
 
     /// Waits until the worker, which was asked at `asked`, has ended, and returns which entry of the
@@ -106,7 +118,7 @@ mod tests {
     }
 
     fn stop(worker: WorkerHandle, meanwhile: impl FnMut()) -> Option<u16> {
-        worker.ask();
+        worker.ask(StopOrder::Finish);
         worker.stop(Instant::now(), meanwhile)
     }
 

@@ -60,7 +60,7 @@ impl Model {
     }
 
     /// A request that was to put `new` into `range` is answered. One that failed may have changed
-    /// some of it, but nothing that was not in the top before.
+    /// some of it, but nothing that was not in the top before. So may a discard.
     fn settle(&mut self, disk: &Disk, range: SectorRange, new: &[u8], ok: bool) {
         let mut found = vec![0; new.len()];
         disk.read(range, &mut found).unwrap();
@@ -108,7 +108,7 @@ impl Lane<'_> {
             nix::poll::poll(&mut fds, nix::poll::PollTimeout::NONE).unwrap();
         }
         self.worker.turn();
-        assert!(self.worker.open, "the ring was given up");
+        assert!(self.worker.is_open(), "the ring was given up");
         while self.seen != self.guest.used_idx() {
             let (head, len) = self.guest.used(self.seen);
             self.seen = self.seen.wrapping_add(1);
@@ -139,7 +139,7 @@ impl Lane<'_> {
         for range in &sent.ranges {
             let zeros = vec![0; usize::try_from(range.len_bytes()).unwrap()];
             let new = if sent.kind == VIRTIO_BLK_T_OUT { &sent.data } else { &zeros };
-            model.settle(disk, *range, new, ok);
+            model.settle(disk, *range, new, ok && sent.kind != VIRTIO_BLK_T_DISCARD);
         }
     }
 
@@ -288,10 +288,15 @@ fn play(setting: Setting, seed: u64) -> [[u64; 2]; 16] {
         (state >> 33) % limit
     };
     {
+        // Most requests have one window, or most have several.
+        let unit = 4096 << random(6);
+        let window =
+            Window { bytes: unit, parts: usize::try_from(1 + random(4)).unwrap(), allocated: unit };
         let mut urings: Vec<_> = starts.iter().map(|_| uring(setting.engine)).collect();
         let lane = |((guest, start), uring)| {
             let queue = split_queue(start, None).unwrap();
-            let worker = Worker::new(start, queue, &shared, &stop, &pulse, uring).unwrap();
+            let mut worker = Worker::new(start, queue, &shared, &stop, &pulse, uring).unwrap();
+            worker.window = window;
             Lane { worker, guest, slots: (0..SLOTS).map(|_| None).collect(), seen: 0 }
         };
         let lanes = guests.into_iter().zip(&starts).zip(urings.iter_mut().map(Option::as_mut));

@@ -8,6 +8,9 @@ use cow_format::header::UmlHeader;
 use cow_format::identity::Timestamp;
 use cow_format::{BITMAP_PAGE_LEN, Bitmap, LayerMap, Sector, SectorCount, SectorRange};
 
+/// 16 MiB each.
+const PAGES: u64 = 64;
+
 struct Counting;
 
 static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
@@ -88,6 +91,48 @@ fn memory_follows_what_is_written() {
         "map over a layer with 1 GiB in scattered 4 KiB writes: {folded} bytes"
     );
     assert!(deep < folded + (4 << 10), "the same layer 8 times: {deep} bytes");
+
+    // The worst there is, and a sixteenth of what docs/guide/operations.md says of 1 TiB: in each
+    // 16 MiB a block and part of one.
+    let worst = held(|| {
+        let bitmap = Bitmap::new(SectorCount::covering(1 << 36));
+        for page in 0..bitmap.pages() {
+            insert_4k(&bitmap, page * 4096);
+            let odd = Sector::new(page * 32768 + 9);
+            bitmap.insert(SectorRange::new(odd, SectorCount::new(1)).unwrap());
+        }
+        bitmap
+    });
+    assert!(worst < 296 << 16, "64 GiB, all of it mixed: {worst} bytes");
+    let mixed = |depth: usize| {
+        let top = Bitmap::new(geometry.sectors());
+        // Each sector from another layer, or from the base.
+        let of = |index: usize| -> Vec<u8> {
+            let has = |sector: usize| u8::from(sector % (depth + 1) == index);
+            let byte = |first: usize| (0..8).fold(0, |byte, bit| byte | has(first + bit) << bit);
+            (0..BITMAP_PAGE_LEN).map(|at| byte(at * 8)).collect()
+        };
+        let layers: Vec<_> = (0..depth).map(of).collect();
+        held(|| {
+            let map =
+                LayerMap::new(&geometry, top, &vec![geometry; depth], Some(100 << 30)).unwrap();
+            for page in 0..PAGES {
+                map.begin_region(page, |_| true);
+                let mut fold = map.fold(page);
+                for (index, bits) in layers.iter().enumerate().rev() {
+                    fold.overlay(index, bits);
+                }
+                fold.publish();
+            }
+            map
+        })
+    };
+    for (places, bytes_per_page) in [(2, 4300), (4, 8400), (16, 16_600)] {
+        let bytes = mixed(places - 1);
+        // 40 KiB are for the region of 16 GiB.
+        let most = usize::try_from(PAGES).unwrap() * bytes_per_page + (48 << 10);
+        assert!(bytes < most, "1 GiB from {places} places: {bytes} bytes");
+    }
 
     let whole = held(|| {
         let bitmap = Bitmap::new(SectorCount::covering(1 << 40));

@@ -35,6 +35,12 @@ impl Pulse {
         let count = self.0.load(Ordering::Relaxed);
         (count & 1 == 0).then_some(count)
     }
+
+    /// A number that changes with every step. Unlike [`Pulse::step`] it also shows the steps that a
+    /// thread made before it waited again.
+    pub fn count(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 #[cfg(test)]
@@ -56,7 +62,10 @@ mod tests {
         assert_eq!(pulse.step(), None);
         pulse.rest();
         assert_eq!(pulse.step(), None);
+        let count = pulse.count();
         pulse.beat();
         assert!(pulse.step().is_some() && pulse.step() != before);
+        pulse.rest();
+        assert_ne!(pulse.count(), count);
     }
 }

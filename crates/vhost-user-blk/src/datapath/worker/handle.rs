@@ -66,7 +66,7 @@ impl WorkerHandle {
     /// then, to do what the main thread has to do all the time.
     pub(crate) fn stop(self, asked: Instant, mut meanwhile: impl FnMut()) -> Option<u16> {
         let mut interval = INTERRUPT_AFTER;
-        let (mut step, mut since) = (self.pulse.step(), asked);
+        let (mut count, mut since) = (self.pulse.count(), asked);
         loop {
             match self.done.recv_timeout(interval) {
                 Ok(next) => {
@@ -79,8 +79,9 @@ impl WorkerHandle {
             }
             self.thread.interrupt();
             meanwhile();
-            if self.pulse.step() != step {
-                (step, since) = (self.pulse.step(), Instant::now());
+            // A worker mostly waits for the disk, and makes a step with what is done.
+            if self.pulse.count() != count {
+                (count, since) = (self.pulse.count(), Instant::now());
             }
             if signals::stopping() && since.elapsed() >= END_PATIENCE {
                 ABANDONED.store(true, Ordering::Relaxed);

@@ -13,6 +13,7 @@ use crate::image::DiskError;
 use crate::pulse::Pulse;
 use crate::storage::Env;
 use crate::sync::lock;
+use crate::threads::{self, Task};
 
 /// Stack of the committer's thread in bytes: a flush pass keeps its pages on the heap, so a small
 /// stack is enough.
@@ -90,7 +91,10 @@ impl Committer {
         let shared = Arc::new(Shared { inbox, wake, mailboxes, pulse });
         let theirs = Arc::clone(&shared);
         let builder = Builder::new().name("committer".to_owned()).stack_size(STACK_BYTES);
-        let thread = builder.spawn(move || theirs.run(flush))?;
+        let thread = builder.spawn(move || {
+            threads::started(Task::Metadata);
+            theirs.run(flush)
+        })?;
         Ok(Committer { shared, thread: Some(thread), sweeper: None })
     }
 
@@ -125,7 +129,10 @@ impl Sweeper {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let builder = Builder::new().name("sweeper".to_owned()).stack_size(STACK_BYTES);
-        let thread = builder.spawn(move || disk.sweep(|| !stopped.load(Ordering::Relaxed)))?;
+        let thread = builder.spawn(move || {
+            threads::started(Task::Metadata);
+            disk.sweep(|| !stopped.load(Ordering::Relaxed))
+        })?;
         Ok(Sweeper { stop, thread: Some(thread) })
     }
 }

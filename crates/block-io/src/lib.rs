@@ -16,6 +16,7 @@ mod sweep;
 mod sync;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod threads;
 
 pub use committer::{Committer, Flushed, Waiter};
 pub use disk::{Disk, GivenFiles, Writing};

@@ -23,6 +23,7 @@ use crate::shown::Shown;
 use crate::storage::file::{File, Host};
 use crate::storage::proc_fs::{descriptor_path, shows_descriptors};
 use crate::storage::{Access, Env, Storage};
+use crate::threads::{self, Task};
 
 /// Stack of the watching thread in bytes: it only writes an occasional log line.
 const STACK_BYTES: usize = 128 << 10;
@@ -134,6 +135,7 @@ impl BaseWatch {
         let theirs = stop.as_fd().try_clone_to_owned()?;
         let builder = Builder::new().name("base-watch".to_owned()).stack_size(STACK_BYTES);
         let thread = builder.spawn(move || {
+            threads::started(Task::BaseWatch);
             if let Err(err) = watch(inotify.as_ref(), &leases, &mut watched, &theirs, &report) {
                 log::warn!("the files below the disk are no longer watched: {err}");
             }

@@ -31,6 +31,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::{Action, Completion, Part};
 use crate::sync::lock;
+use crate::threads::{self, Task};
 
 /// Threads of one ring: enough for a few slow reads in parallel, few enough that many queues do not
 /// need thousands.
@@ -238,6 +239,7 @@ impl Drop for Threads {
 
 /// The body of a thread.
 fn serve(common: &Common) {
+    threads::started(Task::Operations);
     let mut work = common.lock();
     loop {
         if let Some(operation) = work.waiting.pop_front() {

@@ -334,8 +334,12 @@ pub enum Cache {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Sandbox {
     /// It drops its capabilities and cannot gain privileges, be inspected by other processes of its
-    /// user, or dump core
+    /// user, or dump core. It can open only its own files (Landlock), and each thread can make only
+    /// the system calls that it needs (seccomp)
     On,
+    /// As on, but files are not confined, and other system calls are allowed and logged by the
+    /// kernel
+    Log,
     /// It stays as it was started, for example to debug it
     Off,
 }

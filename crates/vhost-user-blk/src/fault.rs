@@ -85,6 +85,40 @@ pub fn try_operations<R>(ring: &mut Ring<'_, R>) {
 #[inline(always)]
 pub fn try_operations<R>(_ring: &mut Ring<'_, R>) {}
 
+/// Makes the system call that a test plants here, in the place of code that was taken over.
+/// `VHOST_USER_BLK_CALL` is the name of the thread, the number of the call (or `panic` or `abort`),
+/// and its arguments, separated by spaces. An argument is a number, or `=` and a text, which is
+/// passed by address.
+#[cfg(feature = "fault-points")]
+pub fn foreign_code() {
+    let Ok(plan) = std::env::var("VHOST_USER_BLK_CALL") else { return };
+    let mut words = plan.split(' ');
+    if words.next() != std::thread::current().name() {
+        return;
+    }
+    match words.clone().next() {
+        Some("panic") => panic!("a planted panic"),
+        Some("abort") => std::process::abort(),
+        _ => {}
+    }
+    let texts: Vec<_> = words.map(|word| format!("{word}\0")).collect();
+    let value = |text: &String| match text.strip_prefix('=') {
+        Some(text) => text.as_ptr().expose_provenance(),
+        None => text.trim_end_matches('\0').parse::<isize>().map_or(0, isize::cast_unsigned),
+    };
+    let mut words = texts.iter().map(value).chain(std::iter::repeat(0));
+    let [call, a, b, c, d, e, f] = std::array::from_fn(|_| words.next().unwrap_or(0));
+    let number = libc::c_long::try_from(call).unwrap_or(-1);
+    // SAFETY: none. The test asks for a call that is refused; if it is not, the test fails.
+    let result = unsafe { libc::syscall(number, a, b, c, d, e, f) };
+    log::warn!("system call {call} returned {result}: {}", std::io::Error::last_os_error());
+}
+
+/// Without the feature it does nothing.
+#[cfg(not(feature = "fault-points"))]
+#[inline(always)]
+pub fn foreign_code() {}
+
 /// Without the feature it does nothing.
 #[cfg(not(any(feature = "fault-points", test)))]
 #[inline(always)]

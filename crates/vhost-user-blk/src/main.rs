@@ -38,7 +38,7 @@ fn main() -> ExitCode {
 /// Serves the disk: from the start, or in the place of this process's last program.
 fn serve(options: &Options) -> Result<(), DaemonError> {
     requirements::check_page_size()?;
-    if options.sandbox == Sandbox::On {
+    if options.sandbox != Sandbox::Off {
         privileges::hide().map_err(DaemonError::system("give up privileges"))?;
     }
     allow_backing_dirs(&options.backing_dirs)?;

@@ -9,9 +9,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
-use block_io::ring::Uring;
+use block_io::ring::{IoEngine, Uring};
 
 use crate::process::requirements::Engine;
+use crate::process::sandbox::{self, Thread};
 use crate::process::signals;
 
 /// The stack of a thread, in bytes. Its data is on the heap.
@@ -101,6 +102,10 @@ impl QueueThreads {
 fn work(engine: &Engine, jobs: Receiver<Job>) {
     signals::be_interruptible();
     let mut uring = engine.uring();
+    sandbox::narrow(match &uring {
+        Ok(None) => Thread::Queue { engine: IoEngine::Sync },
+        _ => Thread::Queue { engine: IoEngine::IoUring },
+    });
     for job in jobs {
         job(&mut uring);
     }

@@ -4,15 +4,19 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use block_io::Disk;
+use block_io::ops::signature::{Signature, signature_of};
+use block_io::{Disk, Host};
 use caps::Capability;
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::unistd::{AccessFlags, faccessat, geteuid};
 
-use crate::cli::{Image, Options, Sandbox};
+use crate::cli::{Format, Image, Options, Sandbox};
+use crate::lifecycle::disk_slot::DiskSlot;
 use crate::lifecycle::error::DaemonError;
+use crate::lifecycle::upgrade::running_program;
 use crate::process::privileges::{self, FOR_FOREIGN_BASES, FOR_FOREIGN_FILES};
-use crate::process::socket::Endpoint;
+use crate::process::sandbox::{self, Places};
+use crate::process::socket::{Endpoint, directory_of};
 use crate::process::users::Account;
 
 /// The user that the daemon becomes, if it is to become another. Its new files belong to that user
@@ -24,26 +28,71 @@ pub fn account(options: &Options) -> Result<Option<Account>, DaemonError> {
     Ok(Some(account))
 }
 
-/// Confines the daemon. `disk` is the open one; `None` if it is opened later.
+/// Confines the daemon, which serves `slot`. `disk` is the open one; `None` if it is opened later.
+/// `inside`: another program of this process has entered the sandbox, which is for good.
 ///
 /// # Errors
 /// What the system refuses; or the disk, if it is opened later and the user may not do that.
 pub fn enter(
     options: &Options,
     account: Option<Account>,
+    slot: &DiskSlot,
     disk: Option<&Disk>,
+    inside: bool,
 ) -> Result<(), DaemonError> {
     match (options.sandbox, account) {
-        (Sandbox::On, _) => privileges::drop(account, kept(options, account, disk)),
+        (Sandbox::On | Sandbox::Log, _) => privileges::drop(account, kept(options, account, disk)),
         (Sandbox::Off, Some(account)) => account.become_it(),
         (Sandbox::Off, None) => Ok(()),
     }
     .map_err(DaemonError::system("give up privileges"))?;
-    match (&options.user, &options.image) {
-        // Descriptors are not opened again.
-        (None, _) | (Some(_), Image::Fds(_)) => Ok(()),
-        (Some(user), _) => check_access(options, user, disk),
+    // Descriptors are not opened again.
+    if let (Some(user), Some(_)) = (&options.user, options.image.path()) {
+        check_access(options, user, disk)?;
     }
+    if !inside {
+        sandbox::enter(options.sandbox, &places(options, slot))?;
+    }
+    Ok(())
+}
+
+/// What is opened, made and removed from now on.
+fn places(options: &Options, slot: &DiskSlot) -> Places {
+    let sockets = sockets(options).map(directory_of).collect();
+    let programs = match options.control {
+        Some(_) => running_program()
+            .parent()
+            .map(Path::to_owned)
+            .into_iter()
+            .chain(options.upgrade_dir.clone())
+            .collect(),
+        None => Vec::new(),
+    };
+    let Some(path) = options.image.path() else {
+        // Descriptors are not opened again, and their names are not the operator's.
+        return Places { sockets, programs, ..Places::default() };
+    };
+    let mut written = slot.files().to_vec();
+    let read = written.split_off(written.len().min(usize::from(!options.read_only)));
+    // Where the name leads is where its directory is.
+    let directory = directory_of(&path.canonicalize().unwrap_or_else(|_| path.to_owned()));
+    // A guest can write a header into a raw image.
+    let is_uml = !matches!(options.image, Image::File { format: Some(Format::Raw), .. })
+        && signature_of(&Host, path) == Some(Signature::Uml);
+    let (synced, side_files) = match (options.read_only, is_uml) {
+        (true, _) => (None, None),
+        (false, false) => (Some(directory), None),
+        (false, true) => (None, Some(directory)),
+    };
+    Places { read, written, synced, side_files, sockets, programs }
+}
+
+fn sockets(options: &Options) -> impl Iterator<Item = &Path> {
+    let socket = match &options.endpoint {
+        Endpoint::Path(path) => Some(path),
+        Endpoint::Fd(_) => None,
+    };
+    socket.into_iter().chain(&options.control).map(PathBuf::as_path)
 }
 
 /// The capabilities without which the daemon could do less with its files than it is meant to.
@@ -53,12 +102,7 @@ fn kept(options: &Options, account: Option<Account>, disk: Option<&Disk>) -> &'s
     let files = files(options, disk);
     // Those below a disk that is opened later are not known.
     let foreign_base = disk.is_none() || files.iter().skip(1).any(|file| foreign(file));
-    let socket = match &options.endpoint {
-        Endpoint::Path(path) => Some(path),
-        Endpoint::Fd(_) => None,
-    };
-    let sockets = socket.into_iter().chain(&options.control).map(PathBuf::as_path);
-    let mut removed = files.first().copied().into_iter().chain(sockets);
+    let mut removed = files.first().copied().into_iter().chain(sockets(options));
     if uid == 0 && (foreign_base || removed.any(|file| file.parent().is_some_and(foreign))) {
         FOR_FOREIGN_FILES
     } else if foreign_base {

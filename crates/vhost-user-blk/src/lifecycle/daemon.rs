@@ -12,6 +12,7 @@ use nix::poll::PollTimeout;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::cli::Options;
+use crate::fault;
 use crate::lifecycle::commands::ControlSocket;
 use crate::lifecycle::confinement;
 use crate::lifecycle::disk_slot::DiskSlot;
@@ -49,7 +50,7 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     raise_fd_limit();
     let (slot, disk) = DiskSlot::open(options)?;
     let opened = Socket::open(&options.endpoint).map_err(DaemonError::from).and_then(|socket| {
-        confinement::enter(options, account, disk.as_ref())?;
+        confinement::enter(options, account, &slot, disk.as_ref(), false)?;
         Ok(socket)
     });
     let socket = match (opened, &disk) {
@@ -125,6 +126,7 @@ impl Daemon {
 
 /// Serves until the end, beginning with the frontend that is already connected.
 pub(crate) fn live(daemon: Daemon, connected: Option<Guest>) -> Result<(), DaemonError> {
+    fault::foreign_code();
     let entrance = daemon.listener().map(signals::Entrance::new);
     systemd::ready();
     let served = serve(&daemon, connected).map_err(DaemonError::system("use the socket"));

@@ -4,13 +4,15 @@
 
 use std::io;
 use std::os::fd::RawFd;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use block_io::Shown;
 use block_io::base_watch::watch::BaseWatch;
+use block_io::storage::Env;
 use block_io::storage::file::File;
-use block_io::{Committer, Disk, GivenFiles};
+use block_io::{Committer, Disk, GivenFiles, Host};
 use cow_format::SectorCount;
 use log::Level;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -42,6 +44,8 @@ pub struct DiskSlot {
     threads: Arc<QueueThreads>,
     logical_block: u32,
     failure: Arc<EventFd>,
+    /// The paths of its files at the start, the top first.
+    files: Vec<PathBuf>,
     open: Mutex<Option<Open>>,
 }
 
@@ -65,8 +69,7 @@ impl DiskSlot {
         let given = given_files(options)?;
         let disk = open_disk(options, given.as_ref(), None)?;
         describe(&disk);
-        let slot = Self::of(options, given, (disk.capacity(), disk.logical_block()), engine)?;
-        Ok((slot, Some(disk)))
+        Ok((Self::of_disk(options, given, &disk, engine)?, Some(disk)))
     }
 
     /// Takes the disk over from a predecessor by the descriptions of its top file: the buffered one
@@ -89,8 +92,17 @@ impl DiskSlot {
         let given = given_files(options)?;
         let disk = open_disk(options, given.as_ref(), file)?;
         describe(&disk);
-        let slot = Self::of(options, given, (disk.capacity(), disk.logical_block()), engine)?;
-        Ok((slot, disk))
+        Ok((Self::of_disk(options, given, &disk, engine)?, disk))
+    }
+
+    fn of_disk(
+        options: &Options,
+        given: Option<GivenFiles>,
+        disk: &Disk,
+        engine: Engine,
+    ) -> Result<Self, DaemonError> {
+        let files = disk.layers().iter().map(|layer| layer.path().to_owned()).collect();
+        Self::of(options, given, (disk.capacity(), disk.logical_block(), files), engine)
     }
 
     /// Starts the threads that the disk needs.
@@ -98,6 +110,11 @@ impl DiskSlot {
         let open = disk.map(|disk| self.serve(disk)).transpose();
         *self.lock() = open.map_err(DaemonError::system("start a thread"))?;
         Ok(())
+    }
+
+    /// The paths of the disk's files at the start, the top first.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
     }
 
     /// The disk, if it is open.
@@ -116,21 +133,23 @@ impl DiskSlot {
         engine.report();
         let given = given_files(options)?;
         let seen = look(options, given.as_ref())?;
+        // Read now; it may not be allowed later. An error is reported when the disk opens.
+        _ = Host.boot_id();
         log::info!("disk {}: opens when its guest arrives", seen.name.shown());
-        Self::of(options, given, (seen.capacity, seen.logical_block), engine)
+        Self::of(options, given, (seen.capacity, seen.logical_block, seen.files), engine)
     }
 
     fn of(
         options: &Options,
         given: Option<GivenFiles>,
-        (capacity, logical_block): (SectorCount, u32),
+        (capacity, logical_block, files): (SectorCount, u32, Vec<PathBuf>),
         engine: Engine,
     ) -> Result<Self, DaemonError> {
         let failure = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
             .map_err(DaemonError::system("make an eventfd"))?;
         let (options, failure) = (options.clone(), Arc::new(failure));
         let (threads, open) = (Arc::new(QueueThreads::new(engine)), Mutex::new(None));
-        Ok(DiskSlot { options, given, capacity, logical_block, threads, failure, open })
+        Ok(DiskSlot { options, given, capacity, logical_block, threads, failure, files, open })
     }
 
     /// The disk's properties, for the session.
@@ -189,7 +208,8 @@ impl DiskSlot {
             std::fs::metadata(path)
                 .map_err(|source| DaemonError::Gone { path: path.to_owned(), source })?;
         }
-        let disk = open_disk(&self.options, self.given.as_ref(), None)?;
+        let disk =
+            open_disk(&self.options, self.given.as_ref(), None).map_err(DaemonError::confined)?;
         let path = disk.layers()[0].path();
         DISK.say(Level::Info, format_args!("disk {}: opened", path.shown()));
         let (found, expected) = (disk.capacity().get(), self.capacity.get());

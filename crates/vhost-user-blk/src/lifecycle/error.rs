@@ -13,6 +13,7 @@ use cow_format::identity::IdentityError;
 use crate::cli::Format;
 use crate::lifecycle::handover::HandoverError;
 use crate::process::requirements::RequirementError;
+use crate::process::sandbox::{self, SandboxError};
 use crate::process::socket::SocketError;
 use crate::process::users::UserError;
 use crate::session::connection::ResumeError;
@@ -27,6 +28,12 @@ pub enum DaemonError {
     /// The disk cannot be opened.
     #[error("{0}{hint}", hint = hint(.0))]
     Open(#[from] ImageError),
+    /// The disk cannot be opened again, and the sandbox may be the reason.
+    #[error(
+        "{0}; if another file has its name since the daemon started: --sandbox allows only the \
+         files that the disk had then; restart the daemon"
+    )]
+    Confined(Box<DaemonError>),
     /// The file's format is not the one on the command line.
     #[error(
         "{}: --format: the file is {found:?}, expected {expected:?}; leave --format out for an \
@@ -137,6 +144,9 @@ pub enum DaemonError {
         /// The system's reason.
         source: io::Error,
     },
+    /// The sandbox cannot be entered.
+    #[error("--sandbox: {0}; --sandbox=off does without it")]
+    Sandbox(#[from] SandboxError),
     /// The system refused an operation that normally works.
     #[error("cannot {what}: {source}")]
     System {
@@ -155,6 +165,19 @@ impl DaemonError {
             DaemonError::Socket(e) => e.is_usage(),
             DaemonError::Descriptor { .. } | DaemonError::BackingDir { .. } => true,
             _ => false,
+        }
+    }
+
+    /// Explains a permission that is missing in the sandbox.
+    pub(crate) fn confined(self) -> Self {
+        let denied = |source: &io::Error| source.kind() == io::ErrorKind::PermissionDenied;
+        match &self {
+            DaemonError::Open(ImageError::Io { source, .. })
+                if denied(source) && sandbox::is_entered() =>
+            {
+                DaemonError::Confined(Box::new(self))
+            }
+            _ => self,
         }
     }
 

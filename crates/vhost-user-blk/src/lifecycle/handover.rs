@@ -17,6 +17,7 @@
 //! | `hold FD` | carries a lock: keep it open until the disk is open |
 //! | `reply FD` | the client that asked for the upgrade and waits for the answer |
 //! | `write-cache 0` or `1` | the guest's setting |
+//! | `sandbox` | the process is in the sandbox, which programs cannot leave |
 //! | `message REQUEST HEX [FD]...` | a message of the frontend, in order; HEX is `-` for an empty body |
 //!
 //! An unknown line makes the whole handover invalid.
@@ -79,6 +80,8 @@ pub struct Handover {
     pub reply: Option<RawFd>,
     /// See [`crate::virtio::device_state::DeviceState::write_cache`].
     pub write_cache: bool,
+    /// The process has entered the sandbox.
+    pub sandbox: bool,
     /// The frontend's messages.
     pub messages: Vec<Message<RawFd>>,
 }
@@ -173,6 +176,9 @@ impl Handover {
             line("top", &self.top.iter().copied().map(number).collect::<Vec<_>>());
         }
         line("write-cache", &[self.write_cache.into()]);
+        if self.sandbox {
+            line("sandbox", &[]);
+        }
         for Message { request, body, fds } in &self.messages {
             _ = write!(text, "message {request} ");
             body.iter().for_each(|byte| _ = write!(text, "{byte:02x}"));
@@ -219,6 +225,7 @@ impl Handover {
             "top" => self.top = rest(words)?,
             "allow-uid" => self.admission.uids = rest(words)?,
             "allow-gid" => self.admission.gids = rest(words)?,
+            "sandbox" => self.sandbox = true,
             "write-cache" => self.write_cache = number::<u8>(words)? == 1,
             "message" => {
                 let (request, body) = (number(words)?, from_hex(words.next()?)?);
@@ -288,6 +295,7 @@ mod tests {
             hold: vec![11, 12],
             reply: Some(13),
             write_cache: true,
+            sandbox: true,
             messages: vec![
                 Message::new(FrontendReq::GET_FEATURES, &[]),
                 Message::new(FrontendReq::ADD_MEM_REG, &[0, 1, u64::MAX]).with(14),
@@ -312,9 +320,16 @@ mod tests {
         let other = text.replace("handover 1", "handover 2");
         assert!(matches!(Handover::decode(&other), Err(HandoverError::Version { .. })));
         assert!(matches!(Handover::decode(""), Err(HandoverError::Version { .. })));
-        for line in
-            ["odd 1", "message 1 0", "message 1 zz", "reply x", "reply 1 2", "listener 4", ""]
-        {
+        for line in [
+            "odd 1",
+            "message 1 0",
+            "message 1 zz",
+            "reply x",
+            "reply 1 2",
+            "listener 4",
+            "sandbox 1",
+            "",
+        ] {
             let more = format!("{text}{line}\n");
             assert!(matches!(Handover::decode(&more), Err(HandoverError::Line { .. })), "{line}");
         }

@@ -129,6 +129,8 @@ pub struct Seen {
     pub capacity: SectorCount,
     /// Its logical block in bytes.
     pub logical_block: u32,
+    /// The paths of its files, the top first.
+    pub files: Vec<PathBuf>,
 }
 
 /// Looks at a disk that another daemon may be writing to.
@@ -163,7 +165,8 @@ pub fn look(options: &Options, given: Option<&GivenFiles>) -> Result<Seen, Daemo
         Some(_) if raw => {}
         Some(problem) => return Err(problem.into()),
     }
-    Ok(Seen { name, capacity, logical_block })
+    let files = found.files.iter().map(|file| file.path.clone()).collect();
+    Ok(Seen { name, capacity, logical_block, files })
 }
 
 /// Logs the files of the disk, its size, and how it is used.

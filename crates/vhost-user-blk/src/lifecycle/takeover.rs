@@ -18,6 +18,7 @@ use crate::lifecycle::error::DaemonError;
 use crate::lifecycle::handover::{Handover, Listening, inherit};
 use crate::lifecycle::upgrade;
 use crate::process::control::Reply;
+use crate::process::sandbox;
 use crate::process::socket::{Endpoint, Listener, Socket};
 use crate::process::{signals, systemd};
 use crate::session::replay::Message;
@@ -30,6 +31,9 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 pub fn run(options: &Options, handover_fd: RawFd) -> Result<(), DaemonError> {
     let handover = Handover::fetch(handover_fd)?;
     handover.boot.into_iter().for_each(adopt_boot_id);
+    if handover.sandbox {
+        sandbox::resume(options.sandbox)?;
+    }
     if let Some(pipe) = handover.rehearsal {
         // The takeover itself logs the rest, once.
         log::set_max_level(options.log_level.min(LevelFilter::Warn));
@@ -107,7 +111,7 @@ fn take_over(
     daemon::raise_fd_limit();
     let (slot, disk) = DiskSlot::inherit(options, &handover.top, rehearsal)?;
     // The predecessor has become the user.
-    confinement::enter(options, None, Some(&disk))?;
+    confinement::enter(options, None, &slot, Some(&disk), handover.sandbox)?;
     if !rehearsal {
         slot.begin(Some(disk))?;
     }

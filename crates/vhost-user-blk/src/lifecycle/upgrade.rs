@@ -11,7 +11,7 @@ use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::Mutex;
@@ -33,6 +33,7 @@ use crate::process::control::Upgrade;
 use crate::process::fd::set_inherited;
 use crate::process::log_limit;
 use crate::process::peer::Admission;
+use crate::process::sandbox;
 use crate::process::signals;
 use crate::process::socket::Listener;
 use crate::session::connection::{Readable, lock, wait_readable};
@@ -129,7 +130,7 @@ pub enum RehearsalError {
     #[error("did not answer in time")]
     NoAnswer,
     /// It exited.
-    #[error("exited without an answer: {0}")]
+    #[error("exited without an answer: {0}{hint}", hint = refused_call(*.0))]
     Ended(ExitStatus),
     /// Its answer is not one of a rehearsal.
     #[error("answered neither \"ready\" nor \"refused\"")]
@@ -140,6 +141,17 @@ pub enum RehearsalError {
     /// The system refused an operation that the rehearsal needs.
     #[error(transparent)]
     Io(#[from] io::Error),
+}
+
+/// What it means if the kernel has ended a program because of a system call.
+fn refused_call(status: ExitStatus) -> &'static str {
+    match status.signal() {
+        Some(libc::SIGSYS) => {
+            "; it made a system call that the sandbox of the running daemon does not allow, which is \
+             for all programs of this process; restart the daemon with the new program instead"
+        }
+        _ => "",
+    }
 }
 
 /// What a daemon hands over besides its session.
@@ -253,6 +265,7 @@ impl Handoff<'_> {
             hold: descriptions.flatten().collect(),
             reply: Some(client.as_raw_fd()),
             write_cache: session.device_state().write_cache,
+            sandbox: sandbox::is_entered(),
             messages: session.export().into_iter().map(raw).collect(),
         }
     }

@@ -15,6 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use nix::fcntl::{FcntlArg, fcntl, readlink};
 use nix::sys::socket::{UnixAddr, getsockname};
 
+use crate::process::sandbox::{self, Thread};
 use crate::process::signals;
 
 /// Where the kernel shows its devices.
@@ -190,6 +191,7 @@ fn lock_closing() -> MutexGuard<'static, Closing> {
 
 /// Closes what waits, then ends.
 fn close_all() {
+    sandbox::narrow(Thread::Closer);
     loop {
         let mut closing = lock_closing();
         let Some(fd) = closing.waiting.pop() else {

@@ -8,6 +8,7 @@ pub mod logger;
 pub(crate) mod peer;
 pub mod privileges;
 pub mod requirements;
+pub mod sandbox;
 pub(crate) mod signals;
 pub(crate) mod socket;
 pub(crate) mod systemd;

@@ -394,15 +394,20 @@ fn duplicate_high(fd: BorrowedFd<'_>) -> nix::Result<OwnedFd> {
     duplicate(lowest.as_raw_fd().saturating_add(ROOM_BELOW_LISTENER).min(highest))
 }
 
+/// The directory in which a file of this name is.
+pub(crate) fn directory_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    }
+}
+
 /// Locks the directory of a socket, so that only one daemon at a time creates a socket there. A
 /// lock on the directory leaves no lock file behind. Daemons hold it for a moment; but whoever may
 /// read the directory can lock it, so the wait has an end.
 fn lock_directory(place: Place<'_>) -> Result<Flock<File>, SocketError> {
-    let parent = match place.path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let mut directory = File::open(parent).map_err(|e| error(place, "open its directory", e))?;
+    let mut directory =
+        File::open(directory_of(place.path)).map_err(|e| error(place, "open its directory", e))?;
     let deadline = Instant::now() + DIRECTORY_WAIT;
     loop {
         match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {

@@ -4,6 +4,7 @@
 mod common;
 mod fault_injection;
 mod fault_points;
+mod foreign_code;
 mod operations;
 mod stuck;
 mod watchdog;

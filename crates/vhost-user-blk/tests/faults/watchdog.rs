@@ -29,6 +29,8 @@ fn watched(directory: &Path, fault: &str) -> (UnixDatagram, Daemon) {
     command.env("VHOST_USER_BLK_FAULT", fault);
     command.arg("--socket-path").arg(&socket).arg("--num-queues=2").arg("--format=raw");
     command.arg("--blk-file").arg(image(directory));
+    // A queue's thread must not look for the file that it waits for.
+    command.arg("--sandbox=off");
     let mut daemon = Daemon::spawn(command, socket);
     daemon.wait_line("listening");
     (manager, daemon)

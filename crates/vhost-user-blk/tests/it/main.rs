@@ -23,6 +23,7 @@ mod peers;
 mod privileges;
 mod recovery;
 mod restarts;
+mod sandbox;
 mod seccomp_profile;
 mod shared_memory;
 mod systemd;

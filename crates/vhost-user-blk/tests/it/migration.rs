@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::common::{Daemon, PROGRAM, SECTORS};
+use crate::common::{Daemon, PROGRAM, SECTORS, has_landlock};
 use block_io::Host;
 use block_io::ops::inspect::{Content, inspect};
 use testkit::dirty_log::Log;
@@ -211,10 +211,17 @@ fn a_disk_that_is_not_let_go_is_waited_for_and_then_refused() {
 
 #[test]
 fn a_disk_that_has_changed_is_refused() {
+    changed("--sandbox=off", "has no backing file");
+    if has_landlock() {
+        changed("--sandbox=on", "--sandbox allows only the files that the disk had");
+    }
+}
+
+fn changed(sandbox: &str, replaced: &str) {
     let directory = tempfile::tempdir().unwrap();
     let cow = directory.path().join("cow");
     daemon(directory.path(), "first", &[]).terminate();
-    let mut target = daemon(directory.path(), "target", &["--incoming"]);
+    let mut target = daemon(directory.path(), "target", &["--incoming", sandbox]);
     let arriving = Guest::waiting(&target);
     std::fs::rename(&cow, directory.path().join("elsewhere")).unwrap();
     let why = arriving.start_in_vain(&mut target);
@@ -232,7 +239,7 @@ fn a_disk_that_has_changed_is_refused() {
     };
     block_io::image::create_cow(&Host, &cow, &options).unwrap();
     let why = arriving.start_in_vain(&mut target);
-    assert!(why.contains("has no backing file"), "{why}");
+    assert!(why.contains(replaced), "{why}");
     target.terminate();
 
     let args = ["--incoming", "--blk-file", cow.to_str().unwrap()];

@@ -111,7 +111,8 @@ fn nor_without_an_account_of_what_is_in_flight() {
 fn what_cannot_take_over_changes_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
-    let mut soak = Soak::with_inflight(directory, &[], &long_life(), false);
+    // The programs change files, which the sandbox forbids.
+    let mut soak = Soak::with_inflight(directory, &["--sandbox=off"], &long_life(), false);
     let file = |name: &str| directory.join(name).to_str().unwrap().to_owned();
     let other_version = "for arg; do case $arg in --takeover=*) fd=${arg#*=} ;; esac; done
         printf 'vhost-user-blk handover 9' 1<>/proc/self/fd/$fd
@@ -151,7 +152,8 @@ fn what_cannot_take_over_changes_nothing() {
 fn a_daemon_that_dies_while_it_is_upgraded_is_followed_by_another() {
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
-    let mut soak = Soak::new(directory, &[], &long_life());
+    // The program makes a file, which the sandbox forbids.
+    let mut soak = Soak::new(directory, &["--sandbox=off"], &long_life());
     // The new program holds the disk's lock while it is tried.
     let begun = directory.join("begun");
     let hangs = script(directory, "hangs", &format!("touch {}; exec sleep 1000", begun.display()));

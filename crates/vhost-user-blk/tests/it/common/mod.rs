@@ -291,6 +291,19 @@ impl Drop for Daemon {
     }
 }
 
+/// Whether the kernel confines files (Landlock).
+pub fn has_landlock() -> bool {
+    const VERSION: libc::c_long = 1;
+    // SAFETY: no attributes are passed, and only the version is asked for.
+    let version = unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<()>(), 0, VERSION)
+    };
+    if version < 0 {
+        println!("skipped: no Landlock ({})", std::io::Error::last_os_error());
+    }
+    version > 0
+}
+
 /// A raw image in which sector n is full of n.
 pub fn image(directory: &Path) -> PathBuf {
     let path = directory.join("disk.img");

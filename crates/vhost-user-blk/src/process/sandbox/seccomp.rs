@@ -1,7 +1,8 @@
 //! Which system calls each thread may make (seccomp).
 //!
-//! A filter is passed on to the threads and programs that a thread starts, and can only be added to.
-//! So the main thread's filter allows what any thread needs, and each thread then narrows itself.
+//! A filter is passed on to the threads and programs that a thread starts, and can only be added
+//! to. So the main thread's filter allows what any thread needs, and each thread then narrows
+//! itself.
 //!
 //! Which thread may do what in words: docs/architecture.md, "The sandbox".
 //!

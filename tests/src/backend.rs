@@ -90,10 +90,10 @@ impl Backend {
     pub fn belongings(&self) -> Belongings {
         let dir = |what: &str| PathBuf::from(format!("/proc/{}/{what}", self.process.id()));
         let entries = |what: &str| fs::read_dir(dir(what)).expect("a running daemon").flatten();
-        // The kernel's own, for io_uring, come and go.
+        // The kernel's own, for io_uring, come and go; a queue's waits for the next frontend.
         let is_own = |task: &fs::DirEntry| {
             let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
-            !name.is_empty() && !name.starts_with("iou-")
+            !name.is_empty() && !name.starts_with("iou-") && !name.starts_with("queue-")
         };
         let maps = fs::read_to_string(dir("maps")).expect("a running daemon");
         let memory = maps.lines().filter(|line| line.contains("memfd:memory-backend")).count();

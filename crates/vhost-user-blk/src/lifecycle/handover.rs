@@ -139,7 +139,8 @@ impl Handover {
         Self::decode(&text)
     }
 
-    fn encode(&self) -> String {
+    /// The text.
+    pub fn encode(&self) -> String {
         let mut text = format!("{FIRST_LINE}\nfrom {}\n", self.from);
         if let Some(BootId(id)) = self.boot {
             _ = writeln!(text, "boot {:032x}", u128::from_be_bytes(id));
@@ -191,7 +192,11 @@ impl Handover {
         text
     }
 
-    fn decode(text: &str) -> Result<Self, HandoverError> {
+    /// Reads the text.
+    ///
+    /// # Errors
+    /// Another version, or a line that is not as above.
+    pub fn decode(text: &str) -> Result<Self, HandoverError> {
         let mut lines = text.lines();
         let first = lines.next().unwrap_or_default();
         if first != FIRST_LINE {
@@ -214,22 +219,22 @@ impl Handover {
                 let id = u128::from_str_radix(words.next()?, 16).ok()?;
                 self.boot = Some(BootId(id.to_be_bytes()));
             }
-            "rehearsal" => self.rehearsal = Some(number(words)?),
-            "wake" => self.wake = Some(number(words)?),
-            "connection" => self.connection = Some(number(words)?),
-            "reply" => self.reply = Some(number(words)?),
-            "hold" => self.hold.push(number(words)?),
+            "rehearsal" => self.rehearsal = Some(descriptor(words)?),
+            "wake" => self.wake = Some(descriptor(words)?),
+            "connection" => self.connection = Some(descriptor(words)?),
+            "reply" => self.reply = Some(descriptor(words)?),
+            "hold" => self.hold.push(descriptor(words)?),
             "paused" => self.paused = Some(Duration::from_nanos(number(words)?)),
             "listener" => self.listener = Some(listening(words)?),
             "control" => self.control = Some(listening(words)?),
-            "top" => self.top = rest(words)?,
+            "top" => self.top = descriptors(words)?,
             "allow-uid" => self.admission.uids = rest(words)?,
             "allow-gid" => self.admission.gids = rest(words)?,
             "sandbox" => self.sandbox = true,
             "write-cache" => self.write_cache = number::<u8>(words)? == 1,
             "message" => {
                 let (request, body) = (number(words)?, from_hex(words.next()?)?);
-                self.messages.push(Message { request, body, fds: rest(words)? });
+                self.messages.push(Message { request, body, fds: descriptors(words)? });
             }
             _ => return None,
         }
@@ -256,8 +261,17 @@ fn number<T: std::str::FromStr>(words: &mut SplitAsciiWhitespace<'_>) -> Option<
     words.next()?.parse().ok()
 }
 
+/// None has a negative number.
+fn descriptor(words: &mut SplitAsciiWhitespace<'_>) -> Option<RawFd> {
+    number(words).filter(|fd| *fd >= 0)
+}
+
+fn descriptors(words: &mut SplitAsciiWhitespace<'_>) -> Option<Vec<RawFd>> {
+    rest(words).filter(|fds| fds.iter().all(|fd: &RawFd| *fd >= 0))
+}
+
 fn listening(words: &mut SplitAsciiWhitespace<'_>) -> Option<Listening> {
-    let (fd, file) = (number(words)?, (number(words)?, number(words)?));
+    let (fd, file) = (descriptor(words)?, (number(words)?, number(words)?));
     Some(Listening { fd, file: (file != (0, 0)).then_some(file) })
 }
 
@@ -329,6 +343,11 @@ mod tests {
             "listener 4",
             "sandbox 1",
             "",
+            // Found by fuzzing.
+            "wake -1",
+            "top 9 -1",
+            "listener -1 0 0",
+            "message 1 - -1",
         ] {
             let more = format!("{text}{line}\n");
             assert!(matches!(Handover::decode(&more), Err(HandoverError::Line { .. })), "{line}");

@@ -112,7 +112,7 @@ fn check(bitmap: &Bitmap, model: &[bool]) {
 fn config() -> ProptestConfig {
     let seeds = proptest::test_runner::FileFailurePersistence::WithSource("regressions");
     ProptestConfig {
-        cases: 48,
+        cases: if cfg!(miri) { 1 } else { 48 },
         failure_persistence: Some(Box::new(seeds)),
         ..ProptestConfig::default()
     }
@@ -138,6 +138,8 @@ proptest! {
 
 #[test]
 fn threads_may_insert_at_once() {
+    // Miri takes some milliseconds for each.
+    const END: u64 = if cfg!(miri) { 200 } else { SECTORS };
     let bitmap = Bitmap::new(SectorCount::new(SECTORS));
     let barrier = std::sync::Barrier::new(4);
     // Thread t owns every sector n with n % 7 == t or t + 4 … and all share words, blocks and the
@@ -147,16 +149,20 @@ fn threads_may_insert_at_once() {
             let (bitmap, barrier) = (&bitmap, &barrier);
             scope.spawn(move || {
                 barrier.wait();
-                for sector in (0..SECTORS).filter(|n| n % 7 == t) {
+                for sector in (0..END).filter(|n| n % 7 == t) {
                     assert!(bitmap.insert(range(sector, 1)));
                     assert!(bitmap.contains(range(sector, 1)));
                 }
             });
         }
     });
-    let model: Vec<bool> = (0..SECTORS).map(|n| n % 7 < 4).collect();
-    check(&bitmap, &model);
-    assert_eq!(bitmap.dirty_pages(), 4);
+    let model: Vec<bool> = (0..SECTORS).map(|n| n < END && n % 7 < 4).collect();
+    if !cfg!(miri) {
+        check(&bitmap, &model);
+    }
+    let present = model.iter().filter(|present| **present).count();
+    assert_eq!(bitmap.present(), SectorCount::new(present as u64));
+    assert_eq!(bitmap.dirty_pages(), END.div_ceil(PAGE_SECTORS));
 }
 
 #[test]

@@ -124,7 +124,7 @@ fn every_truncation() {
 fn config() -> ProptestConfig {
     let seeds = proptest::test_runner::FileFailurePersistence::WithSource("regressions");
     ProptestConfig {
-        cases: 512,
+        cases: if cfg!(miri) { 1 } else { 512 },
         failure_persistence: Some(Box::new(seeds)),
         ..ProptestConfig::default()
     }

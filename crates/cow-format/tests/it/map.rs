@@ -163,7 +163,7 @@ fn learn(map: &LayerMap, layers: &[Layer], asked: SectorRange) {
 fn config() -> ProptestConfig {
     let seeds = proptest::test_runner::FileFailurePersistence::WithSource("regressions");
     ProptestConfig {
-        cases: 64,
+        cases: if cfg!(miri) { 1 } else { 64 },
         failure_persistence: Some(Box::new(seeds)),
         ..ProptestConfig::default()
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use log::Level;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
+use vhost::vhost_user::message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE};
 use vhost::vhost_user::{self, BackendReqHandler};
 use zerocopy::native_endian::U32;
 
@@ -266,6 +266,12 @@ impl<D: Device> Connection<D> {
             return done;
         }
         memory_table::trim(&mut message);
+        // The crate would discard the message, and receive another one that never comes.
+        let found = message.fds.len();
+        if found > MAX_ATTACHED_FD_ENTRIES {
+            let reply = message.header().and_then(|header| header.acknowledgement(false));
+            return (reply, Err(Refusal::TooManyDescriptors { found }.into()));
+        }
         let outcome = message.send(self.inner.as_fd()).and_then(|()| self.handler.handle_request());
         if outcome.is_ok()
             && request == u32::from(FrontendReq::SET_BACKEND_REQ_FD)

@@ -3,6 +3,7 @@
 use std::io;
 
 use vhost::vhost_user;
+use vhost::vhost_user::message::MAX_ATTACHED_FD_ENTRIES;
 
 use crate::guest_memory::memory::{Loss, MemoryError};
 use crate::session::admission::Unfit;
@@ -59,6 +60,8 @@ pub(super) enum Refusal {
     Postcopy,
     #[error(transparent)]
     Unfit(#[from] Unfit),
+    #[error("{found} descriptors; a message has at most {MAX_ATTACHED_FD_ENTRIES}")]
+    TooManyDescriptors { found: usize },
 }
 
 impl From<Refusal> for vhost_user::Error {

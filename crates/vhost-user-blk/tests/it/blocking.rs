@@ -243,3 +243,25 @@ fn a_message_gets_only_descriptors_that_answer() {
     is_served(&daemon);
     daemon.terminate();
 }
+
+/// The `vhost` crate has room for 32, and would wait for a message that comes with more. Found by
+/// fuzzing.
+#[test]
+fn a_message_with_more_descriptors_than_any_has_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut daemon = Daemon::with_image(directory.path(), &[]);
+    let event = EventFd::new().unwrap();
+    for request in [FrontendReq::GET_FEATURES, FrontendReq::SET_MEM_TABLE] {
+        let mut frontend = RawFrontend::new(daemon.connect());
+        frontend.need_reply = false;
+        let memory = Memory::default();
+        let fd = match request {
+            FrontendReq::SET_MEM_TABLE => memory.file.as_raw_fd(),
+            _ => event.as_raw_fd(),
+        };
+        frontend.send(request, &[], &[fd; 33]);
+        daemon.closes(frontend, "33 descriptors");
+    }
+    is_served(&daemon);
+    daemon.terminate();
+}

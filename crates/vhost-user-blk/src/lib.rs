@@ -6,6 +6,8 @@
 pub mod cli;
 mod datapath;
 mod fault;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 #[cfg(test)]
 mod guest;
 pub mod guest_memory;

@@ -6,7 +6,7 @@ mod confinement;
 pub mod daemon;
 mod disk_slot;
 pub mod error;
-mod handover;
+pub(crate) mod handover;
 pub mod open_disk;
 pub mod takeover;
 mod trusted_program;

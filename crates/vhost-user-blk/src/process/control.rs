@@ -47,7 +47,8 @@ pub enum Reply {
 }
 
 impl Request {
-    fn encode(&self) -> Vec<u8> {
+    /// The bytes that a client sends.
+    pub fn encode(&self) -> Vec<u8> {
         let (name, arguments) = match self {
             Request::Upgrade(upgrade) => (Upgrade::NAME, upgrade.arguments()),
         };
@@ -55,7 +56,8 @@ impl Request {
         words.flat_map(|word| [word.as_slice(), b"\0"].concat()).collect()
     }
 
-    fn decode(bytes: &[u8]) -> Option<Self> {
+    /// Reads what a client has sent; `None` if it is not a request.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
         let mut words = bytes.strip_suffix(b"\0")?.split(|byte| *byte == 0);
         let name = words.next()?;
         let arguments: Vec<&[u8]> = words.collect();
@@ -153,7 +155,8 @@ impl Reply {
         }
     }
 
-    fn decode(line: &str) -> Option<Self> {
+    /// Reads what the daemon has sent; `None` if it is not an answer.
+    pub fn decode(line: &str) -> Option<Self> {
         match line.trim_end().split_once(' ')? {
             ("ok", text) => Some(Reply::Done(text.to_owned())),
             ("failed", text) => Some(Reply::Failed(text.to_owned())),

@@ -55,7 +55,7 @@ use crate::virtio::notify::Bell;
 
 /// The answer to GET_PROTOCOL_FEATURES. BACKEND_REQ is offered because User Mode Linux (6.1) cannot
 /// use a disk without it: its `virtio_uml` takes the interrupt of the rings from that channel.
-const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+pub(crate) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
     .union(VhostUserProtocolFeatures::BACKEND_REQ)

@@ -290,6 +290,7 @@ SERVERS = [
     Ours("ours-direct", "vhost-user-blk, direct", "as ours, with --cow-cache=direct", ["--cow-cache=direct"]),
     Ours("ours-uml", "vhost-user-blk, UML", "as ours, in UML's format", image_format="uml"),
     Ours("ours-sleep", "vhost-user-blk, no polling", "as ours, with --poll-us=0", ["--poll-us=0"]),
+    Ours("ours-open", "vhost-user-blk, no sandbox", "as ours, with --sandbox=off", ["--sandbox=off"]),
     OursChain("ours-chain", "vhost-user-blk, chain", f"as ours, {CHAIN_DEPTH} COW files deep"),
     OursRaw("ours-raw", "vhost-user-blk, raw", "a raw file without copy-on-write"),
     Qsd("raw", "QSD raw", "a raw file, buffered; sparse where it is written to", image_format="raw"),

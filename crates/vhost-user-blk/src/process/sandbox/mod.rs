@@ -1,5 +1,5 @@
 //! What the process and each of its threads give up before they serve, so that taking one of them
-//! over is of little use: files ([`landlock`]) and system calls ([`seccomp`]).
+//! over is of little use: files (`landlock.rs`) and system calls (`seccomp.rs`).
 //!
 //! All of it is inherited by threads and by programs, so it is entered before the first thread
 //! starts, and once: a program that takes over is inside from its beginning. (Landlock can be

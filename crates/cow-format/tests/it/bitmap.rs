@@ -192,6 +192,28 @@ fn a_page_is_known_when_its_file_has_been_asked() {
     assert_eq!(bitmap.dirty_pages(), 2);
 }
 
+/// A page of ones is read by one thread while another asks for what is known.
+#[test]
+fn what_is_known_has_its_bits() {
+    const ROUNDS: usize = if cfg!(miri) { 4 } else { 200 };
+    for round in 0..ROUNDS {
+        let bitmap = Bitmap::unknown(SectorCount::new(SECTORS));
+        // The last page alone, or all: pages and regions are marked in different places.
+        let first = if round % 2 == 0 { bitmap.pages() - 1 } else { 0 };
+        let some = range((bitmap.pages() - 1) * PAGE_SECTORS, 64);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                bitmap.load_durable(bitmap.pages() - 1, &[0xff; 8]);
+                bitmap.set_known(first..bitmap.pages());
+            });
+            while bitmap.next_unknown(some).is_some() {
+                std::hint::spin_loop();
+            }
+            assert!(bitmap.contains(some));
+        });
+    }
+}
+
 #[test]
 fn the_largest_disk_needs_little_and_answers() {
     let bitmap = Bitmap::new(SectorCount::covering(cow_format::VIRTUAL_SIZE_MAX));

@@ -179,6 +179,9 @@ fn meet(one: SectorRange, other: SectorRange) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU64;
+    use std::thread::yield_now;
+
     use cow_format::{Sector, SectorCount};
 
     use super::*;
@@ -263,5 +266,92 @@ mod tests {
         }
         assert!(tracker.copy_if_quiet(&few, || true));
         assert_eq!(tracker.state().under_way.len(), 2, "places are used again");
+    }
+
+    /// Writers and a flusher in threads of their own. What a writer was told is written when a flush
+    /// begins must be covered by that flush or one before.
+    #[test]
+    fn no_write_is_missed_by_a_flush_that_begins_after_it() {
+        const WRITERS: usize = 3;
+        const WRITES: u64 = if cfg!(miri) { 20 } else { 500 };
+        let tracker = WriteTracker::new(true, false);
+        // The page cache, which has a lock of its own; what each writer has acknowledged.
+        let cached = Mutex::new([0; WRITERS]);
+        let acknowledged = [const { AtomicU64::new(0) }; WRITERS];
+        let flushes = AtomicU64::new(0);
+        let (mut durable, mut missed) = ([0; WRITERS], false);
+        std::thread::scope(|scope| {
+            let (tracker, cached, flushes) = (&tracker, &cached, &flushes);
+            let writers = (0..).zip(&acknowledged).map(|(writer, acknowledged)| {
+                scope.spawn(move || {
+                    for write in 1..=WRITES {
+                        lock(cached)[writer] = write;
+                        match write % 8 {
+                            0 => tracker.add_everything(),
+                            4 => tracker.add(&[range(writer as u64, SECTORS_MAX + 1)]),
+                            _ => tracker.add(&[range(writer as u64, 1)]),
+                        }
+                        acknowledged.store(write, Ordering::Release);
+                        // The next write would cover this one too; a whole flush goes first.
+                        let begun = flushes.load(Ordering::Acquire) + 1;
+                        while flushes.load(Ordering::Acquire) <= begun {
+                            yield_now();
+                        }
+                    }
+                })
+            });
+            let writers: Vec<_> = writers.collect();
+            while writers.iter().any(|writer| !writer.is_finished()) {
+                let before = acknowledged.each_ref().map(|write| write.load(Ordering::Acquire));
+                let written = tracker.take();
+                let cached = *lock(cached);
+                for (writer, durable) in durable.iter_mut().enumerate() {
+                    let its = range(writer as u64, 1);
+                    if written.as_ref().is_none_or(|ranges| overlaps(ranges, its)) {
+                        *durable = cached[writer];
+                    }
+                }
+                missed |= durable.iter().zip(&before).any(|(durable, before)| durable < before);
+                flushes.fetch_add(1, Ordering::Release);
+            }
+        });
+        assert!(!missed);
+    }
+
+    /// Two words of a sector are written one after the other, by a thread of its own.
+    #[test]
+    fn no_copy_and_no_change_sees_half_a_write() {
+        const WRITES: u64 = if cfg!(miri) { 50 } else { 2000 };
+        let tracker = WriteTracker::new(true, true);
+        let words = [const { AtomicU64::new(0) }; 2];
+        let sector = [range(8, 1)];
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                for write in 1..=WRITES {
+                    let place = tracker.begin(sector[0]);
+                    words[0].store(write, Ordering::Relaxed);
+                    yield_now();
+                    words[1].store(write, Ordering::Relaxed);
+                    tracker.end(place);
+                    yield_now();
+                }
+            });
+            let is_whole = || {
+                let second = words[1].load(Ordering::Relaxed);
+                yield_now();
+                words[0].load(Ordering::Relaxed) == second
+            };
+            while !writer.is_finished() {
+                let mut whole = true;
+                let copied = tracker.copy_if_quiet(&sector, || {
+                    whole = is_whole();
+                    true
+                });
+                assert!(whole || !copied, "copied half a write");
+                whole = true;
+                tracker.exclusively(sector[0], || whole = is_whole());
+                assert!(whole, "changed in the middle of a write");
+            }
+        });
     }
 }

@@ -349,3 +349,60 @@ fn a_reset_does_not_touch_what_is_behind_the_area() {
         assert!(area.iter().all(|&byte| byte == 0) && behind.iter().all(|&byte| byte == 0x5a));
     }
 }
+
+/// Request n uses descriptor n once, so what another thread sees of it tells when it looked.
+#[test]
+fn another_thread_sees_the_stores_in_their_order() {
+    const SIZE: u16 = if cfg!(miri) { 24 } else { 256 };
+    const ROUNDS: usize = if cfg!(miri) { 2 } else { 100 };
+    for round in 0..ROUNDS {
+        let len = usize::try_from(stride(SIZE)).unwrap();
+        let memory = Arc::new(Memory::anonymous(&[(0, len)]));
+        let area = Area { memory, num_queues: 1, queue_size: SIZE };
+        let ring = RingIndices { size: SIZE, avail: 0, used: 0 };
+        let [mut daemon, watcher] = [(); 2].map(|()| area.recover(0, ring).unwrap());
+        // The ring's `used.idx`.
+        let shown = &AtomicU16::new(0);
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(move || {
+                let batch_max = 1 + round % 7;
+                let heads: Vec<u16> = (0..SIZE).collect();
+                for batch in heads.chunks(batch_max) {
+                    batch.iter().for_each(|&head| assert!(daemon.fetched(head)));
+                    batch.iter().for_each(|&head| daemon.answered(head));
+                    let used_idx = batch[batch.len() - 1] + 1;
+                    shown.store(used_idx, Ordering::Release);
+                    daemon.published(used_idx);
+                }
+            });
+            while !thread.is_finished() {
+                watch(&watcher, shown);
+            }
+        });
+        assert_eq!(watch(&watcher, shown), SIZE);
+    }
+}
+
+/// Checks what can be seen of an area whose request n has descriptor n; returns its `used_idx`.
+fn watch(area: &Tracker, shown: &AtomicU16) -> u16 {
+    let used_idx = area.header().used_idx.load(Ordering::Acquire);
+    assert!(shown.load(Ordering::Relaxed) >= used_idx, "saved before the guest was shown it");
+    let last = area.header().last_batch_head.load(Ordering::Acquire);
+    let next = area.descriptors()[usize::from(last)].next.load(Ordering::Relaxed);
+    assert_eq!(next, last.saturating_sub(1), "linked before it had a next");
+    let mut later_is_fetched = false;
+    // Where something may be going on; a look at all would come too late.
+    for head in (used_idx.saturating_sub(4)..area.desc_num.min(used_idx + 8)).rev() {
+        let descriptor = &area.descriptors()[usize::from(head)];
+        if descriptor.inflight.load(Ordering::Acquire) == 1 {
+            let counter = descriptor.counter.load(Ordering::Relaxed);
+            assert_eq!(counter, u64::from(head), "marked before it was counted");
+            assert!(head >= used_idx, "saved before its mark was removed");
+            later_is_fetched = true;
+        } else if later_is_fetched {
+            let shown = shown.load(Ordering::Relaxed);
+            assert!(shown > head, "its mark was removed before the guest was shown it");
+        }
+    }
+    used_idx
+}

@@ -1,6 +1,6 @@
 //! Which files a chain may be opened from. The author of a header can write any path into it, so
-//! what a header names is opened only as the user allows: where the user has named the chain, in the
-//! directory of a file that the user has named, or in one that is allowed by name.
+//! what a header names is opened only as the user allows: where the user has named the chain, in
+//! the directory of a file that the user has named, or in one that is allowed by name.
 
 use std::collections::VecDeque;
 use std::io;

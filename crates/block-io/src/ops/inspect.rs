@@ -257,8 +257,8 @@ impl Inspection {
     }
 }
 
-/// Reads the header and counts the bits. A top without a known magic is a raw image; below the top, the
-/// reference determines the format.
+/// Reads the header and counts the bits. A top without a known magic is a raw image; below the top,
+/// the reference determines the format.
 fn look_inside<E: Env>(
     env: &E,
     opened: &Opened<E::File>,

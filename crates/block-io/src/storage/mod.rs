@@ -341,8 +341,8 @@ pub trait Env: Clone + Send + Sync + 'static {
     fn with_direct(&self, file: Self::File, access: Access) -> io::Result<Self::File>;
 
     /// Creates a file in the directory of `near`, open for reading and writing and for this user
-    /// only (mode 0600), that is invisible until it is published: without a name if the file system supports that, otherwise with the
-    /// temporary name that is returned.
+    /// only (mode 0600), that is invisible until it is published: without a name if the file system
+    /// supports that, otherwise with the temporary name that is returned.
     fn create_unpublished(&self, near: &Path) -> io::Result<(Self::File, Option<PathBuf>)>;
 
     /// Gives an unpublished file the name `to`, which must not exist (`AlreadyExists` otherwise).

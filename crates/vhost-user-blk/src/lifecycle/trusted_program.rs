@@ -1,6 +1,6 @@
-//! Which programs an upgrade may run: those that the operator has named when the daemon was started,
-//! and that nobody else can replace. Whoever can connect to the control socket may have less rights
-//! than the daemon, for example a VMM of the same user in a sandbox of its own.
+//! Which programs an upgrade may run: those that the operator has named when the daemon was
+//! started, and that nobody else can replace. Whoever can connect to the control socket may have
+//! less rights than the daemon, for example a VMM of the same user in a sandbox of its own.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;

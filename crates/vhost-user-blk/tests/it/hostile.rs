@@ -1,6 +1,6 @@
-//! Frontends that send whatever comes to their minds, and guests that rewrite their rings while they
-//! are served, for `HOSTILE_SECONDS` (60). The daemon must outlive them all, serve the next one, and
-//! end cleanly; another disk on the same base must not notice.
+//! Frontends that send whatever comes to their minds, and guests that rewrite their rings while
+//! they are served, for `HOSTILE_SECONDS` (60). The daemon must outlive them all, serve the next
+//! one, and end cleanly; another disk on the same base must not notice.
 
 use std::fs::File;
 use std::io::Write;

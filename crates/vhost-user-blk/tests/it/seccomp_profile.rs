@@ -1,5 +1,6 @@
 //! The seccomp profile for containers (docs/guide/seccomp-io-uring.json): a daemon under it lacks
-//! nothing. The tests are stricter than the profile: a system call that is not in it ends the daemon.
+//! nothing. The tests are stricter than the profile: a system call that is not in it ends the
+//! daemon.
 
 use std::os::unix::process::CommandExt;
 use std::path::Path;

@@ -308,6 +308,8 @@ fn after_a_failed_sync_there_are_reads_and_no_writes_until_the_disk_is_opened_ag
     let socket = disk.dir.path("socket");
     let mut command = vhost_user_blk();
     command.env("LD_PRELOAD", &library).env("SYNC_FAILS", &fails);
+    // The library makes calls that the daemon does not.
+    command.arg("--sandbox=off");
     command.arg("--socket-path").arg(&socket).arg(disk.spec());
     let daemon = Backend::start("daemon whose syncs fail", command, &socket);
     let failed = |ops, offset, more: &[&str]| {
@@ -359,6 +361,8 @@ fn a_flush_that_fails_for_lack_of_space_is_logged_with_the_reason() {
     let socket = disk.dir.path("socket");
     let mut command = vhost_user_blk();
     command.env("LD_PRELOAD", &library).env("BITMAP_IS_FULL", &full);
+    // The library makes calls that the daemon does not.
+    command.arg("--sandbox=off");
     command.arg("--socket-path").arg(&socket).arg(disk.spec());
     let daemon = Backend::start("daemon without space for its bitmap", command, &socket);
     let failed = || {
@@ -397,6 +401,8 @@ fn a_sync_that_hangs_is_reported_by_the_watchdog_only() {
     let socket = disk.dir.path("socket");
     let mut command = vhost_user_blk();
     command.env("LD_PRELOAD", &library).env("SYNC_HANGS", &hangs);
+    // The library makes calls that the daemon does not.
+    command.arg("--sandbox=off");
     command.env("NOTIFY_SOCKET", &notify).env("WATCHDOG_USEC", "40000");
     command.arg("--socket-path").arg(&socket).arg(disk.spec());
     let daemon = Backend::start("daemon whose syncs hang", command, &socket);
